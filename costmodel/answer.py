@@ -1,0 +1,189 @@
+"""One row of `Estimates` as the JSON that `shardplan estimate --json` answers (and plan files carry as `prediction`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from shardplan.costmodel.estimate import DEFAULT_HEADROOM, MEMORY_BAND, TIME_PARTS, Estimates
+from shardplan.costmodel.job import Job
+from shardplan.costmodel.layout import Layout
+from shardplan.costmodel.model import Model
+from shardplan.costmodel.rules import Rejection
+from shardplan.costmodel.runtime import Runtime
+from shardplan.hw_profiles.machine import Cluster
+
+GIB = 2.0**30
+
+
+def answer(
+    estimates: Estimates,
+    row: int,
+    *,
+    model: Model,
+    job: Job,
+    cluster: Cluster,
+    runtime: Runtime,
+    rejections: Sequence[Rejection] = (),
+    headroom: float = DEFAULT_HEADROOM,
+) -> dict[str, Any]:
+    """Everything known of one layout, plain JSON values; memory in bytes, time in seconds."""
+    layout = estimates.layouts.row(row)
+    told = list(rejections) + memory_rejections(estimates, row, cluster=cluster, headroom=headroom)
+    step_s = float(estimates.step_s[row])
+    peak = float(estimates.device_peak_bytes[row])
+    band = estimates.time_band
+    return {
+        "fits": not told,
+        "fits_likely": not rejections and bool(estimates.fits_likely()[row]),
+        "rejections": [{"rule": r.rule, "detail": r.detail, "remedy": r.remedy} for r in told],
+        "layout": layout.document(),
+        "gpus": layout.gpus,
+        "runtime": runtime.name,
+        "memory": _memory(estimates, row),
+        "time": {
+            "step_s": step_s,
+            **{part: float(estimates.time[part][row]) for part in TIME_PARTS},
+            "hidden": {axis: float(seconds[row]) for axis, seconds in estimates.hidden.items()},
+        },
+        "throughput": _throughput(estimates, row, layout.gpus),
+        "cost": _cost(cluster, job, step_s),
+        "error_band": {
+            "step_s": [step_s * (1.0 - band), step_s * (1.0 + band)],
+            "device_peak_bytes": [peak * (1.0 - MEMORY_BAND), peak * (1.0 + MEMORY_BAND)],
+        },
+        "assumptions": assumptions(model, job, cluster, runtime, layout, headroom),
+    }
+
+
+def refused_answer(
+    layout: Layout, *, runtime: Runtime, rejections: Sequence[Rejection], assumptions: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The same keys for a layout that has no meaning on this machine: numbers are null, `rejections` says why."""
+    return {
+        "fits": False,
+        "fits_likely": False,
+        "rejections": [{"rule": r.rule, "detail": r.detail, "remedy": r.remedy} for r in rejections],
+        "layout": layout.document(),
+        "gpus": layout.gpus,
+        "runtime": runtime.name,
+        "memory": None,
+        "time": None,
+        "throughput": None,
+        "cost": None,
+        "error_band": None,
+        "assumptions": list(assumptions),
+    }
+
+
+def memory_rejections(estimates: Estimates, row: int, *, cluster: Cluster, headroom: float) -> list[Rejection]:
+    """Rejections of a layout that does not fit GPU or host memory with `headroom` to spare."""
+    told: list[Rejection] = []
+    need, capacity = float(estimates.device_peak_bytes[row]), estimates.capacity_bytes
+    usable = capacity * (1.0 - headroom)
+    if need * (1.0 + MEMORY_BAND) > usable:
+        stage = int(estimates.stages["device"][row].argmax())
+        parts = {
+            p: float(estimates.stages[p][row, stage]) for p in ("parameters", "gradients", "optimizer", "activations")
+        }
+        largest = max(parts, key=lambda part: parts[part])
+        told.append(
+            Rejection(
+                rule="device-memory",
+                detail=(
+                    f"stage {int(estimates.stage_index[row, stage])} needs {need / GIB:.1f} GiB (+{MEMORY_BAND:.0%} band) of "
+                    f"{usable / GIB:.1f} GiB usable ({capacity / GIB:.1f} GiB less {headroom:.0%} headroom) on {cluster.gpu.name}"
+                ),
+                remedy=f"largest part is {largest} ({parts[largest] / GIB:.1f} GiB): {MEMORY_REMEDIES[largest]}",
+            )
+        )
+    host, host_usable = float(estimates.host_bytes[row]), estimates.host_capacity_bytes * (1.0 - headroom)
+    if host > host_usable:
+        told.append(
+            Rejection(
+                rule="host-memory",
+                detail=f"offload needs {host / GIB:.0f} GiB of host memory per node, {host_usable / GIB:.0f} GiB are usable",
+                remedy="shard over more nodes or drop the offload",
+            )
+        )
+    return told
+
+
+MEMORY_REMEDIES = {
+    "parameters": "raise tp or pp, or use zero=3",
+    "gradients": "raise tp or pp, or use zero=2 or 3",
+    "optimizer": "use zero=1 or more, more GPUs, or offload_optimizer=cpu",
+    "activations": "lower micro_batch, use recompute=selective or full, or raise tp with sequence_parallel",
+}
+
+
+def _memory(estimates: Estimates, row: int) -> dict[str, Any]:
+    stages = {part: values[row] for part, values in estimates.stages.items()}
+    peak = int(stages["device"].argmax())
+    return {
+        "capacity_bytes": estimates.capacity_bytes,
+        "allocated_peak_bytes": float(stages["allocated"][peak]),
+        "reserved_peak_bytes": float(stages["allocated"][peak] + stages["slack"][peak]),
+        "device_peak_bytes": float(stages["device"][peak]),
+        "host_bytes": float(estimates.host_bytes[row]),
+        "nvme_bytes": 0.0,
+        "stages": [
+            {
+                "stage": int(estimates.stage_index[row, s]),
+                "layers": int(estimates.stage_layer_counts[row, s]),
+                **{
+                    f"{p}_bytes": float(stages[p][s])
+                    for p in ("parameters", "gradients", "optimizer", "activations", "buffers", "allocated")
+                },
+                "allocator_slack_bytes": float(stages["slack"][s]),
+                "context_bytes": estimates.context_bytes,
+                "device_bytes": float(stages["device"][s]),
+            }
+            for s in range(min(stages["device"].shape[0], int(estimates.layouts.pp[row])))
+        ],
+    }
+
+
+def _throughput(estimates: Estimates, row: int, gpus: int) -> dict[str, float]:
+    step_s = float(estimates.step_s[row])
+    return {
+        "tokens_per_s": float(estimates.tokens_per_s[row]),
+        "tokens_per_s_per_gpu": float(estimates.tokens_per_s[row]) / gpus,
+        "model_flop_per_s_per_gpu": estimates.model_flop_per_step / step_s / gpus,
+        "hardware_flop_per_s_per_gpu": float(estimates.hardware_flop_per_step[row]) / step_s / gpus,
+        "mfu": float(estimates.mfu[row]),
+        "hfu": float(estimates.hfu[row]),
+    }
+
+
+def _cost(cluster: Cluster, job: Job, step_s: float) -> dict[str, float | None]:
+    """Null where price or power is unknown. A partly used node is paid in full."""
+    node = cluster.node
+    usd = node.usd_per_hour * cluster.nodes * step_s / 3600.0 if node.usd_per_hour is not None else None
+    joules = node.power_w * cluster.nodes * step_s / job.tokens_per_step if node.power_w is not None else None
+    return {
+        "usd_per_step": usd,
+        "usd_per_million_tokens": usd / job.tokens_per_step * 1e6 if usd is not None else None,
+        "joules_per_token": joules,
+    }
+
+
+def assumptions(
+    model: Model, job: Job, cluster: Cluster, runtime: Runtime, layout: Layout, headroom: float
+) -> list[str]:
+    """What the numbers rest on, in sentences."""
+    attention = layout.attention if layout.attention != "auto" else runtime.abilities.attention[0]
+    gradient = job.grad_dtype or runtime.states[job.precision].gradient_dtype
+    peak = cluster.gpu.peak_flop_per_s[job.precision] / 1e12
+    lines = [
+        f"runtime {runtime.name}: {runtime.version}; {attention} attention; gradients in {gradient}",
+        f"MFU counts 6 FLOP per matrix parameter and token plus full attention, no recompute, of {peak:g} dense "
+        f"{job.precision} TFLOP/s ({cluster.gpu.name})",
+        f"ranks are placed tp, then dp, then pp; `fits` keeps {headroom:.0%} headroom below the upper edge of the memory band",
+    ]
+    if model.max_positions and job.seq > model.max_positions:
+        lines.append(f"seq {job.seq} exceeds the {model.max_positions} positions {model.name} was made for")
+    guesses = cluster.guesses()
+    if guesses:
+        lines.append(f"guessed hardware figures: {', '.join(guesses)}")
+    return lines

@@ -1,0 +1,78 @@
+"""Seconds of collectives on a rank group of the cluster: ring or tree inside the tiers the group spans.
+
+A group is (ranks, stride): `ranks` members, `stride` apart in global rank order. Members in one node share the node's NICs with
+the parallel groups of their neighbours, so a group with k members per node moves data between nodes at k NIC shares, never above
+the link inside the node.
+
+T = max(latency, S * f / bus(S)), f = 2(n-1)/n for all-reduce, (n-1)/n for all-gather and reduce-scatter
+(NVIDIA/nccl-tests doc/PERFORMANCE.md); S is the reduced or gathered buffer.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from shardplan.hw_profiles.topology import TierTable
+
+FloatArray = NDArray[np.float64]
+Collective = Literal["all_reduce", "all_gather", "reduce_scatter"]
+
+
+def wire_factor(collective: Collective, ranks: ArrayLike) -> FloatArray:
+    """Bytes per rank on the wire of a ring, relative to the buffer; 0 for one rank."""
+    n = np.asarray(ranks, dtype=np.float64)
+    return (2.0 if collective == "all_reduce" else 1.0) * (n - 1.0) / n
+
+
+def members_per_node(tiers: TierTable, ranks: ArrayLike, stride: ArrayLike) -> FloatArray:
+    """Members of a group that sit in one node."""
+    node = float(tiers.gpus[0])
+    return np.clip(np.floor(node / np.asarray(stride, dtype=np.float64)), 1.0, np.asarray(ranks, dtype=np.float64))
+
+
+def _outer_tier(tiers: TierTable, span: FloatArray) -> NDArray[np.int64]:
+    """Index of the smallest tier that holds `span` neighbouring ranks."""
+    return np.minimum(np.searchsorted(tiers.gpus, span), len(tiers.gpus) - 1)
+
+
+def _at_tier(tiers: TierTable, tier: NDArray[np.int64], size: FloatArray) -> FloatArray:
+    """Per-GPU bus bandwidth of `tier` for a buffer of `size` bytes."""
+    efficiency = np.stack([curve.at(size) for curve in tiers.efficiency])
+    reached = np.take_along_axis(efficiency, tier[None], axis=0)[0]
+    return np.asarray(tiers.bandwidth_bytes_per_s)[tier] * reached
+
+
+def collective_s(
+    tiers: TierTable, collective: Collective, size_bytes: ArrayLike, ranks: ArrayLike, stride: ArrayLike
+) -> FloatArray:
+    """Seconds of one collective over each group; 0 where it has one rank. All arguments broadcast."""
+    size, n, step = np.broadcast_arrays(*(np.asarray(x, dtype=np.float64) for x in (size_bytes, ranks, stride)))
+    inside = members_per_node(tiers, n, step)
+    tier = _outer_tier(tiers, n * step)
+    bus = _at_tier(tiers, np.zeros_like(tier), size)
+    between = inside * _at_tier(tiers, tier, size)
+    bus = np.where(tier == 0, bus, np.minimum(bus, between))
+    seconds = size * wire_factor(collective, n) / bus
+    return np.where(n > 1, np.maximum(seconds, _latency_s(tiers, collective, n, inside, tier)), 0.0)
+
+
+def _latency_s(
+    tiers: TierTable, collective: Collective, ranks: FloatArray, inside: FloatArray, tier: NDArray[np.int64]
+) -> FloatArray:
+    """Ring steps of all-gather and reduce-scatter; for all-reduce the cheaper of ring and double binary tree."""
+    latency = np.asarray(tiers.latency_s)
+    nodes = np.maximum(ranks / inside, 1.0)
+    ring = (ranks - nodes) * latency[0] + np.where(nodes > 1, nodes, 0.0) * latency[tier]
+    if collective != "all_reduce":
+        return ring
+    tree = (inside - 1.0) * latency[0] + np.log2(nodes) * latency[tier]
+    return 2.0 * np.minimum(ring, tree)
+
+
+def point_to_point_s(tiers: TierTable, size_bytes: ArrayLike, stride: ArrayLike) -> FloatArray:
+    """Seconds to send `size_bytes` to the rank `stride` away."""
+    size, step = np.broadcast_arrays(*(np.asarray(x, dtype=np.float64) for x in (size_bytes, stride)))
+    tier = np.where(step < tiers.gpus[0], 0, _outer_tier(tiers, step + 1.0))
+    return np.asarray(tiers.latency_s)[tier] + size / _at_tier(tiers, tier, size)

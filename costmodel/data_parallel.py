@@ -1,0 +1,77 @@
+"""Gradient reduction and parameter gathers of data parallelism and ZeRO: volume, frequency, what hides behind compute.
+
+Per rank and step, in elements of the rank's parameters P (ZeRO, arXiv 1910.02054): DDP all-reduces P (2 P on the wire); stages
+1 and 2 reduce-scatter and all-gather (2 P); stage 3 gathers in forward and in backward and reduce-scatters (3 P). The runtime
+says which of these repeat for every micro-batch. Under HSDP the shards are all-reduced between replicas.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from shardplan.hw_profiles.topology import TierTable
+
+from shardplan.costmodel.collectives import collective_s
+from shardplan.costmodel.layout import LayoutTable
+from shardplan.costmodel.runtime import Communication
+
+FloatArray = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exchange:
+    """Seconds per step for N layouts, each (N,), before overlap."""
+
+    reduce_s: FloatArray
+    gather_s: FloatArray
+
+
+def exchange_s(
+    tiers: TierTable,
+    layouts: LayoutTable,
+    communication: Communication,
+    *,
+    micro_batches: FloatArray,
+    parameters: FloatArray,
+    units: FloatArray,
+    gradient_bytes: int,
+    parameter_bytes: int,
+) -> Exchange:
+    """Time of all exchanges of a rank that owns `parameters` parameters in `units` equal groups (layers)."""
+    zero, step = layouts.zero, (layouts.tp * layouts.cp).astype(np.float64)
+    shards = np.where(zero > 0, layouts.dp_shard, 1).astype(np.float64)
+    replicas = layouts.dp / shards
+    unit = parameters / units
+    reduce = collective_s(tiers, "reduce_scatter", unit * gradient_bytes, shards, step)
+    reduce = reduce + collective_s(tiers, "all_reduce", unit * gradient_bytes / shards, replicas, step * shards)
+    gather = collective_s(tiers, "all_gather", unit * parameter_bytes, shards, step)
+    reductions = np.where(np.isin(zero, communication.reduce_every_micro_batch), micro_batches, 1.0)
+    gathers = np.where(np.isin(zero, communication.gather_every_micro_batch), 2.0 * micro_batches, 1.0)
+    return Exchange(reduce_s=units * reduce * reductions, gather_s=units * gather * gathers)
+
+
+def exposed_exchange_s(
+    exchange: Exchange,
+    layouts: LayoutTable,
+    communication: Communication,
+    *,
+    micro_batches: FloatArray,
+    forward_s: FloatArray,
+    backward_s: FloatArray,
+) -> tuple[FloatArray, FloatArray]:
+    """(exposed, hidden) seconds per step; `forward_s` and `backward_s` are compute of one micro-batch that can hide it.
+
+    What repeats hides behind all micro-batches, what happens once behind one of them; the overlap share is the runtime's.
+    """
+    zero = layouts.zero
+    reducing = np.where(np.isin(zero, communication.reduce_every_micro_batch), micro_batches, 1.0) * backward_s
+    every = np.isin(zero, communication.gather_every_micro_batch)
+    gathering = np.where(every, micro_batches * (forward_s + backward_s), forward_s)
+    hidden_reduce = np.minimum(communication.reduce_overlap * exchange.reduce_s, reducing)
+    # gathers and reductions that both repeat share the same backward compute
+    left = np.maximum(gathering - np.where(every, hidden_reduce, 0.0), 0.0)
+    hidden_gather = np.minimum(communication.gather_overlap * exchange.gather_s, left)
+    hidden = hidden_reduce + hidden_gather
+    return exchange.reduce_s + exchange.gather_s - hidden, hidden

@@ -1,0 +1,49 @@
+"""What is to be trained: sequence length, batch, precision, optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from shardplan.hw_profiles.errors import InputError, nearest
+
+PRECISIONS = ("bf16", "fp16", "fp32")
+OPTIMIZERS = ("adamw", "sgd")
+GRAD_DTYPES = ("fp32", "bf16", "fp16")
+BYTES_OF = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One training job; `sequences` are `seq` tokens long."""
+
+    seq: int
+    """Tokens per sequence."""
+    global_batch: int
+    """Sequences per optimizer step."""
+    precision: str = "bf16"
+    """Of the matrix products: bf16, fp16 or fp32."""
+    optimizer: str = "adamw"
+    grad_dtype: str | None = None
+    """Of gradient accumulation and reduction; None = the runtime's own for this precision."""
+    tokens: float | None = None
+    """Token budget of the whole training, if one was given."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("seq", self.seq), ("global_batch", self.global_batch)):
+            if value < 1:
+                raise InputError(f"{name}={value} is not positive", place=f"--{name.replace('_', '-')}")
+        words = [("precision", self.precision, PRECISIONS), ("optimizer", self.optimizer, OPTIMIZERS)]
+        if self.grad_dtype is not None:
+            words.append(("grad_dtype", self.grad_dtype, GRAD_DTYPES))
+        for name, word, known in words:
+            if word not in known:
+                raise InputError(
+                    f"{name}={word!r} is unknown", place=f"--{name.replace('_', '-')}", remedy=nearest(word, known)
+                )
+        if self.tokens is not None and self.tokens <= 0:
+            raise InputError(f"tokens={self.tokens:g} is not positive", place="--tokens")
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step."""
+        return self.seq * self.global_batch

@@ -1,0 +1,109 @@
+"""Seconds and bytes of one layer, the embedding and the head for every unique shape: operators through kernel and collective times."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from shardplan.hw_profiles.topology import TierTable
+
+from shardplan.costmodel.collectives import collective_s
+from shardplan.costmodel.job import BYTES_OF
+from shardplan.costmodel.kernels_time import flash_attention_s, gemm_s, memory_bound_s
+from shardplan.costmodel.operators import Op, Shapes
+from shardplan.costmodel.runtime import Runtime
+from shardplan.hw_profiles.machine import Gpu
+
+FloatArray = NDArray[np.float64]
+
+BACKWARD_TRAFFIC = 1.5
+"""Backward over forward bytes of element-wise operators: two reads and a write against a read and a write."""
+BACKWARD_LAUNCHES = 2.0
+"""Backward over forward kernel launches."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockCost:
+    """Cost of one block (a layer, the embedding or the head) per rank and micro-batch; arrays of shape (K,)."""
+
+    forward_s: FloatArray
+    backward_s: FloatArray
+    selective_s: FloatArray
+    """Forward seconds of the operators that `selective` recomputes."""
+    tensor_forward_s: FloatArray
+    """Tensor-parallel communication, before overlap."""
+    tensor_backward_s: FloatArray
+    host_forward_s: FloatArray
+    """Host time to launch the forward; the backward takes BACKWARD_LAUNCHES times that."""
+    input_bytes: FloatArray
+    """Kept even under full recompute."""
+    kept_bytes: FloatArray
+    """Kept with recompute none, the input included."""
+    selective_bytes: FloatArray
+    """Part of `kept_bytes` that `selective` drops."""
+    matmul_flop: FloatArray
+    """Forward FLOP of the dense products."""
+    attention_flop: FloatArray
+    """Forward FLOP of the attention core, counted in full (not halved for causality)."""
+    selective_flop: FloatArray
+    """Forward FLOP that `selective` repeats."""
+
+
+def block_cost(
+    ops: Sequence[Op], shapes: Shapes, *, gpu: Gpu, precision: str, tiers: TierTable, runtime: Runtime
+) -> BlockCost:
+    """Cost of the operators of one block."""
+    zero = np.zeros_like(shapes.tokens)
+    total = {name: zero.copy() for name in BlockCost.__dataclass_fields__}
+    for op in ops:
+        forward, backward = _op_seconds(op, shapes, gpu, precision, runtime)
+        for name, value in _op_totals(op, forward, backward, zero, runtime).items():
+            total[name] = total[name] + value
+        for phase, collectives in (("tensor_forward_s", op.forward), ("tensor_backward_s", op.backward)):
+            for kind, size in collectives:
+                seconds = collective_s(tiers, kind, size, shapes.tp, 1.0)
+                total[phase] = total[phase] + np.where(size > 0, seconds, 0.0)
+        parallel = np.where(shapes.tp > 1, runtime.execution.tensor_parallel_host_s, 0.0)
+        if op.name != "input":
+            total["host_forward_s"] = total["host_forward_s"] + (
+                gpu.launch_s * runtime.execution.launches_per_operator + parallel
+            )
+    return BlockCost(**total)
+
+
+def _op_totals(
+    op: Op, forward: FloatArray, backward: FloatArray, zero: FloatArray, runtime: Runtime
+) -> dict[str, FloatArray]:
+    is_attention = op.name == "attention"
+    products = sum((g.flop for g in op.gemms), zero)
+    flop = products + 2.0 * op.flash_flop
+    selected = 1.0 if op.name in runtime.activations.selective else 0.0
+    return {
+        "forward_s": forward,
+        "backward_s": backward,
+        "selective_s": forward * selected,
+        "input_bytes": zero + (op.kept_bytes if op.name == "input" else 0.0),
+        "kept_bytes": zero + op.kept_bytes,
+        "selective_bytes": zero + op.kept_bytes * selected,
+        "matmul_flop": zero if is_attention else flop,
+        "attention_flop": flop if is_attention else zero,
+        "selective_flop": flop * selected,
+    }
+
+
+def _op_seconds(op: Op, shapes: Shapes, gpu: Gpu, precision: str, runtime: Runtime) -> tuple[FloatArray, FloatArray]:
+    """(forward, backward) seconds; backward of a product is the input-gradient and the weight-gradient product."""
+    element = BYTES_OF[precision]
+    traffic = op.traffic_bytes * runtime.execution.elementwise_traffic
+    forward = memory_bound_s(gpu, traffic)
+    backward = memory_bound_s(gpu, BACKWARD_TRAFFIC * traffic)
+    for g in op.gemms:
+        forward = forward + gemm_s(gpu, precision, element, g.m, g.n, g.k, g.count)
+        backward = backward + gemm_s(gpu, precision, element, g.m, g.k, g.n, g.count)
+        backward = backward + gemm_s(gpu, precision, element, g.k, g.n, g.m, g.count)
+    if np.any(op.flash_flop):
+        fused = flash_attention_s(gpu, precision, np.asarray(op.flash_flop), shapes.seq)
+        forward, backward = forward + fused[0], backward + fused[1]
+    return forward, backward

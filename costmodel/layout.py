@@ -1,0 +1,296 @@
+"""How a model is spread over GPUs: `Layout` (one) and `LayoutTable` (N, a column per field); axis order and rank map.
+
+    gpus = dp * tp * pp * cp          ep divides dp * cp * tp
+
+Words are the fields of `Layout`: "dp=8 tp=8 pp=8 micro_batch=1 zero=1 recompute=selective schedule=interleaved".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardplan.hw_profiles.errors import InputError, nearest
+
+IntArray = NDArray[np.int64]
+
+AXIS_ORDER = ("tp", "cp", "dp", "pp")
+"""Mesh axes from the innermost (neighbouring ranks) to the outermost: tp beside each other, pp farthest apart."""
+
+RECOMPUTE = ("none", "selective", "full")
+SCHEDULES = ("gpipe", "1f1b", "interleaved")
+ATTENTION = ("auto", "flash", "unfused")
+OFFLOAD = ("none", "cpu")
+ALL_LAYERS = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """One layout. Left-out words take these plain defaults."""
+
+    dp: int = 1
+    """Data-parallel replicas (sharded or not)."""
+    tp: int = 1
+    """Tensor-parallel degree."""
+    pp: int = 1
+    """Pipeline stages."""
+    cp: int = 1
+    """Context-parallel degree (splits the sequence)."""
+    ep: int = 1
+    """Expert-parallel degree, carved out of dp * cp * tp."""
+    micro_batch: int = 1
+    """Sequences of one micro-batch of one replica."""
+    zero: int = 0
+    """ZeRO stage 0-3."""
+    dp_shard: int | None = None
+    """Ranks that ZeRO shards over (HSDP when below dp); None = dp."""
+    sequence_parallel: bool = False
+    """Megatron sequence parallelism: norms and dropout split along the sequence over tp."""
+    recompute: str = "none"
+    """none, selective, full or full:N (N layers per stage)."""
+    schedule: str = "1f1b"
+    """gpipe, 1f1b, interleaved; without meaning when pp = 1."""
+    virtual_stages: int = 1
+    """Model chunks per pipeline rank."""
+    stage_layers: tuple[int, ...] | None = None
+    """Decoder layers of each of the pp * virtual_stages chunks in model order; None = the runtime's rule."""
+    attention: str = "auto"
+    """flash, unfused or auto (the runtime's own)."""
+    offload_optimizer: str = "none"
+    """Where optimizer states live: none (the GPU) or cpu."""
+
+    def __post_init__(self) -> None:
+        for name in ("dp", "tp", "pp", "cp", "ep", "micro_batch", "virtual_stages"):
+            _positive(name, getattr(self, name))
+        if self.dp_shard is not None:
+            _positive("dp_shard", self.dp_shard)
+        if self.zero not in (0, 1, 2, 3):
+            raise InputError(f"zero={self.zero} is not a ZeRO stage", place="layout", remedy="use 0, 1, 2 or 3")
+        split_recompute(self.recompute)
+        for name, known in (("schedule", SCHEDULES), ("attention", ATTENTION), ("offload_optimizer", OFFLOAD)):
+            _known(name, getattr(self, name), known)
+        for layers in self.stage_layers or ():
+            _positive("stage_layers", layers)
+
+    @property
+    def gpus(self) -> int:
+        """GPUs the layout occupies."""
+        return self.dp * self.tp * self.pp * self.cp
+
+    @property
+    def shard_ranks(self) -> int:
+        """Ranks that ZeRO shards states over (1 when zero = 0)."""
+        return (self.dp_shard or self.dp) if self.zero else 1
+
+    def words(self, *, every: bool = False) -> str:
+        """The layout as words that `parse_layout` reads; `every` also writes the defaults."""
+        default = Layout()
+        kept = [
+            (f.name, getattr(self, f.name))
+            for f in dataclasses.fields(self)
+            if every
+            or f.name in ("dp", "tp", "pp", "micro_batch", "zero")
+            or getattr(self, f.name) != getattr(default, f.name)
+        ]
+        return " ".join(f"{name}={_word(value)}" for name, value in kept if value is not None)
+
+    def document(self) -> dict[str, object]:
+        """Plain JSON-able values by word."""
+        values = dataclasses.asdict(self)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+FIELD_NAMES = tuple(f.name for f in dataclasses.fields(Layout))
+
+
+def _positive(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InputError(f"{name}={value} is not a positive whole number", place="layout", remedy="use 1 or more")
+
+
+def _known(name: str, word: str, known: Sequence[str]) -> None:
+    if word not in known:
+        raise InputError(f"{name}={word!r} is unknown", place="layout", remedy=nearest(word, known))
+
+
+def _word(value: object) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def split_recompute(word: str) -> tuple[str, int]:
+    """`full:4` -> ("full", 4); without a number the count is ALL_LAYERS. Raises InputError for anything else."""
+    kind, colon, number = word.partition(":")
+    if kind in RECOMPUTE and not colon:
+        return kind, ALL_LAYERS
+    if kind == "full" and number.isdigit() and int(number) > 0:
+        return kind, int(number)
+    raise InputError(
+        f"recompute={word!r} is unknown",
+        place="layout",
+        remedy="use none, selective, full or full:N (N layers a stage)",
+    )
+
+
+def join_recompute(kind: str, layers: int) -> str:
+    """Inverse of `split_recompute`."""
+    return kind if layers == ALL_LAYERS else f"{kind}:{layers}"
+
+
+def parse_layout(text: str) -> Layout:
+    """Read layout words, separated by spaces; raises InputError naming the word, its value and the remedy."""
+    return layout_from_document(_words_to_values(text))
+
+
+def given_words(text: str) -> frozenset[str]:
+    """Names of the words in `text`."""
+    return frozenset(_words_to_values(text))
+
+
+def _words_to_values(text: str) -> dict[str, object]:
+    values: dict[str, object] = {}
+    for item in text.split():
+        name, equals, raw = item.partition("=")
+        if not equals or not raw:
+            raise InputError(f"{item!r} is not word=value", place="layout", remedy='write for instance "dp=8 tp=8"')
+        if name not in FIELD_NAMES:
+            raise InputError(f"layout word {name!r} is unknown", place="layout", remedy=nearest(name, FIELD_NAMES))
+        if name in values:
+            raise InputError(f"layout word {name!r} is given twice", place="layout", remedy="keep one")
+        values[name] = _value(name, raw)
+    return values
+
+
+def _value(name: str, raw: str) -> object:
+    try:
+        if name == "stage_layers":
+            return tuple(int(part) for part in raw.split(","))
+        if name in ("recompute", "schedule", "attention", "offload_optimizer"):
+            return raw.lower()
+        if name == "sequence_parallel":
+            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[raw.lower()]
+        return int(raw)
+    except (ValueError, KeyError):
+        kind = {"sequence_parallel": "true or false", "stage_layers": "numbers such as 10,12,12,10"}
+        raise InputError(
+            f"{name}={raw!r} is malformed", place="layout", remedy=f"use {kind.get(name, 'a whole number')}"
+        ) from None
+
+
+def layout_from_document(document: Mapping[str, object]) -> Layout:
+    """Build a Layout from plain values; unknown words and bad values raise InputError."""
+    values = dict(document)
+    for name in values:
+        if name not in FIELD_NAMES:
+            raise InputError(f"layout word {name!r} is unknown", place="layout", remedy=nearest(name, FIELD_NAMES))
+    layers = values.get("stage_layers")
+    if isinstance(layers, list | tuple):
+        values["stage_layers"] = tuple(layers)  # pyright: ignore[reportUnknownArgumentType]
+    for name in ("recompute", "schedule", "attention", "offload_optimizer"):
+        if name in values and not isinstance(values[name], str):
+            raise InputError(f"{name}={values[name]!r} is not a word", place="layout")
+    return Layout(**values)  # pyright: ignore[reportArgumentType]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayoutTable:
+    """N layouts as columns. Words are stored as codes: indices into RECOMPUTE, SCHEDULES, ATTENTION, OFFLOAD."""
+
+    dp: IntArray
+    tp: IntArray
+    pp: IntArray
+    cp: IntArray
+    ep: IntArray
+    micro_batch: IntArray
+    zero: IntArray
+    dp_shard: IntArray
+    """Ranks ZeRO shards over; dp where it was not given."""
+    sequence_parallel: IntArray
+    recompute: IntArray
+    recompute_layers: IntArray
+    """Layers per stage under full recompute; ALL_LAYERS = every one."""
+    schedule: IntArray
+    virtual_stages: IntArray
+    split: IntArray
+    """Index into `splits`."""
+    attention: IntArray
+    offload_optimizer: IntArray
+    splits: tuple[tuple[int, ...] | None, ...] = (None,)
+    """Explicit `stage_layers` in use; entry 0 is None, the runtime's rule."""
+
+    def __len__(self) -> int:
+        return len(self.dp)
+
+    @property
+    def gpus(self) -> IntArray:
+        """GPUs of each layout."""
+        return self.dp * self.tp * self.pp * self.cp
+
+    def columns(self) -> dict[str, IntArray]:
+        """Every column by name."""
+        return {name: getattr(self, name) for name in COLUMNS}
+
+    def take(self, rows: NDArray[np.integer] | NDArray[np.bool_]) -> LayoutTable:
+        """The rows at `rows` (indices or a mask)."""
+        return LayoutTable(**{name: column[rows] for name, column in self.columns().items()}, splits=self.splits)
+
+    def row(self, index: int) -> Layout:
+        """One layout back as words."""
+        at = {name: int(column[index]) for name, column in self.columns().items()}
+        return Layout(
+            dp=at["dp"],
+            tp=at["tp"],
+            pp=at["pp"],
+            cp=at["cp"],
+            ep=at["ep"],
+            micro_batch=at["micro_batch"],
+            zero=at["zero"],
+            dp_shard=None if at["dp_shard"] == at["dp"] else at["dp_shard"],
+            sequence_parallel=bool(at["sequence_parallel"]),
+            recompute=join_recompute(RECOMPUTE[at["recompute"]], at["recompute_layers"]),
+            schedule=SCHEDULES[at["schedule"]],
+            virtual_stages=at["virtual_stages"],
+            stage_layers=self.splits[at["split"]],
+            attention=ATTENTION[at["attention"]],
+            offload_optimizer=OFFLOAD[at["offload_optimizer"]],
+        )
+
+
+COLUMNS = tuple(f.name for f in dataclasses.fields(LayoutTable) if f.name != "splits")
+
+
+def layout_table(layouts: Sequence[Layout]) -> LayoutTable:
+    """Columns of `layouts`, in order."""
+    splits: list[tuple[int, ...] | None] = [None]
+    rows: list[tuple[int, ...]] = []
+    for one in layouts:
+        if one.stage_layers not in splits:
+            splits.append(one.stage_layers)
+        kind, layers = split_recompute(one.recompute)
+        row = {
+            **{name: getattr(one, name) for name in ("dp", "tp", "pp", "cp", "ep", "micro_batch", "zero")},
+            "dp_shard": one.dp_shard or one.dp,
+            "sequence_parallel": int(one.sequence_parallel),
+            "recompute": RECOMPUTE.index(kind),
+            "recompute_layers": layers,
+            "schedule": SCHEDULES.index(one.schedule),
+            "virtual_stages": one.virtual_stages,
+            "split": splits.index(one.stage_layers),
+            "attention": ATTENTION.index(one.attention),
+            "offload_optimizer": OFFLOAD.index(one.offload_optimizer),
+        }
+        rows.append(tuple(row[name] for name in COLUMNS))
+    matrix = np.asarray(rows, dtype=np.int64).reshape(len(rows), len(COLUMNS))
+    return LayoutTable(**{name: matrix[:, i].copy() for i, name in enumerate(COLUMNS)}, splits=tuple(splits))
+
+
+def rank_coordinates(layout: Layout) -> dict[str, IntArray]:
+    """Coordinate of every rank on every axis, each of shape (gpus,): rank = ((pp * dp + d) * cp + c) * tp + t."""
+    sizes = [getattr(layout, axis) for axis in reversed(AXIS_ORDER)]
+    grid = np.indices(sizes).reshape(len(sizes), -1)
+    return dict(zip(reversed(AXIS_ORDER), grid, strict=True))

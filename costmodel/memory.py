@@ -1,0 +1,156 @@
+"""Bytes per stage by part: model states under a runtime's conventions, gathered working set, activations, logits, buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardplan.costmodel.job import BYTES_OF, Job
+from shardplan.costmodel.layout import RECOMPUTE, LayoutTable
+from shardplan.costmodel.runtime import BytesPerParameter, Runtime
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+STATE_PARTS = ("parameters", "gradients", "optimizer")
+SELECTIVE, FULL = RECOMPUTE.index("selective"), RECOMPUTE.index("full")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateColumns:
+    """Bytes per parameter of one part for each layout: whole on every rank, and divided by the ranks ZeRO shards over."""
+
+    whole: FloatArray
+    sharded: FloatArray
+
+
+def gradient_bytes(runtime: Runtime, job: Job) -> int:
+    """Bytes of one gradient element as accumulated and reduced."""
+    return BYTES_OF[job.grad_dtype or runtime.states[job.precision].gradient_dtype]
+
+
+def state_columns(
+    runtime: Runtime, job: Job, zero: IntArray, *, accumulates: NDArray[np.bool_]
+) -> dict[str, StateColumns]:
+    """Bytes per parameter of each part for N layouts (shape (N,)), from the runtime's table of its ZeRO stages."""
+    element = gradient_bytes(runtime, job)
+    rows = runtime.states[job.precision].zero
+
+    def column(tables: list[Mapping[str, BytesPerParameter]], part: str) -> FloatArray:
+        values = [table.get(part, 0.0) for table in tables]
+        return np.asarray([element if v == "gradient" else float(v) for v in values])[zero]
+
+    columns: dict[str, StateColumns] = {}
+    for part in STATE_PARTS:
+        accumulating = column([row.accumulating for row in rows], part)
+        columns[part] = StateColumns(
+            whole=column([row.whole for row in rows], part) + np.where(accumulates, accumulating, 0.0),
+            sharded=column([row.sharded for row in rows], part),
+        )
+    if job.optimizer == "sgd":
+        columns["optimizer"] = _without_moments(columns["optimizer"], rows[0].whole["optimizer"])
+    return columns
+
+
+ADAM_MOMENT_BYTES = 8.0
+
+
+def _without_moments(optimizer: StateColumns, whole_at_zero_0: BytesPerParameter) -> StateColumns:
+    """Plain SGD keeps no moments: the optimizer part shrinks by Adam's two fp32 moments."""
+    kept = max(float(whole_at_zero_0) - ADAM_MOMENT_BYTES, 0.0) / float(whole_at_zero_0)
+    return StateColumns(whole=optimizer.whole * kept, sharded=optimizer.sharded * kept)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageMemory:
+    """Bytes by part for N layouts and S stages, each (N, S); the first five add up to allocated."""
+
+    parameters: FloatArray
+    gradients: FloatArray
+    optimizer: FloatArray
+    activations: FloatArray
+    buffers: FloatArray
+    host: FloatArray
+    """Bytes in host memory per GPU."""
+
+    @property
+    def allocated(self) -> FloatArray:
+        """Live at the stage's peak."""
+        return self.parameters + self.gradients + self.optimizer + self.activations + self.buffers
+
+
+def stage_states(
+    runtime: Runtime,
+    job: Job,
+    layouts: LayoutTable,
+    *,
+    accumulates: NDArray[np.bool_],
+    stage_parameters: FloatArray,
+    layer_parameters: FloatArray,
+    root_parameters: FloatArray,
+    offloaded: NDArray[np.bool_],
+) -> dict[str, FloatArray]:
+    """Bytes of parameters, gradients, optimizer and host memory, each (N, S).
+
+    `stage_parameters` (N, S), the largest layer's `layer_parameters` (N, S) and `root_parameters` (N, S: embedding, final norm,
+    head) are per rank, that is after the tensor-parallel split. Under ZeRO-3 the gathered layers are added to the parameters,
+    whole gradients of layers awaiting reduction to the gradients.
+    """
+    shards = np.where(layouts.zero > 0, layouts.dp_shard, 1).astype(np.float64)[:, None]
+    states = state_columns(runtime, job, layouts.zero, accumulates=accumulates)
+    moved = np.zeros_like(stage_parameters)
+    parts: dict[str, FloatArray] = {}
+    for part, column in states.items():
+        sharded = stage_parameters * column.sharded[:, None] / shards
+        if part in runtime.working_set.offload_moves:
+            moved += np.where(offloaded[:, None], sharded, 0.0)
+            sharded = np.where(offloaded[:, None], 0.0, sharded)
+        parts[part] = stage_parameters * column.whole[:, None] + sharded
+    gathered, waiting = _working_set(runtime, job, layouts, layer_parameters, root_parameters, stage_parameters)
+    parts["parameters"] = parts["parameters"] + gathered
+    parts["gradients"] = parts["gradients"] + waiting
+    parts["host"] = moved
+    return parts
+
+
+def _working_set(
+    runtime: Runtime,
+    job: Job,
+    layouts: LayoutTable,
+    layer: FloatArray,
+    root: FloatArray,
+    stage: FloatArray,
+) -> tuple[FloatArray, FloatArray]:
+    """(gathered parameters under ZeRO-3, whole gradients awaiting reduction under ZeRO-2/3) in bytes."""
+    element = BYTES_OF[job.precision]
+    work = runtime.working_set
+    spread = layouts.dp_shard > 1
+    gathered = work.gathered_layers * layer + (root if work.root_stays_gathered else 0.0)
+    gathered = np.where(((layouts.zero == 3) & spread)[:, None], np.minimum(gathered, stage), 0.0)
+    waiting = np.where(((layouts.zero >= 2) & spread)[:, None], np.minimum(work.gradient_layers * layer, stage), 0.0)
+    return element * gathered, element * waiting
+
+
+def activation_bytes(
+    *,
+    recompute: IntArray,
+    full_layers: FloatArray,
+    layers: FloatArray,
+    flying: FloatArray,
+    kept: FloatArray,
+    selective: FloatArray,
+    entering: FloatArray,
+) -> FloatArray:
+    """Activations of the decoder layers of N layouts and S stages, (N, S).
+
+    Of `layers` layers `full_layers` keep only their input (`entering` bytes each), the others `kept` bytes (less `selective`
+    bytes under selective recompute), for `flying` micro-batches; plus what one layer rebuilds while it runs backward.
+    """
+    chosen = (recompute == SELECTIVE)[:, None]
+    per_layer = kept[:, None] - np.where(chosen, selective[:, None], 0.0)
+    rebuilt = np.where(chosen, selective[:, None], 0.0)
+    rebuilt = np.where(full_layers > 0, (kept - entering)[:, None], rebuilt)
+    stored = (layers - full_layers) * per_layer + full_layers * entering[:, None]
+    return flying * stored + np.where(layers > 0, rebuilt, 0.0)

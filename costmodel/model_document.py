@@ -1,0 +1,115 @@
+"""The full description of a model as JSON, as plan files embed it, and the digest that tells two shapes apart."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import MISSING, asdict, fields
+from itertools import groupby
+from typing import Literal, cast
+
+from shardplan.costmodel.model import LayerKind, Model, parameter_counts
+from shardplan.costmodel.model_fields import Fields, json_object, shown
+from shardplan.hw_profiles.errors import InputError, nearest
+
+MOST_LAYERS = 10_000
+"""More decoder layers than any model has; guards against slips of a digit."""
+MOST_PARAMETERS = 10**15
+"""Likewise for parameters (and every count stays exact in 64-bit arrays)."""
+
+
+def model_document(model: Model) -> dict[str, object]:
+    """Everything about the model as JSON values; `model_from_document` gives back an equal model."""
+    document: dict[str, object] = {item.name: getattr(model, item.name) for item in fields(Model)}
+    document["layers"] = [{"count": count, **asdict(kind)} for kind, count in model.layers]
+    return document
+
+
+def model_from_document(document: object, *, place: str = "model") -> Model:
+    """The model a `model_document` describes; `place` names it in errors. Raises InputError."""
+    values = _fields_of(document, Model, place)
+    runs = values.value("layers")
+    if not isinstance(runs, list | tuple) or not runs:
+        raise values.bad(
+            "layers", "is not a list of layers", 'write a list such as [{"count": 32, "hidden": 4096, ...}]'
+        )
+    listed = cast("list[object] | tuple[object, ...]", runs)
+    layers = tuple(_layer_run(run, f"{place}: layers[{index}]") for index, run in enumerate(listed))
+    for index, (kind, _) in enumerate(layers):
+        if kind.hidden != layers[0][0].hidden:
+            problem = f"hidden={kind.hidden} differs from layers[0].hidden={layers[0][0].hidden}"
+            raise InputError(problem, remedy="write the same width for all layers", place=f"{place}: layers[{index}]")
+    count = sum(number for _, number in layers)
+    if count > MOST_LAYERS:
+        raise InputError(f"layers add up to {count}", remedy=f"write at most {MOST_LAYERS} layers", place=place)
+    model = Model(
+        name=values.text("name"),
+        family=values.text("family"),
+        layers=layers,
+        vocab=values.count("vocab"),
+        tied_embeddings=values.flag("tied_embeddings"),
+        learned_positions=values.count("learned_positions", least=0),
+        max_positions=None if values.value("max_positions") is None else values.count("max_positions"),
+        source=values.text("source", may_be_empty=True),
+    )
+    return check_size(model, place)
+
+
+def _layer_run(document: object, place: str) -> tuple[LayerKind, int]:
+    """One run of equal layers, `{"count": n, ...the fields of LayerKind}`."""
+    values = _fields_of(document, LayerKind, place, also=("count",))
+    heads, kv_heads, experts = values.count("heads"), values.count("kv_heads"), values.count("experts", least=0)
+    values.check_divides("kv_heads", kv_heads, "heads", heads)
+    if not experts and values.count("experts_per_token", least=0):
+        raise values.bad("experts_per_token", f"needs experts, but {values.show('experts')}", "write 0 for a dense MLP")
+    kind = LayerKind(
+        hidden=values.count("hidden"),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=values.count("head_dim"),
+        ffn=values.count("ffn"),
+        gated_mlp=values.flag("gated_mlp"),
+        norm=cast("Literal['rmsnorm', 'layernorm']", values.text("norm", ("rmsnorm", "layernorm"))),
+        qkv_bias=values.flag("qkv_bias"),
+        attention_output_bias=values.flag("attention_output_bias"),
+        mlp_bias=values.flag("mlp_bias"),
+        rotary=values.flag("rotary"),
+        dropout=values.flag("dropout"),
+        experts=experts,
+        experts_per_token=values.at_most("experts_per_token", "experts") if experts else 0,
+    )
+    return kind, values.count("count", most=MOST_LAYERS)
+
+
+def _fields_of(document: object, kind: type[Model] | type[LayerKind], place: str, also: tuple[str, ...] = ()) -> Fields:
+    """The document's fields with the dataclass's own defaults; unknown words are refused."""
+    given = json_object(document, place, "write what `model_document` gives")
+    known = [*also, *(item.name for item in fields(kind))]
+    for word, value in given.items():
+        if word not in known:
+            raise InputError(f"{word}={shown(value)} is unknown", remedy=nearest(word, known), place=place)
+    defaults = {item.name: item.default for item in fields(kind) if item.default is not MISSING}
+    return Fields(place=place, given=given, defaults=defaults)
+
+
+def check_size(model: Model, place: str) -> Model:
+    """The same model; refused when its shapes multiply to an absurd number of parameters."""
+    total = parameter_counts(model)["total"]
+    if total > MOST_PARAMETERS:
+        problem = f"shapes make {total:.3g} parameters, more than {MOST_PARAMETERS:.0e}"
+        raise InputError(problem, remedy="look for a shape with too many digits", place=place)
+    return model
+
+
+def model_digest(model: Model) -> str:
+    """SHA-256 (hex) of the shapes as canonical JSON: equal for equal shapes, whatever their name, family or source.
+
+    Neighbouring runs of equal layers count as one run.
+    """
+    shapes = model_document(model)
+    for word in ("name", "family", "source"):
+        del shapes[word]
+    runs = groupby(model.layers, key=lambda run: run[0])
+    shapes["layers"] = [{"count": sum(count for _, count in run), **asdict(kind)} for kind, run in runs]
+    canonical = json.dumps(shapes, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()

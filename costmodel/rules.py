@@ -1,0 +1,423 @@
+"""The one list of what is invalid or known bad: the planner runs it on N layouts, the executor and `estimate` on one.
+
+A rule answers, for every row, whether it is broken; its reason and remedy name the values. A broken `structural` rule means that
+the layout has no meaning (no number is computed for it); other rules mean the runtime or machine cannot run it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardplan.costmodel.job import Job
+from shardplan.costmodel.layout import (
+    ALL_LAYERS,
+    ATTENTION,
+    OFFLOAD,
+    RECOMPUTE,
+    SCHEDULES,
+    Layout,
+    LayoutTable,
+    layout_table,
+    split_recompute,
+)
+from shardplan.costmodel.model import LayerKind, Model
+from shardplan.costmodel.runtime import Runtime
+from shardplan.hw_profiles.machine import Cluster
+
+BoolArray = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What a rule may look at besides the layout."""
+
+    model: Model
+    job: Job
+    cluster: Cluster
+    runtime: Runtime
+
+    @property
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """The layer kinds of the model."""
+        return tuple(kind for kind, _ in self.model.layers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """One reason to refuse a layout."""
+
+    id: str
+    broken: Callable[[Setting, LayoutTable], BoolArray]
+    detail: Callable[[Setting, Layout], str]
+    """The values that break it."""
+    remedy: Callable[[Setting, Layout], str]
+    structural: bool = False
+    evidence: str = ""
+    """Where the rule is from, when it is not arithmetic."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rejection:
+    """Why one layout is refused, as a value."""
+
+    rule: str
+    detail: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.rule}: {self.detail}; {self.remedy}"
+
+
+def divisors(number: int, *, most: int = 4096) -> list[int]:
+    """Divisors of `number`, ascending, up to `most`."""
+    return [d for d in range(1, min(number, most) + 1) if number % d == 0]
+
+
+def _divides(number: Callable[[LayerKind], int]) -> Callable[[Setting, LayoutTable], BoolArray]:
+    def broken(setting: Setting, table: LayoutTable) -> BoolArray:
+        return np.any([number(kind) % table.tp != 0 for kind in setting.kinds], axis=0)
+
+    return broken
+
+
+def _use_divisors(number: Callable[[Setting], int]) -> Callable[[Setting, Layout], str]:
+    def remedy(setting: Setting, _: Layout) -> str:
+        options = divisors(number(setting), most=64)
+        return "use " + ", ".join(map(str, options[:-1])) + (" or " if len(options) > 1 else "") + str(options[-1])
+
+    return remedy
+
+
+def _not_in(column: str, known: Callable[[Runtime], tuple[int, ...]]) -> Callable[[Setting, LayoutTable], BoolArray]:
+    def broken(setting: Setting, table: LayoutTable) -> BoolArray:
+        return ~np.isin(getattr(table, column), known(setting.runtime))
+
+    return broken
+
+
+def _codes(words: tuple[str, ...], known: tuple[str, ...]) -> tuple[int, ...]:
+    return tuple(known.index(word) for word in words if word in known)
+
+
+def _micro_batches(setting: Setting, table: LayoutTable) -> NDArray[np.float64]:
+    return setting.job.global_batch / (table.dp * table.micro_batch)
+
+
+def _split_is_wrong(setting: Setting, table: LayoutTable) -> BoolArray:
+    broken = np.zeros(len(table), dtype=bool)
+    for index, split in enumerate(table.splits):
+        if split is not None:
+            uses = table.split == index
+            broken |= uses & (table.pp * table.virtual_stages != len(split))
+            broken |= uses & (sum(split) != setting.model.layer_count)
+    return broken
+
+
+def _uneven(setting: Setting, table: LayoutTable) -> BoolArray:
+    broken = (table.split == 0) & (setting.model.layer_count % (table.pp * table.virtual_stages) != 0)
+    for index, split in enumerate(table.splits):
+        if split is not None and len(set(split)) > 1:
+            broken |= table.split == index
+    return broken & (not setting.runtime.abilities.uneven_stages)
+
+
+def _can(setting: Setting, ability: str) -> bool:
+    return bool(getattr(setting.runtime.abilities, ability))
+
+
+def _runtime_lacks(what: str) -> Callable[[Setting, Layout], str]:
+    return lambda s, _: f"runtime {s.runtime.name!r} ({s.runtime.version}) has no {what}"
+
+
+def _other_runtime(_: Setting, __: Layout) -> str:
+    return "drop it or choose another --runtime"
+
+
+def _options(words: Callable[[Runtime], tuple[object, ...]]) -> Callable[[Setting, Layout], str]:
+    return lambda s, _: f"{s.runtime.name!r} can do: {', '.join(map(str, words(s.runtime))) or 'none'}"
+
+
+STRUCTURE: tuple[Rule, ...] = (
+    Rule(
+        id="gpus-product",
+        broken=lambda s, t: t.gpus != s.cluster.gpus,
+        detail=lambda s, x: (
+            f"dp*tp*pp*cp = {x.dp}*{x.tp}*{x.pp}*{x.cp} = {x.gpus}, but there are {s.cluster.gpus} GPUs"
+        ),
+        remedy=lambda s, x: (
+            f"use dp={s.cluster.gpus // (x.tp * x.pp * x.cp)}"
+            if s.cluster.gpus % (x.tp * x.pp * x.cp) == 0
+            else f"give --gpus {x.gpus}"
+        ),
+        structural=True,
+    ),
+    Rule(
+        id="batch-divisible",
+        broken=lambda s, t: s.job.global_batch % (t.dp * t.micro_batch) != 0,
+        detail=lambda s, x: (
+            f"global_batch={s.job.global_batch} is not a multiple of dp*micro_batch = {x.dp}*{x.micro_batch}"
+        ),
+        remedy=lambda s, x: (
+            f"use a global batch of {_round_up(s.job.global_batch, x.dp * x.micro_batch)} or another dp, micro_batch"
+        ),
+        structural=True,
+    ),
+    Rule(
+        id="layers-cover-stages",
+        broken=lambda s, t: t.pp * t.virtual_stages > s.model.layer_count,
+        detail=lambda s, x: (
+            f"pp*virtual_stages = {x.pp}*{x.virtual_stages} chunks, but only {s.model.layer_count} layers"
+        ),
+        remedy=lambda s, x: f"use at most {s.model.layer_count} chunks",
+        structural=True,
+    ),
+    Rule(
+        id="stage-layers-sum",
+        broken=_split_is_wrong,
+        detail=lambda s, x: (
+            f"stage_layers={x.stage_layers} has {len(x.stage_layers or ())} chunks and {sum(x.stage_layers or ())} layers"
+        ),
+        remedy=lambda s, x: f"give {x.pp * x.virtual_stages} numbers that add up to {s.model.layer_count}",
+        structural=True,
+    ),
+    Rule(
+        id="dp-shard-divides",
+        broken=lambda s, t: t.dp % t.dp_shard != 0,
+        detail=lambda s, x: f"dp_shard={x.dp_shard} does not divide dp={x.dp}",
+        remedy=lambda s, x: "use " + ", ".join(map(str, divisors(x.dp, most=64))),
+        structural=True,
+    ),
+    Rule(
+        id="recompute-layers",
+        broken=lambda s, t: (t.recompute_layers != ALL_LAYERS) & (t.recompute_layers * t.pp > s.model.layer_count),
+        detail=lambda s, x: (
+            f"recompute={x.recompute} names more layers than a stage of {s.model.layer_count}/{x.pp} has"
+        ),
+        remedy=lambda s, x: "use recompute=full, or fewer layers",
+        structural=True,
+    ),
+)
+
+SHAPES: tuple[Rule, ...] = (
+    Rule(
+        id="tp-divides-heads",
+        broken=_divides(lambda kind: kind.heads),
+        detail=lambda s, x: f"tp={x.tp} does not divide heads={s.kinds[0].heads}",
+        remedy=_use_divisors(lambda s: s.kinds[0].heads),
+    ),
+    Rule(
+        id="tp-divides-kv-heads",
+        broken=_divides(lambda kind: kind.kv_heads),
+        detail=lambda s, x: f"tp={x.tp} does not divide kv_heads={s.kinds[0].kv_heads}",
+        remedy=_use_divisors(lambda s: s.kinds[0].kv_heads),
+        evidence="Megatron-Core: num_query_groups % tp == 0; local head counts of DTensor column splits",
+    ),
+    Rule(
+        id="tp-divides-ffn",
+        broken=_divides(lambda kind: kind.ffn),
+        detail=lambda s, x: f"tp={x.tp} does not divide ffn={s.kinds[0].ffn}",
+        remedy=_use_divisors(lambda s: s.kinds[0].ffn),
+    ),
+    Rule(
+        id="sp-needs-tp",
+        broken=lambda s, t: (t.sequence_parallel == 1) & (t.tp == 1),
+        detail=lambda s, x: "sequence_parallel=true with tp=1 splits nothing",
+        remedy=lambda s, x: "drop sequence_parallel or raise tp",
+        evidence="Megatron-LM silently switches it off",
+    ),
+    Rule(
+        id="sp-divides-seq",
+        broken=lambda s, t: (t.sequence_parallel == 1) & (s.job.seq % t.tp != 0),
+        detail=lambda s, x: f"tp={x.tp} does not divide seq={s.job.seq}",
+        remedy=lambda s, x: f"use a sequence length that is a multiple of {x.tp}",
+    ),
+    Rule(
+        id="seq-within-positions",
+        broken=lambda s, t: np.full(len(t), 0 < s.model.learned_positions < s.job.seq),
+        detail=lambda s, x: (
+            f"seq={s.job.seq} is longer than the {s.model.learned_positions} learned positions of {s.model.name}"
+        ),
+        remedy=lambda s, x: f"use --seq {s.model.learned_positions} or less",
+    ),
+    Rule(
+        id="cp-not-modelled",
+        broken=lambda s, t: t.cp > 1,
+        detail=lambda s, x: f"cp={x.cp}: context parallelism is not modelled yet",
+        remedy=lambda s, x: "use cp=1",
+    ),
+    Rule(
+        id="ep-not-modelled",
+        broken=lambda s, t: t.ep > 1,
+        detail=lambda s, x: f"ep={x.ep}: expert parallelism is not modelled yet",
+        remedy=lambda s, x: "use ep=1 (every rank holds all experts)",
+    ),
+)
+
+SCHEDULE_RULES: tuple[Rule, ...] = (
+    Rule(
+        id="virtual-stages-interleaved",
+        broken=lambda s, t: (t.virtual_stages > 1) != ((t.schedule == SCHEDULES.index("interleaved")) & (t.pp > 1)),
+        detail=lambda s, x: f"schedule={x.schedule} with pp={x.pp} virtual_stages={x.virtual_stages}",
+        remedy=lambda s, x: "interleaved needs pp > 1 and virtual_stages > 1; other schedules virtual_stages=1",
+    ),
+    Rule(
+        id="interleaved-rounds",
+        broken=lambda s, t: (t.virtual_stages > 1) & (_micro_batches(s, t) % t.pp != 0),
+        detail=lambda s, x: f"interleaved needs a multiple of pp={x.pp} micro-batches, not {_count(s, x):g}",
+        remedy=lambda s, x: "change micro_batch, dp or pp",
+        evidence="Megatron-LM schedules.py: num_microbatches % pipeline_parallel_size == 0",
+    ),
+    Rule(
+        id="micro-batches-cover-stages",
+        broken=lambda s, t: (t.pp > 1) & (_micro_batches(s, t) < t.pp) & _can(s, "micro_batches_cover_stages"),
+        detail=lambda s, x: f"{_count(s, x):g} micro-batches do not fill pp={x.pp} stages",
+        remedy=lambda s, x: "raise the global batch or lower pp, dp or micro_batch",
+        evidence="torch.distributed.pipelining rejects it for single-stage schedules (pytorch/torchtitan#775)",
+    ),
+    Rule(
+        id="runtime-schedule",
+        broken=lambda s, t: (t.pp > 1) & ~np.isin(t.schedule, _codes(s.runtime.abilities.schedules, SCHEDULES)),
+        detail=lambda s, x: f"runtime {s.runtime.name!r} has no schedule={x.schedule}",
+        remedy=_options(lambda r: r.abilities.schedules),
+    ),
+    Rule(
+        id="runtime-uneven-stages",
+        broken=_uneven,
+        detail=lambda s, x: (
+            f"{s.model.layer_count} layers do not split evenly over {x.pp}*{x.virtual_stages} chunks in {s.runtime.name!r}"
+        ),
+        remedy=lambda s, x: f"use a pp*virtual_stages that divides {s.model.layer_count}",
+    ),
+    Rule(
+        id="tied-embeddings-across-stages",
+        broken=lambda s, t: (t.pp > 1) & s.model.tied_embeddings & (not _can(s, "tied_embeddings_across_stages")),
+        detail=_runtime_lacks("embedding tied across pipeline stages"),
+        remedy=lambda s, x: "use pp=1 or another --runtime",
+    ),
+)
+
+RUNTIME_RULES: tuple[Rule, ...] = (
+    Rule(
+        id="runtime-zero",
+        broken=_not_in("zero", lambda r: r.abilities.zero),
+        detail=lambda s, x: f"runtime {s.runtime.name!r} has no zero={x.zero}",
+        remedy=_options(lambda r: r.abilities.zero),
+    ),
+    Rule(
+        id="runtime-zero-with-pipeline",
+        broken=lambda s, t: (t.pp > 1) & ~np.isin(t.zero, s.runtime.abilities.zero_with_pipeline),
+        detail=lambda s, x: f"runtime {s.runtime.name!r} cannot combine zero={x.zero} with pp={x.pp}",
+        remedy=_options(lambda r: r.abilities.zero_with_pipeline),
+    ),
+    Rule(
+        id="dp-shard-needs-zero",
+        broken=lambda s, t: (t.dp_shard != t.dp) & (t.zero == 0),
+        detail=lambda s, x: f"dp_shard={x.dp_shard} with zero=0 shards nothing",
+        remedy=lambda s, x: "use zero=1, 2 or 3, or drop dp_shard",
+    ),
+    Rule(
+        id="runtime-hsdp",
+        broken=lambda s, t: (t.dp_shard != t.dp) & (not _can(s, "hsdp")),
+        detail=_runtime_lacks("sharding over fewer ranks than dp (HSDP)"),
+        remedy=_other_runtime,
+    ),
+    Rule(
+        id="runtime-tensor-parallel",
+        broken=lambda s, t: (t.tp > 1) & (not _can(s, "tensor_parallel")),
+        detail=_runtime_lacks("tensor parallelism"),
+        remedy=_other_runtime,
+    ),
+    Rule(
+        id="runtime-sequence-parallel",
+        broken=lambda s, t: (t.sequence_parallel == 1) & (not _can(s, "sequence_parallel")),
+        detail=_runtime_lacks("sequence parallelism"),
+        remedy=_other_runtime,
+    ),
+    Rule(
+        id="runtime-pipeline-parallel",
+        broken=lambda s, t: (t.pp > 1) & (not _can(s, "pipeline_parallel")),
+        detail=_runtime_lacks("pipeline parallelism"),
+        remedy=_other_runtime,
+    ),
+    Rule(
+        id="runtime-experts",
+        broken=lambda s, t: np.full(len(t), any(k.experts for k in s.kinds) and not _can(s, "experts")),
+        detail=_runtime_lacks("mixture-of-experts layers"),
+        remedy=lambda s, x: "choose another --runtime",
+    ),
+    Rule(
+        id="runtime-recompute",
+        broken=lambda s, t: ~np.isin(t.recompute, _codes(s.runtime.abilities.recompute, RECOMPUTE)),
+        detail=lambda s, x: f"runtime {s.runtime.name!r} has no recompute={split_recompute(x.recompute)[0]}",
+        remedy=_options(lambda r: r.abilities.recompute),
+    ),
+    Rule(
+        id="runtime-partial-recompute",
+        broken=lambda s, t: (t.recompute_layers != ALL_LAYERS) & (not _can(s, "partial_recompute")),
+        detail=_runtime_lacks("full recompute of some layers only (full:N)"),
+        remedy=lambda s, x: "use recompute=full or none",
+    ),
+    Rule(
+        id="runtime-attention",
+        broken=lambda s, t: ~np.isin(t.attention, (0, *_codes(s.runtime.abilities.attention, ATTENTION))),
+        detail=lambda s, x: f"runtime {s.runtime.name!r} has no attention={x.attention}",
+        remedy=_options(lambda r: r.abilities.attention),
+    ),
+    Rule(
+        id="runtime-offload",
+        broken=lambda s, t: ~np.isin(t.offload_optimizer, _codes(s.runtime.abilities.offload_optimizer, OFFLOAD)),
+        detail=lambda s, x: f"runtime {s.runtime.name!r} has no offload_optimizer={x.offload_optimizer}",
+        remedy=_options(lambda r: r.abilities.offload_optimizer),
+    ),
+    Rule(
+        id="offload-zero",
+        broken=lambda s, t: (t.offload_optimizer > 0) & ~np.isin(t.zero, s.runtime.abilities.offload_zero),
+        detail=lambda s, x: (
+            f"offload_optimizer={x.offload_optimizer} does not go with zero={x.zero} in {s.runtime.name!r}"
+        ),
+        remedy=lambda s, x: (
+            f"use zero={' or '.join(map(str, s.runtime.abilities.offload_zero)) or 'with another --runtime'}"
+        ),
+    ),
+    Rule(
+        id="runtime-precision",
+        broken=lambda s, t: np.full(len(t), s.job.precision not in s.runtime.abilities.precisions),
+        detail=lambda s, x: f"runtime {s.runtime.name!r} has no precision {s.job.precision}",
+        remedy=_options(lambda r: r.abilities.precisions),
+    ),
+    Rule(
+        id="gpu-precision",
+        broken=lambda s, t: np.full(len(t), s.job.precision not in s.cluster.gpu.peak_flop_per_s),
+        detail=lambda s, x: f"GPU {s.cluster.gpu.name} has no {s.job.precision} matrix units",
+        remedy=lambda s, x: f"use --precision {' or '.join(s.cluster.gpu.peak_flop_per_s)}",
+        structural=True,
+    ),
+)
+
+RULES: tuple[Rule, ...] = (*STRUCTURE, *SHAPES, *SCHEDULE_RULES, *RUNTIME_RULES)
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def _count(setting: Setting, layout: Layout) -> float:
+    return setting.job.global_batch / (layout.dp * layout.micro_batch)
+
+
+def broken_rules(setting: Setting, table: LayoutTable) -> dict[str, BoolArray]:
+    """For each rule that any row breaks: which rows, shape (N,)."""
+    found = {rule.id: np.broadcast_to(rule.broken(setting, table), len(table)) for rule in RULES}
+    return {rule: rows for rule, rows in found.items() if rows.any()}
+
+
+def rejections(setting: Setting, layout: Layout) -> tuple[list[Rejection], bool]:
+    """(every broken rule of one layout, told with its values; whether any of them is structural)."""
+    found = broken_rules(setting, layout_table([layout]))
+    broken = [rule for rule in RULES if rule.id in found]
+    told = [Rejection(rule=r.id, detail=r.detail(setting, layout), remedy=r.remedy(setting, layout)) for r in broken]
+    return told, any(rule.structural for rule in broken)

@@ -1,0 +1,217 @@
+"""What the executing software does, as data (runtimes/*.toml): bytes per parameter, what recompute saves, what overlaps, abilities.
+
+No code asks for a runtime's name; a new runtime is a new file. User files: give a path ending in .toml.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from shardplan.hw_profiles.errors import InputError, nearest
+
+BytesPerParameter = float | Literal["gradient"]
+"""A number, or "gradient": the bytes of the gradient dtype in use."""
+
+
+class _FromFile:
+    """Unknown keys in the file are errors."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Abilities(_FromFile):
+    """What the runtime can run; rules refuse the rest by name."""
+
+    zero: tuple[int, ...]
+    zero_with_pipeline: tuple[int, ...]
+    hsdp: bool
+    """ZeRO sharding over fewer ranks than dp."""
+    tensor_parallel: bool
+    sequence_parallel: bool
+    pipeline_parallel: bool
+    experts: bool
+    """Mixture-of-experts layers."""
+    tied_embeddings_across_stages: bool
+    uneven_stages: bool
+    micro_batches_cover_stages: bool
+    """The schedules need at least as many micro-batches as stages."""
+    schedules: tuple[str, ...]
+    recompute: tuple[str, ...]
+    partial_recompute: bool
+    """`full:N` with N below the layers of a stage."""
+    attention: tuple[str, ...]
+    """First is what `auto` means."""
+    precisions: tuple[str, ...]
+    offload_optimizer: tuple[str, ...]
+    offload_zero: tuple[int, ...]
+    """ZeRO stages with which the optimizer can be offloaded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateBytes(_FromFile):
+    """Model-state bytes per parameter at one ZeRO stage."""
+
+    whole: Mapping[str, BytesPerParameter]
+    """Held in full on every rank: keys parameters, gradients, optimizer."""
+    sharded: Mapping[str, BytesPerParameter]
+    """Divided by the ranks ZeRO shards over."""
+    accumulating: Mapping[str, BytesPerParameter]
+    """Held in full too, while more than one micro-batch accumulates."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class States(_FromFile):
+    """States of one precision by ZeRO stage."""
+
+    gradient_dtype: str
+    """Of accumulation and reduction unless the job says otherwise."""
+    zero: tuple[StateBytes, ...]
+    """Index = ZeRO stage; stages the runtime lacks are absent from `abilities.zero` and repeat the stage below."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkingSet(_FromFile):
+    """Transient memory beside states and activations."""
+
+    gathered_layers: float
+    """ZeRO-3: layers whose parameters are whole at the same time, in the compute dtype."""
+    gradient_layers: float
+    """ZeRO-2/3: layers whose gradients are whole before they are reduced."""
+    root_stays_gathered: bool
+    """ZeRO-3: embedding, final norm and head stay whole through forward and backward."""
+    buffer_bytes: float
+    """Communication buckets and workspaces per rank when it has any peer."""
+    offload_moves: tuple[str, ...]
+    """Parts whose sharded bytes live in host memory when the optimizer is offloaded: parameters, gradients, optimizer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Activations(_FromFile):
+    """What operators keep for the backward pass."""
+
+    selective: tuple[str, ...]
+    """Operators whose saved tensors are recomputed under `selective`."""
+    gated_mlp_copies: float
+    """ffn-wide tensors kept by a gated MLP: 3 fused (gate, up, product), 4 with silu(gate) kept too."""
+    norm_bytes: float
+    """Bytes per element of a norm's saved input; 0 = the compute dtype."""
+    logit_bytes: float
+    """Bytes per logit alive at the peak of the loss (logits, softmax, gradient)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution(_FromFile):
+    """Time behaviour that is software, not hardware."""
+
+    elementwise_traffic: float
+    """Bytes moved by element-wise operators relative to fully fused ones."""
+    launches_per_operator: float
+    """Kernels launched per operator of the cost model, forward."""
+    tensor_parallel_host_s: float
+    """Extra host time per tensor-parallel operator (dispatch of distributed tensors)."""
+    step_overhead_s: float
+    """Fixed host time per optimizer step."""
+    compute_slowdown: float
+    """Fraction by which compute slows while communication hides behind it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Communication(_FromFile):
+    """When and how ranks exchange states, and which share can hide behind compute."""
+
+    reduce_every_micro_batch: tuple[int, ...]
+    """ZeRO stages that reduce gradients after each micro-batch (else once per step)."""
+    gather_every_micro_batch: tuple[int, ...]
+    """ZeRO stages that gather parameters in forward and in backward of each micro-batch (else once per step)."""
+    tensor_overlap: float
+    gather_overlap: float
+    reduce_overlap: float
+    pipeline_overlap: float
+    pipeline_scatter: bool
+    """Boundary tensors are split over tp even without sequence parallelism."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageRule(_FromFile):
+    """How layers are spread over stages when the layout does not say."""
+
+    embedding_weight: float
+    """Embedding counted as this many layers."""
+    head_weight: float
+    """Head and loss counted as this many layers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime(_FromFile):
+    """One runtime at one version."""
+
+    name: str
+    version: str
+    source: str
+    abilities: Abilities
+    states: Mapping[str, States]
+    working_set: WorkingSet
+    activations: Activations
+    execution: Execution
+    communication: Communication
+    stages: StageRule
+    vocabulary_multiple: int
+    """Vocabulary is padded to this times tp."""
+    allocator_slack_fraction: float
+    """Reserved beyond allocated, relative to allocated."""
+
+
+def runtime_names() -> tuple[str, ...]:
+    """Names of the shipped runtimes."""
+    folder = resources.files("shardplan.costmodel") / "runtimes"
+    return tuple(sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml")))
+
+
+def load_runtime(name: str) -> Runtime:
+    """A shipped runtime by name, or a TOML file; raises InputError naming file, field and remedy."""
+    if name.endswith(".toml"):
+        path = Path(name)
+        if not path.is_file():
+            raise InputError("no such runtime file", place=name, remedy=f"shipped: {', '.join(runtime_names())}")
+        return _read(path.read_text(encoding="utf-8"), name)
+    if name not in runtime_names():
+        raise InputError(f"runtime {name!r} is unknown", place="--runtime", remedy=nearest(name, runtime_names()))
+    file = resources.files("shardplan.costmodel") / "runtimes" / f"{name}.toml"
+    return _read(file.read_text(encoding="utf-8"), f"{name}.toml")
+
+
+def _read(text: str, place: str) -> Runtime:
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as bad:
+        raise InputError(f"not valid TOML ({bad})", place=place) from None
+    for states in document.get("states", {}).values():
+        if isinstance(states, dict):
+            states["zero"] = [_state_row(states, stage) for stage in range(4)]
+            for stage in range(4):
+                states.pop(f"zero_{stage}", None)
+    try:
+        return TypeAdapter(Runtime).validate_python(document)
+    except ValidationError as bad:
+        errors = bad.errors()
+        first = next((e for e in errors if e["type"] in ("extra_forbidden", "unexpected_keyword_argument")), errors[0])
+        field = ".".join(map(str, first["loc"]))
+        value = "" if first["type"].startswith("missing") else f" (value {first.get('input')!r:.60})"
+        raise InputError(f"{field}: {first['msg']}{value}", place=place, remedy="see the shipped runtimes") from None
+
+
+def _state_row(states: dict[str, Any], stage: int) -> dict[str, Any]:
+    """Row of one ZeRO stage; a stage that is not given repeats the one below."""
+    for candidate in range(stage, -1, -1):
+        row = states.get(f"zero_{candidate}")
+        if row is not None:
+            return {"whole": {}, "sharded": {}, "accumulating": {}, **row}
+    return {"whole": {}, "sharded": {}, "accumulating": {}}

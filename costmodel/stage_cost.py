@@ -1,0 +1,148 @@
+"""From unique keys to rows: block costs by shape, stage contents by split, parameters per stage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from shardplan.hw_profiles.topology import TierTable
+
+from shardplan.costmodel.job import BYTES_OF, Job
+from shardplan.costmodel.keys import unique_keys
+from shardplan.costmodel.layer_cost import BlockCost, block_cost
+from shardplan.costmodel.layout import ALL_LAYERS, ATTENTION, LayoutTable
+from shardplan.costmodel.memory import FULL, SELECTIVE
+from shardplan.costmodel.model import Model, layer_parameters
+from shardplan.costmodel.operators import Shapes, embedding_ops, head_ops, layer_ops, logits_bytes
+from shardplan.costmodel.pipeline import stage_table
+from shardplan.costmodel.runtime import Runtime
+from shardplan.hw_profiles.machine import Cluster
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+BlockColumns = Mapping[str, FloatArray]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockRows:
+    """Columns of `layer_cost.BlockCost` gathered for N layouts."""
+
+    layers: tuple[BlockColumns, ...]
+    """One per run of layer kinds."""
+    embedding: BlockColumns
+    head: BlockColumns
+    logits_bytes: FloatArray
+    selects: FloatArray
+    """1 where recompute is selective."""
+
+
+def padded_vocab(model: Model, runtime: Runtime, tp: FloatArray) -> FloatArray:
+    """Vocabulary padded to a multiple of the runtime's block times tp."""
+    multiple = runtime.vocabulary_multiple * tp
+    return np.ceil(model.vocab / multiple) * multiple
+
+
+def block_rows(
+    model: Model, job: Job, cluster: Cluster, layouts: LayoutTable, runtime: Runtime, tiers: TierTable
+) -> BlockRows:
+    """Costs of layers, embedding and head: once per unique (tp, sp, cp, micro-batch, attention), then gathered."""
+    default = ATTENTION.index(runtime.abilities.attention[0])
+    attention = np.where(layouts.attention == 0, default, layouts.attention)
+    first, inverse = unique_keys(layouts.tp, layouts.sequence_parallel, layouts.cp, layouts.micro_batch, attention)
+    tp = layouts.tp[first].astype(np.float64)
+    shapes = Shapes(
+        micro_batch=layouts.micro_batch[first].astype(np.float64),
+        seq=job.seq / layouts.cp[first],
+        tp=tp,
+        sp=np.where(layouts.sequence_parallel[first] == 1, tp, 1.0),
+        flash=attention[first] == ATTENTION.index("flash"),
+        element_bytes=BYTES_OF[job.precision],
+    )
+    vocab = padded_vocab(model, runtime, tp)
+    dropout = model.layers[0][0].dropout
+
+    def gathered(block: BlockCost) -> BlockColumns:
+        return {name: getattr(block, name)[inverse] for name in BlockCost.__dataclass_fields__}
+
+    def cost(ops: tuple[object, ...]) -> BlockColumns:
+        return gathered(block_cost(ops, shapes, gpu=cluster.gpu, precision=job.precision, tiers=tiers, runtime=runtime))  # pyright: ignore[reportArgumentType]
+
+    return BlockRows(
+        layers=tuple(cost(layer_ops(kind, shapes, runtime)) for kind, _ in model.layers),
+        embedding=cost(embedding_ops(model.hidden, dropout, shapes)),
+        head=cost(head_ops(model.hidden, vocab, shapes, runtime)),
+        logits_bytes=logits_bytes(vocab, shapes, runtime)[inverse],
+        selects=(layouts.recompute == SELECTIVE).astype(np.float64),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageRows:
+    """What S stages of each of N layouts hold."""
+
+    stage: IntArray
+    """Stage index, (N, S)."""
+    layers: FloatArray
+    """Layers by kind, (N, S, kinds)."""
+    recomputed: FloatArray
+    """Layers under full recompute, (N, S)."""
+    recomputed_total: FloatArray
+    """Layers under full recompute in the whole pipeline, (N,)."""
+    embedding: FloatArray
+    head: FloatArray
+
+
+def stage_rows(model: Model, layouts: LayoutTable, runtime: Runtime, *, every_stage: bool) -> StageRows:
+    """Stage contents: once per unique (pp, virtual stages, split), then gathered; full recompute once per unique depth too."""
+    first, inverse = unique_keys(layouts.pp, layouts.virtual_stages, layouts.split)
+    table = stage_table(
+        model,
+        layouts.pp[first].tolist(),
+        layouts.virtual_stages[first].tolist(),
+        [layouts.splits[i] for i in layouts.split[first]],
+        runtime.stages,
+        every_stage=every_stage,
+    )
+    layers = table.layers.astype(np.float64)[inverse]
+    depth = np.where(layouts.recompute_layers == ALL_LAYERS, model.layer_count, layouts.recompute_layers)
+    depth = np.where(layouts.recompute == FULL, depth, 0)
+    at, back = unique_keys(inverse, depth)
+    totals = np.minimum(table.total_layers[inverse[at]], depth[at][:, None]).sum(axis=1).astype(np.float64)
+    return StageRows(
+        stage=table.stage[inverse],
+        layers=layers,
+        recomputed=np.minimum(layers.sum(axis=2), depth[:, None]),
+        recomputed_total=totals[back],
+        embedding=table.embedding.astype(np.float64)[inverse],
+        head=table.head.astype(np.float64)[inverse],
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageParameters:
+    """Parameters held by a rank after the tensor-parallel split, (N, S)."""
+
+    stage: FloatArray
+    layer: FloatArray
+    """Of the largest layer."""
+    root: FloatArray
+    """Embedding, positions, final norm and head."""
+
+
+def stage_parameters(model: Model, layouts: LayoutTable, runtime: Runtime, stages: StageRows) -> StageParameters:
+    """Matrices are divided by tp, norms are not; a tied embedding on another stage than the head is held twice."""
+    tp = layouts.tp.astype(np.float64)
+    kinds = [layer_parameters(kind) for kind, _ in model.layers]
+    by_kind = np.stack([(k["attention"] + k["mlp"] + k["router"]) / tp + k["norms"] for k in kinds], axis=-1)
+    table = padded_vocab(model, runtime, tp) * model.hidden / tp
+    norm = model.hidden * (2 if model.norm == "layernorm" else 1)
+    root = stages.embedding * (table + model.learned_positions * model.hidden)[:, None]
+    owns_head = (
+        (~model.tied_embeddings | (layouts.pp > 1)) if model.tied_embeddings else np.ones(len(layouts), dtype=bool)
+    )
+    root = root + stages.head * (np.where(owns_head, table, 0.0) + norm)[:, None]
+    body = (stages.layers * by_kind[:, None, :]).sum(axis=2)
+    largest = np.where(stages.layers > 0, by_kind[:, None, :], 0.0).max(axis=2)
+    return StageParameters(stage=body + root, layer=largest, root=root)

@@ -1,0 +1,192 @@
+"""Step time of N layouts by part: the slowest stage sets the pace, the others fill and drain, the rest is added where exposed."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from shardplan.hw_profiles.topology import TierTable
+
+from shardplan.costmodel.collectives import collective_s, point_to_point_s
+from shardplan.costmodel.data_parallel import exchange_s, exposed_exchange_s
+from shardplan.costmodel.job import BYTES_OF, Job
+from shardplan.costmodel.kernels_time import memory_bound_s
+from shardplan.costmodel.layer_cost import BACKWARD_LAUNCHES
+from shardplan.costmodel.layout import LayoutTable
+from shardplan.costmodel.memory import gradient_bytes
+from shardplan.costmodel.model import Model
+from shardplan.costmodel.offload import optimizer_offload_s
+from shardplan.costmodel.runtime import Runtime
+from shardplan.costmodel.stage_cost import BlockColumns, BlockRows, StageParameters, StageRows
+from shardplan.hw_profiles.machine import Cluster, Gpu
+
+FloatArray = NDArray[np.float64]
+
+UPDATE_BYTES = {"adamw": 30.0, "sgd": 14.0}
+"""Memory traffic of the update of one parameter: fp32 master and moments read and written, gradient read, 16-bit copy written."""
+
+
+def step_time(
+    model: Model,
+    job: Job,
+    cluster: Cluster,
+    layouts: LayoutTable,
+    runtime: Runtime,
+    tiers: TierTable,
+    blocks: BlockRows,
+    stages: StageRows,
+    parameters: StageParameters,
+    micro_batches: FloatArray,
+) -> tuple[dict[str, FloatArray], dict[str, FloatArray]]:
+    """(seconds by part with `step_s`, hidden seconds by axis), columns of shape (N,)."""
+    pace = _pace(model, cluster.gpu, runtime, blocks, stages)
+    total = sum((pace[part] for part in PACE_PARTS), np.zeros_like(stages.embedding))
+    slowest = total.argmax(axis=1)[:, None]
+    worst = {part: np.take_along_axis(values, slowest, axis=1)[:, 0] for part, values in pace.items()}
+    fill = _whole_pipeline(model, cluster.gpu, runtime, blocks, stages) - total.max(axis=1)
+    dp_exposed, dp_hidden = _data_parallel(
+        model, job, layouts, runtime, tiers, stages, parameters, micro_batches, worst
+    )
+    updated = parameters.stage.max(axis=1) / np.where(layouts.zero > 0, layouts.dp_shard, 1)
+    optimizer = memory_bound_s(cluster.gpu, UPDATE_BYTES[job.optimizer] * updated)
+    offloaded = layouts.offload_optimizer > 0
+    offload, offload_hidden = optimizer_offload_s(
+        cluster.node,
+        updated,
+        gradient_bytes=gradient_bytes(runtime, job),
+        parameter_bytes=BYTES_OF[job.precision],
+        backward_s=worst["backward"],
+    )
+    zero = np.zeros(len(layouts))
+    tensor = micro_batches * worst["tensor"]
+    parts = {
+        "compute_s": micro_batches * (worst["forward"] + worst["backward"]),
+        "recompute_s": micro_batches * worst["recompute"],
+        "tp_exposed_s": tensor * (1.0 - runtime.communication.tensor_overlap),
+        "cp_exposed_s": zero,
+        "ep_exposed_s": zero,
+        "dp_exposed_s": dp_exposed,
+        "pp_exposed_s": _pipeline_transfers(model, job, layouts, runtime, tiers, micro_batches),
+        "bubble_s": np.where(layouts.pp > 1, fill / layouts.virtual_stages, 0.0),
+        "offload_exposed_s": np.where(offloaded, offload, 0.0),
+        "optimizer_s": np.where(offloaded, 0.0, optimizer),
+        "host_s": micro_batches * worst["host"] + runtime.execution.step_overhead_s,
+    }
+    hidden = {
+        "tp_s": tensor * runtime.communication.tensor_overlap,
+        "dp_s": dp_hidden,
+        "offload_s": np.where(offloaded, offload_hidden, 0.0),
+    }
+    return {**parts, "step_s": sum(parts.values(), zero)}, hidden
+
+
+PACE_PARTS = ("forward", "backward", "recompute", "tensor_exposed", "host")
+
+
+def _block_pace(
+    gpu: Gpu, runtime: Runtime, block: BlockColumns, recomputed: FloatArray, selects: FloatArray
+) -> dict[str, FloatArray]:
+    """Seconds of one block and micro-batch; `recomputed` is the share of it under full recompute."""
+    recompute = recomputed * block["forward_s"] + selects * block["selective_s"]
+    tensor = block["tensor_forward_s"] * (1.0 + recomputed) + block["tensor_backward_s"]
+    exposed = tensor * (1.0 - runtime.communication.tensor_overlap)
+    busy = block["forward_s"] + block["backward_s"] + recompute + exposed
+    launching = block["host_forward_s"] * (1.0 + BACKWARD_LAUNCHES + recomputed)
+    # a CPU runs the operation it dispatches, a GPU only idles when launches come too slowly
+    host = launching if gpu.device == "cpu" else np.maximum(launching - busy, 0.0)
+    return {
+        "forward": block["forward_s"],
+        "backward": block["backward_s"],
+        "recompute": recompute,
+        "tensor": tensor,
+        "tensor_exposed": exposed,
+        "host": host + np.zeros_like(busy),
+    }
+
+
+def _pace(model: Model, gpu: Gpu, runtime: Runtime, blocks: BlockRows, stages: StageRows) -> dict[str, FloatArray]:
+    """Seconds of one micro-batch on each stage by part, (N, S)."""
+    total = stages.layers.sum(axis=2)
+    share = np.divide(stages.recomputed, total, out=np.zeros_like(total), where=total > 0)
+    selects = blocks.selects[:, None]
+    none = np.zeros_like(share)
+    contents = [(blocks.layers[i], stages.layers[:, :, i], share, selects) for i in range(len(model.layers))]
+    contents += [(blocks.embedding, stages.embedding, none, none), (blocks.head, stages.head, none, none)]
+    pace: dict[str, FloatArray] = {}
+    for block, count, recomputed, selected in contents:
+        wide = {name: column[:, None] for name, column in block.items()}
+        for part, seconds in _block_pace(gpu, runtime, wide, recomputed, selected).items():
+            pace[part] = pace.get(part, 0.0) + count * seconds
+    return pace
+
+
+def _whole_pipeline(model: Model, gpu: Gpu, runtime: Runtime, blocks: BlockRows, stages: StageRows) -> FloatArray:
+    """Seconds of one micro-batch through all stages, (N,)."""
+    share = stages.recomputed_total / model.layer_count
+    none = np.zeros_like(share)
+    contents = [
+        (b, float(count), share, blocks.selects) for b, (_, count) in zip(blocks.layers, model.layers, strict=True)
+    ]
+    contents += [(blocks.embedding, 1.0, none, none), (blocks.head, 1.0, none, none)]
+    seconds = none
+    for block, count, recomputed, selected in contents:
+        pace = _block_pace(gpu, runtime, block, recomputed, selected)
+        seconds = seconds + count * sum((pace[part] for part in PACE_PARTS), none)
+    return seconds
+
+
+def _data_parallel(
+    model: Model,
+    job: Job,
+    layouts: LayoutTable,
+    runtime: Runtime,
+    tiers: TierTable,
+    stages: StageRows,
+    parameters: StageParameters,
+    micro_batches: FloatArray,
+    worst: dict[str, FloatArray],
+) -> tuple[FloatArray, FloatArray]:
+    """(exposed, hidden) seconds of gradient reduction and parameter gathers, with the slowdown of compute they hide behind."""
+    heaviest = parameters.stage.argmax(axis=1)[:, None]
+    owned = np.take_along_axis(parameters.stage, heaviest, axis=1)[:, 0]
+    roots = stages.embedding + stages.head
+    units = np.take_along_axis(stages.layers.sum(axis=2) + roots, heaviest, axis=1)[:, 0]
+    element = gradient_bytes(runtime, job)
+    exchange = exchange_s(
+        tiers,
+        layouts,
+        runtime.communication,
+        micro_batches=micro_batches,
+        parameters=owned,
+        units=units,
+        gradient_bytes=element,
+        parameter_bytes=BYTES_OF[job.precision],
+    )
+    exposed, hidden = exposed_exchange_s(
+        exchange,
+        layouts,
+        runtime.communication,
+        micro_batches=micro_batches,
+        forward_s=worst["forward"],
+        backward_s=worst["backward"] + worst["recompute"],
+    )
+    if model.tied_embeddings:
+        table = element * model.vocab * model.hidden / layouts.tp
+        between = collective_s(
+            tiers, "all_reduce", table, 2.0, layouts.gpus / layouts.pp * np.maximum(layouts.pp - 1, 1)
+        )
+        exposed = exposed + np.where(layouts.pp > 1, between, 0.0)
+    return exposed + runtime.execution.compute_slowdown * hidden, hidden
+
+
+def _pipeline_transfers(
+    model: Model, job: Job, layouts: LayoutTable, runtime: Runtime, tiers: TierTable, micro_batches: FloatArray
+) -> FloatArray:
+    """Boundary tensors of m micro-batches, forward and backward, v times each, less the share the runtime hides."""
+    split = layouts.sequence_parallel == 1
+    if runtime.communication.pipeline_scatter:
+        split = split | (layouts.tp > 1)
+    size = BYTES_OF[job.precision] * layouts.micro_batch * job.seq / layouts.cp * model.hidden
+    size = size / np.where(split, layouts.tp, 1)
+    one = point_to_point_s(tiers, size, layouts.tp * layouts.cp * layouts.dp)
+    exposed = 2.0 * layouts.virtual_stages * (micro_batches + layouts.pp - 1.0) * one
+    return np.where(layouts.pp > 1, exposed * (1.0 - runtime.communication.pipeline_overlap), 0.0)

@@ -1,0 +1,7 @@
+"""PLACEHOLDER."""
+
+if __name__ != "shardplan.kernels":
+    raise ImportError(
+        f"this folder is the package shardplan.kernels; it was imported as {__name__!r}. "
+        "Install the project (pip install -e .) and import shardplan.kernels."
+    )

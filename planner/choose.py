@@ -1,0 +1,52 @@
+"""From a search result to a plan: the winner with its full prediction, the account of the search, digests of all inputs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from shardplan.costmodel.estimate import DEFAULT_HEADROOM
+from shardplan.costmodel.job import Job
+from shardplan.costmodel.model import Model
+from shardplan.costmodel.model_config import model_digest
+from shardplan.costmodel.runtime import Runtime
+from shardplan.planner.plan import Plan, digest
+from shardplan.planner.search import SearchResult, judge, search_document
+
+
+def make_plan(
+    result: SearchResult,
+    *,
+    model: Model,
+    job: Job,
+    runtime: Runtime,
+    runtime_name: str,
+    cluster_document: Mapping[str, Any],
+    top: int = 10,
+    headroom: float = DEFAULT_HEADROOM,
+    version: str,
+) -> Plan:
+    """The best layout of a search that found one, as a plan; `runtime_name` is what loads the runtime again."""
+    if result.ranked is None:
+        raise ValueError("the search found no layout that fits")
+    layout = result.ranked.layouts.row(0)
+    prediction = judge(layout, model=model, job=job, cluster=result.cluster, runtime=runtime, headroom=headroom)
+    if not isinstance(prediction, dict):
+        raise AssertionError(f"a ranked layout is refused: {prediction}")
+    return Plan(
+        model=model,
+        job=job,
+        cluster=cluster_document,
+        gpus=result.cluster.gpus,
+        runtime=runtime_name,
+        layout=layout,
+        prediction=prediction,
+        search={**search_document(result, top), "headroom": headroom},
+        digests={
+            "model": model_digest(model),
+            "cluster": digest(dict(cluster_document)),
+            "runtime": digest(dataclasses.asdict(runtime)),
+        },
+        shardplan_version=version,
+    )

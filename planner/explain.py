@@ -1,0 +1,211 @@
+"""Why: what binds a plan, how its runners-up differ term by term, and what would have to change when nothing fits."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from shardplan.costmodel.answer import GIB, MEMORY_REMEDIES
+from shardplan.costmodel.estimate import DEFAULT_HEADROOM, TIME_PARTS
+from shardplan.costmodel.job import Job
+from shardplan.costmodel.layout import layout_from_document, parse_layout
+from shardplan.costmodel.model import Model
+from shardplan.costmodel.runtime import Runtime, load_runtime
+from shardplan.hw_profiles.load import cluster_from_document
+from shardplan.hw_profiles.machine import Cluster
+from shardplan.planner.plan import Plan, digest
+from shardplan.planner.search import SearchResult, judge, search, search_document
+from shardplan.planner.space import Wishes
+
+RUNNERS_UP = 3
+MOST_DOUBLINGS = 6
+
+
+def explain_plan(plan: Plan) -> dict[str, Any]:
+    """A plan looked at again with today's cost model on the machine it carries."""
+    runtime = load_runtime(plan.runtime)
+    cluster = cluster_from_document(dict(plan.cluster)).with_gpus(plan.gpus)
+    headroom = float(plan.search.get("headroom", DEFAULT_HEADROOM))
+    now = judge(plan.layout, model=plan.model, job=plan.job, cluster=cluster, runtime=runtime, headroom=headroom)
+    prediction: dict[str, Any] = now if isinstance(now, dict) else dict(plan.prediction)
+    runners = [row for row in plan.search.get("ranked", []) if row["layout"] != plan.layout.words()][:RUNNERS_UP]
+    notes: list[str] = []
+    if digest(dataclasses.asdict(runtime)) != plan.digests.get("runtime"):
+        notes.append(f"the runtime file {plan.runtime!r} has changed since the plan was made")
+    planned = float(plan.prediction["time"]["step_s"])
+    if isinstance(now, dict) and abs(now["time"]["step_s"] / planned - 1.0) > 1e-3:
+        notes.append(f"the cost model now says {now['time']['step_s']:.3g} s a step, the plan said {planned:.3g} s")
+    compared = [
+        _compared(row["layout"], prediction, plan.model, plan.job, cluster, runtime, headroom) for row in runners
+    ]
+    return {
+        **prediction,
+        "subject": {"model": plan.model.name, "cluster": cluster.name, "job": dataclasses.asdict(plan.job)},
+        "binds": what_binds(prediction),
+        "runners_up": [row for row in compared if row],
+        "search": dict(plan.search),
+        "notes": notes,
+    }
+
+
+def explain_layout(
+    answer: Mapping[str, Any],
+    *,
+    model: Model,
+    job: Job,
+    cluster: Cluster,
+    runtime: Runtime,
+    headroom: float = DEFAULT_HEADROOM,
+) -> dict[str, Any]:
+    """The user's own layout against the best of the whole space."""
+    result = search(model=model, job=job, cluster=cluster, runtime=runtime, headroom=headroom)
+    document: dict[str, Any] = {
+        **answer,
+        "subject": {"model": model.name, "cluster": cluster.name, "job": dataclasses.asdict(job)},
+        "binds": what_binds(answer) if answer["time"] else [],
+        "runners_up": [],
+        "search": search_document(result, 5),
+        "notes": [],
+    }
+    if result.ranked is None:
+        document["notes"].append("no layout fits this model on these GPUs with this runtime")
+        return document
+    best = result.ranked.layouts.row(0)
+    against = _compared(best.words(), answer, model, job, cluster, runtime, headroom) if answer["time"] else None
+    if against:
+        document["runners_up"] = [against]
+        slower = answer["time"]["step_s"] / against["step_s"]
+        document["notes"].append(
+            "this layout is the best of the space"
+            if layout_from_document(answer["layout"]) == best
+            else f"{slower:.2f} times the step time of the best layout that fits: {best.words()}"
+        )
+    else:
+        document["notes"].append(
+            f"best layout that fits: {best.words()} ({float(result.ranked.step_s[0]):.3g} s a step)"
+        )
+    return document
+
+
+def _compared(
+    words: str,
+    own: Mapping[str, Any],
+    model: Model,
+    job: Job,
+    cluster: Cluster,
+    runtime: Runtime,
+    headroom: float,
+) -> dict[str, Any] | None:
+    """Another layout's step time and memory, and the difference of each time part to `own` (positive = the other is slower)."""
+    other = judge(parse_layout(words), model=model, job=job, cluster=cluster, runtime=runtime, headroom=headroom)
+    if not isinstance(other, dict) or not own["time"]:
+        return None
+    parts = {part: other["time"][part] - own["time"][part] for part in TIME_PARTS}
+    return {
+        "layout": words,
+        "step_s": other["time"]["step_s"],
+        "device_peak_bytes": other["memory"]["device_peak_bytes"],
+        "difference_s": {part: seconds for part, seconds in parts.items() if seconds},
+    }
+
+
+def what_binds(prediction: Mapping[str, Any]) -> list[str]:
+    """Sentences: the largest time besides compute, the fullest stage and its largest part, the first knob when memory runs out."""
+    time, memory = prediction["time"], prediction["memory"]
+    lost = {part: time[part] for part in TIME_PARTS if part != "compute_s"}
+    part = max(lost, key=lambda name: lost[name])
+    stage = max(memory["stages"], key=lambda s: s["device_bytes"])
+    sizes = {name: stage[f"{name}_bytes"] for name in MEMORY_REMEDIES}
+    largest = max(sizes, key=lambda name: sizes[name])
+    return [
+        f"time: {time['compute_s'] / time['step_s']:.0%} of the step is compute; the largest loss is "
+        f"{TIME_WORDS[part]} ({lost[part] / time['step_s']:.1%})",
+        f"memory: stage {stage['stage']} is fullest with {stage['device_bytes'] / GIB:.1f} of "
+        f"{memory['capacity_bytes'] / GIB:.1f} GiB, most of it {largest} ({sizes[largest] / GIB:.1f} GiB)",
+        f"if it runs out of memory: {MEMORY_REMEDIES[largest]}",
+    ]
+
+
+TIME_WORDS = {
+    "compute_s": "compute",
+    "recompute_s": "recompute",
+    "tp_exposed_s": "tensor-parallel communication",
+    "cp_exposed_s": "context-parallel communication",
+    "ep_exposed_s": "expert-parallel communication",
+    "dp_exposed_s": "data-parallel communication",
+    "pp_exposed_s": "pipeline transfers",
+    "bubble_s": "the pipeline bubble",
+    "offload_exposed_s": "offload",
+    "optimizer_s": "the optimizer",
+    "host_s": "host and launch overhead",
+}
+
+
+def what_would_fit(
+    result: SearchResult,
+    *,
+    model: Model,
+    job: Job,
+    cluster: Cluster,
+    runtime: Runtime,
+    wishes: Wishes,
+    headroom: float,
+) -> dict[str, Any]:
+    """The account of a search that found nothing: the closest layout, its rejections, and changes that would fit."""
+    document: dict[str, Any] = {"fits": False, "rejections": [], "search": search_document(result, 0), "closest": None}
+    if result.closest is not None:
+        closest = result.closest.layouts.row(0)
+        document["closest"] = judge(closest, model=model, job=job, cluster=cluster, runtime=runtime, headroom=headroom)
+        document["rejections"] = document["closest"]["rejections"]
+    else:
+        document["rejections"] = [
+            {"rule": r.rule, "detail": f"{r.count} layouts: {r.example}", "remedy": ""} for r in result.refused
+        ] or [_no_factorisation(job, cluster)]
+    document["would_fit"] = list(_changes(model, job, cluster, runtime, wishes, headroom))
+    return document
+
+
+def _no_factorisation(job: Job, cluster: Cluster) -> dict[str, str]:
+    return {
+        "rule": "batch-divisible",
+        "detail": f"no dp*tp*pp = {cluster.gpus} within the wishes has a dp that divides global_batch={job.global_batch}",
+        "remedy": "change the global batch, the GPUs or what is fixed",
+    }
+
+
+def _changes(model: Model, job: Job, cluster: Cluster, runtime: Runtime, wishes: Wishes, headroom: float) -> list[str]:
+    """One change each that makes something fit, tried by searching."""
+
+    def fits(**changed: Any) -> bool:
+        inputs: dict[str, Any] = {
+            "model": model,
+            "job": job,
+            "cluster": cluster,
+            "runtime": runtime,
+            "wishes": wishes,
+            "headroom": headroom,
+        }
+        return search(**{**inputs, **changed}).ranked is not None
+
+    told: list[str] = []
+    if (wishes.fixed_words or wishes.forbidden) and fits(wishes=Wishes()):
+        told.append("dropping --fix and --forbid")
+    bigger = cluster.gpus
+    for _ in range(MOST_DOUBLINGS):
+        bigger *= 2
+        if bigger % cluster.node.gpus == 0 or bigger < cluster.node.gpus:
+            more = dataclasses.replace(cluster, node_runs=((cluster.node, bigger // cluster.node.gpus),))
+            if fits(cluster=more):
+                told.append(f"{bigger} GPUs of the same kind (tried by doubling)")
+                break
+    shorter = job.seq // 2
+    while shorter >= 256 and job.seq // shorter <= 16:
+        if fits(job=dataclasses.replace(job, seq=shorter)):
+            told.append(f"sequences of {shorter} tokens (tried by halving)")
+            break
+        shorter //= 2
+    for name in ("megatron", "fsdp2", "deepspeed"):
+        if name != runtime.name and fits(runtime=name):
+            told.append(f"--runtime {name}")
+    return told

@@ -1,0 +1,213 @@
+"""Search: all layouts, one pure cost, a ranking; how many were looked at, how many refused and why."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardplan.costmodel.answer import answer
+from shardplan.costmodel.estimate import DEFAULT_HEADROOM, Estimates, estimate
+from shardplan.costmodel.job import Job
+from shardplan.costmodel.layout import COLUMNS, Layout, LayoutTable
+from shardplan.costmodel.model import Model
+from shardplan.costmodel.rules import RULES, Rejection, Setting, broken_rules, rejections
+from shardplan.costmodel.runtime import Runtime, load_runtime
+from shardplan.hw_profiles.errors import InputError
+from shardplan.hw_profiles.machine import Cluster
+from shardplan.planner.space import Wishes, layout_space
+
+Objective = Literal["throughput", "cost", "gpus", "memory"]
+OBJECTIVES: tuple[Objective, ...] = ("throughput", "cost", "gpus", "memory")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """How many layouts one rule refused, with one example told in words."""
+
+    rule: str
+    count: int
+    example: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchResult:
+    """Ranked layouts that fit, and the account of the others."""
+
+    cluster: Cluster
+    ranked: Estimates | None
+    """Best first; None when nothing fits."""
+    closest: Estimates | None
+    """The valid layout that needs least device memory, when nothing fits."""
+    looked_at: int
+    refused: tuple[Refusal, ...]
+    """Largest first; a layout that breaks several rules counts for the first in the list of rules."""
+    does_not_fit: int
+    seconds: float
+
+
+def search(
+    *,
+    model: Model,
+    job: Job,
+    cluster: Cluster,
+    runtime: Runtime | str = "shardplan",
+    wishes: Wishes | None = None,
+    objective: Objective = "throughput",
+    headroom: float = DEFAULT_HEADROOM,
+) -> SearchResult:
+    """Rank every layout of `model` on all GPUs of `cluster` (objective `gpus`: on as few of them as it fits)."""
+    if not 0.0 <= headroom < 1.0:
+        raise InputError(f"headroom={headroom:g} is not a fraction", place="--headroom", remedy="use 0 up to below 1")
+    chosen = load_runtime(runtime) if isinstance(runtime, str) else runtime
+    if objective == "cost" and cluster.node.usd_per_hour is None:
+        raise InputError(
+            f"cluster {cluster.name!r} has no price", place="--objective", remedy="set node.usd_per_hour in its profile"
+        )
+    sizes = gpu_counts(cluster) if objective == "gpus" else (cluster.gpus,)
+    result: SearchResult | None = None
+    for gpus in sizes:
+        result = _search_one(model, job, cluster.with_gpus(gpus), chosen, wishes, objective, headroom)
+        if result.ranked is not None:
+            break
+    assert result is not None
+    return result
+
+
+def gpu_counts(cluster: Cluster) -> tuple[int, ...]:
+    """Sizes to try, ascending: parts of a node that divide it, then doubling nodes, then the whole cluster."""
+    node = cluster.node.gpus
+    sizes = [g for g in range(1, node + 1) if node % g == 0 and g <= cluster.gpus]
+    while sizes[-1] * 2 < cluster.gpus:
+        sizes.append(sizes[-1] * 2)
+    return tuple(dict.fromkeys((*sizes, cluster.gpus)))
+
+
+def _search_one(
+    model: Model,
+    job: Job,
+    cluster: Cluster,
+    runtime: Runtime,
+    wishes: Wishes | None,
+    objective: Objective,
+    headroom: float,
+) -> SearchResult:
+    start = time.perf_counter()
+    space = layout_space(model, job, cluster.gpus, wishes)
+    setting = Setting(model=model, job=job, cluster=cluster, runtime=runtime)
+    valid, refused = _sift(setting, space)
+    ranked = closest = None
+    misfits = 0
+    if len(valid):
+        estimates = estimate(model=model, job=job, cluster=cluster, layouts=valid, runtime=runtime)
+        fits = estimates.fits(headroom)
+        misfits = int((~fits).sum())
+        order = _order(estimates, np.flatnonzero(fits), objective)
+        if len(order):
+            ranked = rows_of(estimates, order)
+        else:
+            closest = rows_of(estimates, np.asarray([int(estimates.device_peak_bytes.argmin())]))
+    return SearchResult(
+        cluster=cluster,
+        ranked=ranked,
+        closest=closest,
+        looked_at=len(space),
+        refused=refused,
+        does_not_fit=misfits,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _sift(setting: Setting, space: LayoutTable) -> tuple[LayoutTable, tuple[Refusal, ...]]:
+    """Rows that break no rule, and the account of the others."""
+    if not len(space):
+        return space, ()
+    broken = broken_rules(setting, space)
+    open_rows = np.ones(len(space), dtype=bool)
+    refusals: list[Refusal] = []
+    for rule in RULES:
+        if rule.id in broken:
+            new = broken[rule.id] & open_rows
+            open_rows &= ~new
+            if new.any():
+                example = rule.detail(setting, space.row(int(np.flatnonzero(new)[0])))
+                refusals.append(Refusal(rule=rule.id, count=int(new.sum()), example=example))
+    return space.take(open_rows), tuple(sorted(refusals, key=lambda r: (-r.count, r.rule)))
+
+
+def _order(estimates: Estimates, rows: NDArray[np.intp], objective: Objective) -> NDArray[np.intp]:
+    """`rows` best first; ties break by the other figure, then by the layout's columns."""
+    first, second = estimates.step_s[rows], estimates.device_peak_bytes[rows]
+    if objective == "memory":
+        first, second = second, first
+    columns = [getattr(estimates.layouts, name)[rows] for name in reversed(COLUMNS)]
+    return rows[np.lexsort((*columns, second, first))]
+
+
+def rows_of(estimates: Estimates, rows: NDArray[np.intp]) -> Estimates:
+    """The estimates of `rows`, in that order."""
+    from dataclasses import replace
+
+    return replace(
+        estimates,
+        layouts=estimates.layouts.take(rows),
+        time={key: column[rows] for key, column in estimates.time.items()},
+        hidden={key: column[rows] for key, column in estimates.hidden.items()},
+        stages={key: column[rows] for key, column in estimates.stages.items()},
+        stage_index=estimates.stage_index[rows],
+        stage_layer_counts=estimates.stage_layer_counts[rows],
+        host_bytes=estimates.host_bytes[rows],
+        hardware_flop_per_step=estimates.hardware_flop_per_step[rows],
+    )
+
+
+def summary_rows(estimates: Estimates, top: int, *, capacity_bytes: float) -> list[dict[str, Any]]:
+    """The first `top` ranked layouts as plain values for tables and plan files."""
+    gpus = estimates.layouts.gpus
+    return [
+        {
+            "rank": i + 1,
+            "layout": estimates.layouts.row(i).words(),
+            "step_s": float(estimates.step_s[i]),
+            "tokens_per_s_per_gpu": float(estimates.tokens_per_s[i] / gpus[i]),
+            "mfu": float(estimates.mfu[i]),
+            "device_peak_bytes": float(estimates.device_peak_bytes[i]),
+            "headroom_fraction": float(1.0 - estimates.device_peak_bytes[i] / capacity_bytes),
+        }
+        for i in range(min(top, len(estimates)))
+    ]
+
+
+def search_document(result: SearchResult, top: int) -> dict[str, Any]:
+    """The account of a search as plain JSON values."""
+    ranked: Sequence[Mapping[str, Any]] = ()
+    if result.ranked is not None:
+        ranked = summary_rows(result.ranked, top, capacity_bytes=result.ranked.capacity_bytes)
+    return {
+        "looked_at": result.looked_at,
+        "refused": {r.rule: {"count": r.count, "reason": r.example} for r in result.refused},
+        "does_not_fit": result.does_not_fit,
+        "seconds": result.seconds,
+        "ranked": list(ranked),
+    }
+
+
+def judge(
+    layout: Layout,
+    *,
+    model: Model,
+    job: Job,
+    cluster: Cluster,
+    runtime: Runtime,
+    headroom: float = DEFAULT_HEADROOM,
+) -> dict[str, Any] | list[Rejection]:
+    """The answer of `shardplan estimate --json` for one layout, or only its rejections when it has no meaning here."""
+    broken, structural = rejections(Setting(model=model, job=job, cluster=cluster, runtime=runtime), layout)
+    if structural:
+        return broken
+    one = estimate(model=model, job=job, cluster=cluster, layouts=layout, runtime=runtime)
+    return answer(one, 0, model=model, job=job, cluster=cluster, runtime=runtime, rejections=broken, headroom=headroom)

@@ -1,0 +1,161 @@
+"""Every layout of a model on G GPUs as one table: all factorisations times every option; rules, not loops, decide what is valid."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardplan.costmodel.job import Job
+from shardplan.costmodel.layout import (
+    ALL_LAYERS,
+    COLUMNS,
+    FIELD_NAMES,
+    OFFLOAD,
+    RECOMPUTE,
+    SCHEDULES,
+    Layout,
+    LayoutTable,
+    given_words,
+    layout_table,
+    parse_layout,
+)
+from shardplan.costmodel.model import Model
+from shardplan.costmodel.rules import divisors
+from shardplan.hw_profiles.errors import InputError, nearest
+
+IntArray = NDArray[np.int64]
+BoolArray = NDArray[np.bool_]
+
+FORBIDDABLE = {"offload": ("offload_optimizer",), "tensor": ("tp",), "pipeline": ("pp",), "hsdp": ("dp_shard",)}
+"""Words for --forbid beside the layout words themselves."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wishes:
+    """What the user fixed or forbade."""
+
+    fixed: Layout = field(default_factory=Layout)
+    fixed_words: frozenset[str] = frozenset()
+    forbidden: tuple[tuple[str, str | None], ...] = ()
+    """(word, value) pairs; without a value everything but the word's default is forbidden."""
+
+
+def parse_wishes(fix: str = "", forbid: Sequence[str] = ()) -> Wishes:
+    """Read `--fix "tp=8 zero=1"` and `--forbid offload --forbid zero=3`; raises InputError for unknown words."""
+    pairs: list[tuple[str, str | None]] = []
+    for item in " ".join(forbid).replace(",", " ").split():
+        word, equals, value = item.partition("=")
+        for name in FORBIDDABLE.get(word, (word,)):
+            if name not in FIELD_NAMES:
+                raise InputError(
+                    f"{word!r} cannot be forbidden",
+                    place="--forbid",
+                    remedy=nearest(word, (*FIELD_NAMES, *FORBIDDABLE)),
+                )
+            if equals:
+                parse_layout(f"{name}={value}")
+            pairs.append((name, value.lower() if equals else None))
+    try:
+        return Wishes(fixed=parse_layout(fix), fixed_words=given_words(fix), forbidden=tuple(pairs))
+    except InputError as bad:
+        raise InputError(bad.problem, place="--fix", remedy=bad.remedy) from None
+
+
+def layout_space(model: Model, job: Job, gpus: int, wishes: Wishes | None = None) -> LayoutTable:
+    """All layouts of `model` on `gpus` GPUs within the wishes; may be empty. Order is deterministic."""
+    wanted = wishes or Wishes()
+    fixed = layout_table([wanted.fixed])
+    blocks: list[dict[str, IntArray]] = []
+    for tp in divisors(gpus, most=gpus):
+        for pp in divisors(gpus // tp, most=model.layer_count):
+            dp = gpus // tp // pp
+            if job.global_batch % dp == 0 and _agrees(wanted, tp=tp, pp=pp, dp=dp):
+                blocks.append(_block(model, job, tp, pp, dp, wanted))
+    if not blocks:
+        return fixed.take(np.zeros(0, dtype=np.int64))
+    columns = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+    rows = len(columns["dp"])
+    for name in COLUMNS:
+        if name not in columns:
+            columns[name] = np.repeat(getattr(fixed, name), rows)
+    table = LayoutTable(**columns, splits=fixed.splits)
+    return table.take(_allowed(table, wanted))
+
+
+def _agrees(wishes: Wishes, **degrees: int) -> bool:
+    return all(getattr(wishes.fixed, word) == value for word, value in degrees.items() if word in wishes.fixed_words)
+
+
+def _block(model: Model, job: Job, tp: int, pp: int, dp: int, wishes: Wishes) -> dict[str, IntArray]:
+    """All options of one (tp, pp, dp) as columns: the cross product of the option groups."""
+    groups: tuple[tuple[tuple[str, ...], list[tuple[int, ...]]], ...] = (
+        (("micro_batch",), [(size,) for size in divisors(job.global_batch // dp)]),
+        (("zero", "dp_shard"), _sharding(dp)),
+        (("sequence_parallel",), [(0,), (1,)] if tp > 1 else [(0,)]),
+        (("schedule", "virtual_stages"), _schedules(model, pp)),
+        (("recompute", "recompute_layers"), [(code, ALL_LAYERS) for code in range(len(RECOMPUTE))]),
+        (("offload_optimizer",), [(code,) for code in range(len(OFFLOAD))]),
+    )
+    chosen = [(names, _restricted(names, options, wishes)) for names, options in groups]
+    index = np.indices([len(options) for _, options in chosen]).reshape(len(chosen), -1)
+    columns: dict[str, IntArray] = {
+        "tp": np.full(index.shape[1], tp),
+        "pp": np.full(index.shape[1], pp),
+        "dp": np.full(index.shape[1], dp),
+    }
+    for (names, options), at in zip(chosen, index, strict=True):
+        values = np.asarray(options, dtype=np.int64).reshape(len(options), len(names))[at]
+        columns.update({name: values[:, i] for i, name in enumerate(names)})
+    return columns
+
+
+def _sharding(dp: int) -> list[tuple[int, ...]]:
+    """(zero, dp_shard): stage 0, and stages 1-3 over every divisor of dp above 1."""
+    if dp == 1:
+        return [(0, 1)]
+    return [(0, dp), *((zero, shard) for zero in (1, 2, 3) for shard in divisors(dp, most=dp) if shard > 1)]
+
+
+def _schedules(model: Model, pp: int) -> list[tuple[int, ...]]:
+    """(schedule, virtual stages): interleaving by every number that divides the layers, and by powers of two."""
+    plain = SCHEDULES.index("1f1b")
+    if pp == 1:
+        return [(plain, 1)]
+    interleaved = SCHEDULES.index("interleaved")
+    most = model.layer_count // pp
+    chunks = [v for v in range(2, most + 1) if model.layer_count % (pp * v) == 0 or v & (v - 1) == 0]
+    return [(SCHEDULES.index("gpipe"), 1), (plain, 1), *((interleaved, v) for v in chunks)]
+
+
+def _restricted(names: tuple[str, ...], options: list[tuple[int, ...]], wishes: Wishes) -> list[tuple[int, ...]]:
+    """Options that agree with the fixed words; a fixed value outside the usual ones is taken as it is."""
+    row = layout_table([wishes.fixed])
+    fixed = {name: int(getattr(row, name)[0]) for name in names if name in wishes.fixed_words}
+    if "recompute" in fixed:
+        fixed["recompute_layers"] = int(row.recompute_layers[0])
+    if not fixed:
+        return options
+    agreeing = [o for o in options if all(o[names.index(name)] == value for name, value in fixed.items())]
+    if agreeing:
+        return agreeing
+    first = options[0]
+    return [tuple(fixed.get(name, first[i]) for i, name in enumerate(names))]
+
+
+def _allowed(table: LayoutTable, wishes: Wishes) -> BoolArray:
+    """Rows without a forbidden word."""
+    allowed = np.ones(len(table), dtype=bool)
+    default = Layout()
+    for word, value in wishes.forbidden:
+        if word == "dp_shard" and value is None:
+            allowed &= table.dp_shard == table.dp
+            continue
+        column = getattr(table, "split" if word == "stage_layers" else word)
+        text = value if value is not None else getattr(default, word)
+        target = layout_table([parse_layout(f"{word}={text}") if text is not None else default])
+        code = int(getattr(target, "split" if word == "stage_layers" else word)[0])
+        allowed &= (column == code) if value is None else (column != code)
+    return allowed

@@ -1,0 +1,107 @@
+"""`shardplan explain`: why this plan, or what of the user's own layout."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from shardplan.cli import options
+
+
+def explain(
+    subject: Annotated[
+        str, typer.Argument(metavar="PLAN|MODEL", help="A plan.json, or a model together with --layout.")
+    ],
+    layout: Annotated[
+        str | None, typer.Option("--layout", help="Your own layout words, judged against the best.")
+    ] = None,
+    cluster: Annotated[
+        str | None, typer.Option("--cluster", metavar="PROFILE", help="With --layout: catalog name or TOML file.")
+    ] = None,
+    global_batch: Annotated[
+        int | None, typer.Option("--global-batch", help="With --layout: sequences per step.")
+    ] = None,
+    seq: Annotated[int | None, typer.Option("--seq", help="With --layout: tokens per sequence.")] = None,
+    gpus: options.GpusOption = None,
+    runtime: options.RuntimeOption = "shardplan",
+    precision: options.PrecisionOption = None,
+    optimizer: options.OptimizerOption = "adamw",
+    grad_dtype: options.GradDtypeOption = None,
+    headroom: options.HeadroomOption = 0.05,
+    as_json: options.JsonOption = False,
+) -> None:
+    """Explain a plan term by term, or judge a layout of your own: does it fit, how far is it from the best, why.
+
+    Examples: shardplan explain plan.json
+
+    shardplan explain llama-3-8b --cluster h100-ib --gpus 8 --global-batch 64 --seq 8192 --layout "dp=8 zero=3 micro_batch=2"
+    """
+    document = (
+        _of_plan(subject)
+        if layout is None
+        else _of_layout(
+            subject,
+            layout,
+            cluster,
+            gpus,
+            global_batch,
+            seq,
+            headroom,
+            runtime=runtime,
+            precision=precision,
+            optimizer=optimizer,
+            grad_dtype=grad_dtype,
+            tokens=None,
+        )
+    )
+    if as_json:
+        import json
+
+        typer.echo(json.dumps(document, indent=1))
+    else:
+        from shardplan.cli.tables import print_explanation
+
+        print_explanation(document)
+    raise typer.Exit(0 if document["fits"] else 1)
+
+
+def _of_plan(path: str) -> dict[str, Any]:
+    from shardplan.hw_profiles.errors import InputError
+    from shardplan.planner.explain import explain_plan
+    from shardplan.planner.plan import Plan
+
+    if not path.endswith(".json"):
+        raise InputError(
+            f"{path!r} is not a plan file",
+            place="explain",
+            remedy='give a plan.json, or MODEL with --cluster and --layout "…"',
+        )
+    return explain_plan(Plan.read(path))
+
+
+def _of_layout(
+    model: str,
+    layout: str,
+    cluster: str | None,
+    gpus: int | None,
+    global_batch: int | None,
+    seq: int | None,
+    headroom: float,
+    **job_words: Any,
+) -> dict[str, Any]:
+    from shardplan.cli.estimate import evaluate
+    from shardplan.hw_profiles.errors import InputError
+    from shardplan.planner.explain import explain_layout
+
+    if cluster is None or global_batch is None or seq is None:
+        missing = [
+            n for n, v in (("--cluster", cluster), ("--global-batch", global_batch), ("--seq", seq)) if v is None
+        ]
+        raise InputError(f"{', '.join(missing)} missing", place="explain", remedy="a model and --layout need them")
+    job_words = {**job_words, "global_batch": global_batch, "seq": seq}
+    answer = evaluate(model, layout, cluster, gpus, headroom=headroom, **job_words)
+    inputs = options.read_inputs(model, cluster, answer["gpus"] if gpus is None else gpus, **job_words)
+    return explain_layout(
+        answer, model=inputs.model, job=inputs.job, cluster=inputs.cluster, runtime=inputs.runtime, headroom=headroom
+    )

@@ -1,0 +1,88 @@
+"""Options that several commands share, and what they mean as model, job, cluster and runtime."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from shardplan.costmodel.job import Job
+    from shardplan.costmodel.model import Model
+    from shardplan.costmodel.runtime import Runtime
+    from shardplan.hw_profiles.machine import Cluster
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Preset name, Hugging Face config.json, or a folder with one.")
+]
+ClusterOption = Annotated[str, typer.Option("--cluster", metavar="PROFILE", help="Catalog name or TOML file.")]
+GpusOption = Annotated[int | None, typer.Option("--gpus", help="Number of GPUs; default: the profile's own.")]
+GlobalBatchOption = Annotated[int, typer.Option("--global-batch", help="Sequences per optimizer step.")]
+SeqOption = Annotated[int, typer.Option("--seq", help="Tokens per sequence.")]
+RuntimeOption = Annotated[str, typer.Option("--runtime", help="Executing software: a shipped name or a TOML file.")]
+PrecisionOption = Annotated[
+    str | None,
+    typer.Option("--precision", help="bf16, fp16 or fp32; default: the best 16-bit type of the GPU, fp32 on a CPU."),
+]
+OptimizerOption = Annotated[str, typer.Option("--optimizer", help="adamw or sgd.")]
+GradDtypeOption = Annotated[
+    str | None, typer.Option("--grad-dtype", help="Gradient accumulation: fp32, bf16, fp16; default: the runtime's.")
+]
+TokensOption = Annotated[float | None, typer.Option("--tokens", help="Token budget of the whole training.")]
+HeadroomOption = Annotated[float, typer.Option("--headroom", help="Fraction of GPU memory to keep free.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Write JSON and nothing else to stdout.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """The four things every estimate needs."""
+
+    model: Model
+    job: Job
+    cluster: Cluster
+    cluster_document: dict[str, object]
+    runtime: Runtime
+
+
+def read_inputs(
+    model: str,
+    cluster: str,
+    gpus: int | None,
+    *,
+    global_batch: int,
+    seq: int,
+    runtime: str,
+    precision: str | None,
+    optimizer: str,
+    grad_dtype: str | None,
+    tokens: float | None,
+) -> Inputs:
+    """Load and check everything; raises InputError."""
+    from shardplan.costmodel.job import Job
+    from shardplan.costmodel.model_config import load_model
+    from shardplan.costmodel.runtime import load_runtime
+    from shardplan.hw_profiles.load import cluster_document, cluster_from_document
+
+    shapes = load_model(model)
+    software = load_runtime(runtime)
+    document = cluster_document(cluster)
+    machine = cluster_from_document(document)
+    if gpus is not None:
+        machine = machine.with_gpus(gpus)
+    job = Job(
+        seq=seq,
+        global_batch=global_batch,
+        precision=precision.lower() if precision else default_precision(machine),
+        optimizer=optimizer.lower(),
+        grad_dtype=grad_dtype,
+        tokens=tokens,
+    )
+    return Inputs(model=shapes, job=job, cluster=machine, cluster_document=document, runtime=software)
+
+
+def default_precision(cluster: Cluster) -> str:
+    """bf16 where the GPU has it, else fp16; fp32 on a CPU."""
+    if cluster.gpu.device == "cpu":
+        return "fp32"
+    return "bf16" if "bf16" in cluster.gpu.peak_flop_per_s else "fp16"

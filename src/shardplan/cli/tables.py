@@ -1,0 +1,219 @@
+"""Answers as tables for people (rich)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+GIB = 2.0**30
+BAR = 24
+
+
+def gib(size: float) -> str:
+    """Bytes as GiB."""
+    return f"{size / GIB:.1f}"
+
+
+def seconds(value: float) -> str:
+    """Seconds with a unit that reads well."""
+    if value >= 100:
+        return f"{value:.0f} s"
+    return f"{value:.3g} s" if value >= 1 else f"{value * 1e3:.3g} ms"
+
+
+def _table(title: str, *columns: tuple[str, str]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=None, pad_edge=False)
+    for name, side in columns:
+        table.add_column(name, justify="right" if side == "right" else "left", overflow="fold")
+    return table
+
+
+def _console() -> Console:
+    return Console(highlight=False, soft_wrap=False)
+
+
+def print_plan(document: Mapping[str, Any], *, written_to: str | None) -> None:
+    """The ranked layouts, the winner's breakdown, the account of the search."""
+    console = _console()
+    job, search, best = document["job"], document["search"], document["prediction"]
+    console.print(
+        f"[bold]{escape(document['model']['name'])}[/bold] on {document['gpus']} GPUs of "
+        f"[bold]{escape(str(document['cluster']['name']))}[/bold], runtime {escape(document['runtime'])}: "
+        f"global batch {job['global_batch']}, sequence {job['seq']}, {job['precision']}\n"
+    )
+    print_ranking(console, search["ranked"])
+    console.print()
+    print_breakdown(console, best)
+    console.print()
+    print_account(console, search)
+    print_assumptions(console, best["assumptions"])
+    if written_to:
+        console.print(f"\nplan written to {escape(written_to)}; next: shardplan explain {escape(written_to)}")
+
+
+def print_ranking(console: Console, ranked: Sequence[Mapping[str, Any]]) -> None:
+    """Rank, layout, step time, tokens/s/GPU, MFU, peak memory, headroom."""
+    right = "right"
+    table = _table(
+        "Layouts that fit, best first",
+        ("#", right),
+        ("layout", "left"),
+        ("step", right),
+        ("tokens/s/GPU", right),
+        ("MFU", right),
+        ("peak GiB", right),
+        ("headroom", right),
+    )
+    for row in ranked:
+        table.add_row(
+            str(row["rank"]),
+            escape(row["layout"]),
+            seconds(row["step_s"]),
+            f"{row['tokens_per_s_per_gpu']:,.0f}",
+            f"{row['mfu']:.1%}",
+            gib(row["device_peak_bytes"]),
+            f"{row['headroom_fraction']:.0%}",
+            style="bold" if row["rank"] == 1 else None,
+        )
+    console.print(table)
+
+
+def print_breakdown(console: Console, prediction: Mapping[str, Any]) -> None:
+    """Step time by part and memory by stage."""
+    from shardplan.planner.explain import TIME_WORDS
+
+    time = prediction["time"]
+    low, high = prediction["error_band"]["step_s"]
+    table = _table(
+        f"Step time {seconds(time['step_s'])} (band {seconds(low)} to {seconds(high)})",
+        ("part", "left"),
+        ("time", "right"),
+        ("share", "right"),
+        ("", "left"),
+    )
+    for part, word in TIME_WORDS.items():
+        if time[part] > 0:
+            share = time[part] / time["step_s"]
+            table.add_row(word, seconds(time[part]), f"{share:.1%}", "█" * round(BAR * share))
+    hidden = {axis.removesuffix("_s"): s for axis, s in time["hidden"].items() if s > 0}
+    for axis, value in hidden.items():
+        table.add_row(f"hidden behind compute: {axis}", seconds(value), "", style="dim")
+    console.print(table)
+    console.print()
+    _print_stages(console, prediction["memory"])
+    rate = prediction["throughput"]
+    console.print(
+        f"\n{rate['tokens_per_s']:,.0f} tokens/s, {rate['tokens_per_s_per_gpu']:,.0f} per GPU; "
+        f"MFU {rate['mfu']:.1%}, HFU {rate['hfu']:.1%} ({rate['model_flop_per_s_per_gpu'] / 1e12:.0f} model TFLOP/s per GPU)"
+    )
+
+
+def _print_stages(console: Console, memory: Mapping[str, Any]) -> None:
+    right = "right"
+    names = ("parameters", "gradients", "optimizer", "activations", "buffers")
+    table = _table(
+        f"Memory per GPU in GiB, capacity {gib(memory['capacity_bytes'])}",
+        ("stage", right),
+        ("layers", right),
+        *((name, right) for name in names),
+        ("slack", right),
+        ("context", right),
+        ("device", right),
+    )
+    shown = memory["stages"] if len(memory["stages"]) <= 8 else [*memory["stages"][:4], *memory["stages"][-3:]]
+    for stage in shown:
+        table.add_row(
+            str(stage["stage"]),
+            str(stage["layers"]),
+            *(gib(stage[f"{name}_bytes"]) for name in names),
+            gib(stage["allocator_slack_bytes"]),
+            gib(stage["context_bytes"]),
+            gib(stage["device_bytes"]),
+        )
+    console.print(table)
+    if len(shown) < len(memory["stages"]):
+        console.print(f"({len(memory['stages']) - len(shown)} stages between are not shown)", style="dim")
+    if memory["host_bytes"]:
+        console.print(f"host memory {gib(memory['host_bytes'])} GiB per node")
+
+
+def print_account(console: Console, search: Mapping[str, Any]) -> None:
+    """How many layouts were looked at, how many refused and why."""
+    refused = sum(rule["count"] for rule in search["refused"].values())
+    fitting = search["looked_at"] - refused - search["does_not_fit"]
+    console.print(
+        f"looked at {search['looked_at']:,} layouts in {seconds(search['seconds'])}: {refused:,} refused by a rule, "
+        f"{search['does_not_fit']:,} do not fit in memory, {fitting:,} fit"
+    )
+    for name, rule in list(search["refused"].items())[:8]:
+        console.print(f"  {rule['count']:>9,}  {escape(name)}  [dim]{escape(rule['reason'])}[/dim]")
+
+
+def print_assumptions(console: Console, lines: Sequence[str]) -> None:
+    """What the numbers rest on."""
+    for line in lines:
+        console.print(f"[dim]· {escape(line)}[/dim]")
+
+
+def print_answer(answer: Mapping[str, Any]) -> None:
+    """One estimate."""
+    from shardplan.costmodel.layout import layout_from_document
+
+    console = _console()
+    verdict = "[green]fits[/green]" if answer["fits"] else "[red]no[/red]"
+    console.print(
+        f"{verdict}: {escape(layout_from_document(answer['layout']).words())} on {answer['gpus']} GPUs, runtime {answer['runtime']}"
+    )
+    for one in answer["rejections"]:
+        console.print(f"  [red]{escape(one['rule'])}[/red]: {escape(one['detail'])}; {escape(one['remedy'])}")
+    if answer["time"]:
+        console.print()
+        print_breakdown(console, answer)
+    print_assumptions(console, answer["assumptions"])
+
+
+def print_explanation(document: Mapping[str, Any]) -> None:
+    """A plan or layout explained."""
+    console = _console()
+    subject = document["subject"]
+    console.print(f"[bold]{escape(subject['model'])}[/bold] on {escape(subject['cluster'])}")
+    print_answer(document)
+    console.print()
+    for line in (*document["binds"], *document["notes"]):
+        console.print(f"• {escape(line)}")
+    from shardplan.planner.explain import TIME_WORDS
+
+    for other in document["runners_up"]:
+        console.print(
+            f"\nagainst {escape(other['layout'])}: {seconds(other['step_s'])}, {gib(other['device_peak_bytes'])} GiB"
+        )
+        for part, difference in sorted(other["difference_s"].items(), key=lambda item: -abs(item[1])):
+            if abs(difference) >= 5e-4 * other["step_s"]:
+                sign = "+" if difference > 0 else "-"
+                console.print(f"    {sign}{seconds(abs(difference)):>8}  {TIME_WORDS[part]}")
+    console.print()
+    print_account(console, document["search"])
+
+
+def print_nothing_fits(document: Mapping[str, Any]) -> None:
+    """Nothing fits: how far off, and what would have to change."""
+    from shardplan.costmodel.layout import layout_from_document
+
+    console = _console()
+    console.print("[red]no layout fits[/red]")
+    print_account(console, document["search"])
+    if document["closest"]:
+        console.print(f"\nclosest: {escape(layout_from_document(document['closest']['layout']).words())}")
+    for one in document["rejections"][:5]:
+        remedy = f"; {one['remedy']}" if one["remedy"] else ""
+        console.print(f"  {escape(one['rule'])}: {escape(one['detail'])}{escape(remedy)}")
+    if document["would_fit"]:
+        console.print("\nwhat would fit instead:")
+        for change in document["would_fit"]:
+            console.print(f"  • {escape(change)}")
+    else:
+        console.print("\nneither more GPUs (up to 64 times), shorter sequences nor another runtime alone makes it fit")
