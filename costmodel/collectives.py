@@ -72,7 +72,12 @@ def _latency_s(
 
 
 def point_to_point_s(tiers: TierTable, size_bytes: ArrayLike, stride: ArrayLike) -> FloatArray:
-    """Seconds to send `size_bytes` to the rank `stride` away."""
+    """Seconds to send `size_bytes` to the rank `stride` away: latency, then the plateau of the tier's curve.
+
+    The curves by size are those of collectives, whose small sizes are all latency; one message pays its latency once.
+    """
     size, step = np.broadcast_arrays(*(np.asarray(x, dtype=np.float64) for x in (size_bytes, stride)))
     tier = np.where(step < tiers.gpus[0], 0, _outer_tier(tiers, step + 1.0))
-    return np.asarray(tiers.latency_s)[tier] + size / _at_tier(tiers, tier, size)
+    plateau = np.asarray([max(curve.fractions) for curve in tiers.efficiency])
+    bandwidth = np.asarray(tiers.bandwidth_bytes_per_s) * plateau
+    return np.asarray(tiers.latency_s)[tier] + size / bandwidth[tier]

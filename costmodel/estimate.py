@@ -191,7 +191,22 @@ def _estimate_rows(
         model_flop_per_step=model_flop_per_token(model, job.seq) * job.tokens_per_step,
         hardware_flop_per_step=_hardware_flop(model, job, layouts, blocks, stages.recomputed_total),
         peak_flop_per_s=gpu.peak_flop_per_s[job.precision],
-        time_band=TIME_BAND + (GUESS_BAND if cluster.guesses() else 0.0),
+        time_band=TIME_BAND + (GUESS_BAND if timing_guesses(cluster, job.precision) else 0.0),
+    )
+
+
+TIMED_FIELDS = ("efficiency", "bandwidth", "peak_tflops", "latency", "launch", "nic_", "pcie")
+
+
+def timing_guesses(cluster: Cluster, precision: str) -> tuple[str, ...]:
+    """Guessed figures of the profile that enter the step time of a job in `precision`."""
+    others = {word for word in cluster.gpu.peak_flop_per_s if word != precision}
+    return tuple(
+        path
+        for path in cluster.guesses()
+        if not path.startswith("node.host.")
+        and any(field in path for field in TIMED_FIELDS)
+        and path.rsplit(".", 1)[-1] not in others
     )
 
 

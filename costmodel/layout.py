@@ -101,7 +101,7 @@ class Layout:
     def document(self) -> dict[str, object]:
         """Plain JSON-able values by word."""
         values = dataclasses.asdict(self)
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        return {**values, "stage_layers": list(self.stage_layers) if self.stage_layers else None}
 
 
 FIELD_NAMES = tuple(f.name for f in dataclasses.fields(Layout))
@@ -120,7 +120,7 @@ def _known(name: str, word: str, known: Sequence[str]) -> None:
 def _word(value: object) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return str(value).replace(" ", "").strip("(),")
 
 
 def split_recompute(word: str) -> tuple[str, int]:

@@ -193,8 +193,9 @@ def _read(text: str, place: str) -> Runtime:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as bad:
         raise InputError(f"not valid TOML ({bad})", place=place) from None
-    for states in document.get("states", {}).values():
-        if isinstance(states, dict):
+    precisions: dict[str, dict[str, Any]] = document.get("states", {})
+    for states in precisions.values():
+        if isinstance(states, dict):  # pyright: ignore[reportUnnecessaryIsInstance]
             states["zero"] = [_state_row(states, stage) for stage in range(4)]
             for stage in range(4):
                 states.pop(f"zero_{stage}", None)

@@ -15,7 +15,7 @@ from shardplan.costmodel.layer_cost import BlockCost, block_cost
 from shardplan.costmodel.layout import ALL_LAYERS, ATTENTION, LayoutTable
 from shardplan.costmodel.memory import FULL, SELECTIVE
 from shardplan.costmodel.model import Model, layer_parameters
-from shardplan.costmodel.operators import Shapes, embedding_ops, head_ops, layer_ops, logits_bytes
+from shardplan.costmodel.operators import Op, Shapes, embedding_ops, head_ops, layer_ops, logits_bytes
 from shardplan.costmodel.pipeline import stage_table
 from shardplan.costmodel.runtime import Runtime
 from shardplan.hw_profiles.machine import Cluster
@@ -66,8 +66,8 @@ def block_rows(
     def gathered(block: BlockCost) -> BlockColumns:
         return {name: getattr(block, name)[inverse] for name in BlockCost.__dataclass_fields__}
 
-    def cost(ops: tuple[object, ...]) -> BlockColumns:
-        return gathered(block_cost(ops, shapes, gpu=cluster.gpu, precision=job.precision, tiers=tiers, runtime=runtime))  # pyright: ignore[reportArgumentType]
+    def cost(ops: tuple[Op, ...]) -> BlockColumns:
+        return gathered(block_cost(ops, shapes, gpu=cluster.gpu, precision=job.precision, tiers=tiers, runtime=runtime))
 
     return BlockRows(
         layers=tuple(cost(layer_ops(kind, shapes, runtime)) for kind, _ in model.layers),
@@ -101,7 +101,7 @@ def stage_rows(model: Model, layouts: LayoutTable, runtime: Runtime, *, every_st
         model,
         layouts.pp[first].tolist(),
         layouts.virtual_stages[first].tolist(),
-        [layouts.splits[i] for i in layouts.split[first]],
+        [layouts.splits[int(i)] for i in layouts.split[first].tolist()],
         runtime.stages,
         every_stage=every_stage,
     )
@@ -139,9 +139,7 @@ def stage_parameters(model: Model, layouts: LayoutTable, runtime: Runtime, stage
     table = padded_vocab(model, runtime, tp) * model.hidden / tp
     norm = model.hidden * (2 if model.norm == "layernorm" else 1)
     root = stages.embedding * (table + model.learned_positions * model.hidden)[:, None]
-    owns_head = (
-        (~model.tied_embeddings | (layouts.pp > 1)) if model.tied_embeddings else np.ones(len(layouts), dtype=bool)
-    )
+    owns_head = np.asarray(layouts.pp > 1) | (not model.tied_embeddings)
     root = root + stages.head * (np.where(owns_head, table, 0.0) + norm)[:, None]
     body = (stages.layers * by_kind[:, None, :]).sum(axis=2)
     largest = np.where(stages.layers > 0, by_kind[:, None, :], 0.0).max(axis=2)

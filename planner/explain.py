@@ -156,8 +156,9 @@ def what_would_fit(
     document: dict[str, Any] = {"fits": False, "rejections": [], "search": search_document(result, 0), "closest": None}
     if result.closest is not None:
         closest = result.closest.layouts.row(0)
-        document["closest"] = judge(closest, model=model, job=job, cluster=cluster, runtime=runtime, headroom=headroom)
-        document["rejections"] = document["closest"]["rejections"]
+        judged = judge(closest, model=model, job=job, cluster=cluster, runtime=runtime, headroom=headroom)
+        if isinstance(judged, dict):
+            document["closest"], document["rejections"] = judged, judged["rejections"]
     else:
         document["rejections"] = [
             {"rule": r.rule, "detail": f"{r.count} layouts: {r.example}", "remedy": ""} for r in result.refused

@@ -38,7 +38,7 @@ def _version(wanted: bool) -> None:
 
 
 @app.callback()
-def options(
+def top_level(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")

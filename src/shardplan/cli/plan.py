@@ -74,10 +74,10 @@ def plan(
 
 def _search(inputs: options.Inputs, fix: str, forbid: list[str], objective: str, headroom: float) -> SearchResult:
     from shardplan.hw_profiles.errors import InputError, nearest
-    from shardplan.planner.search import OBJECTIVES, search
+    from shardplan.planner.search import OBJECTIVES, Objective, search
     from shardplan.planner.space import parse_wishes
 
-    chosen = next((word for word in OBJECTIVES if word == objective.lower()), None)
+    chosen: Objective | None = next((word for word in OBJECTIVES if word == objective.lower()), None)
     if chosen is None:
         raise InputError(
             f"objective={objective!r} is unknown", place="--objective", remedy=nearest(objective, OBJECTIVES)

@@ -32,8 +32,13 @@ def _table(title: str, *columns: tuple[str, str]) -> Table:
     return table
 
 
+PIPE_WIDTH = 120
+
+
 def _console() -> Console:
-    return Console(highlight=False, soft_wrap=False)
+    """As wide as the terminal; a pipe gets PIPE_WIDTH columns."""
+    console = Console(highlight=False, soft_wrap=False)
+    return console if console.is_terminal else Console(highlight=False, soft_wrap=False, width=PIPE_WIDTH)
 
 
 def print_plan(document: Mapping[str, Any], *, written_to: str | None) -> None:
