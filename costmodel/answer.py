@@ -94,7 +94,10 @@ def memory_rejections(estimates: Estimates, row: int, *, cluster: Cluster, headr
                     f"stage {int(estimates.stage_index[row, stage])} needs {need / GIB:.1f} GiB (+{MEMORY_BAND:.0%} band) of "
                     f"{usable / GIB:.1f} GiB usable ({capacity / GIB:.1f} GiB less {headroom:.0%} headroom) on {cluster.gpu.name}"
                 ),
-                remedy=f"largest part is {largest} ({parts[largest] / GIB:.1f} GiB): {MEMORY_REMEDIES[largest]}",
+                remedy=(
+                    f"largest part is {largest} ({parts[largest] / GIB:.1f} GiB): "
+                    f"{memory_remedy(largest, estimates.layouts.row(row))}"
+                ),
             )
         )
     host, host_usable = float(estimates.host_bytes[row]), estimates.host_capacity_bytes * (1.0 - headroom)
@@ -109,12 +112,18 @@ def memory_rejections(estimates: Estimates, row: int, *, cluster: Cluster, headr
     return told
 
 
-MEMORY_REMEDIES = {
-    "parameters": "raise tp or pp, or use zero=3",
-    "gradients": "raise tp or pp, or use zero=2 or 3",
-    "optimizer": "use zero=1 or more, more GPUs, or offload_optimizer=cpu",
-    "activations": "lower micro_batch, use recompute=selective or full, or raise tp with sequence_parallel",
-}
+def memory_remedy(part: str, layout: Layout) -> str:
+    """The first knobs to turn when `part` fills the memory of a layout."""
+    sharded_from = {"parameters": 3, "gradients": 2, "optimizer": 1}
+    if part == "activations":
+        knobs = ["lower micro_batch"] if layout.micro_batch > 1 else []
+        knobs += ["use recompute=full"] if not layout.recompute.startswith("full") else []
+        knobs += ["raise tp with sequence_parallel=true, or pp"]
+        return ", ".join(knobs)
+    if layout.zero < sharded_from[part]:
+        return f"use zero={sharded_from[part]} or more, or raise tp or pp"
+    more = "use more GPUs, or raise tp or pp"
+    return more + (", or offload_optimizer=cpu where the runtime has it" if part == "optimizer" else "")
 
 
 def _memory(estimates: Estimates, row: int) -> dict[str, Any]:

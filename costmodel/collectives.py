@@ -14,6 +14,8 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from shardplan.hw_profiles.machine import EfficiencyCurve
 from shardplan.hw_profiles.topology import TierTable
 
 FloatArray = NDArray[np.float64]
@@ -37,11 +39,13 @@ def _outer_tier(tiers: TierTable, span: FloatArray) -> NDArray[np.int64]:
     return np.minimum(np.searchsorted(tiers.gpus, span), len(tiers.gpus) - 1)
 
 
-def _at_tier(tiers: TierTable, tier: NDArray[np.int64], size: FloatArray) -> FloatArray:
+def _at_tier(
+    tiers: TierTable, tier: NDArray[np.int64], size: FloatArray, curves: tuple[EfficiencyCurve, ...]
+) -> FloatArray:
     """Per-GPU bus bandwidth of `tier` for a buffer of `size` bytes."""
-    efficiency = np.stack([curve.at(size) for curve in tiers.efficiency])
+    efficiency = np.stack([curve.at(size) for curve in curves])
     reached = np.take_along_axis(efficiency, tier[None], axis=0)[0]
-    return np.asarray(tiers.bandwidth_bytes_per_s)[tier] * reached
+    return tiers.bandwidth_bytes_per_s[tier] * reached
 
 
 def collective_s(
@@ -51,8 +55,11 @@ def collective_s(
     size, n, step = np.broadcast_arrays(*(np.asarray(x, dtype=np.float64) for x in (size_bytes, ranks, stride)))
     inside = members_per_node(tiers, n, step)
     tier = _outer_tier(tiers, n * step)
-    bus = _at_tier(tiers, np.zeros_like(tier), size)
-    between = inside * _at_tier(tiers, tier, size)
+    node = np.zeros_like(tier)
+    bus = _at_tier(tiers, node, size, tiers.efficiency)
+    if collective == "all_reduce":  # a reducing switch (NVLS) serves groups of the whole node
+        bus = np.where(n == tiers.gpus[0], _at_tier(tiers, node, size, tiers.all_reduce_efficiency), bus)
+    between = inside * _at_tier(tiers, tier, size, tiers.efficiency)
     bus = np.where(tier == 0, bus, np.minimum(bus, between))
     seconds = size * wire_factor(collective, n) / bus
     return np.where(n > 1, np.maximum(seconds, _latency_s(tiers, collective, n, inside, tier)), 0.0)
@@ -62,7 +69,7 @@ def _latency_s(
     tiers: TierTable, collective: Collective, ranks: FloatArray, inside: FloatArray, tier: NDArray[np.int64]
 ) -> FloatArray:
     """Ring steps of all-gather and reduce-scatter; for all-reduce the cheaper of ring and double binary tree."""
-    latency = np.asarray(tiers.latency_s)
+    latency = tiers.latency_s
     nodes = np.maximum(ranks / inside, 1.0)
     ring = (ranks - nodes) * latency[0] + np.where(nodes > 1, nodes, 0.0) * latency[tier]
     if collective != "all_reduce":
@@ -72,12 +79,8 @@ def _latency_s(
 
 
 def point_to_point_s(tiers: TierTable, size_bytes: ArrayLike, stride: ArrayLike) -> FloatArray:
-    """Seconds to send `size_bytes` to the rank `stride` away: latency, then the plateau of the tier's curve.
-
-    The curves by size are those of collectives, whose small sizes are all latency; one message pays its latency once.
-    """
+    """Seconds to send `size_bytes` to the rank `stride` away: latency once, then the rate of one large transfer."""
     size, step = np.broadcast_arrays(*(np.asarray(x, dtype=np.float64) for x in (size_bytes, stride)))
     tier = np.where(step < tiers.gpus[0], 0, _outer_tier(tiers, step + 1.0))
-    plateau = np.asarray([max(curve.fractions) for curve in tiers.efficiency])
-    bandwidth = np.asarray(tiers.bandwidth_bytes_per_s) * plateau
-    return np.asarray(tiers.latency_s)[tier] + size / bandwidth[tier]
+    bandwidth = tiers.bandwidth_bytes_per_s * tiers.point_to_point_fraction
+    return tiers.latency_s[tier] + size / bandwidth[tier]

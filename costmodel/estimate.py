@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from shardplan.hw_profiles.topology import TierTable, tier_table
 
 from shardplan.costmodel.job import Job
 from shardplan.costmodel.layout import Layout, LayoutTable, layout_table
@@ -20,6 +19,7 @@ from shardplan.costmodel.stage_cost import BlockRows, block_rows, stage_paramete
 from shardplan.costmodel.step_memory import stage_memory
 from shardplan.costmodel.step_time import step_time
 from shardplan.hw_profiles.machine import Cluster
+from shardplan.hw_profiles.topology import TierTable, tier_table
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]

@@ -32,7 +32,10 @@ class Job:
         for name, value in (("seq", self.seq), ("global_batch", self.global_batch)):
             if value < 1:
                 raise InputError(f"{name}={value} is not positive", place=f"--{name.replace('_', '-')}")
-        words: list[tuple[str, str, tuple[str, ...]]] = [("precision", self.precision, PRECISIONS), ("optimizer", self.optimizer, OPTIMIZERS)]
+        words: list[tuple[str, str, tuple[str, ...]]] = [
+            ("precision", self.precision, PRECISIONS),
+            ("optimizer", self.optimizer, OPTIMIZERS),
+        ]
         if self.grad_dtype is not None:
             words.append(("grad_dtype", self.grad_dtype, GRAD_DTYPES))
         for name, word, known in words:

@@ -177,9 +177,8 @@ def _value(name: str, raw: str) -> object:
         return int(raw)
     except (ValueError, KeyError):
         kind = {"sequence_parallel": "true or false", "stage_layers": "numbers such as 10,12,12,10"}
-        raise InputError(
-            f"{name}={raw!r} is malformed", place="layout", remedy=f"use {kind.get(name, 'a whole number')}"
-        ) from None
+        remedy = f"use {kind.get(name, 'a whole number')}" if "=" not in raw else "separate words with spaces"
+        raise InputError(f"{name}={raw!r} is malformed", place="layout", remedy=remedy) from None
 
 
 def layout_from_document(document: Mapping[str, object]) -> Layout:

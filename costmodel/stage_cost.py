@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from shardplan.hw_profiles.topology import TierTable
 
 from shardplan.costmodel.job import BYTES_OF, Job
 from shardplan.costmodel.keys import unique_keys
@@ -19,6 +18,7 @@ from shardplan.costmodel.operators import Op, Shapes, embedding_ops, head_ops, l
 from shardplan.costmodel.pipeline import stage_table
 from shardplan.costmodel.runtime import Runtime
 from shardplan.hw_profiles.machine import Cluster
+from shardplan.hw_profiles.topology import TierTable
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]

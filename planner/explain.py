@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from shardplan.costmodel.answer import GIB, MEMORY_REMEDIES
+from shardplan.costmodel.answer import GIB, memory_remedy
 from shardplan.costmodel.estimate import DEFAULT_HEADROOM, TIME_PARTS
 from shardplan.costmodel.job import Job
 from shardplan.costmodel.layout import layout_from_document, parse_layout
 from shardplan.costmodel.model import Model
 from shardplan.costmodel.runtime import Runtime, load_runtime
+from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.load import cluster_from_document
 from shardplan.hw_profiles.machine import Cluster
 from shardplan.planner.plan import Plan, digest
@@ -116,14 +117,14 @@ def what_binds(prediction: Mapping[str, Any]) -> list[str]:
     lost = {part: time[part] for part in TIME_PARTS if part != "compute_s"}
     part = max(lost, key=lambda name: lost[name])
     stage = max(memory["stages"], key=lambda s: s["device_bytes"])
-    sizes = {name: stage[f"{name}_bytes"] for name in MEMORY_REMEDIES}
+    sizes = {name: stage[f"{name}_bytes"] for name in ("parameters", "gradients", "optimizer", "activations")}
     largest = max(sizes, key=lambda name: sizes[name])
     return [
         f"time: {time['compute_s'] / time['step_s']:.0%} of the step is compute; the largest loss is "
         f"{TIME_WORDS[part]} ({lost[part] / time['step_s']:.1%})",
         f"memory: stage {stage['stage']} is fullest with {stage['device_bytes'] / GIB:.1f} of "
         f"{memory['capacity_bytes'] / GIB:.1f} GiB, most of it {largest} ({sizes[largest] / GIB:.1f} GiB)",
-        f"if it runs out of memory: {MEMORY_REMEDIES[largest]}",
+        f"if it runs out of memory: {memory_remedy(largest, layout_from_document(prediction['layout']))}",
     ]
 
 
@@ -192,14 +193,10 @@ def _changes(model: Model, job: Job, cluster: Cluster, runtime: Runtime, wishes:
     told: list[str] = []
     if (wishes.fixed_words or wishes.forbidden) and fits(wishes=Wishes()):
         told.append("dropping --fix and --forbid")
-    bigger = cluster.gpus
-    for _ in range(MOST_DOUBLINGS):
-        bigger *= 2
-        if bigger % cluster.node.gpus == 0 or bigger < cluster.node.gpus:
-            more = dataclasses.replace(cluster, node_runs=((cluster.node, bigger // cluster.node.gpus),))
-            if fits(cluster=more):
-                told.append(f"{bigger} GPUs of the same kind (tried by doubling)")
-                break
+    for more in _doubled(cluster):
+        if fits(cluster=more):
+            told.append(f"{more.gpus} GPUs of the same kind (tried by doubling)")
+            break
     shorter = job.seq // 2
     while shorter >= 256 and job.seq // shorter <= 16:
         if fits(job=dataclasses.replace(job, seq=shorter)):
@@ -210,3 +207,12 @@ def _changes(model: Model, job: Job, cluster: Cluster, runtime: Runtime, wishes:
         if name != runtime.name and fits(runtime=name):
             told.append(f"--runtime {name}")
     return told
+
+
+def _doubled(cluster: Cluster) -> Iterator[Cluster]:
+    """The same cluster with 2, 4, 8 … times the GPUs, as far as its network goes."""
+    for times in range(1, MOST_DOUBLINGS + 1):
+        try:
+            yield cluster.with_gpus(cluster.gpus * 2**times)
+        except InputError:
+            return

@@ -13,7 +13,7 @@ app = typer.Typer(
     name="shardplan",
     help="Which layout of this model on these GPUs fits, is fastest, why, and does it hold when run?",
     epilog="Example: shardplan plan llama-3-70b --cluster h100-ib --gpus 64 --global-batch 1024 --seq 8192",
-    no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -39,34 +39,50 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def top_level(
+    context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """Which layout of this model on these GPUs fits, is fastest, why, and does it hold when run?"""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 def main() -> None:
-    """Entry point: errors become one line on stderr and the exit code of the contract (2 malformed input, 1 no, 3 failed run)."""
-    import click
+    """Entry point: errors become one line on stderr and the exit code of the contract (2 malformed input, 1 no, 3 failed)."""
+    sys.exit(_exit_code())
 
+
+def _exit_code() -> int:
     from shardplan.hw_profiles.errors import InputError
 
     try:
-        code = app(standalone_mode=False)
+        code: object = app(standalone_mode=False)
     except InputError as bad:
-        if "--debug" in sys.argv:
-            raise
-        print(f"shardplan: {bad}", file=sys.stderr)
-        code = 2
-    except click.ClickException as bad:
-        print(f"shardplan: {bad.format_message()}", file=sys.stderr)
-        code = bad.exit_code
-    except (KeyboardInterrupt, click.Abort):
+        _tell(str(bad), bad)
+        return 2
+    except (KeyboardInterrupt, typer.Abort):
         print("shardplan: stopped", file=sys.stderr)
-        code = 130
+        return 130
     except BrokenPipeError:
-        sys.stderr.close()
-        code = 1
-    sys.exit(code if isinstance(code, int) else 0)
+        sys.stdout = None  # the reader has gone: nothing to flush to
+        return 1
+    except Exception as bad:
+        usage = getattr(bad, "format_message", None)  # a usage error of the option parser
+        if usage is None:
+            _tell(f"internal error, {type(bad).__name__}: {bad}; please report it with the output of --debug", bad)
+            return 3
+        _tell(str(usage()).replace("\n", " "), bad)
+        return int(getattr(bad, "exit_code", 2))
+    return code if isinstance(code, int) else 0
+
+
+def _tell(line: str, cause: Exception) -> None:
+    """One line on stderr, after the traceback when --debug was given."""
+    if "--debug" in sys.argv:
+        import traceback
+
+        traceback.print_exception(cause)
+    print(f"shardplan: {line}", file=sys.stderr)

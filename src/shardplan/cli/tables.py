@@ -221,4 +221,4 @@ def print_nothing_fits(document: Mapping[str, Any]) -> None:
         for change in document["would_fit"]:
             console.print(f"  • {escape(change)}")
     else:
-        console.print("\nneither more GPUs (up to 64 times), shorter sequences nor another runtime alone makes it fit")
+        console.print("\nneither more GPUs of this kind, shorter sequences nor another runtime alone makes it fit")
