@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from shardplan.hw_profiles.topology import TierTable
 
 from shardplan.costmodel.collectives import collective_s
 from shardplan.costmodel.layout import LayoutTable
 from shardplan.costmodel.runtime import Communication
+from shardplan.hw_profiles.topology import TierTable
 
 FloatArray = NDArray[np.float64]
 
@@ -47,9 +47,22 @@ def exchange_s(
     reduce = collective_s(tiers, "reduce_scatter", unit * gradient_bytes, shards, step)
     reduce = reduce + collective_s(tiers, "all_reduce", unit * gradient_bytes / shards, replicas, step * shards)
     gather = collective_s(tiers, "all_gather", unit * parameter_bytes, shards, step)
-    reductions = np.where(np.isin(zero, communication.reduce_every_micro_batch), micro_batches, 1.0)
+    once = inside_pipeline(layouts, communication)
+    reductions = np.where(_reduces_often(layouts, communication), micro_batches, 1.0)
     gathers = np.where(np.isin(zero, communication.gather_every_micro_batch), 2.0 * micro_batches, 1.0)
+    # parameters that stay whole after a backward are only gathered again after the next forward dropped them
+    gathers = np.where(once & (zero == 3), micro_batches, gathers)
     return Exchange(reduce_s=units * reduce * reductions, gather_s=units * gather * gathers)
+
+
+def inside_pipeline(layouts: LayoutTable, communication: Communication) -> NDArray[np.bool_]:
+    """Rows whose pipeline reduces once a step whatever the ZeRO stage."""
+    return np.asarray(layouts.pp > 1) & communication.pipeline_reduces_once
+
+
+def _reduces_often(layouts: LayoutTable, communication: Communication) -> NDArray[np.bool_]:
+    every = np.isin(layouts.zero, communication.reduce_every_micro_batch)
+    return every & ~inside_pipeline(layouts, communication)
 
 
 def exposed_exchange_s(
@@ -66,7 +79,7 @@ def exposed_exchange_s(
     What repeats hides behind all micro-batches, what happens once behind one of them; the overlap share is the runtime's.
     """
     zero = layouts.zero
-    reducing = np.where(np.isin(zero, communication.reduce_every_micro_batch), micro_batches, 1.0) * backward_s
+    reducing = np.where(_reduces_often(layouts, communication), micro_batches, 1.0) * backward_s
     every = np.isin(zero, communication.gather_every_micro_batch)
     gathering = np.where(every, micro_batches * (forward_s + backward_s), forward_s)
     hidden_reduce = np.minimum(communication.reduce_overlap * exchange.reduce_s, reducing)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from shardplan.hw_profiles.topology import TierTable
 
 from shardplan.costmodel.collectives import collective_s
 from shardplan.costmodel.job import BYTES_OF
@@ -15,11 +14,14 @@ from shardplan.costmodel.kernels_time import flash_attention_s, gemm_s, memory_b
 from shardplan.costmodel.operators import Op, Shapes
 from shardplan.costmodel.runtime import Runtime
 from shardplan.hw_profiles.machine import Gpu
+from shardplan.hw_profiles.topology import TierTable
 
 FloatArray = NDArray[np.float64]
 
 BACKWARD_TRAFFIC = 1.5
 """Backward over forward bytes of element-wise operators: two reads and a write against a read and a write."""
+TENSORS = ("input", "attention_output")
+"""Entries that only stand for a kept tensor: nothing is launched for them."""
 BACKWARD_LAUNCHES = 2.0
 """Backward over forward kernel launches."""
 
@@ -66,7 +68,7 @@ def block_cost(
                 seconds = collective_s(tiers, kind, size, shapes.tp, 1.0)
                 total[phase] = total[phase] + np.where(size > 0, seconds, 0.0)
         parallel = np.where(shapes.tp > 1, runtime.execution.tensor_parallel_host_s, 0.0)
-        if op.name != "input":
+        if op.name not in TENSORS:
             total["host_forward_s"] = total["host_forward_s"] + (
                 gpu.launch_s * runtime.execution.launches_per_operator + parallel
             )

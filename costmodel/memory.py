@@ -108,11 +108,23 @@ def stage_states(
             moved += np.where(offloaded[:, None], sharded, 0.0)
             sharded = np.where(offloaded[:, None], 0.0, sharded)
         parts[part] = stage_parameters * column.whole[:, None] + sharded
+    held = _held_whole(runtime, layouts)
+    parts["gradients"] = parts["gradients"] + stage_parameters * (held * gradient_bytes(runtime, job))[:, None]
+    parts["parameters"] = (
+        parts["parameters"]
+        + stage_parameters * (np.where(layouts.zero == 3, held, 0.0) * BYTES_OF[job.precision])[:, None]
+    )
     gathered, waiting = _working_set(runtime, job, layouts, layer_parameters, root_parameters, stage_parameters)
     parts["parameters"] = parts["parameters"] + gathered
     parts["gradients"] = parts["gradients"] + waiting
     parts["host"] = moved
     return parts
+
+
+def _held_whole(runtime: Runtime, layouts: LayoutTable) -> FloatArray:
+    """1 where a pipeline keeps gradients (and under ZeRO-3 parameters) whole until the end of the step, (N,)."""
+    inside = (layouts.pp > 1) & (layouts.zero >= 2) & (layouts.dp_shard > 1)
+    return (inside & runtime.communication.pipeline_reduces_once).astype(np.float64)
 
 
 def _working_set(
@@ -126,7 +138,7 @@ def _working_set(
     """(gathered parameters under ZeRO-3, whole gradients awaiting reduction under ZeRO-2/3) in bytes."""
     element = BYTES_OF[job.precision]
     work = runtime.working_set
-    spread = layouts.dp_shard > 1
+    spread = (layouts.dp_shard > 1) & (_held_whole(runtime, layouts) == 0)
     gathered = work.gathered_layers * layer + (root if work.root_stays_gathered else 0.0)
     gathered = np.where(((layouts.zero == 3) & spread)[:, None], np.minimum(gathered, stage), 0.0)
     waiting = np.where(((layouts.zero >= 2) & spread)[:, None], np.minimum(work.gradient_layers * layer, stage), 0.0)

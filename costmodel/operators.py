@@ -1,9 +1,10 @@
 """A layer kind as a tuple of operators: matrix shapes, FLOP, bytes moved, bytes kept for the backward pass, collectives.
 
-All numbers are per rank and micro-batch, as arrays over the K unique shapes they depend on. `kept_bytes` of an operator is what
-disappears when it is recomputed; the layer's own input is the operator "input", always kept. For a GPT layer in 16 bit this sums
-to s b h (10 + 24/t + 5 a s / (h t)) under tensor parallelism and s b h (34 + 5 a s / h) / t with sequence parallelism
-(Korthikanti et al., arXiv 2205.05198, equations 1-4).
+All numbers are per rank and micro-batch, as arrays over the K unique shapes they depend on. `kept_bytes` of an
+operator is what disappears when it is recomputed. Two entries only stand for kept tensors: "input", the layer's own,
+always kept; and "attention_output", between attention core and projection, which some runtimes keep while they
+recompute the core. For a GPT layer in 16 bit this sums to s b h (10 + 24/t + 5 a s / (h t)) under tensor parallelism
+and s b h (34 + 5 a s / h) / t with sequence parallelism (Korthikanti et al., arXiv 2205.05198, equations 1-4).
 """
 
 from __future__ import annotations
@@ -101,10 +102,10 @@ def _attention_ops(kind: LayerKind, shapes: Shapes, runtime: Runtime) -> tuple[O
             traffic_bytes=2 * e * tokens * (heads + kv_heads) * kind.head_dim * (1 if kind.rotary else 0),
         ),
         _attention_core(kind, shapes, heads),
+        Op(name="attention_output", kept_bytes=e * tokens * heads * kind.head_dim),
         Op(
             name="projection",
             gemms=(Gemm(m=tokens, n=kind.hidden * one, k=heads * kind.head_dim, count=one),),
-            kept_bytes=e * tokens * heads * kind.head_dim,
             forward=leaving[0],
             backward=leaving[1],
         ),

@@ -129,6 +129,8 @@ class Communication(_FromFile):
     """ZeRO stages that reduce gradients after each micro-batch (else once per step)."""
     gather_every_micro_batch: tuple[int, ...]
     """ZeRO stages that gather parameters in forward and in backward of each micro-batch (else once per step)."""
+    pipeline_reduces_once: bool
+    """Inside a pipeline ZeRO-2/3 reduce once a step too; until then gradients, and under ZeRO-3 parameters, stay whole."""
     tensor_overlap: float
     gather_overlap: float
     reduce_overlap: float
