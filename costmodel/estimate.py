@@ -162,7 +162,7 @@ def _estimate_rows(
     blocks = block_rows(model, job, cluster, layouts, runtime, tiers)
     stages = stage_rows(model, layouts, runtime, every_stage=every_stage)
     parameters = stage_parameters(model, layouts, runtime, stages)
-    memory = stage_memory(model, job, layouts, runtime, blocks, stages, parameters, micro_batches)
+    memory = stage_memory(model, job, cluster.gpu, layouts, runtime, blocks, stages, parameters, micro_batches)
     time, hidden = step_time(model, job, cluster, layouts, runtime, tiers, blocks, stages, parameters, micro_batches)
     allocated = memory.allocated
     slack = runtime.allocator_slack_fraction * allocated

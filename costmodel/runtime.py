@@ -86,7 +86,7 @@ class WorkingSet(_FromFile):
     root_stays_gathered: bool
     """ZeRO-3: embedding, final norm and head stay whole through forward and backward."""
     buffer_bytes: float
-    """Communication buckets and workspaces per rank when it has any peer."""
+    """Communication buckets and workspaces of a GPU rank that has any peer."""
     offload_moves: tuple[str, ...]
     """Parts whose sharded bytes live in host memory when the optimizer is offloaded: parameters, gradients, optimizer."""
 

@@ -12,6 +12,7 @@ from shardplan.costmodel.model import Model
 from shardplan.costmodel.pipeline import in_flight
 from shardplan.costmodel.runtime import Runtime
 from shardplan.costmodel.stage_cost import BlockRows, StageParameters, StageRows
+from shardplan.hw_profiles.machine import Gpu
 
 FloatArray = NDArray[np.float64]
 
@@ -19,6 +20,7 @@ FloatArray = NDArray[np.float64]
 def stage_memory(
     model: Model,
     job: Job,
+    gpu: Gpu,
     layouts: LayoutTable,
     runtime: Runtime,
     blocks: BlockRows,
@@ -62,7 +64,8 @@ def stage_memory(
         )
     activations += flying * stages.embedding * blocks.embedding["kept_bytes"][:, None]
     activations += stages.head * (flying * blocks.head["kept_bytes"][:, None] + blocks.logits_bytes[:, None])
-    buffers = np.where(layouts.gpus > 1, runtime.working_set.buffer_bytes, 0.0)[:, None]
+    on_gpu = gpu.device == "cuda"  # NCCL channels and GPU workspaces; gloo keeps next to nothing
+    buffers = np.where((layouts.gpus > 1) & on_gpu, runtime.working_set.buffer_bytes, 0.0)[:, None]
     return StageMemory(
         parameters=states["parameters"],
         gradients=states["gradients"],
