@@ -9,7 +9,7 @@ from shardplan.costmodel.estimate import DEFAULT_HEADROOM, MEMORY_BAND, TIME_PAR
 from shardplan.costmodel.job import Job
 from shardplan.costmodel.layout import Layout
 from shardplan.costmodel.model import Model
-from shardplan.costmodel.rules import Rejection
+from shardplan.costmodel.rule import Rejection
 from shardplan.costmodel.runtime import Runtime
 from shardplan.hw_profiles.machine import Cluster
 

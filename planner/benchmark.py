@@ -9,7 +9,8 @@ from typing import Any
 from shardplan.costmodel.estimate import estimate
 from shardplan.costmodel.job import Job
 from shardplan.costmodel.model_config import load_model
-from shardplan.costmodel.rules import Setting, broken_rules
+from shardplan.costmodel.rule import Setting
+from shardplan.costmodel.rules import broken_rules
 from shardplan.costmodel.runtime import load_runtime
 from shardplan.hw_profiles.load import load_cluster
 from shardplan.planner.search import search

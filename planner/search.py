@@ -15,7 +15,8 @@ from shardplan.costmodel.estimate import DEFAULT_HEADROOM, Estimates, estimate
 from shardplan.costmodel.job import Job
 from shardplan.costmodel.layout import COLUMNS, Layout, LayoutTable
 from shardplan.costmodel.model import Model
-from shardplan.costmodel.rules import RULES, Rejection, Setting, broken_rules, rejections
+from shardplan.costmodel.rule import Rejection, Setting
+from shardplan.costmodel.rules import RULES, broken_rules, rejections
 from shardplan.costmodel.runtime import Runtime, load_runtime
 from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.machine import Cluster

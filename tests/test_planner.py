@@ -15,7 +15,8 @@ from shardplan.costmodel.job import Job
 from shardplan.costmodel.layout import AXIS_ORDER, Layout, layout_table, parse_layout, rank_coordinates
 from shardplan.costmodel.model import Model
 from shardplan.costmodel.model_config import load_model
-from shardplan.costmodel.rules import RULES, Setting, broken_rules, divisors, rejections
+from shardplan.costmodel.rule import Setting
+from shardplan.costmodel.rules import RULES, broken_rules, divisors, rejections
 from shardplan.costmodel.runtime import load_runtime
 from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.load import cluster_document, load_cluster
@@ -303,7 +304,7 @@ def test_missing_plan_and_missing_folder(tmp_path: Path) -> None:
 
 
 def test_nothing_fits_says_what_would() -> None:
-    at = setting(gpus=8, model="llama-3-405b", runtime="fsdp2", batch=8)
+    at = setting(gpus=8, model="llama-3-405b", runtime="fsdp2", batch=64)
     result = search(model=at.model, job=at.job, cluster=at.cluster, runtime=at.runtime)
     assert result.ranked is None
     assert result.closest is not None

@@ -1,0 +1,12 @@
+"""Runs a plan: starts the ranks, builds the model, spreads it as the layout says, trains it, measures it.
+
+Reading order: `launch.py` (starts and watches the ranks) -> `train.py` (what one rank does) -> `parallelize.py` (the
+recipe) -> `mesh.py`, `tensor_parallel.py`, `recompute.py`, `zero.py`, `pipeline.py` (one mechanism each).
+Importing this package does not import torch; `launch`, `check`, `data` and `measure` do not either.
+"""
+
+if __name__ != "shardplan.executor":
+    raise ImportError(
+        f"this folder is the package shardplan.executor; it was imported as {__name__!r}. "
+        "Install the project (pip install -e .) and import shardplan.executor."
+    )

@@ -1,0 +1,120 @@
+"""Timing: median of samples within a time budget, in step with the other processes, on a warm device.
+
+All the processes take the same number of calls and samples, so that they load the machine together and so that
+collectives can be timed by the same code. Samples are short, so that the median drops those another program disturbed;
+where there are more processes than cores, they are long enough to hold several time slices.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+Call = Callable[[], object]
+
+SAMPLE_S = 1e-3
+CROWDED_SAMPLE_S = 20e-3
+CUDA_SAMPLE_CALLS = 64
+MOST_CALLS = 65536
+MOST_SAMPLES = 500
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timer:
+    """Measures seconds per call on one device; the answer is the mean over the processes of each one's median."""
+
+    device: torch.device
+    budget_s: float
+    """Time to spend on one measurement, warm-up included, unless three calls take longer."""
+    sample_s: float = SAMPLE_S
+    """Length of one sample; 0 = every call is one, right for collectives, which wait for each other anyway."""
+    group: dist.ProcessGroup | None = None
+    """CPU group of the processes that measure together; None = alone."""
+    cover: Call | None = None
+    """On a GPU: a few milliseconds of matrix products. Queued ahead of a sample, they let the host get ahead, so that
+    short kernels are timed without their launches, and keep the clocks and temperature at their working level."""
+
+    def agree(self, seconds: float) -> float:
+        """Mean of `seconds` over the processes; also their meeting point."""
+        if self.group is None:
+            return seconds
+        value = torch.tensor([seconds], dtype=torch.float64)
+        dist.all_reduce(value, group=self.group)
+        return float(value) / dist.get_world_size(self.group)
+
+    def host_seconds(self, call: Call) -> float:
+        """Wall-clock seconds of one call, the device's work included."""
+        return self._median(call, self._wall_sample, most_calls=MOST_CALLS)
+
+    def device_seconds(self, call: Call) -> float:
+        """Seconds the device spends on one call; on a CPU the same as `host_seconds`."""
+        if self.device.type == "cpu":
+            return self.host_seconds(call)
+        return self._median(call, self._event_sample, most_calls=CUDA_SAMPLE_CALLS)
+
+    def _median(self, call: Call, sample: Callable[[Call, int], float], *, most_calls: int) -> float:
+        call()  # allocations, library start-up, choice of algorithm
+        each_s = self._warm_up(call)
+        calls = max(1, min(most_calls, round(self.sample_s / each_s)))
+        samples = max(3, min(MOST_SAMPLES, math.floor(0.8 * self.budget_s / (calls * each_s))))
+        self.agree(0.0)
+        return self.agree(statistics.median(sample(call, calls) for _ in range(samples)))
+
+    def _warm_up(self, call: Call) -> float:
+        """Call until a fifth of the budget has passed; seconds per call of the last round, the same on all processes."""
+        calls, spent_s = 1, 0.0
+        while True:
+            each_s = max(self.agree(self._wall_sample(call, calls)), 1e-9)
+            spent_s += each_s * calls
+            if spent_s >= 0.2 * self.budget_s or calls >= MOST_CALLS:
+                return each_s
+            calls = min(calls * 4, max(1, math.ceil(0.1 * self.budget_s / each_s)), MOST_CALLS)
+
+    def _wall_sample(self, call: Call, calls: int) -> float:
+        self._synchronize()
+        start_s = time.perf_counter()
+        for _ in range(calls):
+            call()
+        self._synchronize()
+        return (time.perf_counter() - start_s) / calls
+
+    def _event_sample(self, call: Call, calls: int) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        if self.cover is not None:
+            self.cover()
+        start.record()
+        for _ in range(calls):
+            call()
+        end.record()
+        torch.cuda.synchronize(self.device)
+        return start.elapsed_time(end) * 1e-3 / calls
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def cuda_cover(device: torch.device) -> Call:
+    """About 2 TFLOP of fp16 matrix products on random data: 3 ms of an H100, more of a slower GPU."""
+    left, right = (torch.randn(4096, 4096, device=device, dtype=torch.float16) for _ in range(2))
+    out = torch.empty_like(left)
+
+    def cover() -> None:
+        for _ in range(16):
+            torch.mm(left, right, out=out)
+
+    return cover
+
+
+def heat(cover: Call, seconds: float) -> None:
+    """Run `cover` for `seconds`, so that clocks and temperature settle."""
+    deadline_s = time.perf_counter() + seconds
+    while time.perf_counter() < deadline_s:
+        cover()
+        torch.cuda.synchronize()

@@ -1,0 +1,32 @@
+"""Training data: the shipped text, one token a byte (vocabulary 256), in batches that do not depend on the layout."""
+
+from __future__ import annotations
+
+import gzip
+from importlib import resources
+
+import numpy as np
+from numpy.typing import NDArray
+
+BYTE_VOCABULARY = 256
+
+ByteArray = NDArray[np.uint8]
+TokenArray = NDArray[np.int64]
+
+
+def load_text() -> ByteArray:
+    """The shipped text, one byte a token, shape (about 4.1e6,)."""
+    packed = (resources.files("shardplan.executor") / "text" / "kjv.txt.gz").read_bytes()
+    return np.frombuffer(gzip.decompress(packed), dtype=np.uint8)
+
+
+def sample(text: ByteArray, *, seq: int, seed: int, step: int, index: int) -> TokenArray:
+    """Sequence `index` of the global batch of `step`, shape (seq + 1,); a function of (seed, step, index) alone."""
+    start = np.random.default_rng((seed, step, index)).integers(len(text) - seq)
+    return text[start : start + seq + 1].astype(np.int64)
+
+
+def batch(text: ByteArray, *, seq: int, seed: int, step: int, first: int, count: int) -> tuple[TokenArray, TokenArray]:
+    """Inputs and targets of sequences first <= i < first + count of the global batch, each (count, seq)."""
+    rows = np.stack([sample(text, seq=seq, seed=seed, step=step, index=first + i) for i in range(count)])
+    return rows[:, :-1], rows[:, 1:]

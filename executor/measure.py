@@ -1,0 +1,198 @@
+"""What a run leaves behind: one JSON line per step and rank while it runs, then `measurements.csv`, `run.json`.
+
+A rank appends to its own file, so whatever was measured before a failure is kept; the launcher merges the files.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TextIO
+
+import numpy as np
+
+RANKS_FOLDER = "ranks"
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """One step of one rank. Memory is the peak: of the step on CUDA, of the process so far on a CPU."""
+
+    step: int
+    """Counts from 1."""
+    loss: float
+    """Mean over the global batch, nats per token; the same on every rank."""
+    grad_norm: float
+    """Before clipping, over all ranks."""
+    step_s: float
+    """From the batch to the end of the optimizer step, as this rank saw it."""
+    tokens_per_s: float
+    """Of all ranks together."""
+    allocated_bytes: int | None = None
+    active_bytes: int | None = None
+    reserved_bytes: int | None = None
+    rss_bytes: int | None = None
+    """Resident set of the rank's process (CPU runs)."""
+
+
+_TORCHTITAN_NAMES = {
+    "loss": ("loss_metrics/global_avg_loss", "nats", 1),
+    "grad_norm": ("grad_norm", "1", 1),
+    "step_s": ("time_metrics/end_to_end(s)", "s", 1),
+    "tokens_per_s": ("throughput(tps)", "tokens/s/rank", 1),
+    "allocated_bytes": ("memory/max_allocated(GiB)", "GiB", GIB),
+    "active_bytes": ("memory/max_active(GiB)", "GiB", GIB),
+    "reserved_bytes": ("memory/max_reserved(GiB)", "GiB", GIB),
+    "rss_bytes": ("memory/max_rss(GiB)", "GiB", GIB),
+}
+"""Field -> (metric, unit, divisor). torchtitan's throughput is per device, so that row is divided by the ranks too."""
+
+CSV_COLUMNS = ("step", "rank", "metric", "value", "unit")
+
+
+def host_peak_bytes() -> int:
+    """Peak resident set of this process; the kernel counts in KiB on Linux, in bytes on macOS."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024
+
+
+def rank_file(folder: Path, rank: int) -> Path:
+    """Where `rank` appends its steps."""
+    return folder / RANKS_FOLDER / f"rank-{rank:04d}.jsonl"
+
+
+class RankRecorder:
+    """Appends a rank's steps to its file; an exception that passes through is written beside it, with its time."""
+
+    def __init__(self, folder: Path, *, rank: int) -> None:
+        self.path = rank_file(folder, rank)
+        self.file: TextIO | None = None
+
+    def __enter__(self) -> Self:
+        self.path.parent.mkdir(exist_ok=True)
+        self.file = self.path.open("a", encoding="utf-8")
+        return self
+
+    def write(self, record: StepRecord) -> None:
+        """Append one step; on disk as far as other processes can see when this returns."""
+        assert self.file is not None
+        self.file.write(json.dumps(asdict(record)) + "\n")
+        self.file.flush()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        assert self.file is not None
+        self.file.close()
+        if kind is not None and error is not None:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            told = f"{kind.__name__}: {lines[0]}" if lines else kind.__name__
+            write_json(self.path.with_suffix(".error.json"), {"time": time.time(), "error": told})
+
+
+def read_records(folder: Path) -> dict[int, list[StepRecord]]:
+    """Steps by rank, of a finished, failed or running run; a line that a kill cut short is left out."""
+    found: dict[int, list[StepRecord]] = {}
+    for path in sorted((folder / RANKS_FOLDER).glob("rank-*.jsonl")):
+        found[int(path.stem.removeprefix("rank-"))] = parse_records(path.read_text(encoding="utf-8"))
+    return found
+
+
+def parse_records(text: str) -> list[StepRecord]:
+    """The complete lines of a rank's file."""
+    whole, _, _ = text.rpartition("\n")
+    return [StepRecord(**json.loads(line)) for line in whole.splitlines()]
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file that is either the old or the new one, never half."""
+    part = path.with_name(path.name + ".tmp")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """`write_atomically` for JSON."""
+    write_atomically(path, json.dumps(document, indent=1) + "\n")
+
+
+def write_measurements(folder: Path, records: Mapping[int, Sequence[StepRecord]], *, ranks: int) -> None:
+    """`measurements.csv`, long format: step, rank, metric, value, unit."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(CSV_COLUMNS)
+    by_step = sorted((record.step, rank, record) for rank, steps in records.items() for record in steps)
+    for step, rank, record in by_step:
+        for field, (metric, unit, divisor) in _TORCHTITAN_NAMES.items():
+            value = getattr(record, field)
+            if value is not None:
+                per = divisor * (ranks if field == "tokens_per_s" else 1)
+                writer.writerow((step, rank, metric, f"{value / per:.9g}", unit))
+    write_atomically(folder / "measurements.csv", text.getvalue())
+
+
+def measured(records: Mapping[int, Sequence[StepRecord]], *, tokens_per_step: int, warmup_steps: int) -> dict[str, Any]:
+    """Medians after the warm-up (a step takes as long as its slowest rank) and the peak memory of the fullest rank."""
+    slowest: dict[int, float] = {}
+    for record in _every(records):
+        slowest[record.step] = max(slowest.get(record.step, 0.0), record.step_s)
+    timed = [seconds for step, seconds in sorted(slowest.items()) if step > warmup_steps]
+    low, median, high = np.percentile(timed, (20, 50, 80)).tolist() if timed else (None, None, None)
+    kind = "rss" if any(record.rss_bytes is not None for record in _every(records)) else "allocated"
+    peaks = [getattr(record, f"{kind}_bytes") for record in _every(records)]
+    losses = {record.step: record.loss for record in _every(records)}
+    return {
+        "step_s": median,
+        "step_s_p20": low,
+        "step_s_p80": high,
+        "tokens_per_s": tokens_per_step / median if median else None,
+        "peak_memory_bytes": max(peaks, default=None),
+        "memory_kind": kind,
+        "reserved_peak_bytes": max((r.reserved_bytes for r in _every(records) if r.reserved_bytes), default=None),
+        "first_loss": losses[min(losses)] if losses else None,
+        "last_loss": losses[max(losses)] if losses else None,
+    }
+
+
+def _every(records: Mapping[int, Sequence[StepRecord]]) -> Iterable[StepRecord]:
+    return (record for steps in records.values() for record in steps)
+
+
+def predicted(prediction: Mapping[str, Any], *, memory_kind: str) -> dict[str, Any]:
+    """The plan's numbers to compare with; `peak_memory_bytes` is the one that means what was measured."""
+    times, memory = prediction.get("time") or {}, prediction.get("memory") or {}
+    alike = "device_peak_bytes" if memory_kind == "rss" else "allocated_peak_bytes"
+    return {
+        "step_s": times.get("step_s"),
+        "tokens_per_s": (prediction.get("throughput") or {}).get("tokens_per_s"),
+        "device_peak_bytes": memory.get("device_peak_bytes"),
+        "peak_memory_bytes": memory.get(alike),
+        "peak_memory_is": alike,
+    }
+
+
+def ratios(of: Mapping[str, Any], to: Mapping[str, Any]) -> dict[str, float | None]:
+    """Measured over predicted; None where either is missing."""
+    names = ("step_s", "tokens_per_s", "peak_memory_bytes")
+    return {name: of[name] / to[name] if of[name] and to[name] else None for name in names}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what ran, without importing it."""
+    from importlib import metadata
+
+    found = {"python": platform.python_version(), "platform": sys.platform}
+    for package in ("torch", "triton", "numpy", "shardplan"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

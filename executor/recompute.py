@@ -1,0 +1,44 @@
+"""Activation recomputation: forget what a layer computed in the forward pass, compute it again in the backward pass.
+
+- full: keep only the layer's input (Chen et al. 2016, arXiv 1604.06174).
+- selective: keep the outputs of matrix products, recompute the rest (norms, rotary, attention core, activation).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from shardplan.costmodel.layout import ALL_LAYERS, split_recompute
+from shardplan.executor.transformer import Transformer
+
+MATRIX_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.linear.default)
+WRAPPER_PREFIX = "_checkpoint_wrapped_module."
+"""What the wrapper adds to parameter names; `parameter_name` takes it out."""
+
+
+def _keep_matrix_products(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operator in MATRIX_PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def apply_recompute(model: Transformer, word: str) -> None:
+    """Wrap the layers of this chunk as `word` (none, selective, full, full:N = the first N layers) says."""
+    kind, count = split_recompute(word)
+    if kind == "none":
+        return
+    options: dict[str, Any] = {"checkpoint_impl": CheckpointImpl.NO_REENTRANT, "preserve_rng_state": False}
+    if kind == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_matrix_products)
+    chosen = list(model.layers.items()) if count == ALL_LAYERS else list(islice(model.layers.items(), count))
+    for name, layer in chosen:
+        model.layers[name] = checkpoint_wrapper(layer, **options)
+
+
+def parameter_name(name: str) -> str:
+    """The name in the plain model."""
+    return name.replace(WRAPPER_PREFIX, "")

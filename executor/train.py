@@ -1,0 +1,197 @@
+"""What one rank does: build its part of the model, spread it, train it, write down what it measured.
+
+Started by `launch.py` through torchrun: python -m shardplan.executor.train RUN_FOLDER --steps N --device cpu
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from shardplan.executor.data import batch, load_text
+from shardplan.executor.loss import loss_context, loss_function
+from shardplan.executor.measure import RankRecorder, StepRecord, host_peak_bytes
+from shardplan.executor.mesh import build_mesh, data_rank
+from shardplan.executor.optimizer import build_optimizer, clip_gradients, learning_rate, settle_gradients
+from shardplan.executor.parallelize import parallelize
+from shardplan.executor.pipeline import Schedule, build_schedule, chunk_layers, chunks_of_rank, parts
+from shardplan.executor.transformer import Transformer, build_transformer
+from shardplan.executor.zero import set_micro_step
+from shardplan.planner.plan import Plan
+
+GROUP_TIMEOUT = timedelta(minutes=5)
+"""No collective waits longer: a dead or stuck rank ends the run."""
+
+
+class Trainer:
+    """One rank's share of training `plan`: the model chunks it holds, the optimizer over them, the loop body."""
+
+    def __init__(self, plan: Plan, mesh: DeviceMesh, device: torch.device, *, seed: int = 0) -> None:
+        layout, job = plan.layout, plan.job
+        self.plan, self.mesh, self.device, self.seed = plan, mesh, device, seed
+        self.text = load_text()
+        self.sequences = job.global_batch // layout.dp
+        self.micro_batches = self.sequences // layout.micro_batch
+        every = parts(chunk_layers(layout, plan.model.layer_count, plan.prediction))
+        self.chunks: list[Transformer] = [
+            parallelize(
+                build_transformer(plan.model, seq=job.seq, part=every[number], seed=seed, device=device),
+                layout,
+                job,
+                mesh,
+            )
+            for number in chunks_of_rank(layout, mesh.get_local_rank("pp"))
+        ]
+        self.holds_first = self.chunks[0].embedding is not None
+        self.holds_last = self.chunks[-1].head is not None
+        self.loss = loss_function(mesh["tp"])
+        self.schedule: Schedule | None = None
+        if layout.pp > 1:
+            self.schedule = build_schedule(
+                self.chunks, layout, mesh, device=device, micro_batches=self.micro_batches, loss=self.loss
+            )
+        self.optimizer = build_optimizer(self.parameters(), hidden=plan.model.hidden)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Every parameter this rank holds a piece of."""
+        return [parameter for chunk in self.chunks for parameter in chunk.parameters()]
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of this data-parallel rank for `step`, each (sequences, seq)."""
+        first = data_rank(self.mesh) * self.sequences
+        arrays = batch(self.text, seq=self.plan.job.seq, seed=self.seed, step=step, first=first, count=self.sequences)
+        inputs, targets = (torch.from_numpy(array.copy()).to(self.device) for array in arrays)
+        return inputs, targets
+
+    def forward_backward(self, step: int) -> Tensor:
+        """Gradients of the mean loss over the global batch; returns this rank's mean loss (0 where the head is not)."""
+        inputs, targets = self.batch(step)
+        with ExitStack() as contexts:
+            contexts.enter_context(loss_context(self.mesh["tp"]))
+            contexts.enter_context(_attention_kernel(self.plan.layout.attention))
+            loss = self._micro_steps(inputs, targets) if self.schedule is None else self._pipeline(inputs, targets)
+        settle_gradients(self.parameters())
+        return loss
+
+    def _micro_steps(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        model, zero = self.chunks[0], self.plan.layout.zero
+        total = torch.zeros((), device=self.device)
+        pieces = zip(inputs.chunk(self.micro_batches), targets.chunk(self.micro_batches), strict=True)
+        for i, (x, y) in enumerate(pieces):
+            set_micro_step(model, zero=zero, last=i == self.micro_batches - 1)
+            loss = self.loss(model(x), y) / self.micro_batches
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    def _pipeline(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        assert self.schedule is not None
+        losses: list[Tensor] = []
+        arguments = (inputs,) if self.holds_first else ()
+        if self.holds_last:
+            self.schedule.step(*arguments, target=targets, losses=losses, return_outputs=False)
+            return torch.stack(losses).mean().detach()
+        self.schedule.step(*arguments, return_outputs=False)
+        return torch.zeros((), device=self.device)
+
+    def update(self, step: int) -> Tensor:
+        """Clip, take an optimizer step, drop the gradients; returns the gradient norm before clipping."""
+        norm = clip_gradients(self.parameters(), self.mesh)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(step, self.plan.model.hidden)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    def global_loss(self, loss: Tensor) -> float:
+        """Mean loss over the global batch, the same on every rank, from what `forward_backward` returned on each."""
+        counts_once = self.holds_last and self.mesh.get_local_rank("tp") == 0
+        total = loss.clone() if counts_once else torch.zeros_like(loss)
+        dist.all_reduce(total)
+        return total.item() / self.plan.layout.dp
+
+
+def _attention_kernel(word: str) -> AbstractContextManager[object]:
+    if word == "auto":
+        return nullcontext()
+    return sdpa_kernel(SDPBackend.FLASH_ATTENTION if word == "flash" else SDPBackend.MATH)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done everything it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def train(trainer: Trainer, recorder: RankRecorder, *, steps: int) -> None:
+    """The loop. A step's time runs from its batch to the end of the optimizer step, the device idle at both ends."""
+    tokens = trainer.plan.job.tokens_per_step
+    for step in range(1, steps + 1):
+        if trainer.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(trainer.device)
+        synchronize(trainer.device)
+        started = time.perf_counter()
+        loss = trainer.forward_backward(step)
+        norm = trainer.update(step)
+        synchronize(trainer.device)
+        seconds = time.perf_counter() - started
+        recorder.write(
+            StepRecord(
+                step=step,
+                loss=trainer.global_loss(loss),
+                grad_norm=norm.item(),
+                step_s=seconds,
+                tokens_per_s=tokens / seconds,
+                **peak_memory(trainer.device),
+            )
+        )
+
+
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """Peak bytes since the last reset (CUDA), or of the process so far (CPU), as fields of `StepRecord`."""
+    if device.type == "cuda":
+        stats = torch.cuda.memory_stats(device)
+        kinds = {"allocated_bytes": "allocated", "active_bytes": "active", "reserved_bytes": "reserved"}
+        return {field: stats[f"{kind}_bytes.all.peak"] for field, kind in kinds.items()}
+    return {"rss_bytes": host_peak_bytes()}
+
+
+def start_process_group(device: str) -> torch.device:
+    """Join the ranks that torchrun started; returns this rank's device."""
+    if device == "cuda":
+        chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(chosen)
+        dist.init_process_group("nccl", timeout=GROUP_TIMEOUT, device_id=chosen)
+        return chosen
+    dist.init_process_group("gloo", timeout=GROUP_TIMEOUT)
+    return torch.device("cpu")
+
+
+def main() -> None:
+    """Entry point of a rank."""
+    parser = argparse.ArgumentParser(description="one rank of a run; started by `shardplan run`")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--device", choices=("cuda", "cpu"), required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    with RankRecorder(given.folder, rank=int(os.environ["RANK"])) as recorder:
+        plan = Plan.read(given.folder / "plan.json")
+        device = start_process_group(given.device)
+        trainer = Trainer(plan, build_mesh(plan.layout, device.type), device, seed=given.seed)
+        train(trainer, recorder, steps=given.steps)
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""TOML files to one merged document: a part starts from its base, a file's own words win, every number keeps its source.
+
+A number may stand bare or as { value = x, source = "...", source_kind = "..." }; `source` and `source_kind` of a table hold for
+what is below it. After merging, every number and every curve carries both.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+from shardplan.hw_profiles.errors import InputError, nearest
+from shardplan.hw_profiles.machine import Source, SourceKind
+
+Document = dict[str, Any]
+PartKind = Literal["gpus", "nodes", "networks", "clusters"]
+PART_KINDS: tuple[PartKind, ...] = get_args(PartKind)
+LOCALHOST = "localhost"
+"""The cluster that is detected where the command runs; it has no file."""
+_SECTIONS: dict[PartKind, dict[str, PartKind]] = {
+    "gpus": {},
+    "networks": {},
+    "nodes": {"gpu": "gpus"},
+    "clusters": {"node": "nodes", "gpu": "gpus", "network": "networks"},
+}
+"""The sections of a file that may start from a part of their own; a node brings its GPU along, so nodes come first."""
+_DEEPEST_BASE = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class _File:
+    """One TOML file: its words, what to call it, where its relative bases are."""
+
+    table: Document
+    place: str
+    stem: str
+    folder: Path | None
+    default: Source
+
+
+def catalog_folder(kind: PartKind) -> Traversable:
+    """The folder of the catalog that holds parts of one kind."""
+    return files("shardplan.hw_profiles") / "catalog" / kind
+
+
+def part_names(kind: PartKind) -> tuple[str, ...]:
+    """Catalog names of one kind, sorted; `localhost` closes the list of clusters."""
+    if kind not in PART_KINDS:
+        raise InputError(f"unknown kind of part {kind!r}", remedy=nearest(str(kind), PART_KINDS))
+    entries = (entry.name for entry in catalog_folder(kind).iterdir())
+    names = sorted(name.removesuffix(".toml") for name in entries if name.endswith(".toml"))
+    return (*names, LOCALHOST) if kind == "clusters" else tuple(names)
+
+
+def is_path(name: str | Path) -> bool:
+    """Whether `name` means a file and not a catalog part."""
+    return isinstance(name, Path) or name.endswith(".toml") or "/" in name
+
+
+def part_document(kind: PartKind, name: str | Path) -> Document:
+    """The merged words of a catalog part or a file, not yet checked against the schema."""
+    return _resolve(kind, name, asked_by="", folder=None, depth=0)
+
+
+def merged_table(kind: PartKind, table: Document, *, name: str, place: str, default: Source) -> Document:
+    """The same for a table made by a program (detection, calibration) in place of a file."""
+    return _expand(kind, _File(table=table, place=place, stem=name, folder=None, default=default), depth=0)
+
+
+def _resolve(kind: PartKind, name: object, *, asked_by: str, folder: Path | None, depth: int) -> Document:
+    if not isinstance(name, str | Path):
+        given = (as_table(name) or {}).get("value", name)
+        raise InputError(
+            f"base = {given!r} is not a name", place=asked_by, remedy=f"use one of {', '.join(part_names(kind))}"
+        )
+    if depth > _DEEPEST_BASE:
+        raise InputError(
+            f"base = {str(name)!r} leads back to itself", place=asked_by, remedy="end the chain at a catalog part"
+        )
+    if is_path(name):
+        return _expand(kind, _user_file((folder or Path()) / Path(name).expanduser()), depth)
+    known = part_names(kind)
+    entry = catalog_folder(kind) / f"{name}.toml"
+    if name not in known or name == LOCALHOST:
+        raise InputError(
+            f"unknown {kind.removesuffix('s')} {str(name)!r}", place=asked_by, remedy=nearest(str(name), known)
+        )
+    text = entry.read_text(encoding="utf-8")
+    place = f"catalog/{kind}/{name}.toml"
+    # Catalog files name a source themselves (a test holds them to it); this one never shows.
+    unsaid = Source(kind="guess", text=f"catalog file {name}")
+    return _expand(
+        kind, _File(table=_parse(text, place), place=place, stem=str(name), folder=None, default=unsaid), depth
+    )
+
+
+def _user_file(path: Path) -> _File:
+    place = str(path)
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except FileNotFoundError:
+        remedy = "check the path, or see the names in shardplan hardware list"
+        raise InputError("no such file", place=place, remedy=remedy) from None
+    except IsADirectoryError:
+        raise InputError("is a folder, not a TOML file", place=place, remedy="name the file in it") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"is not text (byte {error.start})", place=place, remedy="save it as UTF-8 TOML") from None
+    except OSError as error:
+        problem = f"cannot be read: {error.strerror or error}"
+        raise InputError(problem, place=place, remedy="check its permissions") from None
+    default = Source(kind="spec", text=f"user profile {path.name}")
+    return _File(table=_parse(text, place), place=place, stem=path.stem, folder=path.parent, default=default)
+
+
+def _parse(text: str, place: str) -> Document:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        said = str(error).replace("at end of document", f"at line {len(text.splitlines()) or 1}, the end of the file")
+        problem = f"is not valid TOML: {said[:1].lower()}{said[1:]}"
+        raise InputError(problem, place=place, remedy="correct that line") from None
+
+
+def _expand(kind: PartKind, file: _File, depth: int) -> Document:
+    """The file's words over those of its base and of the parts its sections start from."""
+    table = _with_sources(file.table, file.default, file.place)
+    base = table.pop("base", None)
+
+    def resolve(part: PartKind, name: object) -> Document:
+        return _resolve(part, name, asked_by=file.place, folder=file.folder, depth=depth + 1)
+
+    if kind == "nodes":
+        table = _hoist_gpu(table)
+    start = resolve(kind, base) if base is not None else {}
+    for section, part in _SECTIONS[kind].items():
+        words = as_table(table.get(section))
+        if words is None or "base" not in words:
+            continue
+        words = dict(words)
+        brought = resolve(part, words.pop("base"))
+        start = {**start, **(brought if part == "nodes" else {section: brought})}
+        table[section] = words
+    merged = merge(start, table)
+    if kind == "nodes":
+        return {**merged, "node": _named(merged["node"], table["node"].get("name", file.stem))}
+    return _named(merged, table.get("name", file.stem))
+
+
+def _named(part: Document, name: object) -> Document:
+    return {"name": name, **{key: value for key, value in part.items() if key != "name"}}
+
+
+def _hoist_gpu(table: Document) -> Document:
+    """A node file is flat for its reader; merged, it is a `node` beside its `gpu`."""
+    gpu = {"gpu": table.pop("gpu")} if "gpu" in table else {}
+    return {**gpu, "node": table}
+
+
+def _with_sources(table: Document, inherited: Source, place: str) -> Document:
+    """A copy of `table` in which every number and every curve names its source, and tables no longer do."""
+    own = _own_source(table, inherited, place)
+    words = {key: value for key, value in table.items() if key not in ("source", "source_kind")}
+    if "value" in words or "fraction" in words or any(key.startswith("size_") for key in words):
+        return {**words, "source": own.text, "source_kind": own.kind}
+    done: Document = {}
+    for key, value in words.items():
+        inner = as_table(value)
+        if inner is not None:
+            done[key] = _with_sources(inner, own, place)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            done[key] = {"value": value, "source": own.text, "source_kind": own.kind}
+        else:
+            done[key] = value
+    return done
+
+
+def _own_source(table: Document, inherited: Source, place: str) -> Source:
+    text, kind = table.get("source", inherited.text), table.get("source_kind", inherited.kind)
+    kinds = get_args(SourceKind)
+    if kind not in kinds:
+        raise InputError(f"source_kind = {kind!r} is not known", place=place, remedy=f"use {', '.join(kinds)}")
+    if not isinstance(text, str) or not text.strip():
+        raise InputError(f"source = {text!r} is not a text", place=place, remedy="say where the numbers are from")
+    return Source(kind=kind, text=text)
+
+
+def merge(base: Document, over: Document) -> Document:
+    """`over` laid on `base`, table by table; a number or a curve replaces the other with its source."""
+    merged = dict(base)
+    for key, value in over.items():
+        old, new = as_table(merged.get(key)), as_table(value)
+        both = old is not None and new is not None and "source" not in old and "source" not in new
+        merged[key] = merge(old or {}, new or {}) if both else value
+    return merged
+
+
+def as_table(value: object) -> Document | None:
+    """`value` when it is a table."""
+    return cast(Document, value) if isinstance(value, dict) else None

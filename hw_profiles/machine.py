@@ -1,0 +1,220 @@
+"""The machine as data: GPU, link, node, network, cluster. All values SI; what is for people (units in keys) lives in the TOML.
+
+Conventions: bandwidth is per GPU and one direction; FLOP rates are dense; GPU memory is what the driver reports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from shardplan.hw_profiles.errors import InputError
+
+FloatArray = NDArray[np.float64]
+SourceKind = Literal["spec", "measured", "published", "guess"]
+LinkKind = Literal["nvswitch", "mesh", "pcie", "shared_memory", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where a number is from; a `guess` widens every band it enters."""
+
+    kind: SourceKind
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class EfficiencyCurve:
+    """Fraction of a peak reached as a function of size: linear in log(size), flat beyond both ends."""
+
+    sizes: tuple[float, ...]
+    """Ascending; FLOP for matrix products, bytes for memory and links."""
+    fractions: tuple[float, ...]
+    """Fraction of the peak, above 0."""
+
+    def at(self, size: ArrayLike) -> FloatArray:
+        """Fraction at each `size`, same shape."""
+        log_size = np.log(np.maximum(np.asarray(size, dtype=np.float64), 1e-30))
+        return np.interp(log_size, np.log(np.asarray(self.sizes)), np.asarray(self.fractions))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """One accelerator (or, with `device` "cpu", the share of a CPU that one process gets)."""
+
+    name: str
+    vendor: str
+    architecture: str
+    device: Literal["cuda", "cpu"]
+    """The torch device type that runs on it (ROCm also says cuda)."""
+    peak_flop_per_s: Mapping[str, float]
+    """Dense matrix rate by precision word (fp32, tf32, fp16, bf16, fp8, fp4); a missing word = no hardware for it."""
+    vector_flop_per_s: float
+    """Element-wise fp32 rate."""
+    memory_bytes: float
+    """Capacity as the driver reports it."""
+    memory_bandwidth_bytes_per_s: float
+    l2_bytes: float
+    multiprocessors: int
+    gemm_efficiency: Mapping[str, EfficiencyCurve]
+    """Fraction of the dense peak by FLOP of one matrix product; keyed by precision word, "default" for the rest."""
+    attention_efficiency: Mapping[str, float]
+    """Plateau fraction of the dense peak of fused (flash) attention: keys forward, backward."""
+    memory_efficiency: EfficiencyCurve
+    """Fraction of the memory bandwidth by bytes moved by one element-wise kernel."""
+    launch_s: float
+    """Host time to launch (or, on a CPU, dispatch) one eager operation."""
+    context_bytes: float
+    """Driver context and library workspaces, outside the framework's allocator."""
+    power_w: float | None = None
+
+    def gemm_curve(self, precision: str) -> EfficiencyCurve:
+        """The efficiency curve of matrix products in `precision`."""
+        return self.gemm_efficiency.get(precision, self.gemm_efficiency["default"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Link:
+    """What joins GPUs (in a node) or nodes; per GPU, one direction."""
+
+    kind: str
+    bandwidth_bytes_per_s: float
+    """Wire rate per GPU; 0 = no such link."""
+    latency_s: float
+    """Per step of a ring, software included."""
+    efficiency: EfficiencyCurve
+    """Fraction of the wire rate that a ring collective's bus bandwidth reaches among all GPUs of a node, by bytes of the
+    collective; as measured, so the latency of the ring is inside: time = max(steps * latency, bytes / rate)."""
+    all_reduce_efficiency: EfficiencyCurve | None = None
+    """The same for all-reduce among all GPUs where the switch reduces (NVLS; may pass 1); None = as the ring."""
+    point_to_point_fraction: float = 0.9
+    """Fraction of the wire rate that one large transfer between two GPUs reaches."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Host:
+    """CPU side of one node."""
+
+    cores: int
+    ram_bytes: float
+    memory_bandwidth_bytes_per_s: float
+    """Theoretical; apply `memory_efficiency`."""
+    memory_efficiency: float
+    pcie_bytes_per_s: float
+    """Pinned host-device copy, per GPU, one direction."""
+    adam_bytes_per_parameter: float
+    """DRAM traffic of one CPU Adam update of one parameter."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nvme:
+    """Local flash of one node."""
+
+    read_bytes_per_s: float
+    write_bytes_per_s: float
+    capacity_bytes: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """A box of equal GPUs."""
+
+    name: str
+    gpu: Gpu
+    gpus: int
+    intra: Link
+    host: Host
+    nvme: Nvme | None = None
+    power_w: float | None = None
+    """Whole node, GPUs included."""
+    usd_per_hour: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """What joins nodes: a fat tree of leaf groups below a spine."""
+
+    name: str
+    kind: str
+    """infiniband, roce, ethernet, efa, omni_path or none."""
+    nics_per_node: int
+    nic_bytes_per_s: float
+    """Line rate of one NIC, one direction."""
+    latency_s: float
+    """Per ring step between nodes below one leaf, software included."""
+    spine_latency_s: float
+    """The same across the spine."""
+    efficiency: EfficiencyCurve
+    """Fraction of the NIC rate that a collective's bus bandwidth reaches, by bytes; as measured, latency inside."""
+    leaf_nodes: int
+    """Nodes below one leaf group."""
+    oversubscription: float = 1.0
+    """Leaf-down to leaf-up bandwidth; 1 = full bisection."""
+    point_to_point_fraction: float = 0.9
+    """Fraction of the NIC rate that one large transfer between two GPUs reaches."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """Ordered runs of (node, count), a network, and where every number is from."""
+
+    name: str
+    node_runs: tuple[tuple[Node, int], ...]
+    network: Network
+    provenance: Mapping[str, Source] = field(default_factory=dict[str, Source])
+    """Dotted path of the file key (for instance "gpu.memory_mib") to its source."""
+
+    @property
+    def node(self) -> Node:
+        """The node type of a homogeneous cluster."""
+        if len(self.node_runs) != 1:
+            raise InputError(
+                f"cluster {self.name!r} mixes {len(self.node_runs)} node types",
+                remedy="only homogeneous clusters can be planned",
+            )
+        return self.node_runs[0][0]
+
+    @property
+    def nodes(self) -> int:
+        """Number of nodes."""
+        return sum(count for _, count in self.node_runs)
+
+    @property
+    def gpus(self) -> int:
+        """Number of GPUs."""
+        return sum(node.gpus * count for node, count in self.node_runs)
+
+    @property
+    def gpu(self) -> Gpu:
+        """The GPU type of a homogeneous cluster."""
+        return self.node.gpu
+
+    def with_gpus(self, gpus: int) -> Cluster:
+        """The same cluster with `gpus` GPUs: part of one node, or whole nodes; raises InputError otherwise."""
+        node = self.node
+        if gpus < 1:
+            raise InputError(f"gpus={gpus} is not a positive number of GPUs", place="--gpus", remedy="give 1 or more")
+        if gpus <= node.gpus:
+            return replace(self, node_runs=((replace(node, gpus=gpus), 1),))
+        if self.network.kind == "none":
+            raise InputError(
+                f"gpus={gpus} needs a network, but {self.name!r} is one node of {node.gpus} GPUs",
+                place="--gpus",
+                remedy=f"use at most {node.gpus}, or a cluster with a network",
+            )
+        if gpus % node.gpus:
+            low = gpus // node.gpus * node.gpus
+            raise InputError(
+                f"gpus={gpus} is not a whole number of {self.name!r} nodes of {node.gpus} GPUs",
+                place="--gpus",
+                remedy=f"use {low} or {low + node.gpus}",
+            )
+        return replace(self, node_runs=((node, gpus // node.gpus),))
+
+    def guesses(self) -> tuple[str, ...]:
+        """Paths of the numbers that are guesses."""
+        return tuple(sorted(path for path, source in self.provenance.items() if source.kind == "guess"))

@@ -1,0 +1,258 @@
+"""What a hardware file may say: pydantic models of the merged document.
+
+In a merged document every number is a table {value, source, source_kind} and every curve carries the same two words.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from shardplan.hw_profiles.machine import LinkKind, SourceKind
+
+PositiveFloat = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
+PositiveWhole = Annotated[int, Field(gt=0, strict=True)]
+NonNegativeWhole = Annotated[int, Field(ge=0, strict=True)]
+CurveFraction = Annotated[float, Field(gt=0, le=1.1, strict=True)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Sourced(_Part):
+    """A number or a curve and where it is from."""
+
+    source: str
+    source_kind: SourceKind
+
+
+class Positive(Sourced):
+    """A number above 0."""
+
+    value: PositiveFloat
+
+
+class NonNegative(Sourced):
+    """A number, 0 or more."""
+
+    value: NonNegativeFloat
+
+
+class Whole(Sourced):
+    """A whole number above 0."""
+
+    value: PositiveWhole
+
+
+class WholeOrZero(Sourced):
+    """A whole number, 0 or more."""
+
+    value: NonNegativeWhole
+
+
+class Fraction(Sourced):
+    """A number above 0, at most 1."""
+
+    value: Annotated[float, Field(gt=0, le=1, strict=True)]
+
+
+class AtLeastOne(Sourced):
+    """A ratio of 1 or more."""
+
+    value: Annotated[float, Field(ge=1, strict=True, allow_inf_nan=False)]
+
+
+class Curve(Sourced):
+    """Fractions of a peak at ascending sizes."""
+
+    fraction: list[CurveFraction]
+
+    def sizes(self) -> list[float]:
+        """Sizes as the file gives them."""
+        raise NotImplementedError
+
+    @model_validator(mode="after")
+    def _sizes_ascend(self) -> Curve:
+        sizes = self.sizes()
+        if not sizes or len(sizes) != len(self.fraction):
+            raise ValueError(
+                f"has {len(sizes)} sizes and {len(self.fraction)} fractions; give as many of both, 1 or more"
+            )
+        if any(low >= high for low, high in pairwise(sizes)):
+            raise ValueError("has sizes that do not ascend; sort them and remove doubles")
+        return self
+
+
+class GflopCurve(Curve):
+    """Fraction of the peak by GFLOP of one matrix product."""
+
+    size_gflop: list[PositiveFloat]
+
+    def sizes(self) -> list[float]:
+        """GFLOP."""
+        return self.size_gflop
+
+
+class MibCurve(Curve):
+    """Fraction of a bandwidth by MiB moved."""
+
+    size_mib: list[PositiveFloat]
+
+    def sizes(self) -> list[float]:
+        """MiB."""
+        return self.size_mib
+
+
+class PeakTflops(_Part):
+    """Dense TFLOP/s by precision; a missing word = no hardware for it."""
+
+    fp32: Positive
+    tf32: Positive | None = None
+    fp16: Positive | None = None
+    bf16: Positive | None = None
+    fp8: Positive | None = None
+    fp4: Positive | None = None
+
+
+class GemmEfficiency(_Part):
+    """One curve per precision, `default` for the rest."""
+
+    default: GflopCurve
+    fp32: GflopCurve | None = None
+    tf32: GflopCurve | None = None
+    fp16: GflopCurve | None = None
+    bf16: GflopCurve | None = None
+    fp8: GflopCurve | None = None
+    fp4: GflopCurve | None = None
+
+
+class AttentionEfficiency(_Part):
+    """Plateau of fused causal attention, fraction of the dense peak."""
+
+    forward: Fraction
+    backward: Fraction
+
+
+class GpuPart(_Part):
+    """A GPU, or the share of a CPU that one process gets."""
+
+    name: str
+    vendor: str
+    architecture: str
+    device: Literal["cuda", "cpu"]
+    memory_mib: Positive
+    bandwidth_gb_per_s: Positive
+    l2_mib: Positive
+    multiprocessors: Whole
+    peak_tflops: PeakTflops
+    vector_tflops: Positive
+    launch_us: Positive
+    context_gib: NonNegative
+    power_w: Positive | None = None
+    attention_efficiency: AttentionEfficiency
+    gemm_efficiency: GemmEfficiency
+    memory_efficiency: MibCurve
+
+
+class IntraPart(_Part):
+    """The link inside a node."""
+
+    kind: LinkKind
+    bandwidth_gb_per_s: NonNegative
+    latency_us: NonNegative
+    efficiency: MibCurve
+    all_reduce_efficiency: MibCurve | None = None
+    point_to_point_fraction: Fraction
+
+    @model_validator(mode="after")
+    def _a_link_has_bandwidth(self) -> IntraPart:
+        if self.kind != "none" and self.bandwidth_gb_per_s.value == 0:
+            raise ValueError(f'has kind {self.kind!r} and bandwidth_gb_per_s = 0; give the rate, or kind = "none"')
+        return self
+
+
+class HostPart(_Part):
+    """The CPU side of a node."""
+
+    cores: Whole
+    ram_gib: Positive
+    memory_bandwidth_gb_per_s: Positive
+    memory_efficiency: Fraction
+    pcie_gb_per_s: Positive
+    adam_bytes_per_parameter: Positive
+
+
+class NvmePart(_Part):
+    """Local flash of a node."""
+
+    read_gb_per_s: Positive
+    write_gb_per_s: Positive
+    capacity_tb: Positive
+
+
+class NodePart(_Part):
+    """A box of equal GPUs; the GPU itself is the document's `gpu`."""
+
+    name: str
+    gpus: Whole
+    power_w: Positive | None = None
+    usd_per_hour: Positive | None = None
+    intra: IntraPart
+    host: HostPart
+    nvme: NvmePart | None = None
+
+    @model_validator(mode="after")
+    def _several_gpus_are_joined(self) -> NodePart:
+        if self.gpus.value > 1 and self.intra.kind == "none":
+            raise ValueError(f'has {self.gpus.value} GPUs and intra.kind = "none"; name the link, for instance pcie')
+        return self
+
+
+class NetworkPart(_Part):
+    """What joins nodes."""
+
+    name: str
+    kind: Literal["infiniband", "roce", "ethernet", "efa", "omni_path", "none"]
+    nics_per_node: WholeOrZero
+    nic_gbit_per_s: NonNegative
+    latency_us: NonNegative
+    spine_latency_us: NonNegative
+    leaf_nodes: Whole
+    oversubscription: AtLeastOne
+    point_to_point_fraction: Fraction
+    efficiency: MibCurve
+
+    @model_validator(mode="after")
+    def _a_network_has_nics(self) -> NetworkPart:
+        if self.kind != "none" and 0 in (self.nics_per_node.value, self.nic_gbit_per_s.value):
+            raise ValueError('needs nics_per_node and nic_gbit_per_s above 0 unless kind = "none"')
+        if self.spine_latency_us.value < self.latency_us.value:
+            raise ValueError("has spine_latency_us below latency_us; the spine is the longer way")
+        return self
+
+
+class ClusterPart(_Part):
+    """A whole cluster, merged."""
+
+    name: str
+    nodes: Whole
+    gpu: GpuPart
+    node: NodePart
+    network: NetworkPart
+
+    @model_validator(mode="after")
+    def _several_nodes_are_joined(self) -> ClusterPart:
+        if self.nodes.value > 1 and self.network.kind == "none":
+            raise ValueError(f'has {self.nodes.value} nodes and no network; add [network] base = "ib-ndr" or another')
+        return self
+
+
+class NodeFile(_Part):
+    """A node part with its GPU, as the catalog merges it."""
+
+    gpu: GpuPart
+    node: NodePart

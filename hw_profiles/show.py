@@ -1,0 +1,209 @@
+"""What `shardplan hardware` tells, as plain data: the catalog in rows, one part or profile field by field with its sources."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from shardplan.hw_profiles.document import (
+    LOCALHOST,
+    PART_KINDS,
+    Document,
+    PartKind,
+    as_table,
+    is_path,
+    part_document,
+    part_names,
+)
+from shardplan.hw_profiles.errors import InputError, nearest
+from shardplan.hw_profiles.load import cluster_digest, cluster_document, cluster_from_document
+from shardplan.hw_profiles.topology import tier_table
+
+Row = dict[str, Any]
+_UNITS = {
+    "_mib": "MiB",
+    "_gib": "GiB",
+    "_tb": "TB",
+    "_gb_per_s": "GB/s",
+    "_gbit_per_s": "Gbit/s",
+    "_tflops": "TFLOP/s",
+    "_us": "us",
+    "_w": "W",
+    "usd_per_hour": "USD/h",
+    "_bytes_per_parameter": "B/parameter",
+}
+_SECTION_ORDER = ("gpu", "node", "network")
+
+
+def hardware_list() -> dict[PartKind, list[Row]]:
+    """Rows of the whole catalog by kind, key figures only; `localhost` is named and not detected."""
+    return {
+        "clusters": [_cluster_row(name) for name in part_names("clusters")],
+        "nodes": [_node_row(name) for name in part_names("nodes")],
+        "networks": [_network_row(name) for name in part_names("networks")],
+        "gpus": [_gpu_row(name) for name in part_names("gpus")],
+    }
+
+
+def hardware_show(name: str | Path) -> Row:
+    """One cluster (catalog, `localhost`, TOML file), node, network or GPU.
+
+    Keys: name, kind, sections [{title, rows [{field, value, unit, source_kind, source}]}]; a cluster also has gpus, nodes, digest,
+    guesses (paths) and tiers (a row per tier). Raises InputError for an unknown name or a file with a mistake.
+    """
+    kind = _kind_of(name)
+    if kind != "clusters":
+        document = part_document(kind, name)
+        sections = document if kind == "nodes" else {kind.removesuffix("s"): document}
+        return {"name": str(name), "kind": kind.removesuffix("s"), "sections": _sections(sections)}
+    document = cluster_document(name)
+    cluster = cluster_from_document(document)
+    return {
+        "name": cluster.name,
+        "kind": "cluster",
+        "gpus": cluster.gpus,
+        "nodes": cluster.nodes,
+        "digest": cluster_digest(document),
+        "sections": _sections(document),
+        "guesses": list(cluster.guesses()),
+        "tiers": tier_rows(document),
+    }
+
+
+def tier_rows(document: Document) -> list[Row]:
+    """The tier table of a cluster document for people: GB/s, us; bandwidth is null where nothing limits it."""
+    tiers = tier_table(cluster_from_document(document))
+    return [
+        {
+            "tier": name,
+            "gpus": int(tiers.gpus[index]),
+            "bandwidth_gb_per_s": _finite(float(tiers.bandwidth_bytes_per_s[index]) / 1e9),
+            "latency_us": round(float(tiers.latency_s[index]) * 1e6, 3),
+            "ring_efficiency_at_64_mib": round(float(tiers.efficiency[index].at(2.0**26)), 3),
+            "all_reduce_efficiency_at_64_mib": round(float(tiers.all_reduce_efficiency[index].at(2.0**26)), 3),
+            "switched": bool(tiers.is_switched[index]),
+        }
+        for index, name in enumerate(tiers.names)
+    ]
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _kind_of(name: str | Path) -> PartKind:
+    """A cluster where several kinds share a name: it shows the node as well."""
+    if is_path(name):
+        return "clusters"
+    for kind in ("clusters", "nodes", "networks", "gpus"):
+        if name in part_names(kind):
+            return kind
+    every = {word for kind in PART_KINDS for word in part_names(kind)}
+    raise InputError(f"unknown hardware {str(name)!r}", remedy=nearest(str(name), every))
+
+
+def _sections(document: Document) -> list[Row]:
+    """Fields outside every section first, then one section per part."""
+    own = {key: value for key, value in document.items() if key not in _SECTION_ORDER}
+    found = [("cluster", own)] if own else []
+    found += [(title, document[title]) for title in _SECTION_ORDER if title in document]
+    return [{"title": title, "rows": list(_rows(table))} for title, table in found]
+
+
+def _rows(table: Document, path: str = "") -> Iterator[Row]:
+    for key, value in table.items():
+        here, inner = (f"{path}.{key}" if path else key), as_table(value)
+        if inner is None:
+            yield {"field": here, "value": value, "unit": "", "source_kind": "", "source": ""}
+        elif "source" in inner:
+            origin = {"source_kind": inner["source_kind"], "source": inner["source"]}
+            if "fraction" in inner:
+                size = next(word for word in inner if word.startswith("size_"))
+                points = [list(point) for point in zip(inner[size], inner["fraction"], strict=True)]
+                yield {"field": here, "value": points, "unit": f"fraction by {_size_unit(size)}", **origin}
+            else:
+                yield {"field": here, "value": inner["value"], "unit": _unit(here), **origin}
+        else:
+            yield from _rows(inner, here)
+
+
+def _size_unit(key: str) -> str:
+    return {"size_gflop": "GFLOP", "size_mib": "MiB"}[key]
+
+
+def _unit(path: str) -> str:
+    """Unit by the ending of the key, or of the table around it (peak_tflops.bf16)."""
+    for key in reversed(path.split(".")):
+        for ending in sorted(_UNITS, key=len, reverse=True):
+            if key.endswith(ending):
+                return _UNITS[ending]
+    return ""
+
+
+def _number(table: Document, *keys: str) -> Any:
+    """The bare number at a path of a merged document; None where there is none."""
+    here: Any = table
+    for key in keys:
+        here = (as_table(here) or {}).get(key)
+    return (as_table(here) or {}).get("value")
+
+
+def _cluster_row(name: str) -> Row:
+    if name == LOCALHOST:
+        unknown = dict.fromkeys(("gpus", "nodes", "gpu", "node", "network", "usd_per_node_hour"))
+        return {"name": name, **unknown, "note": "this machine, detected when asked for"}
+    document = cluster_document(name)
+    node = document["node"]
+    nodes, gpus = _number(document, "nodes"), _number(node, "gpus")
+    return {
+        "name": name,
+        "gpus": nodes * gpus,
+        "nodes": nodes,
+        "gpu": document["gpu"]["name"],
+        "node": node["name"],
+        "network": document["network"]["name"],
+        "usd_per_node_hour": _number(node, "usd_per_hour"),
+        "note": "",
+    }
+
+
+def _node_row(name: str) -> Row:
+    document = part_document("nodes", name)
+    node = document["node"]
+    return {
+        "name": name,
+        "gpus": _number(node, "gpus"),
+        "gpu": document["gpu"]["name"],
+        "link": node["intra"]["kind"],
+        "bandwidth_gb_per_s": _number(node, "intra", "bandwidth_gb_per_s"),
+        "ram_gib": _number(node, "host", "ram_gib"),
+        "cores": _number(node, "host", "cores"),
+    }
+
+
+def _network_row(name: str) -> Row:
+    network = part_document("networks", name)
+    return {
+        "name": name,
+        "kind": network["kind"],
+        "nics_per_node": _number(network, "nics_per_node"),
+        "nic_gbit_per_s": _number(network, "nic_gbit_per_s"),
+        "leaf_nodes": _number(network, "leaf_nodes"),
+        "oversubscription": _number(network, "oversubscription"),
+    }
+
+
+def _gpu_row(name: str) -> Row:
+    gpu = part_document("gpus", name)
+    return {
+        "name": name,
+        "architecture": gpu["architecture"],
+        "memory_mib": _number(gpu, "memory_mib"),
+        "bandwidth_gb_per_s": _number(gpu, "bandwidth_gb_per_s"),
+        "fp16_tflops": _number(gpu, "peak_tflops", "fp16"),
+        "bf16_tflops": _number(gpu, "peak_tflops", "bf16"),
+        "fp8_tflops": _number(gpu, "peak_tflops", "fp8"),
+        "power_w": _number(gpu, "power_w"),
+    }

@@ -1,0 +1,110 @@
+"""What goes wrong in a profile is told in one line: file, field, value, remedy."""
+
+import pytest
+
+from shardplan.hw_profiles.errors import InputError
+from shardplan.hw_profiles.load import cluster_document, cluster_from_document, list_parts, load_cluster, load_gpu
+
+START = '[node]\nbase = "dgx-h100"\n'
+
+
+def told(tmp_path, text):
+    """The complaint about a profile with this text, in one line that names the file."""
+    path = tmp_path / "mine.toml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(InputError) as caught:
+        load_cluster(path)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith(str(path))
+    assert caught.value.remedy
+    return message.removeprefix(f"{path}: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            START + "[gpu]\nmemory_gib = 80\n",
+            "unknown key gpu.memory_gib; did you mean memory_efficiency or memory_mib?",
+        ),
+        ("node = 3\n", "node = 3 is not a table; give a table"),
+        ("[nodes]\n", "nodes"),
+        (START + "[netwrk]\n", "unknown key netwrk; did you mean network"),
+        (START + "[node.host]\ncore = 3\n", "unknown key node.host.core; did you mean cores"),
+        (START + "[gpu.peak_tflops]\nbf61 = 3\n", "unknown key gpu.peak_tflops.bf61; did you mean bf16"),
+        (START + "[gpu]\nmemory_mib = 0\n", "gpu.memory_mib = 0 is not above 0; give a number above 0"),
+        (START + "[gpu]\nmemory_mib = -5.5\n", "gpu.memory_mib = -5.5 is not above 0"),
+        (START + "[gpu]\nmemory_mib = inf\n", "gpu.memory_mib = inf is not finite"),
+        (START + '[gpu]\nmemory_mib = "80GB"\n', "gpu.memory_mib = '80GB' is not a number; give a number"),
+        (START + "[gpu]\nmemory_mib = true\n", "gpu.memory_mib = True is not a number"),
+        (START + "[gpu]\nmemory_mib = { valu = 3 }\n", "unknown key gpu.memory_mib.valu; did you mean value"),
+        (
+            START + "[network]\noversubscription = 2\n",
+            "network.kind is missing; add kind, or start from a catalog part",
+        ),
+        (START + "[gpu]\nvendor = 3\n", "gpu.vendor = 3 is not a text"),
+        (START + '[gpu]\ndevice = "tpu"\n', "gpu.device = 'tpu' is not a known word; use 'cuda' or 'cpu'"),
+        (
+            START + '[network]\nbase = "ib-ndr"\noversubscription = 0.5\n',
+            "network.oversubscription = 0.5 is not at least 1",
+        ),
+        (START + "gpus = 2.5\n", "node.gpus = 2.5 is not a whole number"),
+        ("nodes = 4\n" + START, "the profile has 4 nodes and no network; add [network]"),
+        (START + '[node.intra]\nkind = "none"\n', "node has 8 GPUs and intra.kind"),
+        (START + "[node.intra]\nbandwidth_gb_per_s = 0\n", "node.intra has kind 'nvswitch' and bandwidth_gb_per_s = 0"),
+        (START + '[network]\nbase = "ib-ndr"\nnics_per_node = 0\n', "network needs nics_per_node"),
+        (START + "[gpu.memory_efficiency]\nsize_mib = [1, 2]\n", "gpu.memory_efficiency.fraction is missing"),
+        (
+            START + "[gpu.memory_efficiency]\nsize_mib = [1, 2]\nfraction = [0.5]\n",
+            "gpu.memory_efficiency has 2 sizes and 1 fractions",
+        ),
+        (START + "[gpu.memory_efficiency]\nsize_mib = [2, 1]\nfraction = [0.5, 0.6]\n", "sizes that do not ascend"),
+        (START + "[gpu.memory_efficiency]\nsize_mib = [1]\nfraction = [1.5]\n", "fraction.0 = 1.5 is not at most 1.1"),
+        (
+            START + "[gpu]\nmemory_efficiency = 0.8\n",
+            "gpu.memory_efficiency = 0.8 is not a curve (a table of sizes and fractions)",
+        ),
+        ('[node]\nbase = "dgx-h10"\n', "unknown node 'dgx-h10'; did you mean dgx-a100 or dgx-h100"),
+        ("[node]\nbase = 3\n", "base = 3 is not a name"),
+        ('base = "mine.toml"\n', "leads back to itself"),
+        ("nodes = 1\n", "gpu is missing"),
+        ('[gpu]\nbase = "h200"\n', "node is missing; add node, or start from a catalog part"),
+        (
+            START + 'source_kind = "rumour"\n',
+            "source_kind = 'rumour' is not known; use spec, measured, published, guess",
+        ),
+        ("source = 3\n" + START, "source = 3 is not a text"),
+        ('[node]\nbase = "dgx-h100\n', "is not valid TOML: illegal character '\\n' (at line 2"),
+        ("[node]\ngpus = [1,\n", "is not valid TOML: invalid value (at line 2, the end of the file)"),
+        (b"\xff\xfe\x00", "is not text (byte 0); save it as UTF-8 TOML"),
+        ("", "gpu is missing"),
+    ],
+)
+def test_one_line_names_field_value_and_remedy(tmp_path, text, expected):
+    assert expected in told(tmp_path, text)
+
+
+def test_files_that_are_not_there(tmp_path):
+    with pytest.raises(InputError, match=r"nowhere\.toml: no such file; check the path"):
+        load_cluster(tmp_path / "nowhere.toml")
+    with pytest.raises(InputError, match="is a folder"):
+        load_cluster(tmp_path)
+
+
+def test_unknown_names_bring_the_nearest():
+    with pytest.raises(InputError, match=r"unknown cluster 'h100ib'; did you mean .*h100-ib"):
+        load_cluster("h100ib")
+    with pytest.raises(InputError, match=r"unknown gpu 'h20'; did you mean .*h200"):
+        load_gpu("h20")
+    with pytest.raises(InputError, match=r"unknown kind of part 'gpu'; did you mean gpus"):
+        list_parts("gpu")  # pyright: ignore[reportArgumentType]
+
+
+def test_a_damaged_document_says_where():
+    document = cluster_document("h100-ib")
+    del document["node"]["intra"]
+    with pytest.raises(InputError, match=r"plan\.json: node\.intra is missing"):
+        cluster_from_document(document, place="plan.json")
+    with pytest.raises(InputError, match="is not a table"):
+        cluster_from_document({**document, "gpu": "h100"}, place="plan.json")
