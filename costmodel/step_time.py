@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from shardplan.hw_profiles.topology import TierTable
 
 from shardplan.costmodel.collectives import collective_s, point_to_point_s
 from shardplan.costmodel.data_parallel import exchange_s, exposed_exchange_s
@@ -18,6 +17,7 @@ from shardplan.costmodel.offload import optimizer_offload_s
 from shardplan.costmodel.runtime import Runtime
 from shardplan.costmodel.stage_cost import BlockColumns, BlockRows, StageParameters, StageRows
 from shardplan.hw_profiles.machine import Cluster, Gpu
+from shardplan.hw_profiles.topology import TierTable
 
 FloatArray = NDArray[np.float64]
 
