@@ -26,7 +26,7 @@ DISPATCH_CHAIN = 50
 def gemm_timings(timer: Timer, precision: str, edges: Sequence[int]) -> tuple[Timing, ...]:
     """Mean seconds of the shapes of each FLOP count 2·edge³, x[M, K] @ weight[N, K].T as a linear layer calls it.
 
-    Stops before an edge of which one product would outlast the time budget.
+    Stops before an edge of which one product would outlast the time budget, and where a GPU's memory ends.
     """
     timings: list[Timing] = []
     with matmul_precision(precision):
@@ -34,8 +34,10 @@ def gemm_timings(timer: Timer, precision: str, edges: Sequence[int]) -> tuple[Ti
             flop = 2.0 * edge**3
             if timings and flop / timings[-1].rate > timer.budget_s:
                 break
-            shapes = [tuple(int(edge * share) for share in aspect) for aspect in ASPECTS]
-            seconds = [_gemm_seconds(timer, precision, *shape) for shape in shapes]
+            try:
+                seconds = [_gemm_seconds(timer, precision, *(int(edge * share) for share in one)) for one in ASPECTS]
+            except torch.OutOfMemoryError:
+                break
             timings.append(Timing(size=flop, seconds=sum(seconds) / len(seconds)))
     return tuple(timings)
 
@@ -66,7 +68,13 @@ def memory_timings(timer: Timer, sizes_bytes: Sequence[float]) -> tuple[Timing, 
     A GPU goes through enough tensors that its cache holds none of them. A CPU process keeps one set: its small
     activations do stay in cache between operations, so small sizes run faster than main memory.
     """
-    return tuple(_memory_timing(timer, size) for size in sorted(sizes_bytes))
+    timings: list[Timing] = []
+    for size in sorted(sizes_bytes):
+        try:
+            timings.append(_memory_timing(timer, size))
+        except torch.OutOfMemoryError:
+            break
+    return tuple(timings)
 
 
 def _memory_timing(timer: Timer, moved_bytes: float) -> Timing:

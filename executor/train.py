@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
+import traceback
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from datetime import timedelta
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -177,8 +180,8 @@ def start_process_group(device: str) -> torch.device:
     return torch.device("cpu")
 
 
-def main() -> None:
-    """Entry point of a rank."""
+def run_rank() -> None:
+    """Everything a rank does, by its command line."""
     parser = argparse.ArgumentParser(description="one rank of a run; started by `shardplan run`")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int, required=True)
@@ -190,7 +193,25 @@ def main() -> None:
         device = start_process_group(given.device)
         trainer = Trainer(plan, build_mesh(plan.layout, device.type), device, seed=given.seed)
         train(trainer, recorder, steps=given.steps)
+        dist.barrier()  # no rank leaves while another still talks to it
         dist.destroy_process_group()
+
+
+def main() -> NoReturn:
+    """Entry point of a rank: run, then leave at once.
+
+    Threads of the process groups may still want the interpreter while it is being torn down, which aborts the process
+    ("terminate called without an active exception", about one gloo run in ten): so there is no tearing down.
+    """
+    code = 0
+    try:
+        run_rank()
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -228,6 +228,7 @@ def rank_main(ranks: int, result: Path) -> None:
     if dist.get_rank() == 0:
         result.write_text(json.dumps(answers))
     dist.destroy_process_group()
+    os._exit(0)  # as shardplan.executor.train does, for the reason told there
 
 
 if __name__ == "__main__":

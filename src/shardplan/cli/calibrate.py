@@ -129,7 +129,11 @@ def _print_summary(measurements: Measurements, rows: Sequence[SummaryRow], out: 
 
     console = Console(highlight=False)
     rates = measurements.rates
-    share = f", {rates.processes} processes at work" if rates.device == "cpu" else f" x {measurements.gpus}"
+    share = (
+        f", {rates.processes} process{'' if rates.processes == 1 else 'es'} at work"
+        if rates.device == "cpu"
+        else f" x {measurements.gpus}"
+    )
     console.print(f"[bold]{escape(rates.device_name)}[/bold]{share}, {escape(rates.software)}\n")
     table = Table(header_style="dim", box=None, pad_edge=False)
     for name in ("quantity", "measured", "unit", "known before", "from"):
