@@ -195,7 +195,7 @@ def _estimate_rows(
     )
 
 
-TIMED_FIELDS = ("efficiency", "bandwidth", "peak_tflops", "latency", "launch", "nic_", "pcie")
+TIMED_FIELDS = ("efficiency", "bandwidth", "peak_tflops", "network.latency", "intra.latency", "launch", "nic_")
 
 
 def timing_guesses(cluster: Cluster, precision: str) -> tuple[str, ...]:

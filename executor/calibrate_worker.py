@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TypeVar
 
@@ -101,7 +102,7 @@ def run(task: WorkerTask) -> WorkerAnswer:
     crowded = device.type == "cpu" and task.processes > cpu_facts().cores
     sample_s = CROWDED_SAMPLE_S if crowded else SAMPLE_S
     timer = Timer(device=device, budget_s=plan.budget_s, sample_s=sample_s, group=group)
-    context_bytes = timer.agree(_resident_bytes()) if device.type == "cpu" else None
+    context_bytes = timer.agree(_rank_bytes()) if device.type == "cpu" else None
     rates = _rates(task, timer, plan, context_bytes) if "rates" in task.parts else None
     collectives = measure_collectives(timer, plan.collective_bytes) if "collectives" in task.parts else None
     timer.agree(0.0)
@@ -245,6 +246,14 @@ def _identity(task: WorkerTask, device: torch.device) -> Rates:
         multiprocessors=int(properties.multi_processor_count),
         l2_bytes=float(getattr(properties, "L2_cache_size", 0)),
     )
+
+
+def _rank_bytes() -> float:
+    """Resident memory of a rank before it holds a model: process group joined, executor loaded, one backward pass run."""
+    import_module("shardplan.executor.train")
+    x = torch.randn(1024, 128, requires_grad=True)
+    (x @ x.T).sum().backward()
+    return _resident_bytes()
 
 
 def _resident_bytes() -> float:
