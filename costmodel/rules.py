@@ -339,6 +339,24 @@ RUNTIME_RULES: tuple[Rule, ...] = (
         ),
     ),
     Rule(
+        id="tp-divides-vocab",
+        broken=lambda s, t: (s.model.vocab % t.tp != 0) & (not _can(s, "pads_vocabulary")),
+        detail=lambda s, x: f"tp={x.tp} does not divide vocab={s.model.vocab}, which {s.runtime.name!r} does not pad",
+        remedy=_use_divisors(lambda s: s.model.vocab),
+    ),
+    Rule(
+        id="runtime-optimizer",
+        broken=lambda s, t: np.full(len(t), s.job.optimizer not in s.runtime.abilities.optimizers),
+        detail=lambda s, x: f"runtime {s.runtime.name!r} has no optimizer {s.job.optimizer}",
+        remedy=_options(lambda r: r.abilities.optimizers),
+    ),
+    Rule(
+        id="runtime-gradient-dtype",
+        broken=lambda s, t: np.full(len(t), s.job.grad_dtype not in (None, *s.runtime.abilities.gradient_dtypes)),
+        detail=lambda s, x: f"runtime {s.runtime.name!r} has no gradients in {s.job.grad_dtype}",
+        remedy=_options(lambda r: r.abilities.gradient_dtypes),
+    ),
+    Rule(
         id="runtime-precision",
         broken=lambda s, t: np.full(len(t), s.job.precision not in s.runtime.abilities.precisions),
         detail=lambda s, x: f"runtime {s.runtime.name!r} has no precision {s.job.precision}",

@@ -48,6 +48,10 @@ class Abilities(_FromFile):
     attention: tuple[str, ...]
     """First is what `auto` means."""
     precisions: tuple[str, ...]
+    optimizers: tuple[str, ...]
+    gradient_dtypes: tuple[str, ...]
+    pads_vocabulary: bool
+    """Else tp must divide the vocabulary as it is."""
     offload_optimizer: tuple[str, ...]
     offload_zero: tuple[int, ...]
     """ZeRO stages with which the optimizer can be offloaded."""

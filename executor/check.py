@@ -38,26 +38,14 @@ def refusals(plan: Plan, *, device: str, cuda_devices: int) -> list[Rejection]:
 
 def _limits(plan: Plan) -> Iterator[Rejection]:
     """What the first version of the executor does not do."""
-    vocab, tp = plan.model.vocab, plan.layout.tp
+    vocab = plan.model.vocab
     if vocab < BYTE_VOCABULARY:
         yield Rejection(
             rule="byte-vocabulary",
             detail=f"vocab={vocab} of {plan.model.name} is below the {BYTE_VOCABULARY} byte tokens of the text",
             remedy=f"use a model with a vocabulary of {BYTE_VOCABULARY} or more",
         )
-    if vocab % tp:
-        yield Rejection(
-            rule="tp-divides-vocab",
-            detail=f"tp={tp} does not divide vocab={vocab}; the executor does not pad it",
-            remedy="use tp=1 or a vocabulary padded to a multiple of tp",
-        )
-    if plan.job.optimizer != "adamw":
-        yield Rejection(
-            rule="executor-optimizer",
-            detail=f"optimizer {plan.job.optimizer!r} is not executed yet",
-            remedy="plan with --optimizer adamw",
-        )
-    if plan.job.grad_dtype == "fp16" or (plan.job.precision == "fp32" and plan.job.grad_dtype == "bf16"):
+    if plan.job.precision == "fp32" and plan.job.grad_dtype == "bf16":
         yield Rejection(
             rule="executor-grad-dtype",
             detail=f"gradients in {plan.job.grad_dtype} with precision {plan.job.precision} are not executed yet",

@@ -135,7 +135,7 @@ def test_a_plan_for_present_gpus_is_accepted():
         ("dp=2 zero=1 offload_optimizer=cpu", {}, "runtime-offload"),
         ("dp=1 tp=4", {}, "tp-divides-kv-heads"),
         ("dp=2", {"precision": "fp16"}, "runtime-precision"),
-        ("dp=2", {"optimizer": "sgd"}, "executor-optimizer"),
+        ("dp=2", {"optimizer": "sgd"}, "runtime-optimizer"),
         ("dp=2", {"precision": "fp32", "grad_dtype": "bf16"}, "executor-grad-dtype"),
         ("dp=8 micro_batch=2", {}, "batch-divisible"),
         ("pp=4 dp=2 micro_batch=2", {}, "micro-batches-cover-stages"),

@@ -87,18 +87,23 @@ def setting(
         ("runtime-partial-recompute", "dp=64 recompute=full:4", {"runtime": "deepspeed"}, "recompute=full"),
         ("runtime-attention", "dp=64 attention=unfused", {"runtime": "shardplan"}, "can do: flash"),
         ("runtime-offload", "dp=64 offload_optimizer=cpu", {"runtime": "shardplan"}, "can do: none"),
+        (
+            "tp-divides-vocab",
+            "dp=32 tp=2",
+            {"runtime": "shardplan", "model": "gpt2"},
+            "tp=2 does not divide vocab=50257",
+        ),
+        ("runtime-optimizer", "dp=64", {"runtime": "shardplan", "optimizer": "sgd"}, "can do: adamw"),
+        ("runtime-gradient-dtype", "dp=64", {"runtime": "fsdp2", "grad_dtype": "fp16"}, "can do: fp32, bf16"),
         ("offload-zero", "dp=64 offload_optimizer=cpu", {}, "use zero=1"),
-        ("gpu-precision", "dp=1", {"cluster": "selene", "precision": "fp64"}, "matrix units"),
+        ("gpu-precision", "dp=64", {"cluster": "dgx2-edr"}, "v100-32gb has no bf16 matrix units"),
+        ("runtime-precision", "dp=64", {"runtime": "fsdp2", "precision": "fp16"}, "can do: bf16, fp32"),
     ],
 )
 def test_every_rule_names_values_and_remedy(rule: str, words: str, changed: dict, told: str) -> None:
-    changed = dict(changed)
-    precision = changed.pop("precision", None)
-    at = setting(**changed)
-    if precision:
-        job = dataclasses.replace(at.job)
-        object.__setattr__(job, "precision", precision)
-        at = dataclasses.replace(at, job=job)
+    words_of_job = {name: value for name, value in changed.items() if name in ("optimizer", "grad_dtype", "precision")}
+    at = setting(**{name: value for name, value in changed.items() if name not in words_of_job})
+    at = dataclasses.replace(at, job=dataclasses.replace(at.job, **words_of_job))
     found, structural = rejections(at, parse_layout(words))
     (one,) = [r for r in found if r.rule == rule]
     assert told in str(one), str(one)
