@@ -47,12 +47,20 @@ def exchange_s(
     reduce = collective_s(tiers, "reduce_scatter", unit * gradient_bytes, shards, step)
     reduce = reduce + collective_s(tiers, "all_reduce", unit * gradient_bytes / shards, replicas, step * shards)
     gather = collective_s(tiers, "all_gather", unit * parameter_bytes, shards, step)
-    once = inside_pipeline(layouts, communication)
+    reductions, gathers = exchange_counts(layouts, communication, micro_batches)
+    return Exchange(reduce_s=units * reduce * reductions, gather_s=units * gather * gathers)
+
+
+def exchange_counts(
+    layouts: LayoutTable, communication: Communication, micro_batches: FloatArray
+) -> tuple[FloatArray, FloatArray]:
+    """(reductions, gathers) of each group of parameters per step, whatever the group sizes."""
+    zero = layouts.zero
     reductions = np.where(_reduces_often(layouts, communication), micro_batches, 1.0)
     gathers = np.where(np.isin(zero, communication.gather_every_micro_batch), 2.0 * micro_batches, 1.0)
     # parameters that stay whole after a backward are only gathered again after the next forward dropped them
-    gathers = np.where(once & (zero == 3), micro_batches, gathers)
-    return Exchange(reduce_s=units * reduce * reductions, gather_s=units * gather * gathers)
+    once = inside_pipeline(layouts, communication)
+    return reductions, np.where(once & (zero == 3), micro_batches, gathers)
 
 
 def inside_pipeline(layouts: LayoutTable, communication: Communication) -> NDArray[np.bool_]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from shardplan.costmodel.job import Job
 from shardplan.costmodel.layout import Layout, LayoutTable, layout_table
 from shardplan.costmodel.model import Model, layer_parameters
-from shardplan.costmodel.runtime import Runtime, load_runtime
+from shardplan.costmodel.runtime import Runtime, load_runtime, without_overlap
 from shardplan.costmodel.stage_cost import BlockRows, block_rows, stage_parameters, stage_rows
 from shardplan.costmodel.step_memory import stage_memory
 from shardplan.costmodel.step_time import step_time
@@ -132,6 +132,8 @@ def estimate(
     """
     table = layout_table([layouts]) if isinstance(layouts, Layout) else layouts
     chosen = load_runtime(runtime) if isinstance(runtime, str) else runtime
+    if cluster.gpu.device == "cpu":
+        chosen = without_overlap(chosen)
     every = isinstance(layouts, Layout) if every_stage is None else every_stage
     tiers = tier_table(cluster)
     pieces = [

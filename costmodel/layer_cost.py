@@ -67,11 +67,11 @@ def block_cost(
             for kind, size in collectives:
                 seconds = collective_s(tiers, kind, size, shapes.tp, 1.0)
                 total[phase] = total[phase] + np.where(size > 0, seconds, 0.0)
-        parallel = np.where(shapes.tp > 1, runtime.execution.tensor_parallel_host_s, 0.0)
+        launches = runtime.execution.launches_per_operator + np.where(
+            shapes.tp > 1, runtime.execution.tensor_parallel_launches, 0.0
+        )
         if op.name not in TENSORS:
-            total["host_forward_s"] = total["host_forward_s"] + (
-                gpu.launch_s * runtime.execution.launches_per_operator + parallel
-            )
+            total["host_forward_s"] = total["host_forward_s"] + gpu.launch_s * launches
     return BlockCost(**total)
 
 

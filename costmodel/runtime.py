@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -117,8 +117,10 @@ class Execution(_FromFile):
     """Bytes moved by element-wise operators relative to fully fused ones."""
     launches_per_operator: float
     """Kernels launched per operator of the cost model, forward."""
-    tensor_parallel_host_s: float
-    """Extra host time per tensor-parallel operator (dispatch of distributed tensors)."""
+    tensor_parallel_launches: float
+    """Extra host time per tensor-parallel operator (dispatch of distributed tensors), in launches."""
+    exchange_launches: float
+    """Host time to gather or reduce the states of one layer (hooks, copies in and out), in launches."""
     step_overhead_s: float
     """Fixed host time per optimizer step."""
     compute_slowdown: float
@@ -171,6 +173,14 @@ class Runtime(_FromFile):
     """Vocabulary is padded to this times tp."""
     allocator_slack_fraction: float
     """Reserved beyond allocated, relative to allocated."""
+
+
+def without_overlap(runtime: Runtime) -> Runtime:
+    """The runtime where communication and compute share the same cores: on a CPU nothing hides."""
+    exposed = replace(
+        runtime.communication, tensor_overlap=0.0, gather_overlap=0.0, reduce_overlap=0.0, pipeline_overlap=0.0
+    )
+    return replace(runtime, communication=exposed)
 
 
 def runtime_names() -> tuple[str, ...]:

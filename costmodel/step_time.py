@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.costmodel.collectives import collective_s, point_to_point_s
-from shardplan.costmodel.data_parallel import exchange_s, exposed_exchange_s
+from shardplan.costmodel.data_parallel import exchange_counts, exchange_s, exposed_exchange_s
 from shardplan.costmodel.job import BYTES_OF, Job
 from shardplan.costmodel.kernels_time import memory_bound_s
 from shardplan.costmodel.layer_cost import BACKWARD_LAUNCHES
@@ -38,11 +38,12 @@ def step_time(
     micro_batches: FloatArray,
 ) -> tuple[dict[str, FloatArray], dict[str, FloatArray]]:
     """(seconds by part with `step_s`, hidden seconds by axis), columns of shape (N,)."""
-    pace = _pace(model, cluster.gpu, runtime, blocks, stages)
+    exchanging = _exchange_host_s(cluster.gpu, layouts, runtime, micro_batches)
+    pace = _pace(model, cluster.gpu, runtime, blocks, stages, exchanging)
     total = sum((pace[part] for part in PACE_PARTS), np.zeros_like(stages.embedding))
     slowest = total.argmax(axis=1)[:, None]
     worst = {part: np.take_along_axis(values, slowest, axis=1)[:, 0] for part, values in pace.items()}
-    fill = _whole_pipeline(model, cluster.gpu, runtime, blocks, stages) - total.max(axis=1)
+    fill = _whole_pipeline(model, cluster.gpu, runtime, blocks, stages, exchanging) - total.max(axis=1)
     dp_exposed, dp_hidden = _data_parallel(
         model, job, layouts, runtime, tiers, stages, parameters, micro_batches, worst
     )
@@ -82,15 +83,23 @@ def step_time(
 PACE_PARTS = ("forward", "backward", "recompute", "tensor_exposed", "host")
 
 
+def _exchange_host_s(gpu: Gpu, layouts: LayoutTable, runtime: Runtime, micro_batches: FloatArray) -> FloatArray:
+    """Host seconds per layer and micro-batch that gathers and reductions of its states take, (N,)."""
+    reductions, gathers = exchange_counts(layouts, runtime.communication, micro_batches)
+    gathers = np.where((layouts.zero > 0) & (layouts.dp_shard > 1), gathers, 0.0)
+    per_step = (reductions + gathers) * runtime.execution.exchange_launches * gpu.launch_s
+    return np.where(layouts.dp > 1, per_step / micro_batches, 0.0)
+
+
 def _block_pace(
-    gpu: Gpu, runtime: Runtime, block: BlockColumns, recomputed: FloatArray, selects: FloatArray
+    gpu: Gpu, runtime: Runtime, block: BlockColumns, recomputed: FloatArray, selects: FloatArray, exchanging: FloatArray
 ) -> dict[str, FloatArray]:
     """Seconds of one block and micro-batch; `recomputed` is the share of it under full recompute."""
     recompute = recomputed * block["forward_s"] + selects * block["selective_s"]
     tensor = block["tensor_forward_s"] * (1.0 + recomputed) + block["tensor_backward_s"]
     exposed = tensor * (1.0 - runtime.communication.tensor_overlap)
     busy = block["forward_s"] + block["backward_s"] + recompute + exposed
-    launching = block["host_forward_s"] * (1.0 + BACKWARD_LAUNCHES + recomputed)
+    launching = block["host_forward_s"] * (1.0 + BACKWARD_LAUNCHES + recomputed) + exchanging
     # a CPU runs the operation it dispatches, a GPU only idles when launches come too slowly
     host = launching if gpu.device == "cpu" else np.maximum(launching - busy, 0.0)
     return {
@@ -103,7 +112,9 @@ def _block_pace(
     }
 
 
-def _pace(model: Model, gpu: Gpu, runtime: Runtime, blocks: BlockRows, stages: StageRows) -> dict[str, FloatArray]:
+def _pace(
+    model: Model, gpu: Gpu, runtime: Runtime, blocks: BlockRows, stages: StageRows, exchanging: FloatArray
+) -> dict[str, FloatArray]:
     """Seconds of one micro-batch on each stage by part, (N, S)."""
     total = stages.layers.sum(axis=2)
     share = np.divide(stages.recomputed, total, out=np.zeros_like(total), where=total > 0)
@@ -114,12 +125,14 @@ def _pace(model: Model, gpu: Gpu, runtime: Runtime, blocks: BlockRows, stages: S
     pace: dict[str, FloatArray] = {}
     for block, count, recomputed, selected in contents:
         wide = {name: column[:, None] for name, column in block.items()}
-        for part, seconds in _block_pace(gpu, runtime, wide, recomputed, selected).items():
+        for part, seconds in _block_pace(gpu, runtime, wide, recomputed, selected, exchanging[:, None]).items():
             pace[part] = pace.get(part, 0.0) + count * seconds
     return pace
 
 
-def _whole_pipeline(model: Model, gpu: Gpu, runtime: Runtime, blocks: BlockRows, stages: StageRows) -> FloatArray:
+def _whole_pipeline(
+    model: Model, gpu: Gpu, runtime: Runtime, blocks: BlockRows, stages: StageRows, exchanging: FloatArray
+) -> FloatArray:
     """Seconds of one micro-batch through all stages, (N,)."""
     share = stages.recomputed_total / model.layer_count
     none = np.zeros_like(share)
@@ -129,7 +142,7 @@ def _whole_pipeline(model: Model, gpu: Gpu, runtime: Runtime, blocks: BlockRows,
     contents += [(blocks.embedding, 1.0, none, none), (blocks.head, 1.0, none, none)]
     seconds = none
     for block, count, recomputed, selected in contents:
-        pace = _block_pace(gpu, runtime, block, recomputed, selected)
+        pace = _block_pace(gpu, runtime, block, recomputed, selected, exchanging)
         seconds = seconds + count * sum((pace[part] for part in PACE_PARTS), none)
     return seconds
 
