@@ -123,11 +123,12 @@ def _print_json(measurements: Measurements, rows: Sequence[SummaryRow], profile:
 
 
 def _print_summary(measurements: Measurements, rows: Sequence[SummaryRow], out: Path) -> None:
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console(highlight=False)
+    from shardplan.cli.console import make_console
+
+    console = make_console()
     rates = measurements.rates
     share = (
         f", {rates.processes} process{'' if rates.processes == 1 else 'es'} at work"

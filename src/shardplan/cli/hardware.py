@@ -6,8 +6,9 @@ import json
 from typing import Annotated, Any, cast
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from shardplan.cli.console import make_console
 
 app = typer.Typer(
     help="Known GPUs, nodes, networks and clusters, with the source of every number.", no_args_is_help=True
@@ -28,7 +29,7 @@ def list_hardware(as_json: AsJson = False) -> None:
     if as_json:
         _print_json(dict(rows_by_kind))
         return
-    console = Console()
+    console = make_console()
     for kind, rows in rows_by_kind.items():
         console.print(_table(kind, rows))
     console.print("A cluster's TOML file is a PROFILE too: docs/hardware_profiles.md", style="dim")
@@ -45,7 +46,7 @@ def show_hardware(name: Name, as_json: AsJson = False) -> None:
     if as_json:
         _print_json(shown)
         return
-    console = Console()
+    console = make_console()
     for section in shown["sections"]:
         console.print(_field_table(f"{shown['name']}: {section['title']}", section["rows"]))
     if "tiers" in shown:

@@ -149,9 +149,10 @@ def _table(*columns: str, title: str | None = None) -> Table:
 
 def _print(*parts: Table | str) -> None:
     """Tables and plain lines on stdout, without markup in user text."""
-    from rich.console import Console
 
-    console = Console()
+    from shardplan.cli.console import make_console
+
+    console = make_console()
     for part in parts:
         console.print(part, markup=False, highlight=False)
 

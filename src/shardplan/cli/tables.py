@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from shardplan.cli.console import make_console
+
 GIB = 2.0**30
 BAR = 24
 
@@ -32,18 +34,9 @@ def _table(title: str, *columns: tuple[str, str]) -> Table:
     return table
 
 
-PIPE_WIDTH = 120
-
-
-def _console() -> Console:
-    """As wide as the terminal; a pipe gets PIPE_WIDTH columns."""
-    console = Console(highlight=False, soft_wrap=False)
-    return console if console.is_terminal else Console(highlight=False, soft_wrap=False, width=PIPE_WIDTH)
-
-
 def print_plan(document: Mapping[str, Any], *, written_to: str | None) -> None:
     """The ranked layouts, the winner's breakdown, the account of the search."""
-    console = _console()
+    console = make_console()
     job, search, best = document["job"], document["search"], document["prediction"]
     console.print(
         f"[bold]{escape(document['model']['name'])}[/bold] on {document['gpus']} GPUs of "
@@ -168,7 +161,7 @@ def print_answer(answer: Mapping[str, Any]) -> None:
     """One estimate."""
     from shardplan.costmodel.layout import layout_from_document
 
-    console = _console()
+    console = make_console()
     verdict = "[green]fits[/green]" if answer["fits"] else "[red]no[/red]"
     console.print(
         f"{verdict}: {escape(layout_from_document(answer['layout']).words())} on {answer['gpus']} GPUs, runtime {answer['runtime']}"
@@ -183,7 +176,7 @@ def print_answer(answer: Mapping[str, Any]) -> None:
 
 def print_explanation(document: Mapping[str, Any]) -> None:
     """A plan or layout explained."""
-    console = _console()
+    console = make_console()
     subject = document["subject"]
     console.print(f"[bold]{escape(subject['model'])}[/bold] on {escape(subject['cluster'])}")
     print_answer(document)
@@ -208,7 +201,7 @@ def print_nothing_fits(document: Mapping[str, Any]) -> None:
     """Nothing fits: how far off, and what would have to change."""
     from shardplan.costmodel.layout import layout_from_document
 
-    console = _console()
+    console = make_console()
     console.print("[red]no layout fits[/red]")
     print_account(console, document["search"])
     if document["closest"]:
