@@ -29,14 +29,17 @@ def wire_factor(collective: Collective, ranks: ArrayLike) -> FloatArray:
 
 
 def members_per_node(tiers: TierTable, ranks: ArrayLike, stride: ArrayLike) -> FloatArray:
-    """Members of a group that sit in one node."""
-    node = float(tiers.gpus[0])
-    return np.clip(np.floor(node / np.asarray(stride, dtype=np.float64)), 1.0, np.asarray(ranks, dtype=np.float64))
+    """Members of a group that sit in one node; of a group that straddles nodes unevenly, the fewest that share one."""
+    in_node = np.maximum(np.floor(float(tiers.gpus[0]) / np.asarray(stride, dtype=np.float64)), 1.0)
+    n = np.asarray(ranks, dtype=np.float64)
+    return np.gcd(in_node.astype(np.int64), n.astype(np.int64)).astype(np.float64)
 
 
 def _outer_tier(tiers: TierTable, span: FloatArray) -> NDArray[np.int64]:
-    """Index of the smallest tier that holds `span` neighbouring ranks."""
-    return np.minimum(np.searchsorted(tiers.gpus, span), len(tiers.gpus) - 1)
+    """Index of the smallest tier that holds all groups of `span` neighbouring ranks whole."""
+    whole = np.remainder(tiers.gpus.reshape(-1, *[1] * span.ndim).astype(np.float64), span) == 0
+    whole[-1] = True
+    return whole.argmax(axis=0)
 
 
 def _at_tier(
@@ -78,9 +81,10 @@ def _latency_s(
     return 2.0 * np.minimum(ring, tree)
 
 
-def point_to_point_s(tiers: TierTable, size_bytes: ArrayLike, stride: ArrayLike) -> FloatArray:
-    """Seconds to send `size_bytes` to the rank `stride` away: latency once, then the rate of one large transfer."""
-    size, step = np.broadcast_arrays(*(np.asarray(x, dtype=np.float64) for x in (size_bytes, stride)))
-    tier = np.where(step < tiers.gpus[0], 0, _outer_tier(tiers, step + 1.0))
+def point_to_point_s(tiers: TierTable, size_bytes: ArrayLike, ranks: ArrayLike, stride: ArrayLike) -> FloatArray:
+    """Seconds to send `size_bytes` to the next of `ranks` members, `stride` apart, over the slowest hop of the chain:
+    latency once, then the rate of one large transfer."""
+    size, n, step = np.broadcast_arrays(*(np.asarray(x, dtype=np.float64) for x in (size_bytes, ranks, stride)))
+    tier = _outer_tier(tiers, n * step)
     bandwidth = tiers.bandwidth_bytes_per_s * tiers.point_to_point_fraction
     return tiers.latency_s[tier] + size / bandwidth[tier]

@@ -114,7 +114,9 @@ def stage_states(
         parts["parameters"]
         + stage_parameters * (np.where(layouts.zero == 3, held, 0.0) * BYTES_OF[job.precision])[:, None]
     )
-    gathered, waiting = _working_set(runtime, job, layouts, layer_parameters, root_parameters, stage_parameters)
+    gathered, waiting = _working_set(
+        runtime, job, layouts, accumulates, layer_parameters, root_parameters, stage_parameters
+    )
     parts["parameters"] = parts["parameters"] + gathered
     parts["gradients"] = parts["gradients"] + waiting
     parts["host"] = moved
@@ -131,17 +133,19 @@ def _working_set(
     runtime: Runtime,
     job: Job,
     layouts: LayoutTable,
+    accumulates: NDArray[np.bool_],
     layer: FloatArray,
     root: FloatArray,
     stage: FloatArray,
 ) -> tuple[FloatArray, FloatArray]:
-    """(gathered parameters under ZeRO-3, whole gradients awaiting reduction under ZeRO-2/3) in bytes."""
+    """(gathered parameters under ZeRO-3, whole gradients awaiting reduction where they do not stay whole) in bytes."""
     element = BYTES_OF[job.precision]
     work = runtime.working_set
     spread = (layouts.dp_shard > 1) & (_held_whole(runtime, layouts) == 0)
+    waits = (layouts.zero >= 2) | ((layouts.zero == 1) & ~accumulates)
     gathered = work.gathered_layers * layer + (root if work.root_stays_gathered else 0.0)
     gathered = np.where(((layouts.zero == 3) & spread)[:, None], np.minimum(gathered, stage), 0.0)
-    waiting = np.where(((layouts.zero >= 2) & spread)[:, None], np.minimum(work.gradient_layers * layer, stage), 0.0)
+    waiting = np.where((waits & spread)[:, None], np.minimum(work.gradient_layers * layer, stage), 0.0)
     return element * gathered, element * waiting
 
 
@@ -162,7 +166,7 @@ def activation_bytes(
     """
     chosen = (recompute == SELECTIVE)[:, None]
     per_layer = kept[:, None] - np.where(chosen, selective[:, None], 0.0)
-    rebuilt = np.where(chosen, selective[:, None], 0.0)
+    rebuilt = np.where(chosen, np.maximum(selective, 0.0)[:, None], 0.0)
     rebuilt = np.where(full_layers > 0, (kept - entering)[:, None], rebuilt)
     stored = (layers - full_layers) * per_layer + full_layers * entering[:, None]
     return flying * stored + np.where(layers > 0, rebuilt, 0.0)

@@ -101,6 +101,14 @@ class Activations(_FromFile):
 
     selective: tuple[str, ...]
     """Operators whose saved tensors are recomputed under `selective`."""
+    selective_streams: float
+    """Whole hidden-wide tensors (not divided by tp) a layer keeps under `selective` in exchange."""
+    full_repeats_tensor: float
+    """Share of the forward tensor-parallel communication that full recompute repeats."""
+    full_repeats_tensor_sp: float
+    """The same with sequence parallelism."""
+    selective_repeats_tensor: float
+    selective_repeats_tensor_sp: float
     gated_mlp_copies: float
     """ffn-wide tensors kept by a gated MLP: 3 fused (gate, up, product), 4 with silu(gate) kept too."""
     norm_bytes: float

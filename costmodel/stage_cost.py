@@ -13,7 +13,7 @@ from shardplan.costmodel.keys import unique_keys
 from shardplan.costmodel.layer_cost import BlockCost, block_cost
 from shardplan.costmodel.layout import ALL_LAYERS, ATTENTION, LayoutTable
 from shardplan.costmodel.memory import FULL, SELECTIVE
-from shardplan.costmodel.model import Model, layer_parameters
+from shardplan.costmodel.model import LayerKind, Model, layer_parameters
 from shardplan.costmodel.operators import Op, Shapes, embedding_ops, head_ops, layer_ops, logits_bytes
 from shardplan.costmodel.pipeline import stage_table
 from shardplan.costmodel.runtime import Runtime
@@ -36,6 +36,10 @@ class BlockRows:
     logits_bytes: FloatArray
     selects: FloatArray
     """1 where recompute is selective."""
+    full_repeats: FloatArray
+    """Share of the forward tensor-parallel communication that full recompute repeats."""
+    selective_repeats: FloatArray
+    """The same of selective recompute, 0 where recompute is not selective."""
 
 
 def padded_vocab(model: Model, runtime: Runtime, tp: FloatArray) -> FloatArray:
@@ -66,15 +70,25 @@ def block_rows(
     def gathered(block: BlockCost) -> BlockColumns:
         return {name: getattr(block, name)[inverse] for name in BlockCost.__dataclass_fields__}
 
+    def layer_cost(kind: LayerKind) -> BlockColumns:
+        """A layer; what `selective` keeps in exchange is taken off what it drops."""
+        block = cost(layer_ops(kind, shapes, runtime))
+        exchanged = runtime.activations.selective_streams * shapes.element_bytes * shapes.tokens * kind.hidden
+        return {**block, "selective_bytes": block["selective_bytes"] - exchanged[inverse]}
+
     def cost(ops: tuple[Op, ...]) -> BlockColumns:
         return gathered(block_cost(ops, shapes, gpu=cluster.gpu, precision=job.precision, tiers=tiers, runtime=runtime))
 
+    selects, kept = (layouts.recompute == SELECTIVE).astype(np.float64), runtime.activations
+    split = layouts.sequence_parallel == 1
     return BlockRows(
-        layers=tuple(cost(layer_ops(kind, shapes, runtime)) for kind, _ in model.layers),
+        layers=tuple(layer_cost(kind) for kind, _ in model.layers),
         embedding=cost(embedding_ops(model.hidden, dropout, shapes)),
         head=cost(head_ops(model.hidden, vocab, shapes, runtime)),
         logits_bytes=logits_bytes(vocab, shapes, runtime)[inverse],
-        selects=(layouts.recompute == SELECTIVE).astype(np.float64),
+        selects=selects,
+        full_repeats=np.where(split, kept.full_repeats_tensor_sp, kept.full_repeats_tensor),
+        selective_repeats=selects * np.where(split, kept.selective_repeats_tensor_sp, kept.selective_repeats_tensor),
     )
 
 

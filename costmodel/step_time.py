@@ -92,11 +92,19 @@ def _exchange_host_s(gpu: Gpu, layouts: LayoutTable, runtime: Runtime, micro_bat
 
 
 def _block_pace(
-    gpu: Gpu, runtime: Runtime, block: BlockColumns, recomputed: FloatArray, selects: FloatArray, exchanging: FloatArray
+    gpu: Gpu,
+    runtime: Runtime,
+    block: BlockColumns,
+    *,
+    recomputed: FloatArray,
+    selects: FloatArray,
+    repeated: FloatArray,
+    exchanging: FloatArray,
 ) -> dict[str, FloatArray]:
-    """Seconds of one block and micro-batch; `recomputed` is the share of it under full recompute."""
+    """Seconds of one block and micro-batch; `recomputed` is the share of it under full recompute, `repeated` the share of its
+    forward tensor-parallel communication that any recompute repeats."""
     recompute = recomputed * block["forward_s"] + selects * block["selective_s"]
-    tensor = block["tensor_forward_s"] * (1.0 + recomputed) + block["tensor_backward_s"]
+    tensor = block["tensor_forward_s"] * (1.0 + repeated) + block["tensor_backward_s"]
     exposed = tensor * (1.0 - runtime.communication.tensor_overlap)
     busy = block["forward_s"] + block["backward_s"] + recompute + exposed
     launching = block["host_forward_s"] * (1.0 + BACKWARD_LAUNCHES + recomputed) + exchanging
@@ -119,13 +127,23 @@ def _pace(
     total = stages.layers.sum(axis=2)
     share = np.divide(stages.recomputed, total, out=np.zeros_like(total), where=total > 0)
     selects = blocks.selects[:, None]
+    repeats = share * blocks.full_repeats[:, None] + blocks.selective_repeats[:, None]
     none = np.zeros_like(share)
-    contents = [(blocks.layers[i], stages.layers[:, :, i], share, selects) for i in range(len(model.layers))]
-    contents += [(blocks.embedding, stages.embedding, none, none), (blocks.head, stages.head, none, none)]
+    contents = [(blocks.layers[i], stages.layers[:, :, i], share, selects, repeats) for i in range(len(model.layers))]
+    contents += [(blocks.embedding, stages.embedding, none, none, none), (blocks.head, stages.head, none, none, none)]
     pace: dict[str, FloatArray] = {}
-    for block, count, recomputed, selected in contents:
+    for block, count, recomputed, selected, repeated in contents:
         wide = {name: column[:, None] for name, column in block.items()}
-        for part, seconds in _block_pace(gpu, runtime, wide, recomputed, selected, exchanging[:, None]).items():
+        blocked = _block_pace(
+            gpu,
+            runtime,
+            wide,
+            recomputed=recomputed,
+            selects=selected,
+            repeated=repeated,
+            exchanging=exchanging[:, None],
+        )
+        for part, seconds in blocked.items():
             pace[part] = pace.get(part, 0.0) + count * seconds
     return pace
 
@@ -135,14 +153,24 @@ def _whole_pipeline(
 ) -> FloatArray:
     """Seconds of one micro-batch through all stages, (N,)."""
     share = stages.recomputed_total / model.layer_count
+    repeats = share * blocks.full_repeats + blocks.selective_repeats
     none = np.zeros_like(share)
     contents = [
-        (b, float(count), share, blocks.selects) for b, (_, count) in zip(blocks.layers, model.layers, strict=True)
+        (block, float(count), share, blocks.selects, repeats)
+        for block, (_, count) in zip(blocks.layers, model.layers, strict=True)
     ]
-    contents += [(blocks.embedding, 1.0, none, none), (blocks.head, 1.0, none, none)]
+    contents += [(blocks.embedding, 1.0, none, none, none), (blocks.head, 1.0, none, none, none)]
     seconds = none
-    for block, count, recomputed, selected in contents:
-        pace = _block_pace(gpu, runtime, block, recomputed, selected, exchanging)
+    for block, count, recomputed, selected, repeated in contents:
+        pace = _block_pace(
+            gpu,
+            runtime,
+            block,
+            recomputed=recomputed,
+            selects=selected,
+            repeated=repeated,
+            exchanging=exchanging,
+        )
         seconds = seconds + count * sum((pace[part] for part in PACE_PARTS), none)
     return seconds
 
@@ -200,6 +228,6 @@ def _pipeline_transfers(
         split = split | (layouts.tp > 1)
     size = BYTES_OF[job.precision] * layouts.micro_batch * job.seq / layouts.cp * model.hidden
     size = size / np.where(split, layouts.tp, 1)
-    one = point_to_point_s(tiers, size, layouts.tp * layouts.cp * layouts.dp)
+    one = point_to_point_s(tiers, size, layouts.pp, layouts.tp * layouts.cp * layouts.dp)
     exposed = 2.0 * layouts.virtual_stages * (micro_batches + layouts.pp - 1.0) * one
     return np.where(layouts.pp > 1, exposed * (1.0 - runtime.communication.pipeline_overlap), 0.0)

@@ -289,7 +289,11 @@ def test_collectives_follow_the_topology() -> None:
     assert float(collective_s(tiers, "all_gather", 1e9, 16, 4)) < 0.6 * float(
         collective_s(tiers, "all_gather", 1e9, 16, 8)
     )
-    assert float(point_to_point_s(tiers, 1e8, 8)) > float(point_to_point_s(tiers, 1e8, 1))
+    assert float(point_to_point_s(tiers, 1e8, 2, 8)) > float(point_to_point_s(tiers, 1e8, 2, 1))
+    # a chain that leaves the node is as slow as the hop that does
+    assert float(point_to_point_s(tiers, 1e8, 4, 4)) == float(point_to_point_s(tiers, 1e8, 2, 8))
+    # three neighbours do not tile a node of eight: some group spans two nodes
+    assert float(collective_s(tiers, "all_reduce", 1e8, 3, 1)) > 3 * float(collective_s(tiers, "all_reduce", 1e8, 4, 1))
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(-3, 3), st.integers(0, 10**12)), min_size=1, max_size=60))
