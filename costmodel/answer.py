@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from shardplan.costmodel.estimate import DEFAULT_HEADROOM, MEMORY_BAND, TIME_PARTS, Estimates
+from shardplan.costmodel.estimate import DEFAULT_HEADROOM, MEMORY_BAND, TIME_PARTS, Estimates, model_flop_per_token
 from shardplan.costmodel.job import Job
 from shardplan.costmodel.layout import Layout
 from shardplan.costmodel.model import Model
@@ -192,6 +192,12 @@ def assumptions(
     ]
     if model.max_positions and job.seq > model.max_positions:
         lines.append(f"seq {job.seq} exceeds the {model.max_positions} positions {model.name} was made for")
+    attention_share = 1.0 - model_flop_per_token(model, 0) / model_flop_per_token(model, job.seq)
+    if attention_share > 0.3:
+        lines.append(
+            f"{attention_share:.0%} of the counted FLOP is attention, of which a causal fused kernel computes half: MFU and HFU "
+            "overstate how busy the GPU is and can pass 100 %"
+        )
     guesses = cluster.guesses()
     if guesses:
         lines.append(f"guessed hardware figures: {', '.join(guesses)}")

@@ -9,6 +9,8 @@ from shardplan.hw_profiles.errors import InputError, nearest
 PRECISIONS = ("bf16", "fp16", "fp32")
 OPTIMIZERS = ("adamw", "sgd")
 GRAD_DTYPES = ("fp32", "bf16", "fp16")
+LARGEST = 10**9
+"""No sequence or batch is longer."""
 BYTES_OF = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
@@ -26,12 +28,18 @@ class Job:
     grad_dtype: str | None = None
     """Of gradient accumulation and reduction; None = the runtime's own for this precision."""
     tokens: float | None = None
-    """Token budget of the whole training, if one was given."""
+    """Token budget of the whole training, if one was given; recorded in the plan."""
 
     def __post_init__(self) -> None:
         for name, value in (("seq", self.seq), ("global_batch", self.global_batch)):
-            if value < 1:
-                raise InputError(f"{name}={value} is not positive", place=f"--{name.replace('_', '-')}")
+            place = f"--{name.replace('_', '-')}"
+            if type(value) is not int:
+                raise InputError(f"{name}={value!r} is not a whole number", place=place)
+            if not 1 <= value <= LARGEST:
+                raise InputError(
+                    f"{name}={value} is not positive" if value < 1 else f"{name}={value} is above {LARGEST}",
+                    place=place,
+                )
         words: list[tuple[str, str, tuple[str, ...]]] = [
             ("precision", self.precision, PRECISIONS),
             ("optimizer", self.optimizer, OPTIMIZERS),
@@ -43,8 +51,8 @@ class Job:
                 raise InputError(
                     f"{name}={word!r} is unknown", place=f"--{name.replace('_', '-')}", remedy=nearest(word, known)
                 )
-        if self.tokens is not None and self.tokens <= 0:
-            raise InputError(f"tokens={self.tokens:g} is not positive", place="--tokens")
+        if self.tokens is not None and not 0 < self.tokens < float("inf"):
+            raise InputError(f"tokens={self.tokens:g} is not a positive number", place="--tokens")
 
     @property
     def tokens_per_step(self) -> int:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from shardplan.costmodel.job import LARGEST
 from shardplan.hw_profiles.errors import InputError, nearest
 
 IntArray = NDArray[np.int64]
@@ -68,7 +69,9 @@ class Layout:
             _positive(name, getattr(self, name))
         if self.dp_shard is not None:
             _positive("dp_shard", self.dp_shard)
-        if self.zero not in (0, 1, 2, 3):
+        if not isinstance(self.sequence_parallel, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InputError(f"sequence_parallel={self.sequence_parallel!r} is not true or false", place="layout")
+        if type(self.zero) is not int or self.zero not in (0, 1, 2, 3):
             raise InputError(f"zero={self.zero} is not a ZeRO stage", place="layout", remedy="use 0, 1, 2 or 3")
         split_recompute(self.recompute)
         for name, known in (("schedule", SCHEDULES), ("attention", ATTENTION), ("offload_optimizer", OFFLOAD)):
@@ -108,7 +111,7 @@ FIELD_NAMES = tuple(f.name for f in dataclasses.fields(Layout))
 
 
 def _positive(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if type(value) is not int or not 1 <= value <= LARGEST:
         raise InputError(f"{name}={value} is not a positive whole number", place="layout", remedy="use 1 or more")
 
 

@@ -345,6 +345,14 @@ RUNTIME_RULES: tuple[Rule, ...] = (
         remedy=_use_divisors(lambda s: s.model.vocab),
     ),
     Rule(
+        id="vocabulary-too-small",
+        broken=lambda s, t: np.full(len(t), s.model.vocab < s.runtime.abilities.smallest_vocabulary),
+        detail=lambda s, x: (
+            f"vocab={s.model.vocab} is below the {s.runtime.abilities.smallest_vocabulary} tokens {s.runtime.name!r} trains on"
+        ),
+        remedy=lambda s, x: "use a model with a larger vocabulary or another --runtime",
+    ),
+    Rule(
         id="runtime-optimizer",
         broken=lambda s, t: np.full(len(t), s.job.optimizer not in s.runtime.abilities.optimizers),
         detail=lambda s, x: f"runtime {s.runtime.name!r} has no optimizer {s.job.optimizer}",
@@ -352,15 +360,16 @@ RUNTIME_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         id="runtime-gradient-dtype",
-        broken=lambda s, t: np.full(len(t), s.job.grad_dtype not in (None, *s.runtime.abilities.gradient_dtypes)),
-        detail=lambda s, x: f"runtime {s.runtime.name!r} has no gradients in {s.job.grad_dtype}",
-        remedy=_options(lambda r: r.abilities.gradient_dtypes),
+        broken=lambda s, t: np.full(len(t), s.job.grad_dtype not in (None, *_gradient_dtypes(s))),
+        detail=lambda s, x: f"runtime {s.runtime.name!r} has no gradients in {s.job.grad_dtype} with {s.job.precision}",
+        remedy=lambda s, _: f"{s.runtime.name!r} can do: {', '.join(_gradient_dtypes(s))}",
     ),
     Rule(
         id="runtime-precision",
         broken=lambda s, t: np.full(len(t), s.job.precision not in s.runtime.abilities.precisions),
         detail=lambda s, x: f"runtime {s.runtime.name!r} has no precision {s.job.precision}",
         remedy=_options(lambda r: r.abilities.precisions),
+        structural=True,
     ),
     Rule(
         id="gpu-precision",
@@ -372,6 +381,11 @@ RUNTIME_RULES: tuple[Rule, ...] = (
 )
 
 RULES: tuple[Rule, ...] = (*STRUCTURE, *SHAPES, *SCHEDULE_RULES, *RUNTIME_RULES)
+
+
+def _gradient_dtypes(setting: Setting) -> tuple[str, ...]:
+    states = setting.runtime.states.get(setting.job.precision)
+    return states.gradient_dtypes if states else ()
 
 
 def _round_up(number: int, multiple: int) -> int:

@@ -49,7 +49,8 @@ class Abilities(_FromFile):
     """First is what `auto` means."""
     precisions: tuple[str, ...]
     optimizers: tuple[str, ...]
-    gradient_dtypes: tuple[str, ...]
+    smallest_vocabulary: int
+    """Token ids the training data uses."""
     pads_vocabulary: bool
     """Else tp must divide the vocabulary as it is."""
     offload_optimizer: tuple[str, ...]
@@ -75,6 +76,8 @@ class States(_FromFile):
 
     gradient_dtype: str
     """Of accumulation and reduction unless the job says otherwise."""
+    gradient_dtypes: tuple[str, ...]
+    """What the job may ask for."""
     zero: tuple[StateBytes, ...]
     """Index = ZeRO stage; stages the runtime lacks are absent from `abilities.zero` and repeat the stage below."""
 

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from shardplan.costmodel.rule import Rejection, Setting
 from shardplan.costmodel.rules import rejections
 from shardplan.costmodel.runtime import load_runtime
-from shardplan.executor.data import BYTE_VOCABULARY
 from shardplan.hw_profiles.load import cluster_from_document
 from shardplan.hw_profiles.machine import Cluster
 from shardplan.planner.plan import Plan
@@ -33,24 +32,7 @@ def refusals(plan: Plan, *, device: str, cuda_devices: int) -> list[Rejection]:
     """Why `plan` cannot run on `device` ("cuda" or "cpu") of this machine; empty when it can."""
     setting = Setting(model=plan.model, job=plan.job, cluster=plan_cluster(plan), runtime=load_runtime(RUNTIME))
     broken, _ = rejections(setting, plan.layout)
-    return [*broken, *_limits(plan), *_machine(plan, device=device, cuda_devices=cuda_devices)]
-
-
-def _limits(plan: Plan) -> Iterator[Rejection]:
-    """What the first version of the executor does not do."""
-    vocab = plan.model.vocab
-    if vocab < BYTE_VOCABULARY:
-        yield Rejection(
-            rule="byte-vocabulary",
-            detail=f"vocab={vocab} of {plan.model.name} is below the {BYTE_VOCABULARY} byte tokens of the text",
-            remedy=f"use a model with a vocabulary of {BYTE_VOCABULARY} or more",
-        )
-    if plan.job.precision == "fp32" and plan.job.grad_dtype == "bf16":
-        yield Rejection(
-            rule="executor-grad-dtype",
-            detail=f"gradients in {plan.job.grad_dtype} with precision {plan.job.precision} are not executed yet",
-            remedy="plan with --grad-dtype fp32",
-        )
+    return [*broken, *_machine(plan, device=device, cuda_devices=cuda_devices)]
 
 
 def _machine(plan: Plan, *, device: str, cuda_devices: int) -> Iterator[Rejection]:

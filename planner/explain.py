@@ -8,7 +8,7 @@ from typing import Any
 
 from shardplan.costmodel.answer import GIB, memory_remedy
 from shardplan.costmodel.estimate import DEFAULT_HEADROOM, TIME_PARTS
-from shardplan.costmodel.job import Job
+from shardplan.costmodel.job import PRECISIONS, Job
 from shardplan.costmodel.layout import layout_from_document, parse_layout
 from shardplan.costmodel.model import Model
 from shardplan.costmodel.runtime import Runtime, load_runtime
@@ -163,12 +163,20 @@ def what_would_fit(
     else:
         document["rejections"] = [
             {"rule": r.rule, "detail": f"{r.count} layouts: {r.example}", "remedy": ""} for r in result.refused
-        ] or [_no_factorisation(job, cluster)]
+        ] or [_no_factorisation(job, cluster, wishes)]
     document["would_fit"] = list(_changes(model, job, cluster, runtime, wishes, headroom))
     return document
 
 
-def _no_factorisation(job: Job, cluster: Cluster) -> dict[str, str]:
+def _no_factorisation(job: Job, cluster: Cluster, wishes: Wishes) -> dict[str, str]:
+    for word in ("dp", "tp", "pp", "cp"):
+        degree = getattr(wishes.fixed, word)
+        if word in wishes.fixed_words and cluster.gpus % degree:
+            return {
+                "rule": "gpus-product",
+                "detail": f"{word}={degree} does not divide the {cluster.gpus} GPUs",
+                "remedy": f"fix a {word} that does, or change --gpus",
+            }
     return {
         "rule": "batch-divisible",
         "detail": f"no dp*tp*pp = {cluster.gpus} within the wishes has a dp that divides global_batch={job.global_batch}",
@@ -203,6 +211,9 @@ def _changes(model: Model, job: Job, cluster: Cluster, runtime: Runtime, wishes:
             told.append(f"sequences of {shorter} tokens (tried by halving)")
             break
         shorter //= 2
+    for word in PRECISIONS:
+        if word != job.precision and fits(job=dataclasses.replace(job, precision=word)):
+            told.append(f"--precision {word}")
     for name in ("megatron", "fsdp2", "deepspeed"):
         if name != runtime.name and fits(runtime=name):
             told.append(f"--runtime {name}")

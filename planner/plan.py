@@ -62,9 +62,18 @@ class Plan:
         target = Path(path)
         if not target.parent.is_dir():
             raise InputError(f"folder {str(target.parent)!r} does not exist", place=str(path), remedy="create it first")
+        if target.is_dir():
+            raise InputError("is a folder", place=str(path), remedy="name a file")
+        text = json.dumps(self.document(), indent=1, allow_nan=False) + "\n"
         part = target.with_name(target.name + ".tmp")
-        part.write_text(json.dumps(self.document(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        part.replace(target)
+        try:
+            part.write_text(text, encoding="utf-8")
+            part.replace(target)
+        except OSError as bad:
+            part.unlink(missing_ok=True)
+            raise InputError(
+                f"cannot be written ({bad.strerror})", place=str(path), remedy="name another file"
+            ) from None
 
     @staticmethod
     def read(path: str | Path) -> Plan:
@@ -75,11 +84,12 @@ class Plan:
         from shardplan.costmodel.model_config import model_from_document
 
         try:
+            _check_parts(document)
             return Plan(
                 model=model_from_document(document["model"]),
                 job=Job(**document["job"]),
                 cluster=cast("Mapping[str, Any]", document["cluster"]),
-                gpus=int(document["gpus"]),
+                gpus=document["gpus"],
                 runtime=str(document["runtime"]),
                 layout=layout_from_document(document["layout"]),
                 prediction=cast("Mapping[str, Any]", document["prediction"]),
@@ -128,6 +138,21 @@ def _read_json(path: Path) -> dict[str, Any]:
             "is not a plan (no JSON object)", place=place, remedy="give a file made by `shardplan plan -o`"
         )
     return cast("dict[str, Any]", document)
+
+
+def _check_parts(document: Mapping[str, Any]) -> None:
+    """Types of what is not validated elsewhere; raises TypeError naming the field."""
+    for name in ("cluster", "prediction", "search", "digests", "job", "layout"):
+        if not isinstance(document[name], dict):
+            raise TypeError(f"{name} is not an object")
+    if type(document["gpus"]) is not int:
+        raise TypeError(f"gpus={document['gpus']!r} is not a whole number")
+    for name in ("memory", "time", "throughput"):
+        if not isinstance(document["prediction"].get(name), dict):
+            raise TypeError(f"prediction.{name} is missing or not an object")
+    step_s = document["prediction"]["time"].get("step_s")
+    if not isinstance(step_s, int | float) or not step_s > 0:
+        raise TypeError(f"prediction.time.step_s={step_s!r} is not a positive number")
 
 
 def _check_schema(document: Mapping[str, Any], place: str) -> None:

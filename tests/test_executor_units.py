@@ -136,7 +136,7 @@ def test_a_plan_for_present_gpus_is_accepted():
         ("dp=1 tp=4", {}, "tp-divides-kv-heads"),
         ("dp=2", {"precision": "fp16"}, "runtime-precision"),
         ("dp=2", {"optimizer": "sgd"}, "runtime-optimizer"),
-        ("dp=2", {"precision": "fp32", "grad_dtype": "bf16"}, "executor-grad-dtype"),
+        ("dp=2", {"precision": "fp32", "grad_dtype": "bf16"}, "runtime-gradient-dtype"),
         ("dp=8 micro_batch=2", {}, "batch-divisible"),
         ("pp=4 dp=2 micro_batch=2", {}, "micro-batches-cover-stages"),
     ],
@@ -155,7 +155,7 @@ def test_models_that_cannot_be_executed_are_refused_by_name():
     assert "tied-embeddings-across-stages" in refused_rules(
         replace(plan, model=replace(plan.model, tied_embeddings=True))
     )
-    assert "byte-vocabulary" in refused_rules(replace(plan, model=replace(plan.model, vocab=100)))
+    assert "vocabulary-too-small" in refused_rules(replace(plan, model=replace(plan.model, vocab=100)))
     assert "tp-divides-vocab" in refused_rules(replace(plan, model=replace(plan.model, vocab=257)))
     assert isinstance(kind, LayerKind)
 

@@ -37,7 +37,7 @@ def setting(
     cluster: str = "h100-ib",
 ) -> Setting:
     return Setting(
-        model=load_model(model),
+        model=dataclasses.replace(load_model("tiny"), vocab=100) if model == "SMALL" else load_model(model),
         job=Job(seq=seq, global_batch=batch),
         cluster=load_cluster(cluster, gpus=gpus),
         runtime=load_runtime(runtime),
@@ -95,6 +95,7 @@ def setting(
         ),
         ("runtime-optimizer", "dp=64", {"runtime": "shardplan", "optimizer": "sgd"}, "can do: adamw"),
         ("runtime-gradient-dtype", "dp=64", {"runtime": "fsdp2", "grad_dtype": "fp16"}, "can do: fp32, bf16"),
+        ("vocabulary-too-small", "dp=64", {"runtime": "shardplan", "model": "SMALL"}, "vocab=100 is below the 256"),
         ("offload-zero", "dp=64 offload_optimizer=cpu", {}, "use zero=1"),
         ("gpu-precision", "dp=64", {"cluster": "dgx2-edr"}, "v100-32gb has no bf16 matrix units"),
         ("runtime-precision", "dp=64", {"runtime": "fsdp2", "precision": "fp16"}, "can do: bf16, fp32"),

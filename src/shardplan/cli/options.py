@@ -73,16 +73,15 @@ def read_inputs(
     job = Job(
         seq=seq,
         global_batch=global_batch,
-        precision=precision.lower() if precision else default_precision(machine),
+        precision=precision.lower() if precision else default_precision(machine, software),
         optimizer=optimizer.lower(),
-        grad_dtype=grad_dtype,
+        grad_dtype=grad_dtype.lower() if grad_dtype else None,
         tokens=tokens,
     )
     return Inputs(model=shapes, job=job, cluster=machine, cluster_document=document, runtime=software)
 
 
-def default_precision(cluster: Cluster) -> str:
-    """bf16 where the GPU has it, else fp16; fp32 on a CPU."""
-    if cluster.gpu.device == "cpu":
-        return "fp32"
-    return "bf16" if "bf16" in cluster.gpu.peak_flop_per_s else "fp16"
+def default_precision(cluster: Cluster, runtime: Runtime) -> str:
+    """The first of bf16, fp16, fp32 that GPU and runtime both have; fp32 on a CPU."""
+    both = [w for w in ("bf16", "fp16") if w in cluster.gpu.peak_flop_per_s and w in runtime.abilities.precisions]
+    return both[0] if both and cluster.gpu.device != "cpu" else "fp32"
