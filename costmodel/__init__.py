@@ -1,4 +1,4 @@
-"""PLACEHOLDER."""
+"""Cost model: memory and step time of layouts, as arrays; each formula once, on the keys it depends on."""
 
 if __name__ != "shardplan.costmodel":
     raise ImportError(

@@ -14,10 +14,13 @@ from numpy.typing import NDArray
 from shardplan.costmodel.job import Job
 from shardplan.costmodel.layout import Layout, LayoutTable, layout_table
 from shardplan.costmodel.model import Model, layer_parameters
+from shardplan.costmodel.rule import Setting
+from shardplan.costmodel.rules import STRUCTURAL
 from shardplan.costmodel.runtime import Runtime, load_runtime, without_overlap
 from shardplan.costmodel.stage_cost import BlockRows, block_rows, stage_parameters, stage_rows
 from shardplan.costmodel.step_memory import stage_memory
 from shardplan.costmodel.step_time import step_time
+from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.machine import Cluster
 from shardplan.hw_profiles.topology import TierTable, tier_table
 
@@ -126,7 +129,7 @@ def estimate(
     runtime: Runtime | str = "shardplan",
     every_stage: bool | None = None,
 ) -> Estimates:
-    """Memory and time of every layout. Layouts must be structurally valid (see `rules.broken_rules`).
+    """Memory and time of every layout; InputError when one has no meaning here (see `rules.STRUCTURAL`).
 
     `every_stage` reports all pipeline stages (default for a single layout) instead of the few that can be the worst.
     """
@@ -135,6 +138,7 @@ def estimate(
     if cluster.gpu.device == "cpu":
         chosen = without_overlap(chosen)
     every = isinstance(layouts, Layout) if every_stage is None else every_stage
+    _check_meaning(Setting(model=model, job=job, cluster=cluster, runtime=chosen), table)
     tiers = tier_table(cluster)
     pieces = [
         _estimate_rows(
@@ -149,6 +153,19 @@ def estimate(
         for start in range(0, max(len(table), 1), ROWS_AT_ONCE)
     ]
     return pieces[0] if len(pieces) == 1 else _join(pieces, table)
+
+
+def _check_meaning(setting: Setting, table: LayoutTable) -> None:
+    """InputError for an empty table or the first row that has no meaning (a broken structural rule)."""
+    if not len(table):
+        raise InputError("no layouts to estimate", place="layouts", remedy="give at least one")
+    for rule in STRUCTURAL:
+        broken = np.flatnonzero(np.broadcast_to(rule.broken(setting, table), len(table)))
+        if len(broken):
+            layout = table.row(int(broken[0]))
+            raise InputError(
+                f"{rule.id}: {rule.detail(setting, layout)}", place="layouts", remedy=rule.remedy(setting, layout)
+            )
 
 
 def _estimate_rows(

@@ -9,6 +9,7 @@ from shardplan.hw_profiles.errors import InputError, nearest
 PRECISIONS = ("bf16", "fp16", "fp32")
 OPTIMIZERS = ("adamw", "sgd")
 GRAD_DTYPES = ("fp32", "bf16", "fp16")
+NOT_MODELLED = ("fp8", "fp4")
 LARGEST = 10**9
 """No sequence or batch is longer."""
 BYTES_OF = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -47,6 +48,10 @@ class Job:
         if self.grad_dtype is not None:
             words.append(("grad_dtype", self.grad_dtype, GRAD_DTYPES))
         for name, word, known in words:
+            if word in NOT_MODELLED:
+                raise InputError(
+                    f"{name}={word!r} is not modelled yet", place=f"--{name}", remedy=f"use {' or '.join(known)}"
+                )
             if word not in known:
                 raise InputError(
                     f"{name}={word!r} is unknown", place=f"--{name.replace('_', '-')}", remedy=nearest(word, known)

@@ -213,13 +213,18 @@ def _llama_layer(values: Fields, *, moe: bool) -> LayerKind:
         values.check_divides("num_attention_heads", heads, "hidden_size", hidden, "give head_dim, or ")
     kv_heads = values.count_or("num_key_value_heads", heads)
     values.check_divides("num_key_value_heads", kv_heads, "num_attention_heads", heads)
+    head_dim = values.count_or("head_dim", hidden // heads)
+    if head_dim % 2:
+        raise values.bad(
+            "head_dim", f"gives heads {head_dim} wide, odd, which rotary embedding cannot pair", "make it even"
+        )
     experts = values.count("num_local_experts") if moe else 0
     bias = False if moe else values.flag("attention_bias")
     return LayerKind(
         hidden=hidden,
         heads=heads,
         kv_heads=kv_heads,
-        head_dim=values.count_or("head_dim", hidden // heads),
+        head_dim=head_dim,
         ffn=values.count("intermediate_size"),
         gated_mlp=True,
         norm="rmsnorm",

@@ -6,10 +6,7 @@ the layout has no meaning (no number is computed for it); other rules mean the r
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
-from numpy.typing import NDArray
 
 from shardplan.costmodel.layout import (
     ALL_LAYERS,
@@ -22,79 +19,24 @@ from shardplan.costmodel.layout import (
     layout_table,
     split_recompute,
 )
-from shardplan.costmodel.model import LayerKind
 from shardplan.costmodel.rule import BoolArray, Rejection, Rule, Setting
-from shardplan.costmodel.runtime import Runtime
-
-
-def divisors(number: int, *, most: int = 4096) -> list[int]:
-    """Divisors of `number`, ascending, up to `most`."""
-    return [d for d in range(1, min(number, most) + 1) if number % d == 0]
-
-
-def _divides(number: Callable[[LayerKind], int]) -> Callable[[Setting, LayoutTable], BoolArray]:
-    def broken(setting: Setting, table: LayoutTable) -> BoolArray:
-        return np.any([number(kind) % table.tp != 0 for kind in setting.kinds], axis=0)
-
-    return broken
-
-
-def _use_divisors(number: Callable[[Setting], int]) -> Callable[[Setting, Layout], str]:
-    def remedy(setting: Setting, _: Layout) -> str:
-        options = divisors(number(setting), most=64)
-        return "use " + ", ".join(map(str, options[:-1])) + (" or " if len(options) > 1 else "") + str(options[-1])
-
-    return remedy
-
-
-def _not_in(column: str, known: Callable[[Runtime], tuple[int, ...]]) -> Callable[[Setting, LayoutTable], BoolArray]:
-    def broken(setting: Setting, table: LayoutTable) -> BoolArray:
-        return ~np.isin(getattr(table, column), known(setting.runtime))
-
-    return broken
-
-
-def _codes(words: tuple[str, ...], known: tuple[str, ...]) -> tuple[int, ...]:
-    return tuple(known.index(word) for word in words if word in known)
-
-
-def _micro_batches(setting: Setting, table: LayoutTable) -> NDArray[np.float64]:
-    return setting.job.global_batch / (table.dp * table.micro_batch)
-
-
-def _split_is_wrong(setting: Setting, table: LayoutTable) -> BoolArray:
-    broken = np.zeros(len(table), dtype=bool)
-    for index, split in enumerate(table.splits):
-        if split is not None:
-            uses = table.split == index
-            broken |= uses & (table.pp * table.virtual_stages != len(split))
-            broken |= uses & (sum(split) != setting.model.layer_count)
-    return broken
-
-
-def _uneven(setting: Setting, table: LayoutTable) -> BoolArray:
-    broken = (table.split == 0) & (setting.model.layer_count % (table.pp * table.virtual_stages) != 0)
-    for index, split in enumerate(table.splits):
-        if split is not None and len(set(split)) > 1:
-            broken |= table.split == index
-    return broken & (not setting.runtime.abilities.uneven_stages)
-
-
-def _can(setting: Setting, ability: str) -> bool:
-    return bool(getattr(setting.runtime.abilities, ability))
-
-
-def _runtime_lacks(what: str) -> Callable[[Setting, Layout], str]:
-    return lambda s, _: f"runtime {s.runtime.name!r} ({s.runtime.version}) has no {what}"
-
-
-def _other_runtime(_: Setting, __: Layout) -> str:
-    return "drop it or choose another --runtime"
-
-
-def _options(words: Callable[[Runtime], tuple[object, ...]]) -> Callable[[Setting, Layout], str]:
-    return lambda s, _: f"{s.runtime.name!r} can do: {', '.join(map(str, words(s.runtime))) or 'none'}"
-
+from shardplan.costmodel.rule_parts import (
+    can,
+    codes,
+    count,
+    divides,
+    divisors,
+    gradient_dtypes,
+    micro_batches,
+    not_in,
+    options,
+    other_runtime,
+    round_up,
+    runtime_lacks,
+    split_is_wrong,
+    uneven,
+    use_divisors,
+)
 
 STRUCTURE: tuple[Rule, ...] = (
     Rule(
@@ -117,7 +59,7 @@ STRUCTURE: tuple[Rule, ...] = (
             f"global_batch={s.job.global_batch} is not a multiple of dp*micro_batch = {x.dp}*{x.micro_batch}"
         ),
         remedy=lambda s, x: (
-            f"use a global batch of {_round_up(s.job.global_batch, x.dp * x.micro_batch)} or another dp, micro_batch"
+            f"use a global batch of {round_up(s.job.global_batch, x.dp * x.micro_batch)} or another dp, micro_batch"
         ),
         structural=True,
     ),
@@ -132,7 +74,7 @@ STRUCTURE: tuple[Rule, ...] = (
     ),
     Rule(
         id="stage-layers-sum",
-        broken=_split_is_wrong,
+        broken=split_is_wrong,
         detail=lambda s, x: (
             f"stage_layers={x.stage_layers} has {len(x.stage_layers or ())} chunks and {sum(x.stage_layers or ())} layers"
         ),
@@ -160,22 +102,22 @@ STRUCTURE: tuple[Rule, ...] = (
 SHAPES: tuple[Rule, ...] = (
     Rule(
         id="tp-divides-heads",
-        broken=_divides(lambda kind: kind.heads),
+        broken=divides(lambda kind: kind.heads),
         detail=lambda s, x: f"tp={x.tp} does not divide heads={s.kinds[0].heads}",
-        remedy=_use_divisors(lambda s: s.kinds[0].heads),
+        remedy=use_divisors(lambda s: s.kinds[0].heads),
     ),
     Rule(
         id="tp-divides-kv-heads",
-        broken=_divides(lambda kind: kind.kv_heads),
+        broken=divides(lambda kind: kind.kv_heads),
         detail=lambda s, x: f"tp={x.tp} does not divide kv_heads={s.kinds[0].kv_heads}",
-        remedy=_use_divisors(lambda s: s.kinds[0].kv_heads),
+        remedy=use_divisors(lambda s: s.kinds[0].kv_heads),
         evidence="Megatron-Core: num_query_groups % tp == 0; local head counts of DTensor column splits",
     ),
     Rule(
         id="tp-divides-ffn",
-        broken=_divides(lambda kind: kind.ffn),
+        broken=divides(lambda kind: kind.ffn),
         detail=lambda s, x: f"tp={x.tp} does not divide ffn={s.kinds[0].ffn}",
-        remedy=_use_divisors(lambda s: s.kinds[0].ffn),
+        remedy=use_divisors(lambda s: s.kinds[0].ffn),
     ),
     Rule(
         id="sp-needs-tp",
@@ -203,12 +145,14 @@ SHAPES: tuple[Rule, ...] = (
         broken=lambda s, t: t.cp > 1,
         detail=lambda s, x: f"cp={x.cp}: context parallelism is not modelled yet",
         remedy=lambda s, x: "use cp=1",
+        structural=True,
     ),
     Rule(
         id="ep-not-modelled",
         broken=lambda s, t: t.ep > 1,
         detail=lambda s, x: f"ep={x.ep}: expert parallelism is not modelled yet",
         remedy=lambda s, x: "use ep=1 (every rank holds all experts)",
+        structural=True,
     ),
 )
 
@@ -221,27 +165,27 @@ SCHEDULE_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         id="interleaved-rounds",
-        broken=lambda s, t: (t.virtual_stages > 1) & (_micro_batches(s, t) % t.pp != 0),
-        detail=lambda s, x: f"interleaved needs a multiple of pp={x.pp} micro-batches, not {_count(s, x):g}",
+        broken=lambda s, t: (t.virtual_stages > 1) & (micro_batches(s, t) % t.pp != 0),
+        detail=lambda s, x: f"interleaved needs a multiple of pp={x.pp} micro-batches, not {count(s, x):g}",
         remedy=lambda s, x: "change micro_batch, dp or pp",
         evidence="Megatron-LM schedules.py: num_microbatches % pipeline_parallel_size == 0",
     ),
     Rule(
         id="micro-batches-cover-stages",
-        broken=lambda s, t: (t.pp > 1) & (_micro_batches(s, t) < t.pp) & _can(s, "micro_batches_cover_stages"),
-        detail=lambda s, x: f"{_count(s, x):g} micro-batches do not fill pp={x.pp} stages",
+        broken=lambda s, t: (t.pp > 1) & (micro_batches(s, t) < t.pp) & can(s, "micro_batches_cover_stages"),
+        detail=lambda s, x: f"{count(s, x):g} micro-batches do not fill pp={x.pp} stages",
         remedy=lambda s, x: "raise the global batch or lower pp, dp or micro_batch",
         evidence="torch.distributed.pipelining rejects it for single-stage schedules (pytorch/torchtitan#775)",
     ),
     Rule(
         id="runtime-schedule",
-        broken=lambda s, t: (t.pp > 1) & ~np.isin(t.schedule, _codes(s.runtime.abilities.schedules, SCHEDULES)),
+        broken=lambda s, t: (t.pp > 1) & ~np.isin(t.schedule, codes(s.runtime.abilities.schedules, SCHEDULES)),
         detail=lambda s, x: f"runtime {s.runtime.name!r} has no schedule={x.schedule}",
-        remedy=_options(lambda r: r.abilities.schedules),
+        remedy=options(lambda r: r.abilities.schedules),
     ),
     Rule(
         id="runtime-uneven-stages",
-        broken=_uneven,
+        broken=uneven,
         detail=lambda s, x: (
             f"{s.model.layer_count} layers do not split evenly over {x.pp}*{x.virtual_stages} chunks in {s.runtime.name!r}"
         ),
@@ -249,8 +193,8 @@ SCHEDULE_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         id="tied-embeddings-across-stages",
-        broken=lambda s, t: (t.pp > 1) & s.model.tied_embeddings & (not _can(s, "tied_embeddings_across_stages")),
-        detail=_runtime_lacks("embedding tied across pipeline stages"),
+        broken=lambda s, t: (t.pp > 1) & s.model.tied_embeddings & (not can(s, "tied_embeddings_across_stages")),
+        detail=runtime_lacks("embedding tied across pipeline stages"),
         remedy=lambda s, x: "use pp=1 or another --runtime",
     ),
 )
@@ -258,15 +202,15 @@ SCHEDULE_RULES: tuple[Rule, ...] = (
 RUNTIME_RULES: tuple[Rule, ...] = (
     Rule(
         id="runtime-zero",
-        broken=_not_in("zero", lambda r: r.abilities.zero),
+        broken=not_in("zero", lambda r: r.abilities.zero),
         detail=lambda s, x: f"runtime {s.runtime.name!r} has no zero={x.zero}",
-        remedy=_options(lambda r: r.abilities.zero),
+        remedy=options(lambda r: r.abilities.zero),
     ),
     Rule(
         id="runtime-zero-with-pipeline",
         broken=lambda s, t: (t.pp > 1) & ~np.isin(t.zero, s.runtime.abilities.zero_with_pipeline),
         detail=lambda s, x: f"runtime {s.runtime.name!r} cannot combine zero={x.zero} with pp={x.pp}",
-        remedy=_options(lambda r: r.abilities.zero_with_pipeline),
+        remedy=options(lambda r: r.abilities.zero_with_pipeline),
     ),
     Rule(
         id="dp-shard-needs-zero",
@@ -276,57 +220,57 @@ RUNTIME_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         id="runtime-hsdp",
-        broken=lambda s, t: (t.dp_shard != t.dp) & (not _can(s, "hsdp")),
-        detail=_runtime_lacks("sharding over fewer ranks than dp (HSDP)"),
-        remedy=_other_runtime,
+        broken=lambda s, t: (t.dp_shard != t.dp) & (not can(s, "hsdp")),
+        detail=runtime_lacks("sharding over fewer ranks than dp (HSDP)"),
+        remedy=other_runtime,
     ),
     Rule(
         id="runtime-tensor-parallel",
-        broken=lambda s, t: (t.tp > 1) & (not _can(s, "tensor_parallel")),
-        detail=_runtime_lacks("tensor parallelism"),
-        remedy=_other_runtime,
+        broken=lambda s, t: (t.tp > 1) & (not can(s, "tensor_parallel")),
+        detail=runtime_lacks("tensor parallelism"),
+        remedy=other_runtime,
     ),
     Rule(
         id="runtime-sequence-parallel",
-        broken=lambda s, t: (t.sequence_parallel == 1) & (not _can(s, "sequence_parallel")),
-        detail=_runtime_lacks("sequence parallelism"),
-        remedy=_other_runtime,
+        broken=lambda s, t: (t.sequence_parallel == 1) & (not can(s, "sequence_parallel")),
+        detail=runtime_lacks("sequence parallelism"),
+        remedy=other_runtime,
     ),
     Rule(
         id="runtime-pipeline-parallel",
-        broken=lambda s, t: (t.pp > 1) & (not _can(s, "pipeline_parallel")),
-        detail=_runtime_lacks("pipeline parallelism"),
-        remedy=_other_runtime,
+        broken=lambda s, t: (t.pp > 1) & (not can(s, "pipeline_parallel")),
+        detail=runtime_lacks("pipeline parallelism"),
+        remedy=other_runtime,
     ),
     Rule(
         id="runtime-experts",
-        broken=lambda s, t: np.full(len(t), any(k.experts for k in s.kinds) and not _can(s, "experts")),
-        detail=_runtime_lacks("mixture-of-experts layers"),
+        broken=lambda s, t: np.full(len(t), any(k.experts for k in s.kinds) and not can(s, "experts")),
+        detail=runtime_lacks("mixture-of-experts layers"),
         remedy=lambda s, x: "choose another --runtime",
     ),
     Rule(
         id="runtime-recompute",
-        broken=lambda s, t: ~np.isin(t.recompute, _codes(s.runtime.abilities.recompute, RECOMPUTE)),
+        broken=lambda s, t: ~np.isin(t.recompute, codes(s.runtime.abilities.recompute, RECOMPUTE)),
         detail=lambda s, x: f"runtime {s.runtime.name!r} has no recompute={split_recompute(x.recompute)[0]}",
-        remedy=_options(lambda r: r.abilities.recompute),
+        remedy=options(lambda r: r.abilities.recompute),
     ),
     Rule(
         id="runtime-partial-recompute",
-        broken=lambda s, t: (t.recompute_layers != ALL_LAYERS) & (not _can(s, "partial_recompute")),
-        detail=_runtime_lacks("full recompute of some layers only (full:N)"),
+        broken=lambda s, t: (t.recompute_layers != ALL_LAYERS) & (not can(s, "partial_recompute")),
+        detail=runtime_lacks("full recompute of some layers only (full:N)"),
         remedy=lambda s, x: "use recompute=full or none",
     ),
     Rule(
         id="runtime-attention",
-        broken=lambda s, t: ~np.isin(t.attention, (0, *_codes(s.runtime.abilities.attention, ATTENTION))),
+        broken=lambda s, t: ~np.isin(t.attention, (0, *codes(s.runtime.abilities.attention, ATTENTION))),
         detail=lambda s, x: f"runtime {s.runtime.name!r} has no attention={x.attention}",
-        remedy=_options(lambda r: r.abilities.attention),
+        remedy=options(lambda r: r.abilities.attention),
     ),
     Rule(
         id="runtime-offload",
-        broken=lambda s, t: ~np.isin(t.offload_optimizer, _codes(s.runtime.abilities.offload_optimizer, OFFLOAD)),
+        broken=lambda s, t: ~np.isin(t.offload_optimizer, codes(s.runtime.abilities.offload_optimizer, OFFLOAD)),
         detail=lambda s, x: f"runtime {s.runtime.name!r} has no offload_optimizer={x.offload_optimizer}",
-        remedy=_options(lambda r: r.abilities.offload_optimizer),
+        remedy=options(lambda r: r.abilities.offload_optimizer),
     ),
     Rule(
         id="offload-zero",
@@ -340,9 +284,9 @@ RUNTIME_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         id="tp-divides-vocab",
-        broken=lambda s, t: (s.model.vocab % t.tp != 0) & (not _can(s, "pads_vocabulary")),
+        broken=lambda s, t: (s.model.vocab % t.tp != 0) & (not can(s, "pads_vocabulary")),
         detail=lambda s, x: f"tp={x.tp} does not divide vocab={s.model.vocab}, which {s.runtime.name!r} does not pad",
-        remedy=_use_divisors(lambda s: s.model.vocab),
+        remedy=use_divisors(lambda s: s.model.vocab),
     ),
     Rule(
         id="vocabulary-too-small",
@@ -356,19 +300,19 @@ RUNTIME_RULES: tuple[Rule, ...] = (
         id="runtime-optimizer",
         broken=lambda s, t: np.full(len(t), s.job.optimizer not in s.runtime.abilities.optimizers),
         detail=lambda s, x: f"runtime {s.runtime.name!r} has no optimizer {s.job.optimizer}",
-        remedy=_options(lambda r: r.abilities.optimizers),
+        remedy=options(lambda r: r.abilities.optimizers),
     ),
     Rule(
         id="runtime-gradient-dtype",
-        broken=lambda s, t: np.full(len(t), s.job.grad_dtype not in (None, *_gradient_dtypes(s))),
+        broken=lambda s, t: np.full(len(t), s.job.grad_dtype not in (None, *gradient_dtypes(s))),
         detail=lambda s, x: f"runtime {s.runtime.name!r} has no gradients in {s.job.grad_dtype} with {s.job.precision}",
-        remedy=lambda s, _: f"{s.runtime.name!r} can do: {', '.join(_gradient_dtypes(s))}",
+        remedy=lambda s, _: f"{s.runtime.name!r} can do: {', '.join(gradient_dtypes(s))}",
     ),
     Rule(
         id="runtime-precision",
         broken=lambda s, t: np.full(len(t), s.job.precision not in s.runtime.abilities.precisions),
         detail=lambda s, x: f"runtime {s.runtime.name!r} has no precision {s.job.precision}",
-        remedy=_options(lambda r: r.abilities.precisions),
+        remedy=options(lambda r: r.abilities.precisions),
         structural=True,
     ),
     Rule(
@@ -381,19 +325,7 @@ RUNTIME_RULES: tuple[Rule, ...] = (
 )
 
 RULES: tuple[Rule, ...] = (*STRUCTURE, *SHAPES, *SCHEDULE_RULES, *RUNTIME_RULES)
-
-
-def _gradient_dtypes(setting: Setting) -> tuple[str, ...]:
-    states = setting.runtime.states.get(setting.job.precision)
-    return states.gradient_dtypes if states else ()
-
-
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
-
-
-def _count(setting: Setting, layout: Layout) -> float:
-    return setting.job.global_batch / (layout.dp * layout.micro_batch)
+STRUCTURAL: tuple[Rule, ...] = tuple(rule for rule in RULES if rule.structural)
 
 
 def broken_rules(setting: Setting, table: LayoutTable) -> dict[str, BoolArray]:

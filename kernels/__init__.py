@@ -1,4 +1,4 @@
-"""PLACEHOLDER."""
+"""GPU kernels of the executor, in Triton; none is shipped yet: attention and norms are PyTorch's own."""
 
 if __name__ != "shardplan.kernels":
     raise ImportError(

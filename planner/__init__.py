@@ -1,4 +1,4 @@
-"""PLACEHOLDER."""
+"""Planner: every layout of a model on a cluster, ranked and explained; the plan file."""
 
 if __name__ != "shardplan.planner":
     raise ImportError(

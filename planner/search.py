@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,9 +18,9 @@ from shardplan.costmodel.model import Model
 from shardplan.costmodel.rule import Rejection, Setting
 from shardplan.costmodel.rules import RULES, broken_rules, rejections
 from shardplan.costmodel.runtime import Runtime, load_runtime
-from shardplan.hw_profiles.errors import InputError
+from shardplan.hw_profiles.errors import InputError, nearest
 from shardplan.hw_profiles.machine import Cluster
-from shardplan.planner.space import Wishes, layout_space
+from shardplan.planner.space import Wishes, join_tables, space_pieces
 
 Objective = Literal["throughput", "cost", "gpus", "memory"]
 OBJECTIVES: tuple[Objective, ...] = ("throughput", "cost", "gpus", "memory")
@@ -61,7 +61,8 @@ def search(
     objective: Objective = "throughput",
     headroom: float = DEFAULT_HEADROOM,
 ) -> SearchResult:
-    """Rank every layout of `model` on all GPUs of `cluster` (objective `gpus`: on as few of them as it fits)."""
+    """Rank every layout of `model` on all GPUs of `cluster` (objectives `gpus` and `cost`: on the part of them that
+    needs fewest GPUs, or least money)."""
     if not 0.0 <= headroom < 1.0:
         raise InputError(f"headroom={headroom:g} is not a fraction", place="--headroom", remedy="use 0 up to below 1")
     chosen = load_runtime(runtime) if isinstance(runtime, str) else runtime
@@ -69,14 +70,42 @@ def search(
         raise InputError(
             f"cluster {cluster.name!r} has no price", place="--objective", remedy="set node.usd_per_hour in its profile"
         )
-    sizes = gpu_counts(cluster) if objective == "gpus" else (cluster.gpus,)
-    result: SearchResult | None = None
-    for gpus in sizes:
-        result = _search_one(model, job, cluster.with_gpus(gpus), chosen, wishes, objective, headroom)
+    if objective not in OBJECTIVES:
+        raise InputError(
+            f"objective={objective!r} is unknown", place="--objective", remedy=nearest(objective, OBJECTIVES)
+        )
+
+    def on(gpus: int) -> SearchResult:
+        return _search_one(model, job, cluster.with_gpus(gpus), chosen, wishes, objective, headroom)
+
+    if objective == "gpus":
+        return _fewest(cluster, on)
+    if objective == "cost":
+        return _cheapest(cluster, on)
+    return on(cluster.gpus)
+
+
+def _fewest(cluster: Cluster, on: Callable[[int], SearchResult]) -> SearchResult:
+    """On as few GPUs as something fits: doubling first, then every whole node between the last two sizes tried."""
+    last, result = 0, None
+    for gpus in gpu_counts(cluster):
+        result = on(gpus)
         if result.ranked is not None:
-            break
+            node = cluster.node.gpus
+            between = range(last // node * node + node, gpus, node) if gpus > node else range(0)
+            return next((one for size in between if (one := on(size)).ranked is not None), result)
+        last = gpus
     assert result is not None
     return result
+
+
+def _cheapest(cluster: Cluster, on: Callable[[int], SearchResult]) -> SearchResult:
+    """On the size among `gpu_counts` whose best layout pays least per token; whole nodes are paid."""
+    found = [on(gpus) for gpus in gpu_counts(cluster)]
+    fitting = [one for one in found if one.ranked is not None]
+    if not fitting:
+        return found[-1]
+    return min(fitting, key=lambda r: float(r.ranked.step_s[0]) * r.cluster.nodes if r.ranked is not None else np.inf)
 
 
 def gpu_counts(cluster: Cluster) -> tuple[int, ...]:
@@ -98,9 +127,8 @@ def _search_one(
     headroom: float,
 ) -> SearchResult:
     start = time.perf_counter()
-    space = layout_space(model, job, cluster.gpus, wishes)
     setting = Setting(model=model, job=job, cluster=cluster, runtime=runtime)
-    valid, refused = _sift(setting, space)
+    looked_at, valid, refused = _sift_space(setting, wishes or Wishes())
     ranked = closest = None
     misfits = 0
     if len(valid):
@@ -116,28 +144,39 @@ def _search_one(
         cluster=cluster,
         ranked=ranked,
         closest=closest,
-        looked_at=len(space),
+        looked_at=looked_at,
         refused=refused,
         does_not_fit=misfits,
         seconds=time.perf_counter() - start,
     )
 
 
-def _sift(setting: Setting, space: LayoutTable) -> tuple[LayoutTable, tuple[Refusal, ...]]:
-    """Rows that break no rule, and the account of the others."""
-    if not len(space):
-        return space, ()
+def _sift_space(setting: Setting, wishes: Wishes) -> tuple[int, LayoutTable, tuple[Refusal, ...]]:
+    """(layouts looked at, those that break no rule, the account of the others), one piece of the space at a time."""
+    looked_at, kept = 0, list[LayoutTable]()
+    refused: dict[str, Refusal] = {}
+    for piece in space_pieces(setting.model, setting.job, setting.cluster.gpus, wishes):
+        if len(piece):
+            looked_at += len(piece)
+            kept.append(_sift(setting, piece, refused))
+    ordered = sorted(refused.values(), key=lambda r: (-r.count, r.rule))
+    return looked_at, join_tables(kept, wishes), tuple(ordered)
+
+
+def _sift(setting: Setting, space: LayoutTable, refused: dict[str, Refusal]) -> LayoutTable:
+    """Rows that break no rule; the others are added to `refused` under the first rule they break."""
     broken = broken_rules(setting, space)
     open_rows = np.ones(len(space), dtype=bool)
-    refusals: list[Refusal] = []
     for rule in RULES:
         if rule.id in broken:
             new = broken[rule.id] & open_rows
             open_rows &= ~new
             if new.any():
-                example = rule.detail(setting, space.row(int(np.flatnonzero(new)[0])))
-                refusals.append(Refusal(rule=rule.id, count=int(new.sum()), example=example))
-    return space.take(open_rows), tuple(sorted(refusals, key=lambda r: (-r.count, r.rule)))
+                before = refused.get(rule.id)
+                example = before.example if before else rule.detail(setting, space.row(int(np.flatnonzero(new)[0])))
+                count = int(new.sum()) + (before.count if before else 0)
+                refused[rule.id] = Refusal(rule=rule.id, count=count, example=example)
+    return space.take(open_rows)
 
 
 def _order(estimates: Estimates, rows: NDArray[np.intp], objective: Objective) -> NDArray[np.intp]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,7 +23,7 @@ from shardplan.costmodel.layout import (
     parse_layout,
 )
 from shardplan.costmodel.model import Model
-from shardplan.costmodel.rules import divisors
+from shardplan.costmodel.rule_parts import divisors
 from shardplan.hw_profiles.errors import InputError, nearest
 
 IntArray = NDArray[np.int64]
@@ -56,7 +56,7 @@ def parse_wishes(fix: str = "", forbid: Sequence[str] = ()) -> Wishes:
                     remedy=nearest(word, (*FIELD_NAMES, *FORBIDDABLE)),
                 )
             if equals:
-                parse_layout(f"{name}={value}")
+                _checked(f"{name}={value}")
             pairs.append((name, value.lower() if equals else None))
     try:
         return Wishes(fixed=parse_layout(fix), fixed_words=given_words(fix), forbidden=tuple(pairs))
@@ -64,25 +64,58 @@ def parse_wishes(fix: str = "", forbid: Sequence[str] = ()) -> Wishes:
         raise InputError(bad.problem, place="--fix", remedy=bad.remedy) from None
 
 
+def _checked(words: str) -> None:
+    try:
+        parse_layout(words)
+    except InputError as bad:
+        raise InputError(bad.problem, place="--forbid", remedy=bad.remedy) from None
+
+
+ROWS_OF_A_PIECE = 200_000
+"""Blocks are joined up to about this many rows, so that sifting one piece at a time bounds the memory."""
+
+
 def layout_space(model: Model, job: Job, gpus: int, wishes: Wishes | None = None) -> LayoutTable:
     """All layouts of `model` on `gpus` GPUs within the wishes; may be empty. Order is deterministic."""
+    return join_tables(list(space_pieces(model, job, gpus, wishes)), wishes or Wishes())
+
+
+def join_tables(pieces: Sequence[LayoutTable], wishes: Wishes) -> LayoutTable:
+    """Rows of all pieces of one space, in order."""
+    empty = layout_table([wishes.fixed]).take(np.zeros(0, dtype=np.int64))
+    columns = {name: np.concatenate([getattr(piece, name) for piece in (empty, *pieces)]) for name in COLUMNS}
+    return LayoutTable(**columns, splits=empty.splits)
+
+
+def space_pieces(model: Model, job: Job, gpus: int, wishes: Wishes | None = None) -> Iterator[LayoutTable]:
+    """The space in pieces of about ROWS_OF_A_PIECE rows."""
     wanted = wishes or Wishes()
-    fixed = layout_table([wanted.fixed])
     blocks: list[dict[str, IntArray]] = []
-    for tp in divisors(gpus, most=gpus):
-        for pp in divisors(gpus // tp, most=model.layer_count):
-            dp = gpus // tp // pp
+    rows = 0
+    fixed_cp = wanted.fixed.cp
+    for tp in divisors(gpus // fixed_cp, most=gpus) if gpus % fixed_cp == 0 else []:
+        for pp in divisors(gpus // fixed_cp // tp, most=model.layer_count):
+            dp = gpus // fixed_cp // tp // pp
             if job.global_batch % dp == 0 and _agrees(wanted, tp=tp, pp=pp, dp=dp):
                 blocks.append(_block(model, job, tp, pp, dp, wanted))
-    if not blocks:
-        return fixed.take(np.zeros(0, dtype=np.int64))
+                rows += len(blocks[-1]["dp"])
+                if rows >= ROWS_OF_A_PIECE:
+                    yield _piece(blocks, wanted)
+                    blocks, rows = [], 0
+    if blocks:
+        yield _piece(blocks, wanted)
+
+
+def _piece(blocks: Sequence[dict[str, IntArray]], wishes: Wishes) -> LayoutTable:
+    """Blocks as one table, the columns they leave out taken from the fixed words, forbidden rows dropped."""
+    fixed = layout_table([wishes.fixed])
     columns = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
     rows = len(columns["dp"])
     for name in COLUMNS:
         if name not in columns:
             columns[name] = np.repeat(getattr(fixed, name), rows)
     table = LayoutTable(**columns, splits=fixed.splits)
-    return table.take(_allowed(table, wanted))
+    return table.take(_allowed(table, wishes))
 
 
 def _agrees(wishes: Wishes, **degrees: int) -> bool:
@@ -148,14 +181,14 @@ def _restricted(names: tuple[str, ...], options: list[tuple[int, ...]], wishes: 
 def _allowed(table: LayoutTable, wishes: Wishes) -> BoolArray:
     """Rows without a forbidden word."""
     allowed = np.ones(len(table), dtype=bool)
-    default = Layout()
     for word, value in wishes.forbidden:
-        if word == "dp_shard" and value is None:
-            allowed &= table.dp_shard == table.dp
+        if word == "dp_shard":  # only sharding over fewer ranks than dp is a dp_shard at all
+            hybrid = table.dp_shard != table.dp
+            allowed &= ~(hybrid if value is None else hybrid & (table.dp_shard == int(value)))
             continue
-        column = getattr(table, "split" if word == "stage_layers" else word)
-        text = value if value is not None else getattr(default, word)
-        target = layout_table([parse_layout(f"{word}={text}") if text is not None else default])
-        code = int(getattr(target, "split" if word == "stage_layers" else word)[0])
-        allowed &= (column == code) if value is None else (column != code)
+        text = value if value is not None else getattr(Layout(), word)
+        target = layout_table([parse_layout(f"{word}={text}") if text is not None else Layout()])
+        names = {"stage_layers": ("split",), "recompute": ("recompute", "recompute_layers")}.get(word, (word,))
+        same = np.all([getattr(table, name) == int(getattr(target, name)[0]) for name in names], axis=0)
+        allowed &= same if value is None else ~same
     return allowed

@@ -160,6 +160,11 @@ BAD = [
     (("plan", "llama-3-8b", "--cluster", "8x4090", "--gpus", "16", *JOB[4:]), ("needs a network", "at most 8")),
     (("plan", "llama-3-8b", *JOB[:4], "--global-batch", "0", "--seq", "4096"), ("global_batch=0",)),
     (("plan", "llama-3-8b", *JOB[:4], "--global-batch", "8", "--seq", "-1"), ("seq=-1",)),
+    (("plan", "llama-3-8b", *JOB, "--precision", "fp8"), ("fp8", "not modelled")),
+    (("plan", "llama-3-8b", *JOB, "--tokens", "nan"), ("tokens=nan",)),
+    (("plan", "llama-3-8b", *JOB, "-o", "/tmp"), ("/tmp", "is a folder")),
+    (("estimate", "llama-3-8b", *JOB, "--layout", "dp=10000000000000000000000"), ("dp=1000",)),
+    (("plan", "llama-3-8b", *JOB, "--forbid", "zero=9"), ("--forbid", "zero=9")),
     (("plan", "llama-3-8b", *JOB, "--precision", "bf61"), ("bf61", "did you mean bf16")),
     (("plan", "llama-3-8b", *JOB, "--runtime", "deepsped"), ("deepsped", "did you mean deepspeed")),
     (("plan", "llama-3-8b", *JOB, "--objective", "speed"), ("speed", "throughput")),
@@ -247,3 +252,28 @@ def test_planning_needs_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["prediction"]["fits"]
+
+
+def test_a_gpu_without_bf16_gets_a_precision_the_runtime_has(call: Call) -> None:
+    words = ("--cluster", "dgx2-edr", "--gpus", "16", "--global-batch", "64", "--seq", "1024")
+    for runtime, precision in (("megatron", "fp16"), ("shardplan", "fp32")):
+        code, out, _ = call("plan", "llama-3-8b", *words, "--runtime", runtime, "--json")
+        assert code == 0
+        assert json.loads(out)["job"]["precision"] == precision
+    code, out, _ = call("estimate", "llama-3-8b", *words, "--layout", "dp=16 zero=3", "--precision", "bf16", "--json")
+    assert code == 1
+    assert json.loads(out)["rejections"][0]["rule"] == "gpu-precision"
+
+
+@pytest.mark.parametrize("field", ["cluster", "search", "prediction", "digests", "job", "layout"])
+@pytest.mark.parametrize("value", [5, None, []])
+def test_damaged_plans_are_told(call: Call, tmp_path: Path, field: str, value: object) -> None:
+    path = tmp_path / "plan.json"
+    call("plan", "llama-3-8b", *JOB, "-o", str(path))
+    document = json.loads(path.read_text())
+    document[field] = value
+    path.write_text(json.dumps(document))
+    for command in ("explain", "run"):
+        code, _, err = call(command, str(path))
+        assert code == 2
+        assert field in err

@@ -253,7 +253,11 @@ def test_bad_shapes_that_may_be_left_out(key):
             {"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]},
             ["LlamaForSequenceClassification", "is not modelled", '["LlamaForCausalLM"]'],
         ),
-        ({"model_type": "llama", "vocab_size": 2**31 - 1, "hidden_size": 2**31 - 1, "head_dim": 1}, ["parameters"]),
+        ({"model_type": "llama", "vocab_size": 2**31 - 1, "hidden_size": 2**31 - 1, "head_dim": 2}, ["parameters"]),
+        (
+            {"model_type": "llama", "hidden_size": 126, "num_attention_heads": 6},
+            ["head_dim", "21 wide", "make it even"],
+        ),
     ],
 )
 def test_bad_combinations_name_values_and_remedy(config, words):

@@ -16,7 +16,8 @@ from shardplan.costmodel.layout import AXIS_ORDER, Layout, layout_table, parse_l
 from shardplan.costmodel.model import Model
 from shardplan.costmodel.model_config import load_model
 from shardplan.costmodel.rule import Setting
-from shardplan.costmodel.rules import RULES, broken_rules, divisors, rejections
+from shardplan.costmodel.rule_parts import divisors
+from shardplan.costmodel.rules import RULES, broken_rules, rejections
 from shardplan.costmodel.runtime import load_runtime
 from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.load import cluster_document, load_cluster
@@ -370,3 +371,20 @@ def test_a_model_of_two_layer_kinds() -> None:
     parameters = one.stages["parameters"][0]
     assert parameters[0] > parameters[1]
     assert one.stage_layer_counts[0].tolist() == [8, 8, 8, 8]
+
+
+def test_fewest_gpus_are_the_fewest_whole_nodes() -> None:
+    at = setting(gpus=192, model="llama-3-70b", runtime="shardplan", batch=960)
+    arguments = {"model": at.model, "job": at.job, "cluster": at.cluster, "runtime": at.runtime}
+    few = search(**arguments, objective="gpus")
+    assert few.ranked is not None
+    for gpus in range(8, few.cluster.gpus, 8):
+        assert search(**{**arguments, "cluster": at.cluster.with_gpus(gpus)}).ranked is None
+
+
+def test_forbidding_one_value_keeps_its_neighbours() -> None:
+    at = setting(gpus=8)
+    space = layout_space(at.model, at.job, 8, parse_wishes("", ["recompute=full:2", "hsdp=8"]))
+    assert (space.recompute == 2).any()
+    assert ((space.dp == 8) & (space.dp_shard == 8)).any()
+    assert not ((space.dp != space.dp_shard) & (space.dp_shard == 8)).any()

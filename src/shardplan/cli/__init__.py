@@ -70,13 +70,21 @@ def _exit_code() -> int:
         sys.stdout = None  # the reader has gone: nothing to flush to
         return 1
     except Exception as bad:
-        usage = getattr(bad, "format_message", None)  # a usage error of the option parser
-        if usage is None:
-            _tell(f"internal error, {type(bad).__name__}: {bad}; please report it with the output of --debug", bad)
-            return 3
-        _tell(str(usage()).replace("\n", " "), bad)
-        return int(getattr(bad, "exit_code", 2))
+        return _unexpected(bad)
     return code if isinstance(code, int) else 0
+
+
+def _unexpected(bad: Exception) -> int:
+    """A usage error of the option parser (whichever copy of click typer carries), or an error of ours."""
+    usage = getattr(bad, "format_message", None)
+    if usage is None:
+        _tell(f"internal error, {type(bad).__name__}: {bad}; please report it with the output of --debug", bad)
+        return 3
+    line = str(usage()).replace("\n", " ").strip()
+    if not line:  # a group without a command has printed its help
+        return 0
+    _tell(line, bad)
+    return int(getattr(bad, "exit_code", 2))
 
 
 def _tell(line: str, cause: Exception) -> None:

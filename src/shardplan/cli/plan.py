@@ -20,7 +20,10 @@ def plan(
     seq: options.SeqOption,
     gpus: options.GpusOption = None,
     objective: Annotated[
-        str, typer.Option("--objective", help="throughput, cost, gpus (fewest that fit) or memory.")
+        str,
+        typer.Option(
+            "--objective", help="throughput, cost (of any part of the GPUs), gpus (fewest that fit) or memory."
+        ),
     ] = "throughput",
     runtime: options.RuntimeOption = "shardplan",
     fix: Annotated[str, typer.Option("--fix", help='Layout words to keep, for instance "tp=8 zero=1".')] = "",

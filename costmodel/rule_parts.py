@@ -1,0 +1,112 @@
+"""What the rules of `rules.py` are made of: predicates over columns, and remedies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardplan.costmodel.layout import Layout, LayoutTable
+from shardplan.costmodel.model import LayerKind
+from shardplan.costmodel.rule import BoolArray, Setting
+from shardplan.costmodel.runtime import Runtime
+
+
+def divisors(number: int, *, most: int = 4096) -> list[int]:
+    """Divisors of `number`, ascending, up to `most`."""
+    return [d for d in range(1, min(number, most) + 1) if number % d == 0]
+
+
+def divides(number: Callable[[LayerKind], int]) -> Callable[[Setting, LayoutTable], BoolArray]:
+    """Predicate: tp does not divide `number` of some layer kind."""
+
+    def broken(setting: Setting, table: LayoutTable) -> BoolArray:
+        return np.any([number(kind) % table.tp != 0 for kind in setting.kinds], axis=0)
+
+    return broken
+
+
+def use_divisors(number: Callable[[Setting], int]) -> Callable[[Setting, Layout], str]:
+    """Remedy: the divisors of `number`."""
+
+    def remedy(setting: Setting, _: Layout) -> str:
+        options = divisors(number(setting), most=64)
+        return "use " + ", ".join(map(str, options[:-1])) + (" or " if len(options) > 1 else "") + str(options[-1])
+
+    return remedy
+
+
+def not_in(column: str, known: Callable[[Runtime], tuple[int, ...]]) -> Callable[[Setting, LayoutTable], BoolArray]:
+    """Predicate: the column is none of what the runtime knows."""
+
+    def broken(setting: Setting, table: LayoutTable) -> BoolArray:
+        return ~np.isin(getattr(table, column), known(setting.runtime))
+
+    return broken
+
+
+def codes(words: tuple[str, ...], known: tuple[str, ...]) -> tuple[int, ...]:
+    """Codes of `words` in the vocabulary `known`."""
+    return tuple(known.index(word) for word in words if word in known)
+
+
+def micro_batches(setting: Setting, table: LayoutTable) -> NDArray[np.float64]:
+    """Micro-batches per step of each layout; not whole where the batch does not divide."""
+    return setting.job.global_batch / (table.dp * table.micro_batch)
+
+
+def split_is_wrong(setting: Setting, table: LayoutTable) -> BoolArray:
+    """Predicate: explicit stage_layers with another number of chunks or layers than the layout and the model have."""
+    broken = np.zeros(len(table), dtype=bool)
+    for index, split in enumerate(table.splits):
+        if split is not None:
+            uses = table.split == index
+            broken |= uses & (table.pp * table.virtual_stages != len(split))
+            broken |= uses & (sum(split) != setting.model.layer_count)
+    return broken
+
+
+def uneven(setting: Setting, table: LayoutTable) -> BoolArray:
+    """Predicate: stages of unequal size in a runtime that only has equal ones."""
+    broken = (table.split == 0) & (setting.model.layer_count % (table.pp * table.virtual_stages) != 0)
+    for index, split in enumerate(table.splits):
+        if split is not None and len(set(split)) > 1:
+            broken |= table.split == index
+    return broken & (not setting.runtime.abilities.uneven_stages)
+
+
+def can(setting: Setting, ability: str) -> bool:
+    """Whether the runtime has an ability."""
+    return bool(getattr(setting.runtime.abilities, ability))
+
+
+def runtime_lacks(what: str) -> Callable[[Setting, Layout], str]:
+    """Detail: the runtime has no `what`."""
+    return lambda s, _: f"runtime {s.runtime.name!r} ({s.runtime.version}) has no {what}"
+
+
+def other_runtime(_: Setting, __: Layout) -> str:
+    """Remedy: without it, or elsewhere."""
+    return "drop it or choose another --runtime"
+
+
+def options(words: Callable[[Runtime], tuple[object, ...]]) -> Callable[[Setting, Layout], str]:
+    """Remedy: what the runtime can do."""
+    return lambda s, _: f"{s.runtime.name!r} can do: {', '.join(map(str, words(s.runtime))) or 'none'}"
+
+
+def gradient_dtypes(setting: Setting) -> tuple[str, ...]:
+    """Gradient dtypes the runtime has for the precision of the job."""
+    states = setting.runtime.states.get(setting.job.precision)
+    return states.gradient_dtypes if states else ()
+
+
+def round_up(number: int, multiple: int) -> int:
+    """The next multiple."""
+    return -(-number // multiple) * multiple
+
+
+def count(setting: Setting, layout: Layout) -> float:
+    """Micro-batches per step of one layout."""
+    return setting.job.global_batch / (layout.dp * layout.micro_batch)
