@@ -9,11 +9,10 @@ from shardplan.costmodel.rule import Rejection, Setting
 from shardplan.costmodel.rules import rejections
 from shardplan.costmodel.runtime import load_runtime
 from shardplan.hw_profiles.load import cluster_from_document
-from shardplan.hw_profiles.machine import Cluster
+from shardplan.hw_profiles.machine import PROCESSES_PER_CORE, Cluster
 from shardplan.planner.plan import Plan
 
 RUNTIME = "shardplan"
-PROCESSES_PER_CORE = 4
 
 
 def plan_cluster(plan: Plan) -> Cluster:

@@ -194,12 +194,17 @@ class Cluster:
         return self.node.gpu
 
     def with_gpus(self, gpus: int) -> Cluster:
-        """The same cluster with `gpus` GPUs: part of one node, or whole nodes; raises InputError otherwise."""
+        """The same cluster with `gpus` GPUs: part of one node, or whole nodes; raises InputError otherwise.
+
+        On a lone CPU machine more processes than it has slots share its cores and memory.
+        """
         node = self.node
         if gpus < 1:
             raise InputError(f"gpus={gpus} is not a positive number of GPUs", place="--gpus", remedy="give 1 or more")
         if gpus <= node.gpus:
             return replace(self, node_runs=((replace(node, gpus=gpus), 1),))
+        if self.network.kind == "none" and node.gpu.device == "cpu":
+            return replace(self, node_runs=((_crowded(node, gpus), 1),))
         if self.network.kind == "none":
             raise InputError(
                 f"gpus={gpus} needs a network, but {self.name!r} is one node of {node.gpus} GPUs",
@@ -218,3 +223,28 @@ class Cluster:
     def guesses(self) -> tuple[str, ...]:
         """Paths of the numbers that are guesses."""
         return tuple(sorted(path for path, source in self.provenance.items() if source.kind == "guess"))
+
+
+PROCESSES_PER_CORE = 4
+"""More than that on one core of a CPU machine is refused."""
+
+
+def _crowded(node: Node, processes: int) -> Node:
+    """A CPU node on which `processes` processes, more than its slots, share cores, memory and bandwidth evenly."""
+    most = PROCESSES_PER_CORE * node.host.cores
+    if processes > most:
+        raise InputError(
+            f"gpus={processes} is more than {PROCESSES_PER_CORE} processes on each of the {node.host.cores} cores of {node.name!r}",
+            place="--gpus",
+            remedy=f"use at most {most}",
+        )
+    share, gpu = node.gpus / processes, node.gpu
+    slot = replace(
+        gpu,
+        peak_flop_per_s={word: rate * share for word, rate in gpu.peak_flop_per_s.items()},
+        vector_flop_per_s=gpu.vector_flop_per_s * share,
+        memory_bytes=gpu.memory_bytes * share,
+        memory_bandwidth_bytes_per_s=gpu.memory_bandwidth_bytes_per_s * share,
+        launch_s=gpu.launch_s / share,
+    )
+    return replace(node, gpu=slot, gpus=processes)

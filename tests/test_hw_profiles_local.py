@@ -161,3 +161,16 @@ def test_the_command_writes_tables_or_json_alone(tmp_path):
     assert isinstance(run(app, ["show", "nothing-like-it"]).exception, InputError)
     for command in ("list", "show"):
         assert "Example:" in run(app, [command, "--help"]).stdout
+
+
+def test_more_processes_than_slots_share_a_cpu() -> None:
+    machine = load_cluster("localhost")
+    if machine.gpu.device != "cpu":
+        pytest.skip("this machine has GPUs")
+    twice = machine.with_gpus(2 * machine.gpus)
+    assert twice.gpus == 2 * machine.gpus
+    assert twice.nodes == 1
+    assert twice.gpu.memory_bytes == machine.gpu.memory_bytes / 2
+    assert twice.gpu.peak_flop_per_s["fp32"] == machine.gpu.peak_flop_per_s["fp32"] / 2
+    with pytest.raises(InputError, match="processes on each"):
+        machine.with_gpus(1000 * machine.gpus)
