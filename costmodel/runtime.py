@@ -106,12 +106,6 @@ class Activations(_FromFile):
     """Operators whose saved tensors are recomputed under `selective`."""
     selective_streams: float
     """Whole hidden-wide tensors (not divided by tp) a layer keeps under `selective` in exchange."""
-    full_repeats_tensor: float
-    """Share of the forward tensor-parallel communication that full recompute repeats."""
-    full_repeats_tensor_sp: float
-    """The same with sequence parallelism."""
-    selective_repeats_tensor: float
-    selective_repeats_tensor_sp: float
     gated_mlp_copies: float
     """ffn-wide tensors kept by a gated MLP: 3 fused (gate, up, product), 4 with silu(gate) kept too."""
     norm_bytes: float
@@ -148,6 +142,12 @@ class Communication(_FromFile):
     """ZeRO stages that gather parameters in forward and in backward of each micro-batch (else once per step)."""
     pipeline_reduces_once: bool
     """Inside a pipeline ZeRO-2/3 reduce once a step too; until then gradients, and under ZeRO-3 parameters, stay whole."""
+    full_repeats_tensor: float
+    """Share of the forward tensor-parallel communication that full recompute repeats."""
+    full_repeats_tensor_sp: float
+    """The same with sequence parallelism."""
+    selective_repeats_tensor: float
+    selective_repeats_tensor_sp: float
     tensor_overlap: float
     gather_overlap: float
     reduce_overlap: float

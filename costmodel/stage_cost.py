@@ -79,7 +79,7 @@ def block_rows(
     def cost(ops: tuple[Op, ...]) -> BlockColumns:
         return gathered(block_cost(ops, shapes, gpu=cluster.gpu, precision=job.precision, tiers=tiers, runtime=runtime))
 
-    selects, kept = (layouts.recompute == SELECTIVE).astype(np.float64), runtime.activations
+    selects, repeats = (layouts.recompute == SELECTIVE).astype(np.float64), runtime.communication
     split = layouts.sequence_parallel == 1
     return BlockRows(
         layers=tuple(layer_cost(kind) for kind, _ in model.layers),
@@ -87,8 +87,9 @@ def block_rows(
         head=cost(head_ops(model.hidden, vocab, shapes, runtime)),
         logits_bytes=logits_bytes(vocab, shapes, runtime)[inverse],
         selects=selects,
-        full_repeats=np.where(split, kept.full_repeats_tensor_sp, kept.full_repeats_tensor),
-        selective_repeats=selects * np.where(split, kept.selective_repeats_tensor_sp, kept.selective_repeats_tensor),
+        full_repeats=np.where(split, repeats.full_repeats_tensor_sp, repeats.full_repeats_tensor),
+        selective_repeats=selects
+        * np.where(split, repeats.selective_repeats_tensor_sp, repeats.selective_repeats_tensor),
     )
 
 
