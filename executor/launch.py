@@ -28,6 +28,7 @@ from typing import Any
 from shardplan.costmodel.layout import Layout
 from shardplan.executor import measure
 from shardplan.executor.measure import StepRecord
+from shardplan.hw_profiles.errors import InputError
 from shardplan.planner.plan import Plan
 
 WARMUP_STEPS = 3
@@ -71,14 +72,19 @@ def run_plan(
 
 
 def make_folder(out: Path, plan: Plan) -> Path:
-    """A new folder below `out`, named by time, model and layout."""
+    """A new folder below `out`, named by time, model and layout; InputError where it cannot be made."""
     model = re.sub(r"[^\w.-]+", "_", plan.model.name)
     stem = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{model}-{layout_slug(plan.layout)}"
-    out.mkdir(parents=True, exist_ok=True)
-    for suffix in ("", *(f"-{n}" for n in range(2, 1000))):
-        with contextlib.suppress(FileExistsError):
-            (out / f"{stem}{suffix}").mkdir()
-            return out / f"{stem}{suffix}"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for suffix in ("", *(f"-{n}" for n in range(2, 1000))):
+            with contextlib.suppress(FileExistsError):
+                (out / f"{stem}{suffix}").mkdir()
+                return out / f"{stem}{suffix}"
+    except OSError as bad:
+        raise InputError(
+            f"folder {str(out)!r} cannot be written ({bad.strerror})", place="--out", remedy="name another folder"
+        ) from None
     raise FileExistsError(f"{out / stem} and 999 more exist")
 
 

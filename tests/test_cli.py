@@ -277,3 +277,14 @@ def test_damaged_plans_are_told(call: Call, tmp_path: Path, field: str, value: o
         code, _, err = call(command, str(path))
         assert code == 2
         assert field in err
+
+
+def test_a_run_folder_that_cannot_be_made_is_told(call: Call, tmp_path: Path) -> None:
+    path, blocked = tmp_path / "plan.json", tmp_path / "file"
+    blocked.write_text("")
+    words = ("--cluster", "localhost", "--gpus", "1", "--global-batch", "1", "--seq", "32", "--precision", "fp32")
+    call("plan", "tiny", *words, "-o", str(path))
+    code, _, err = call("run", str(path), "--steps", "1", "--force", "--out", str(blocked))
+    assert code == 2
+    assert "--out" in err
+    assert "Traceback" not in err
