@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from shardplan.costmodel.fitted import Fitted, fitted, with_fitted_cluster, with_fitted_runtime
 from shardplan.costmodel.job import Job
 from shardplan.costmodel.layout import Layout, LayoutTable, layout_table
 from shardplan.costmodel.model import Model, layer_parameters
@@ -128,13 +129,17 @@ def estimate(
     layouts: LayoutTable | Layout,
     runtime: Runtime | str = "shardplan",
     every_stage: bool | None = None,
+    constants: Fitted | None = None,
 ) -> Estimates:
     """Memory and time of every layout; InputError when one has no meaning here (see `rules.STRUCTURAL`).
 
-    `every_stage` reports all pipeline stages (default for a single layout) instead of the few that can be the worst.
+    `constants` replaces the shipped fitted constants. `every_stage` reports all pipeline stages (default for a single layout) instead of the few that can be the worst.
     """
     table = layout_table([layouts]) if isinstance(layouts, Layout) else layouts
     chosen = load_runtime(runtime) if isinstance(runtime, str) else runtime
+    used = fitted() if constants is None else constants
+    chosen = with_fitted_runtime(chosen, used)
+    cluster = with_fitted_cluster(cluster, used)
     if cluster.gpu.device == "cpu":
         chosen = without_overlap(chosen)
     every = isinstance(layouts, Layout) if every_stage is None else every_stage

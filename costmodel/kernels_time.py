@@ -21,14 +21,75 @@ def smooth_max(*seconds: FloatArray) -> FloatArray:
     return total ** (1.0 / ROOFLINE_NORM)
 
 
+TILES = ((256.0, 128.0, 1.0), (128.0, 256.0, 1.0), (128.0, 128.0, 0.95), (64.0, 128.0, 0.8), (128.0, 64.0, 0.8), (64.0, 64.0, 0.6))
+"""Output tiles (rows, columns) of library kernels and what a full wave of them reaches relative to the largest."""
+WAVE_SOFTNESS = 0.5
+"""Share of a partly filled last wave that is not lost: stream-K and persistent kernels split it over idle multiprocessors."""
+
+
+def tile_utilisation(gpu: Gpu, m: ArrayLike, n: ArrayLike, count: ArrayLike = 1.0) -> FloatArray:
+    """Share of the multiplier slots that `count` products of m x n outputs keep busy: tile and wave quantisation, best tile."""
+    m_, n_, products = np.broadcast_arrays(*(np.asarray(x, dtype=np.float64) for x in (m, n, count)))
+    best = np.full(m_.shape, 1e-6)
+    for rows, columns, reached in TILES:
+        tiles = np.ceil(m_ / rows) * np.ceil(n_ / columns) * np.maximum(products, 1.0)
+        exact = tiles / gpu.multiprocessors
+        waves = np.ceil(exact) - WAVE_SOFTNESS * np.where(exact > 1.0, np.ceil(exact) - exact, 0.0)
+        useful = m_ * n_ * np.maximum(products, 1.0) / (waves * gpu.multiprocessors * rows * columns)
+        best = np.maximum(best, reached * useful)
+    return best
+
+
+GEMM_HALF_DEPTH = 200.0
+"""Inner dimension at which a product reaches half its rate: filling and draining the pipeline of a tile (100 to 300 are usual)."""
+
+
+def gemm_efficiency(
+    gpu: Gpu, precision: str, m: FloatArray, n: FloatArray, k: FloatArray, count: FloatArray
+) -> FloatArray:
+    """Fraction of the dense peak: the measured curve of cubes at the same FLOP, times how much better or worse this shape fills
+    tiles, waves and the inner dimension than that cube. A CPU has no waves: the curve alone."""
+    flop = 2.0 * m * n * k * np.maximum(count, 1.0)
+    curve = gpu.gemm_curve(precision)
+    reached = curve.at(flop)
+    if gpu.device == "cpu":
+        return reached
+    side = np.cbrt(0.5 * flop)
+    reached = reached * np.where(count > 1.0, _alignment(np.minimum(_odd_part(n), _odd_part(k))), 1.0)
+    shape = tile_utilisation(gpu, m, n, count) * k / (k + GEMM_HALF_DEPTH)
+    cube = tile_utilisation(gpu, side, side) * side / (side + GEMM_HALF_DEPTH)
+    return np.minimum(reached * shape / np.maximum(cube, 1e-6), GEMM_CEILING * max(curve.fractions))
+
+
+ALIGNMENT_SLOWDOWN = {8.0: 1.0, 4.0: 2.0, 2.0: 4.0, 1.0: 8.0}
+"""How many times slower a batched 16-bit product runs when its inner or output width is only a multiple of 4, 2 or 1 elements:
+loads shrink from 16 bytes to 8, 4 and 2 (measured 3 to 8 times slower for attention heads that are no multiple of 8). Single
+products do not show it: libraries pick another layout."""
+
+
+def _odd_part(size: FloatArray) -> FloatArray:
+    """Largest of 8, 4, 2, 1 that divides `size`."""
+    whole = np.maximum(np.round(size), 1.0)
+    return np.select([whole % 8 == 0, whole % 4 == 0, whole % 2 == 0], [8.0, 4.0, 2.0], 1.0)
+
+
+def _alignment(multiple: FloatArray) -> FloatArray:
+    """Share of the rate left at an alignment of `multiple` elements."""
+    return np.select([multiple == m for m in ALIGNMENT_SLOWDOWN], [1.0 / s for s in ALIGNMENT_SLOWDOWN.values()], 1.0)
+
+
+GEMM_CEILING = 1.05
+"""No shape is taken to beat the best measured cube by more."""
+
+
 def gemm_s(
     gpu: Gpu, precision: str, element_bytes: int, m: ArrayLike, n: ArrayLike, k: ArrayLike, batch: ArrayLike = 1.0
 ) -> FloatArray:
-    """Seconds of `batch` products C[m, n] = A[m, k] B[k, n] in one kernel: math at the measured fraction of the dense peak
-    against memory traffic; 0 for an empty batch."""
+    """Seconds of `batch` products C[m, n] = A[m, k] B[k, n] in one kernel: math at the fraction of the dense peak that the shape
+    reaches against memory traffic; 0 for an empty batch."""
     m_, n_, k_, count = (np.asarray(x, dtype=np.float64) for x in (m, n, k, batch))
     flop = 2.0 * m_ * n_ * k_ * count
-    math = flop / (gpu.peak_flop_per_s[precision] * gpu.gemm_curve(precision).at(flop))
+    math = flop / (gpu.peak_flop_per_s[precision] * gemm_efficiency(gpu, precision, m_, n_, k_, count))
     traffic = element_bytes * count * (m_ * k_ + k_ * n_ + m_ * n_)
     return smooth_max(math, traffic / gpu.memory_bandwidth_bytes_per_s)
 
@@ -43,20 +104,3 @@ def flash_attention_flop(seq: ArrayLike, keys: ArrayLike, heads: ArrayLike, head
     """FLOP of causal attention forward for one sequence: 4 s k H D / 2 (FlashAttention convention)."""
     s, n, h, d = (np.asarray(x, dtype=np.float64) for x in (seq, keys, heads, head_dim))
     return 2.0 * s * n * h * d
-
-
-FLASH_BACKWARD_FLOP = 2.5
-"""Backward over forward FLOP of flash attention: five matrix products against two (arXiv 2205.14135)."""
-FLASH_RAMP_TOKENS = 350.0
-"""Sequence length at which causal flash attention reaches half its plateau (published H100 curves: 350-500)."""
-
-
-def flash_attention_s(
-    gpu: Gpu, precision: str, flop_forward: FloatArray, seq: ArrayLike
-) -> tuple[FloatArray, FloatArray]:
-    """(forward, backward) seconds of fused causal attention with `flop_forward` FLOP on sequences of `seq` tokens."""
-    ramp = np.asarray(seq, dtype=np.float64) / (np.asarray(seq, dtype=np.float64) + FLASH_RAMP_TOKENS)
-    peak = gpu.peak_flop_per_s[precision]
-    forward = flop_forward / (peak * gpu.attention_efficiency["forward"] * ramp)
-    backward = FLASH_BACKWARD_FLOP * flop_forward / (peak * gpu.attention_efficiency["backward"] * ramp)
-    return forward, backward

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from shardplan.costmodel.attention_time import flash_attention_s
 from shardplan.costmodel.collectives import collective_s
 from shardplan.costmodel.job import BYTES_OF
-from shardplan.costmodel.kernels_time import flash_attention_s, gemm_s, memory_bound_s
+from shardplan.costmodel.kernels_time import gemm_s, memory_bound_s
 from shardplan.costmodel.operators import Op, Shapes
 from shardplan.costmodel.runtime import Runtime
 from shardplan.hw_profiles.machine import Gpu
@@ -81,7 +82,7 @@ def _op_totals(
     is_attention = op.name == "attention"
     products = sum((g.flop for g in op.gemms), zero)
     flop = products + 2.0 * op.flash_flop
-    selected = 1.0 if op.name in runtime.activations.selective else 0.0
+    selected = runtime.activations.selective.get(op.name, 0.0)
     return {
         "forward_s": forward,
         "backward_s": backward,
@@ -106,6 +107,7 @@ def _op_seconds(op: Op, shapes: Shapes, gpu: Gpu, precision: str, runtime: Runti
         backward = backward + gemm_s(gpu, precision, element, g.m, g.k, g.n, g.count)
         backward = backward + gemm_s(gpu, precision, element, g.k, g.n, g.m, g.count)
     if np.any(op.flash_flop):
-        fused = flash_attention_s(gpu, precision, np.asarray(op.flash_flop), shapes.seq)
+        kernel = runtime.execution.attention_kernel
+        fused = flash_attention_s(gpu, precision, kernel, op.head_dim, np.asarray(op.flash_flop), shapes.seq)
         forward, backward = forward + fused[0], backward + fused[1]
     return forward, backward

@@ -67,6 +67,8 @@ class Op:
     gemms: tuple[Gemm, ...] = ()
     flash_flop: Amount = 0.0
     """Forward FLOP of fused causal attention."""
+    head_dim: float = 128.0
+    """Width of its heads."""
     traffic_bytes: Amount = 0.0
     """Element-wise bytes read and written, forward, fully fused."""
     kept_bytes: Amount = 0.0
@@ -174,6 +176,7 @@ def _attention_core(kind: LayerKind, shapes: Shapes, heads: FloatArray) -> Op:
         name="attention",
         gemms=() if shapes.flash.all() else products,
         flash_flop=np.where(shapes.flash, flop, 0.0),
+        head_dim=float(kind.head_dim),
         traffic_bytes=np.where(unfused, scores * (4 * e + dropout * (2 * e + 1)), 0.0),
         kept_bytes=np.where(unfused, scores * (e + dropout * (e + 1)), 4 * tokens * heads),
     )

@@ -50,8 +50,9 @@ def split_layers(layers: int, chunks: int, rule: StageRule) -> tuple[int, ...]:
     Every chunk gets at least one layer where layers >= chunks; the remainder goes to the earliest lightest chunks.
     """
     weights = np.zeros(chunks)
-    weights[0] += rule.embedding_weight
-    weights[-1] += rule.head_weight
+    even_with_ends = rule.weigh_ends_to_divide and layers % chunks != 0 and (layers + 2) % chunks == 0
+    weights[0] += 1.0 if even_with_ends else rule.embedding_weight
+    weights[-1] += 1.0 if even_with_ends else rule.head_weight
     counts = np.zeros(chunks, dtype=np.int64)
     base = max(int((layers + weights.sum()) // chunks - weights.max()), 1 if layers >= chunks else 0)
     counts[:] = base

@@ -102,8 +102,8 @@ class WorkingSet(_FromFile):
 class Activations(_FromFile):
     """What operators keep for the backward pass."""
 
-    selective: tuple[str, ...]
-    """Operators whose saved tensors are recomputed under `selective`."""
+    selective: Mapping[str, float]
+    """Operators that `selective` runs again instead of keeping their tensors, and the share of each."""
     selective_streams: float
     """Whole hidden-wide tensors (not divided by tp) a layer keeps under `selective` in exchange."""
     gated_mlp_copies: float
@@ -128,6 +128,8 @@ class Execution(_FromFile):
     """Host time to gather or reduce the states of one layer (hooks, copies in and out), in launches."""
     step_overhead_s: float
     """Fixed host time per optimizer step."""
+    attention_kernel: str
+    """Generation of fused attention it calls: a table of attention_kernels.toml."""
     compute_slowdown: float
     """Fraction by which compute slows while communication hides behind it."""
 
@@ -164,6 +166,8 @@ class StageRule(_FromFile):
     """Embedding counted as this many layers."""
     head_weight: float
     """Head and loss counted as this many layers."""
+    weigh_ends_to_divide: bool = False
+    """Count both as one layer each where only that makes the split even."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,25 +205,46 @@ def runtime_names() -> tuple[str, ...]:
 
 
 def load_runtime(name: str) -> Runtime:
-    """A shipped runtime by name, or a TOML file; raises InputError naming file, field and remedy."""
+    """A shipped runtime by name, or a TOML file, with switches after "+" (fsdp2+compile).
+
+    Raises InputError naming file, field and remedy.
+    """
+    name, *switches = name.split("+")
     if name.endswith(".toml"):
         path = Path(name)
         if not path.is_file():
             raise InputError("no such runtime file", place=name, remedy=f"shipped: {', '.join(runtime_names())}")
-        return _read(path.read_text(encoding="utf-8"), name)
+        return _read(path.read_text(encoding="utf-8"), name, switches)
     if name not in runtime_names():
         raise InputError(f"runtime {name!r} is unknown", place="--runtime", remedy=nearest(name, runtime_names()))
     file = resources.files("shardplan.costmodel") / "runtimes" / f"{name}.toml"
-    return _read(file.read_text(encoding="utf-8"), f"{name}.toml")
+    return _read(file.read_text(encoding="utf-8"), f"{name}.toml", switches)
 
 
-def _read(text: str, place: str) -> Runtime:
+def _switched(document: dict[str, Any], switches: list[str], place: str) -> dict[str, Any]:
+    """The document with the tables of each switch laid over it; the name tells which are on."""
+    known: dict[str, dict[str, dict[str, Any]]] = document.pop("switches", {})
+    for word in switches:
+        if word not in known:
+            raise InputError(
+                f"switch {word!r} is unknown",
+                place=place,
+                remedy=nearest(word, known) if known else "this runtime has no switches",
+            )
+        for table, values in known[word].items():
+            document[table] = {**document[table], **values}
+        document["name"] = f"{document['name']}+{word}"
+    return document
+
+
+def _read(text: str, place: str, switches: list[str]) -> Runtime:
     from pydantic import TypeAdapter, ValidationError
 
     try:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as bad:
         raise InputError(f"not valid TOML ({bad})", place=place) from None
+    document = _switched(document, switches, place)
     precisions: dict[str, dict[str, Any]] = document.get("states", {})
     for states in precisions.values():
         if isinstance(states, dict):  # pyright: ignore[reportUnnecessaryIsInstance]

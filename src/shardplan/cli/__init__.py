@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from shardplan.cli import bench, calibrate, estimate, explain, hardware, models, plan, report, run
+from shardplan.cli import bench, calibrate, estimate, explain, hardware, models, plan, report, run, validate
 
 app = typer.Typer(
     name="shardplan",
@@ -24,6 +24,7 @@ app.command("explain")(explain.explain)
 app.command("run")(run.run)
 app.command("calibrate")(calibrate.calibrate)
 app.command("report")(report.report)
+app.command("validate")(validate.validate)
 app.add_typer(hardware.app, name="hardware")
 app.add_typer(models.app, name="models")
 app.add_typer(bench.app, name="bench")

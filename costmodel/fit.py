@@ -1,0 +1,219 @@
+"""Fit the constants of `fitted.toml` on measured step times, and say how well they carry over to rows left out.
+
+Minimised: sum over rows of w soft_L1(log(predicted/measured) / 0.05) + sum over constants of ((x - prior) / deviation)^2, with the
+row weight w = 1/sqrt(near-duplicates) * (rows of the source)^-1/4, so that a source with many rows does not decide alone. Constants that
+scale (gemm, memory, traffic, launches) are fitted as logarithms, shares as they are.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardplan.costmodel.fitted import ARCHITECTURE_BOUNDS, RUNTIME_BOUNDS, Fitted
+from shardplan.costmodel.published_rows import Case, Refused, Row, number, row_case
+from shardplan.costmodel.validation import estimate_case
+from shardplan.hw_profiles.errors import InputError
+
+FloatArray = NDArray[np.float64]
+NOISE = 0.05
+"""Relative error of a row that counts as one unit: about the noise of the published measurements."""
+SHARES = ("tensor_overlap", "gather_overlap", "reduce_overlap")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitRow:
+    """A measured row that can be predicted."""
+
+    case: Case
+    measured_s: float
+    source: str
+    model: str
+    keys: tuple[tuple[str, str], ...]
+    """(table, name) of the constants its prediction uses."""
+
+
+Constant = tuple[str, str, str]
+"""(table, entry, constant), for instance ("architecture", "ampere", "gemm")."""
+
+
+def fit_rows(rows: Sequence[Row]) -> list[FitRow]:
+    """Rows with a step time that the model covers, are exact or derived and not marked SUSPECT; recompute is settled here once."""
+    found: list[FitRow] = []
+    for row in rows:
+        if not row["step_s"] or row["quality"] not in ("exact", "derived") or "SUSPECT" in row["notes"]:
+            continue
+        try:
+            case = row_case(row)
+            settled = estimate_case(case).layouts.row(0)
+        except (Refused, InputError):
+            continue
+        found.append(
+            FitRow(
+                case=replace(case, layout=settled, recompute_unknown=False),
+                measured_s=number(row, "step_s"),
+                source=row["source"],
+                model=row["model"],
+                keys=(
+                    ("architecture", case.cluster.gpu.architecture),
+                    ("runtime", case.runtime.name.partition("+")[0]),
+                ),
+            )
+        )
+    return found
+
+
+def row_weights(rows: Sequence[FitRow]) -> FloatArray:
+    """1/sqrt(near-duplicates) times (rows of the source)^-1/4."""
+    same = [
+        (row.source, row.model, row.case.cluster.gpus, row.case.job.seq, replace(row.case.layout, micro_batch=1))
+        for row in rows
+    ]
+    copies, sources = Counter(same), Counter(row.source for row in rows)
+    return np.asarray(
+        [copies[key] ** -0.5 * sources[row.source] ** -0.25 for key, row in zip(same, rows, strict=True)]
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Space:
+    """The constants to fit as a vector."""
+
+    names: tuple[Constant, ...]
+    low: FloatArray
+    high: FloatArray
+    prior: FloatArray
+    deviation: FloatArray
+
+    def constants(self, x: FloatArray) -> Fitted:
+        """The vector as tables."""
+        tables: dict[str, dict[str, dict[str, float]]] = {"architecture": {}, "runtime": {}}
+        for (table, entry, name), value in zip(self.names, x, strict=True):
+            tables[table].setdefault(entry, {})[name] = float(value if name in SHARES else np.exp(value))
+        return Fitted(**tables)
+
+    def vector(self, constants: Fitted) -> FloatArray:
+        """Tables as a vector, priors where absent."""
+        given = {"architecture": constants.architecture, "runtime": constants.runtime}
+        x = self.prior.copy()
+        for i, (table, entry, name) in enumerate(self.names):
+            value = given[table].get(entry, {}).get(name)
+            if value is not None:
+                x[i] = value if name in SHARES else np.log(value)
+        return np.clip(x, self.low, self.high)
+
+
+def fit_space(rows: Sequence[FitRow], fixed: Mapping[str, tuple[str, ...]] | None = None) -> Space:
+    """Constants of every architecture and runtime that occurs in `rows`."""
+    del fixed
+    entries = sorted({key for row in rows for key in row.keys})
+    names: list[Constant] = []
+    bounds: list[tuple[float, float, float, float]] = []
+    for table, entry in entries:
+        for name, given in (ARCHITECTURE_BOUNDS if table == "architecture" else RUNTIME_BOUNDS).items():
+            low, high, prior, deviation = given
+            names.append((table, entry, name))
+            if name in SHARES:
+                bounds.append(given)
+            else:
+                bounds.append((np.log(max(low, 1e-3)), np.log(high), np.log(prior), deviation))
+    table_of = np.asarray(bounds).T
+    return Space(names=tuple(names), low=table_of[0], high=table_of[1], prior=table_of[2], deviation=table_of[3])
+
+
+def log_ratios(rows: Sequence[FitRow], constants: Fitted) -> FloatArray:
+    """log(predicted / measured) of each row."""
+    return np.asarray(
+        [np.log(float(estimate_case(row.case, constants).step_s[0]) / row.measured_s) for row in rows]
+    )
+
+
+def log_ratio_jacobian(rows: Sequence[FitRow], space: Space, x: FloatArray, at: FloatArray) -> FloatArray:
+    """Derivatives of `log_ratios` by forward differences; a row is only predicted again for constants it uses."""
+    jacobian = np.zeros((len(rows), len(x)))
+    for column, (table, entry, _) in enumerate(space.names):
+        used = [i for i, row in enumerate(rows) if (table, entry) in row.keys]
+        step = 0.02 if x[column] + 0.02 <= space.high[column] else -0.02
+        moved = x.copy()
+        moved[column] += step
+        change = log_ratios([rows[i] for i in used], space.constants(moved))
+        jacobian[used, column] = (change - at[used]) / step
+    return jacobian
+
+
+def _weighted_step(
+    ratios: FloatArray, jacobian: FloatArray, weights: FloatArray, space: Space, x: FloatArray, damping: float
+) -> FloatArray:
+    """One damped Gauss-Newton step of the robust problem inside the bounds."""
+    from scipy.optimize import lsq_linear
+
+    scaled = ratios / NOISE
+    robust = np.sqrt(weights / np.sqrt(1.0 + scaled**2))
+    rows = [robust[:, None] * jacobian / NOISE, np.diag(1.0 / space.deviation), damping * np.eye(len(x))]
+    right = [-robust * scaled, -(x - space.prior) / space.deviation, np.zeros(len(x))]
+    found = lsq_linear(
+        np.vstack(rows), np.concatenate(right), bounds=(space.low - x - 1e-9, space.high - x + 1e-9)
+    )
+    return np.clip(x + found.x, space.low, space.high)
+
+
+def cost(ratios: FloatArray, weights: FloatArray, space: Space, x: FloatArray) -> float:
+    """The minimised sum."""
+    data = 2.0 * weights * (np.sqrt(1.0 + (ratios / NOISE) ** 2) - 1.0)
+    return float(data.sum() + (((x - space.prior) / space.deviation) ** 2).sum())
+
+
+def fit(rows: Sequence[FitRow], space: Space, start: FloatArray, *, passes: int = 6) -> tuple[FloatArray, FloatArray]:
+    """(best vector, log ratios there) by Gauss-Newton with damping that grows when a step does not help."""
+    weights, x = row_weights(rows), start
+    ratios = log_ratios(rows, space.constants(x))
+    best, damping = cost(ratios, weights, space, x), 1.0
+    for _ in range(passes):
+        jacobian = log_ratio_jacobian(rows, space, x, ratios)
+        for _ in range(4):
+            candidate = _weighted_step(ratios, jacobian, weights, space, x, damping)
+            tried = log_ratios(rows, space.constants(candidate))
+            reached = cost(tried, weights, space, candidate)
+            if reached < best:
+                break
+            damping *= 4.0
+        else:
+            break
+        gained = best - reached
+        x, ratios, best, damping = candidate, tried, reached, damping / 3.0
+        if gained < 1e-3 * best:
+            break
+    return x, ratios
+
+
+def left_out_ratios(
+    rows: Sequence[FitRow], space: Space, x: FloatArray, ratios: FloatArray, groups: Sequence[tuple[str, ...]]
+) -> FloatArray:
+    """log(predicted/measured) of each row by constants fitted without its group: the problem linearised at the optimum is solved
+    again without the group (three reweighted steps), and the held-out rows are predicted with the full model."""
+    weights = row_weights(rows)
+    jacobian = log_ratio_jacobian(rows, space, x, ratios)
+    result = np.empty(len(rows))
+    for group in dict.fromkeys(groups):
+        out = np.asarray([one == group for one in groups])
+        keep, moved = ~out, x
+        for _ in range(3):
+            linear = ratios + jacobian @ (moved - x)
+            moved = _weighted_step(linear[keep], jacobian[keep], weights[keep], space, moved, 0.3)
+        result[out] = log_ratios([row for row, o in zip(rows, out, strict=True) if o], space.constants(moved))
+    return result
+
+
+def fitted_text(constants: Fitted, fitted_on: str) -> str:
+    """`fitted.toml`."""
+    lines = ["# Constants fitted on measured step times; written by `shardplan validate --refit`. Meaning and bounds: fitted.py."]
+    lines.append(f'fitted_on = "{fitted_on}"')
+    for table, entries in (("architecture", constants.architecture), ("runtime", constants.runtime)):
+        for entry in sorted(entries):
+            lines += ["", f"[{table}.{entry}]"]
+            lines += [f"{name} = {value:.3g}" for name, value in entries[entry].items()]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,106 @@
+"""Constants fitted on published runs: few, physical, bounded, all in `fitted.toml` with what they were fitted on.
+
+Per GPU architecture: the share of the micro-benchmarked matrix, memory and node-link rates that training sustains. Per runtime: bytes that
+element-wise operators move, launches, and the shares of communication that hide behind compute. `shardplan validate --refit`
+writes the file; a runtime or machine without an entry keeps the values of its own file.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from shardplan.costmodel.runtime import Runtime
+from shardplan.hw_profiles.machine import Cluster, EfficiencyCurve, Gpu, Node
+
+ARCHITECTURE_BOUNDS: Mapping[str, tuple[float, float, float, float]] = {
+    "gemm": (0.5, 1.15, 0.95, 0.08),
+    "memory": (0.5, 1.2, 0.95, 0.1),
+    "link": (0.5, 1.6, 1.0, 0.2),
+}
+"""Constant -> lowest, highest, what physics suggests, and how sure that is (standard deviation of the logarithm)."""
+RUNTIME_BOUNDS: Mapping[str, tuple[float, float, float, float]] = {
+    "elementwise_traffic": (0.7, 4.0, 1.4, 0.35),
+    "launches_per_operator": (1.0, 12.0, 3.0, 0.5),
+    "tensor_overlap": (0.0, 0.9, 0.1, 0.3),
+    "gather_overlap": (0.0, 1.0, 0.7, 0.3),
+    "reduce_overlap": (0.0, 1.0, 0.7, 0.3),
+    "exchange_launches": (0.0, 400.0, 60.0, 0.7),
+}
+"""The same per runtime; shares have their deviation in absolute terms."""
+EXECUTION = ("elementwise_traffic", "launches_per_operator", "exchange_launches")
+
+Table = Mapping[str, Mapping[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fitted:
+    """All fitted constants: by architecture and by runtime (its name without switches)."""
+
+    architecture: Table
+    runtime: Table
+
+    @property
+    def count(self) -> int:
+        """Number of constants."""
+        return sum(len(row) for table in (self.architecture, self.runtime) for row in table.values())
+
+
+@cache
+def fitted() -> Fitted:
+    """The shipped constants."""
+    text = (resources.files("shardplan.costmodel") / "fitted.toml").read_text(encoding="utf-8")
+    document: dict[str, Any] = tomllib.loads(text)
+    return Fitted(architecture=document.get("architecture", {}), runtime=document.get("runtime", {}))
+
+
+def with_fitted_runtime(runtime: Runtime, constants: Fitted) -> Runtime:
+    """The runtime with its fitted constants; a switch that sets one keeps it relative to the unswitched value."""
+    values = constants.runtime.get(runtime.name.partition("+")[0], {})
+    execution = {name: value for name, value in values.items() if name in EXECUTION}
+    communication = {name: value for name, value in values.items() if name not in EXECUTION}
+    return replace(
+        runtime,
+        execution=replace(runtime.execution, **execution),
+        communication=replace(runtime.communication, **communication),
+    )
+
+
+def with_fitted_gpu(gpu: Gpu, constants: Fitted) -> Gpu:
+    """The GPU at the rates that training sustains."""
+    values = constants.architecture.get(gpu.architecture)
+    if values is None:
+        return gpu
+    return replace(
+        gpu,
+        gemm_efficiency={word: _scaled(curve, values["gemm"]) for word, curve in gpu.gemm_efficiency.items()},
+        memory_efficiency=_scaled(gpu.memory_efficiency, values["memory"]),
+    )
+
+
+def with_fitted_cluster(cluster: Cluster, constants: Fitted) -> Cluster:
+    """The cluster with every GPU at the rates that training sustains."""
+    runs = tuple((_fitted_node(node, constants), count) for node, count in cluster.node_runs)
+    return replace(cluster, node_runs=runs)
+
+
+def _fitted_node(node: Node, constants: Fitted) -> Node:
+    values = constants.architecture.get(node.gpu.architecture)
+    if values is None:
+        return node
+    link, factor = node.intra, values.get("link", 1.0)
+    reducing = link.all_reduce_efficiency
+    link = replace(
+        link,
+        efficiency=_scaled(link.efficiency, factor),
+        all_reduce_efficiency=None if reducing is None else _scaled(reducing, factor),
+    )
+    return replace(node, gpu=with_fitted_gpu(node.gpu, constants), intra=link)
+
+
+def _scaled(curve: EfficiencyCurve, factor: float) -> EfficiencyCurve:
+    return replace(curve, fractions=tuple(factor * fraction for fraction in curve.fractions))

@@ -1,0 +1,235 @@
+"""Tables of published runs: one CSV row -> what the cost model is asked (model, job, cluster, layout, runtime), or why it is not.
+
+Columns are those of docs/validation.md. Nothing here looks at a row's id, source or citation: only at what was run on what.
+Words of the table map to runtimes and machines through `validation_names.toml`.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from shardplan.costmodel.job import Job
+from shardplan.costmodel.layout import Layout
+from shardplan.costmodel.model import LayerKind, Model
+from shardplan.costmodel.runtime import Runtime, load_runtime
+from shardplan.hw_profiles.errors import InputError
+from shardplan.hw_profiles.load import load_cluster
+from shardplan.hw_profiles.machine import Cluster
+
+COLUMNS = (
+    "case_id source citation quality model layers hidden heads kv_heads head_dim ffn gated_mlp vocab tied_embeddings experts "
+    "experts_per_token expert_ffn shared_experts seq gpu gpus gpus_per_node network_gbps_per_gpu dp tp pp virtual_stages cp ep "
+    "zero hpz offload_optimizer offload_params micro_batch global_batch schedule recompute sequence_parallel attention precision "
+    "grad_dtype optimizer overlap_dp framework step_s tokens_per_s_per_gpu peak_memory_gib memory_kind out_of_memory notes"
+).split()
+"""Columns a table must have; `profile` (a cluster of the catalog, or a file) may follow."""
+
+Row = Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What a row measured, ready to be estimated."""
+
+    model: Model
+    job: Job
+    cluster: Cluster
+    layout: Layout
+    runtime: Runtime
+    recompute_unknown: bool
+    """The row does not say what was recomputed: the least that fits is assumed."""
+
+
+class Refused(Exception):
+    """The row asks for something the model does not cover; the text says what."""
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Rows of a table; InputError names file, line and field when it is not one."""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
+            if missing:
+                raise InputError(
+                    f"lacks the column{'s' * (len(missing) > 1)} {', '.join(missing[:5])}{' …' * (len(missing) > 5)}",
+                    place=str(path),
+                    remedy="see docs/validation.md for the columns",
+                )
+            rows = [{key: value or "" for key, value in row.items() if isinstance(key, str)} for row in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as bad:
+        raise InputError(f"cannot be read ({bad})", place=str(path), remedy="give a CSV file in UTF-8") from None
+    if not rows:
+        raise InputError("has no rows", place=str(path), remedy="give at least one measured run")
+    return rows
+
+
+def number(row: Row, name: str, default: float | None = None) -> float:
+    """A number of the row; InputError names case, field and value when it is none."""
+    text = row[name].strip()
+    if not text and default is None:
+        raise Refused(f"the row does not say {name}")
+    if not text:
+        return float(default or 0.0)
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not 0 <= value < float("inf"):
+        raise InputError(
+            f"case {row['case_id']!r}: {name}={text!r} is not a number of 0 or more", remedy="correct the table"
+        )
+    return value
+
+
+def whole(row: Row, name: str, default: int | None = None) -> int:
+    """A whole number of the row."""
+    value = number(row, name, default)
+    if value != int(value):
+        raise InputError(f"case {row['case_id']!r}: {name}={row[name]!r} is not a whole number")
+    return int(value)
+
+
+def flag(row: Row, name: str) -> bool:
+    """A true/false column; empty is false."""
+    return row[name].strip().lower() == "true"
+
+
+@cache
+def _names() -> Mapping[str, Any]:
+    text = (resources.files("shardplan.costmodel") / "validation_names.toml").read_text(encoding="utf-8")
+    return tomllib.loads(text)
+
+
+def row_case(row: Row) -> Case:
+    """The question a row asks; raises Refused with the reason when the model does not cover it."""
+    _refuse_uncovered(row)
+    runtime, zero = _runtime(row)
+    model, layout = _model(row), _layout(row, zero, runtime)
+    try:
+        job = Job(
+            seq=whole(row, "seq"),
+            global_batch=whole(row, "global_batch"),
+            precision=row["precision"],
+            grad_dtype=row["grad_dtype"] or None,
+        )
+    except InputError as bad:
+        raise Refused(str(bad)) from None
+    unknown = not row["recompute"] and layout.recompute == "none"
+    return Case(
+        model=model, job=job, cluster=_cluster(row), layout=layout, runtime=runtime, recompute_unknown=unknown
+    )
+
+
+def _refuse_uncovered(row: Row) -> None:
+    """Refused for what the cost model does not know yet."""
+    fine_tuned = f"{row['model']} {row['notes']}".lower()
+    if re.search(r"\bq?lora\b", fine_tuned):
+        raise Refused("LoRA and QLoRA fine-tuning is not modelled yet")
+    if row["precision"] in ("fp8", "fp4"):
+        raise Refused(f"precision {row['precision']} is not modelled yet")
+    if row["experts"]:
+        raise Refused("mixture-of-experts layers are not modelled yet")
+    if row["offload_params"] not in ("", "none"):
+        raise Refused("parameter offload is not modelled yet")
+    if row["offload_optimizer"] not in ("", "none", "cpu"):
+        raise Refused(f"optimizer offload to {row['offload_optimizer']} is not modelled yet")
+    if row["recompute"] == "partial":
+        raise Refused("recompute=partial does not say how many layers")
+
+
+def _runtime(row: Row) -> tuple[Runtime, int]:
+    """(runtime, ZeRO stage meant when the row does not say)."""
+    framework = row["framework"].lower()
+    for entry in _names()["frameworks"]:
+        if entry["contains"] in framework:
+            return load_runtime(entry["runtime"]), int(entry["zero"])
+    raise Refused(f"framework {row['framework']!r} has no runtime yet")
+
+
+def _model(row: Row) -> Model:
+    """Shapes of the row; position code, norms and biases follow the family that the MLP tells (gated: Llama, plain: GPT)."""
+    gated = flag(row, "gated_mlp")
+    hidden = whole(row, "hidden")
+    heads = whole(row, "heads", max(hidden // 128, 1))
+    kind = LayerKind(
+        hidden=hidden,
+        heads=heads,
+        kv_heads=whole(row, "kv_heads", heads),
+        head_dim=whole(row, "head_dim", hidden // heads),
+        ffn=whole(row, "ffn", 4 * hidden),
+        gated_mlp=gated,
+        norm="rmsnorm" if gated else "layernorm",
+        qkv_bias=not gated,
+        attention_output_bias=not gated,
+        mlp_bias=not gated,
+        rotary=gated,
+        dropout=not gated and row["attention"] == "unfused",
+    )
+    return Model(
+        name=row["model"],
+        family="llama" if gated else "gpt2",
+        layers=((kind, whole(row, "layers")),),
+        vocab=whole(row, "vocab"),
+        tied_embeddings=flag(row, "tied_embeddings"),
+        learned_positions=0 if gated else whole(row, "seq"),
+        source=row["citation"],
+    )
+
+
+def _layout(row: Row, zero: int, runtime: Runtime) -> Layout:
+    hpz = whole(row, "hpz", 0)
+    dp, stage = whole(row, "dp"), whole(row, "zero", zero)
+    if hpz and not runtime.abilities.hsdp:
+        raise Refused(f"hpz={hpz}: a secondary partition of parameters (ZeRO++) is not modelled yet")
+    schedule = row["schedule"] or "1f1b"
+    recompute = row["recompute"] or ("none" if row["attention"] == "flash" else "full")
+    try:
+        return Layout(
+            dp=dp,
+            tp=whole(row, "tp"),
+            pp=whole(row, "pp"),
+            cp=whole(row, "cp", 1),
+            ep=whole(row, "ep", 1),
+            micro_batch=whole(row, "micro_batch"),
+            zero=stage,
+            dp_shard=hpz if hpz and dp % hpz == 0 else None,
+            sequence_parallel=flag(row, "sequence_parallel"),
+            recompute=recompute,
+            schedule="1f1b" if schedule == "none" else schedule.replace("-", "_"),
+            virtual_stages=whole(row, "virtual_stages", 1),
+            attention=row["attention"] or "auto",
+            offload_optimizer=row["offload_optimizer"] or "none",
+        )
+    except InputError as bad:
+        raise Refused(str(bad)) from None
+
+
+def _cluster(row: Row) -> Cluster:
+    """The machine of the row's GPU (or `profile`), with its node size and network rate where the row states them."""
+    name = row.get("profile") or _names()["gpus"].get(row["gpu"])
+    if not name:
+        raise Refused(f"GPU {row['gpu']!r} is not in the catalog yet")
+    return _machine(
+        name, whole(row, "gpus"), whole(row, "gpus_per_node", 0), number(row, "network_gbps_per_gpu", 0.0)
+    )
+
+
+@cache
+def _machine(name: str, gpus: int, gpus_per_node: int, gbps_per_gpu: float) -> Cluster:
+    cluster = load_cluster(name)
+    node, network = cluster.node, cluster.network
+    size = min(gpus_per_node or node.gpus, gpus)
+    node = replace(node, gpus=size)
+    if gbps_per_gpu:
+        rate = gbps_per_gpu * 1e9 / 8 * size / network.nics_per_node
+        network = replace(network, nic_bytes_per_s=rate)
+    return replace(cluster, node_runs=((node, max(gpus // size, 1)),), network=network)

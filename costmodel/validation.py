@@ -1,0 +1,227 @@
+"""Measured rows -> predictions -> errors, by source: how good the cost model is on runs that others published."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from shardplan.costmodel.estimate import Estimates, estimate
+from shardplan.costmodel.fitted import Fitted
+from shardplan.costmodel.published_rows import Case, Refused, Row, flag, number, row_case
+from shardplan.hw_profiles.errors import InputError
+
+GIB = 2.0**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """One row: measured beside predicted; None where there is nothing to compare."""
+
+    case_id: str
+    source: str
+    group: tuple[str, ...]
+    """Rows of one group are the same work on the same machine in another layout: model, GPU, count, batch."""
+    measured_step_s: float | None
+    measured_peak_gib: float | None
+    memory_kind: str
+    out_of_memory: bool
+    predicted_step_s: float | None = None
+    step_band_s: tuple[float, float] | None = None
+    predicted_peak_gib: float | None = None
+    predicted_fits: bool | None = None
+    refused: str | None = None
+    parts: Mapping[str, float] | None = None
+
+    @property
+    def step_ratio(self) -> float | None:
+        """Predicted over measured step time."""
+        if self.predicted_step_s is None or self.measured_step_s is None:
+            return None
+        return self.predicted_step_s / self.measured_step_s
+
+    @property
+    def peak_ratio(self) -> float | None:
+        """Predicted over measured peak memory."""
+        if self.predicted_peak_gib is None or self.measured_peak_gib is None:
+            return None
+        return self.predicted_peak_gib / self.measured_peak_gib
+
+    def document(self) -> dict[str, Any]:
+        """The row of `shardplan validate --json`."""
+        low, high = self.step_band_s or (None, None)
+        return {
+            "case_id": self.case_id,
+            "source": self.source,
+            "predicted_step_s": self.predicted_step_s,
+            "measured_step_s": self.measured_step_s,
+            "step_s_low": low,
+            "step_s_high": high,
+            "predicted_peak_gib": self.predicted_peak_gib,
+            "measured_peak_gib": self.measured_peak_gib,
+            "memory_kind": self.memory_kind,
+            "predicted_fits": self.predicted_fits,
+            "refused": self.refused,
+        }
+
+
+def validate_rows(rows: Sequence[Row]) -> list[Outcome]:
+    """Predict every row; a row the model does not cover is refused with a reason, never left out."""
+    return [_outcome(row) for row in rows]
+
+
+def _measured(row: Row, name: str) -> float | None:
+    return number(row, name) if row[name].strip() else None
+
+
+def _outcome(row: Row) -> Outcome:
+    bare = Outcome(
+        case_id=row["case_id"],
+        source=row["source"],
+        group=tuple(row[name] for name in ("source", "model", "gpu", "gpus", "seq", "global_batch", "precision", "framework")),
+        measured_step_s=_measured(row, "step_s"),
+        measured_peak_gib=_measured(row, "peak_memory_gib"),
+        memory_kind=row["memory_kind"] or "unknown",
+        out_of_memory=flag(row, "out_of_memory"),
+    )
+    try:
+        return predicted(bare, estimate_case(row_case(row)))
+    except Refused as reason:
+        return replace(bare, refused=str(reason))
+    except InputError as bad:
+        if bad.place == "layouts":
+            return replace(bare, refused=str(bad))
+        raise
+
+
+def estimate_case(case: Case, constants: Fitted | None = None) -> Estimates:
+    """Estimate of one row (with other than the shipped constants when given); where recompute is unknown, of the least that is
+    likely to fit."""
+    words = ("none", "selective", "full") if case.recompute_unknown else (case.layout.recompute,)
+    words = tuple(word for word in words if word in case.runtime.abilities.recompute) or (case.layout.recompute,)
+    for word in words:
+        found = estimate(
+            model=case.model,
+            job=case.job,
+            cluster=case.cluster,
+            layouts=replace(case.layout, recompute=word),
+            runtime=case.runtime,
+            constants=constants,
+        )
+        if bool(found.fits_likely()[0]):
+            break
+    return found
+
+
+MEMORY_COLUMNS = {"allocated": "allocated", "reserved": "reserved", "nvidia-smi": "device", "unknown": "reserved"}
+
+
+def predicted(bare: Outcome, found: Estimates) -> Outcome:
+    """The outcome with what the estimate says."""
+    step = float(found.step_s[0])
+    column = MEMORY_COLUMNS[bare.memory_kind]
+    bytes_of = {**found.stages, "reserved": found.stages["allocated"] + found.stages["slack"]}[column]
+    return replace(
+        bare,
+        predicted_step_s=step,
+        step_band_s=(step * (1 - found.time_band), step * (1 + found.time_band)),
+        predicted_peak_gib=float(bytes_of.max()) / GIB,
+        predicted_fits=bool(found.fits_likely()[0]),
+        parts={name: float(values[0]) for name, values in found.time.items()},
+    )
+
+
+def errors(ratios: Sequence[float]) -> dict[str, float | int | None]:
+    """Statistics of predicted/measured - 1, in percent: MAPE, median, 90th percentile, signed bias."""
+    if not ratios:
+        return {"rows": 0, "mape": None, "median": None, "p90": None, "bias": None}
+    signed = 100.0 * (np.asarray(ratios) - 1.0)
+    size = np.abs(signed)
+    return {
+        "rows": len(ratios),
+        "mape": float(size.mean()),
+        "median": float(np.median(size)),
+        "p90": float(np.percentile(size, 90)),
+        "bias": float(signed.mean()),
+    }
+
+
+def ranking(outcomes: Sequence[Outcome], apart: float) -> tuple[int, int]:
+    """(pairs in the right order, pairs) among rows of one group whose measured times differ by more than `apart`, relative."""
+    groups: dict[tuple[str, ...], list[Outcome]] = {}
+    for one in outcomes:
+        if one.step_ratio is not None:
+            groups.setdefault(one.group, []).append(one)
+    right = pairs = 0
+    for members in groups.values():
+        for first, second in combinations(members, 2):
+            a, b = first.measured_step_s or 0.0, second.measured_step_s or 0.0
+            x, y = first.predicted_step_s or 0.0, second.predicted_step_s or 0.0
+            if max(a, b) <= (1.0 + apart) * min(a, b) or x == y:
+                continue
+            pairs += 1
+            right += (a < b) == (x < y)
+    return right, pairs
+
+
+def best_choice_loss(outcomes: Sequence[Outcome]) -> float | None:
+    """How much slower the measured time of the predicted best is than the measured best, mean over groups, in percent."""
+    groups: dict[tuple[str, ...], list[Outcome]] = {}
+    for one in outcomes:
+        if one.step_ratio is not None:
+            groups.setdefault(one.group, []).append(one)
+    losses = [
+        100.0
+        * (
+            (min(members, key=lambda m: m.predicted_step_s or 0.0).measured_step_s or 0.0)
+            / min(m.measured_step_s or 0.0 for m in members)
+            - 1.0
+        )
+        for members in groups.values()
+        if len({m.predicted_step_s for m in members}) > 1
+    ]
+    return float(np.mean(losses)) if losses else None
+
+
+def summary(name: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """One line of the table: rows, refused, errors of time and memory, band coverage, order of pairs, fit decisions."""
+    ratios = [one.step_ratio for one in outcomes if one.step_ratio is not None]
+    inside = [
+        one.step_band_s[0] <= one.measured_step_s <= one.step_band_s[1]
+        for one in outcomes
+        if one.step_band_s and one.measured_step_s is not None
+    ]
+    width = [
+        50.0 * (one.step_band_s[1] - one.step_band_s[0]) / one.predicted_step_s
+        for one in outcomes
+        if one.step_band_s and one.predicted_step_s
+    ]
+    ran = [one for one in outcomes if one.predicted_fits is not None and not one.out_of_memory]
+    memory = {
+        kind: errors([one.peak_ratio for one in outcomes if one.peak_ratio is not None and one.memory_kind == kind])
+        for kind in sorted({one.memory_kind for one in outcomes if one.peak_ratio is not None})
+    }
+    return {
+        "source": name,
+        "rows": len(outcomes),
+        "refused": sum(one.refused is not None for one in outcomes),
+        "time": errors(ratios),
+        "band_coverage": 100.0 * float(np.mean(inside)) if inside else None,
+        "band_half_width": float(np.median(width)) if width else None,
+        "memory": memory,
+        "pairs_3": ranking(outcomes, 0.03),
+        "pairs_10": ranking(outcomes, 0.10),
+        "best_choice_loss": best_choice_loss(outcomes),
+        "oom_called_fitting": sum(bool(one.predicted_fits) for one in outcomes if one.out_of_memory),
+        "ran_called_too_big": sum(not one.predicted_fits for one in ran),
+    }
+
+
+def summaries(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+    """One summary per source, in order of appearance, and one over all."""
+    sources = dict.fromkeys(one.source for one in outcomes)
+    by_source = [summary(name, [one for one in outcomes if one.source == name]) for name in sources]
+    return [*by_source, summary("all", outcomes)]

@@ -1,0 +1,104 @@
+"""`shardplan validate`: predictions against tables of measured runs; refit the fitted constants."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from shardplan.cli import options
+
+if TYPE_CHECKING:
+    from shardplan.costmodel.published_rows import Row
+
+
+def validate(
+    tables: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="FILE.csv…", help="Tables of measured runs; without one, the published runs shipped."),
+    ] = None,
+    refit: Annotated[
+        Path | None,
+        typer.Option("--refit", metavar="OUT.toml", help="Fit the constants on these rows and write them there."),
+    ] = None,
+    cross: Annotated[
+        bool, typer.Option("--cross", help="Also errors with the source, or source and model, left out of the fit.")
+    ] = False,
+    as_json: options.JsonOption = False,
+) -> None:
+    """How far the cost model is off on runs that others measured, by source.
+
+    Example: shardplan validate
+
+    Columns of a table: docs/validation.md. A row the model does not cover is refused with the reason and counted.
+    """
+    from shardplan.costmodel.validation import summaries, validate_rows
+
+    rows = _rows(tables or [])
+    if refit is not None:
+        _refit(rows, refit)
+        return
+    outcomes = validate_rows(rows)
+    sources = summaries(outcomes)
+    left_out = _left_out(rows) if cross else None
+    if as_json:
+        import json
+
+        document: dict[str, Any] = {"rows": [one.document() for one in outcomes], "sources": sources}
+        typer.echo(json.dumps(document if left_out is None else {**document, "left_out": left_out}, indent=1))
+        return
+    from shardplan.cli.validation_tables import print_validation
+
+    print_validation(outcomes, sources, left_out)
+
+
+def _rows(tables: list[Path]) -> list[Row]:
+    from importlib import resources
+
+    from shardplan.costmodel.published_rows import read_rows
+
+    if tables:
+        return [row for table in tables for row in read_rows(table)]
+    with resources.as_file(resources.files("shardplan.reports") / "published" / "runs.csv") as shipped:
+        return read_rows(shipped)
+
+
+def _refit(rows: list[Row], out: Path) -> None:
+    """Fit from the shipped constants and write the file."""
+    import numpy as np
+
+    from shardplan.costmodel.fit import fit, fit_rows, fit_space, fitted_text
+    from shardplan.costmodel.fitted import fitted
+
+    usable = fit_rows(rows)
+    space = fit_space(usable)
+    x, ratios = fit(usable, space, space.vector(fitted()))
+    constants = space.constants(x)
+    out.write_text(fitted_text(constants, f"{len(usable)} rows of {len({r.source for r in usable})} sources"), "utf-8")
+    error = 100.0 * np.abs(np.expm1(ratios))
+    typer.echo(
+        f"{constants.count} constants on {len(usable)} rows: mean {error.mean():.1f} %, median {np.median(error):.1f} %; wrote {out}"
+    )
+
+
+def _left_out(rows: list[Row]) -> dict[str, Any]:
+    """Errors of step time in sample, with each (source, model) left out, with each source left out."""
+    import numpy as np
+
+    from shardplan.costmodel.fit import fit_rows, fit_space, left_out_ratios, log_ratios
+    from shardplan.costmodel.fitted import fitted
+    from shardplan.costmodel.validation import errors
+
+    usable = fit_rows(rows)
+    space = fit_space(usable)
+    x = space.vector(fitted())
+    ratios = log_ratios(usable, space.constants(x))
+    groups = {
+        "left out: source and model": [(row.source, row.model) for row in usable],
+        "left out: source": [(row.source,) for row in usable],
+    }
+    answer = {"in sample": errors(np.exp(ratios).tolist())}
+    for name, keys in groups.items():
+        answer[name] = errors(np.exp(left_out_ratios(usable, space, x, ratios, keys)).tolist())
+    return answer
