@@ -23,7 +23,9 @@ AXIS_ORDER = ("tp", "cp", "dp", "pp")
 """Mesh axes from the innermost (neighbouring ranks) to the outermost: tp beside each other, pp farthest apart."""
 
 RECOMPUTE = ("none", "selective", "full")
-SCHEDULES = ("gpipe", "1f1b", "interleaved")
+SCHEDULES = ("gpipe", "1f1b", "interleaved", "looped_bfs", "zero_bubble", "zero_bubble_v", "dualpipe_v")
+V_PLACED = ("zero_bubble_v", "dualpipe_v")
+"""Schedules of two chunks in V placement: rank r holds chunks r and 2 pp - 1 - r, so rank 0 the first and the last."""
 ATTENTION = ("auto", "flash", "unfused")
 OFFLOAD = ("none", "cpu")
 ALL_LAYERS = -1
@@ -54,7 +56,7 @@ class Layout:
     recompute: str = "none"
     """none, selective, full or full:N (N layers per stage)."""
     schedule: str = "1f1b"
-    """gpipe, 1f1b, interleaved; without meaning when pp = 1."""
+    """One of SCHEDULES (see `schedules.py`); without meaning when pp = 1."""
     virtual_stages: int = 1
     """Model chunks per pipeline rank."""
     stage_layers: tuple[int, ...] | None = None
@@ -232,6 +234,11 @@ class LayoutTable:
     def gpus(self) -> IntArray:
         """GPUs of each layout."""
         return self.dp * self.tp * self.pp * self.cp
+
+    @property
+    def v_placed(self) -> NDArray[np.bool_]:
+        """Rows whose pipeline places two chunks in a V, (N,)."""
+        return (self.pp > 1) & np.isin(self.schedule, [SCHEDULES.index(name) for name in V_PLACED])
 
     def columns(self) -> dict[str, IntArray]:
         """Every column by name."""

@@ -1,6 +1,19 @@
-"""Pipeline schedules: which stage holds which layers, micro-batches in flight, bubble.
+"""Pipelines in closed form: which stage holds which layers, micro-batches in flight, bubble. `schedules.py` has the action lists.
 
-Closed forms: bubble / ideal = (p - 1) / (m v) (GPipe, arXiv 1811.06965; interleaved 1F1B, arXiv 2104.04473 section 2.2).
+Bubble of equal stages = hops * hop, in seconds of one chunk (forward F, gradients I of the input and W of the weights):
+
+    schedule             hops                             hop                             source
+    gpipe, 1f1b          p - 1                            F + I + W                       arXiv 1811.06965, 2104.04473
+    interleaved, bfs     p - 1 + (v - 1) max(p - m, 0)    F + I + W                       arXiv 2104.04473, 2211.05953
+    zero_bubble          p - 1 + max(p - m, 0)            max(F, I, F + I - W)            arXiv 2401.10241, ZB-H1: F + I - W
+    zero_bubble_v        p - 1 + max(3 p - 1 - 2 m, 0)    max(F, I, W, 2 F - I, 2 (I - W))
+    dualpipe_v           p - 1                            max(F, I, F + I - W, 2 I - W, 2 (F - W), 2 F - I - W)
+
+The step ends for all ranks together: ZB-V's "zero bubble" counts each rank from its own first action to its last, which leaves
+out the p - 1 forwards before the last rank starts. DeepSeek's table gives DualPipeV (p - 1) (F&B + B - 3 W), where the pair F&B
+overlaps; without overlap and with F = I = W that is 2 F a hop, and the replay of the same lists takes F. The table is what the
+replay takes: with I = W = F exactly (ZB-V with p < m <= 1.5 p: to 2 % of the step); with unequal ones exactly for m >= p in the
+first three rows, and to 5 % of the step for m > 2 p in the last two, F, I, W within 1 to 6 (tests/test_schedules.py).
 """
 
 from __future__ import annotations
@@ -18,30 +31,76 @@ from shardplan.costmodel.runtime import StageRule
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
-GPIPE, INTERLEAVED = SCHEDULES.index("gpipe"), SCHEDULES.index("interleaved")
+GPIPE, ONE_F_ONE_B, INTERLEAVED, LOOPED_BFS, ZERO_BUBBLE, ZERO_BUBBLE_V, DUALPIPE_V = (
+    SCHEDULES.index(name)
+    for name in ("gpipe", "1f1b", "interleaved", "looped_bfs", "zero_bubble", "zero_bubble_v", "dualpipe_v")
+)
 WORST_STAGES = 4
 
 
-def bubble_fraction(pp: ArrayLike, micro_batches: ArrayLike, virtual_stages: ArrayLike) -> FloatArray:
-    """Idle time over ideal compute time of equal stages: (p - 1) / (m v)."""
-    p, m, v = (np.asarray(x, dtype=np.float64) for x in (pp, micro_batches, virtual_stages))
-    return (p - 1.0) / (m * v)
+def bubble_hops(schedule: ArrayLike, pp: ArrayLike, micro_batches: ArrayLike, virtual_stages: ArrayLike) -> FloatArray:
+    """Hops that a pipeline of `pp` ranks fills and drains for (table above), shapes broadcast; `schedule` is the code."""
+    code, p, m, v = np.broadcast_arrays(
+        *(np.asarray(x, dtype=np.float64) for x in (schedule, pp, micro_batches, virtual_stages))
+    )
+    missing = np.maximum(p - m, 0.0)
+    extra = np.where((code == INTERLEAVED) | (code == LOOPED_BFS), (v - 1.0) * missing, 0.0)
+    extra = np.where(code == ZERO_BUBBLE, missing, extra)
+    extra = np.where(code == ZERO_BUBBLE_V, np.maximum(3.0 * p - 1.0 - 2.0 * m, 0.0), extra)
+    return p - 1.0 + np.where(p > 1, extra, 0.0)
+
+
+def hop_share(
+    schedule: ArrayLike, forward_s: ArrayLike, input_grad_s: ArrayLike, weight_grad_s: ArrayLike
+) -> FloatArray:
+    """Bubble of one hop over F + I + W of one chunk (table above), shapes broadcast: 1 where B is not split."""
+    code, f, i, w = np.broadcast_arrays(
+        *(np.asarray(x, dtype=np.float64) for x in (schedule, forward_s, input_grad_s, weight_grad_s))
+    )
+    whole = f + i + w
+    longer = np.maximum(f, i)
+    halved = np.maximum(longer, f + i - w)
+    hop = np.where(code == ZERO_BUBBLE, halved, whole)
+    v_shaped = np.maximum(longer, np.maximum(np.maximum(w, 2.0 * f - i), 2.0 * (i - w)))
+    hop = np.where(code == ZERO_BUBBLE_V, v_shaped, hop)
+    paired = np.maximum(np.maximum(halved, 2.0 * i - w), 2.0 * f - w - np.minimum(i, w))
+    hop = np.where(code == DUALPIPE_V, paired, hop)
+    return np.divide(hop, whole, out=np.ones(whole.shape), where=whole > 0)
+
+
+def bubble_fraction(
+    pp: ArrayLike, micro_batches: ArrayLike, virtual_stages: ArrayLike, schedule: ArrayLike = ONE_F_ONE_B
+) -> FloatArray:
+    """Idle time over ideal compute time of equal stages with I = W = F, shapes broadcast; `schedule` is the code.
+
+    (p - 1) / (m v) for gpipe, 1f1b, and interleaved and looped_bfs with m >= p; a third of it for zero_bubble with m >= p,
+    zero_bubble_v with 2 m >= 3 p - 1 and dualpipe_v.
+    """
+    m, v = (np.asarray(x, dtype=np.float64) for x in (micro_batches, virtual_stages))
+    return bubble_hops(schedule, pp, m, v) * hop_share(schedule, 1.0, 1.0, 1.0) / (m * v)
 
 
 def in_flight(
     schedule: ArrayLike, pp: ArrayLike, stage: ArrayLike, micro_batches: ArrayLike, virtual_stages: ArrayLike
 ) -> FloatArray:
-    """Micro-batches whose activations stage `stage` (0-based) holds at its peak, in units of the whole stage.
+    """Micro-batches whose activations rank `stage` (0-based) holds at its peak, in units of the whole stage.
 
-    GPipe m; 1F1B min(m, p - i); interleaved (2 (p - i - 1) + (v - 1) p + 1) / v chunks, which is 1F1B's p times
-    1 + (p - 1)/(p v) on stage 0 (Megatron-LM theoretical_memory_usage).
+    GPipe and breadth-first m; 1F1B min(m, p - i); interleaved (2 (p - i - 1) + (v - 1) p + 1) / v chunks, which is 1F1B's p
+    times 1 + (p - 1)/(p v) on stage 0 (Megatron-LM theoretical_memory_usage), with the longest round in place of p where p
+    does not divide m; ZB-H1 and ZB-V p on every rank (arXiv 2401.10241: the peak of 1F1B; ZB-V (m + i + 1) / 2 where that is
+    less), DualPipeV p + 1/2 (deepseek-ai/DualPipe: PP + 1 chunks, PP = 2 p); none more than m. A chunk counts from its F to its
+    B, or to its W where B is split.
     """
     code, p, i, m, v = np.broadcast_arrays(
         *(np.asarray(x, dtype=np.float64) for x in (schedule, pp, stage, micro_batches, virtual_stages))
     )
-    one_f_one_b = np.minimum(m, p - i)
-    interleaved = np.minimum(m, (2.0 * (p - i - 1.0) + (v - 1.0) * p + 1.0) / v)
-    return np.where(code == GPIPE, m, np.where((code == INTERLEAVED) & (v > 1), interleaved, one_f_one_b))
+    longest = np.ceil(m / np.maximum(np.floor(m / p), 1.0))
+    chunked = (code == INTERLEAVED) & (v > 1)
+    held = np.where(chunked, (2.0 * (p - i - 1.0) + (v - 1.0) * longest + 1.0) / v, p - i)
+    held = np.where(code == ZERO_BUBBLE, p, held)
+    held = np.where(code == ZERO_BUBBLE_V, np.minimum(p, (m + i + 1.0) / 2.0), held)
+    held = np.where(code == DUALPIPE_V, p + 0.5, held)
+    return np.where((code == GPIPE) | (code == LOOPED_BFS), m, np.minimum(m, held))
 
 
 def split_layers(layers: int, chunks: int, rule: StageRule) -> tuple[int, ...]:
@@ -63,7 +122,7 @@ def split_layers(layers: int, chunks: int, rule: StageRule) -> tuple[int, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class StageTable:
-    """What S stages of each of U unique (pp, virtual stages, split) keys hold; absent stages repeat the last."""
+    """What S stages (ranks) of each of U unique (pp, virtual stages, split, V-placed) keys hold; absent ones repeat the last."""
 
     stage: IntArray
     """Stage index, (U, S)."""
@@ -84,9 +143,13 @@ def stage_table(
     splits: Sequence[tuple[int, ...] | None],
     rule: StageRule,
     *,
+    v_placed: Sequence[bool],
     every_stage: bool,
 ) -> StageTable:
-    """Contents of the stages that can be the worst (first, second, heaviest, last), or of `every_stage`."""
+    """Contents of the stages that can be the worst (first, second, heaviest, last), or of `every_stage`.
+
+    `v_placed` keys hold chunks r and 2 pp - 1 - r, so that stage 0 has the head beside the embedding.
+    """
     kinds = np.repeat(np.arange(len(model.layers)), [count for _, count in model.layers])
     width = max(pp) if every_stage else WORST_STAGES
     keys = len(pp)
@@ -94,13 +157,14 @@ def stage_table(
     layers = np.zeros((keys, width, len(model.layers)), dtype=np.int64)
     total = np.zeros((keys, max(pp)), dtype=np.int64)
     for row, (p, v, split) in enumerate(zip(pp, virtual_stages, splits, strict=True)):
+        chunk_ranks = [_chunk_rank(chunk, p, v_placed=v_placed[row]) for chunk in range(p * v)]
         chunk_layers = split or split_layers(model.layer_count, p * v, rule)
-        content = _stage_content(kinds, chunk_layers, p, len(model.layers))
+        content = _stage_content(kinds, chunk_layers, chunk_ranks, p, len(model.layers))
         total[row, :p] = content.sum(axis=1)
         worst = (0, min(1, p - 1), int(np.argmax(total[row, :p])), p - 1)
         stage[row] = [min(s, p - 1) for s in range(width)] if every_stage else worst
         layers[row] = content[stage[row]]
-    last = np.asarray(pp, dtype=np.int64)[:, None] - 1
+    last = np.where(np.asarray(v_placed, dtype=np.bool_), 0, np.asarray(pp, dtype=np.int64) - 1)[:, None]
     return StageTable(
         stage=stage,
         layers=layers,
@@ -110,11 +174,19 @@ def stage_table(
     )
 
 
-def _stage_content(kinds: IntArray, chunk_layers: Sequence[int], pp: int, kind_count: int) -> IntArray:
-    """Layers by kind of each stage; chunk c belongs to stage c % pp (looped placement)."""
+def _chunk_rank(chunk: int, pp: int, *, v_placed: bool) -> int:
+    """Rank of a chunk in model order: c % pp looped; down and up again in V placement."""
+    turn, at = divmod(chunk, pp)
+    return pp - 1 - at if v_placed and turn % 2 else at
+
+
+def _stage_content(
+    kinds: IntArray, chunk_layers: Sequence[int], chunk_ranks: Sequence[int], pp: int, kind_count: int
+) -> IntArray:
+    """Layers by kind of each stage, (pp, kinds)."""
     content = np.zeros((pp, kind_count), dtype=np.int64)
     start = 0
-    for chunk, number in enumerate(chunk_layers):
-        content[chunk % pp] += np.bincount(kinds[start : start + number], minlength=kind_count)
+    for rank, number in zip(chunk_ranks, chunk_layers, strict=True):
+        content[rank] += np.bincount(kinds[start : start + number], minlength=kind_count)
         start += number
     return content

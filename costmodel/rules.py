@@ -38,6 +38,9 @@ from shardplan.costmodel.rule_parts import (
     use_divisors,
 )
 
+CHUNKED = ("interleaved", "looped_bfs")
+"""Schedules of any number of looped chunks; with one they are 1f1b and gpipe, which are asked for by name."""
+
 STRUCTURE: tuple[Rule, ...] = (
     Rule(
         id="gpus-product",
@@ -159,13 +162,37 @@ SHAPES: tuple[Rule, ...] = (
 SCHEDULE_RULES: tuple[Rule, ...] = (
     Rule(
         id="virtual-stages-interleaved",
-        broken=lambda s, t: (t.virtual_stages > 1) != ((t.schedule == SCHEDULES.index("interleaved")) & (t.pp > 1)),
+        broken=lambda s, t: (
+            ((t.virtual_stages > 1) != (np.isin(t.schedule, codes(CHUNKED, SCHEDULES)) & (t.pp > 1))) & ~t.v_placed
+        ),
         detail=lambda s, x: f"schedule={x.schedule} with pp={x.pp} virtual_stages={x.virtual_stages}",
-        remedy=lambda s, x: "interleaved needs pp > 1 and virtual_stages > 1; other schedules virtual_stages=1",
+        remedy=lambda s, x: (
+            "interleaved and looped_bfs need pp > 1 and virtual_stages > 1; other schedules virtual_stages=1"
+        ),
+    ),
+    Rule(
+        id="v-placement-chunks",
+        broken=lambda s, t: t.v_placed & (t.virtual_stages != 2),
+        detail=lambda s, x: f"schedule={x.schedule} with virtual_stages={x.virtual_stages}",
+        remedy=lambda s, x: "use virtual_stages=2",
+        structural=True,
+        evidence="arXiv 2401.10241 section 6; torch ScheduleZBVZeroBubble and ScheduleDualPipeV: two stages a rank",
+    ),
+    Rule(
+        id="dualpipe-v-micro-batches",
+        broken=lambda s, t: (
+            (t.pp > 1) & (t.schedule == SCHEDULES.index("dualpipe_v")) & (micro_batches(s, t) < 2 * t.pp)
+        ),
+        detail=lambda s, x: f"dualpipe_v over pp={x.pp} ranks with {count(s, x):g} micro-batches",
+        remedy=lambda s, x: f"use {2 * x.pp} micro-batches or more, or schedule=zero_bubble_v",
+        structural=True,
+        evidence="torch ScheduleDualPipeV: at least as many micro-batches as stages",
     ),
     Rule(
         id="interleaved-rounds",
-        broken=lambda s, t: (t.virtual_stages > 1) & (micro_batches(s, t) % t.pp != 0),
+        broken=lambda s, t: (
+            (t.virtual_stages > 1) & (t.schedule == SCHEDULES.index("interleaved")) & (micro_batches(s, t) % t.pp != 0)
+        ),
         detail=lambda s, x: f"interleaved needs a multiple of pp={x.pp} micro-batches, not {count(s, x):g}",
         remedy=lambda s, x: "change micro_batch, dp or pp",
         evidence="Megatron-LM schedules.py: num_microbatches % pipeline_parallel_size == 0",
@@ -193,7 +220,9 @@ SCHEDULE_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         id="tied-embeddings-across-stages",
-        broken=lambda s, t: (t.pp > 1) & s.model.tied_embeddings & (not can(s, "tied_embeddings_across_stages")),
+        broken=lambda s, t: (
+            (t.pp > 1) & ~t.v_placed & s.model.tied_embeddings & (not can(s, "tied_embeddings_across_stages"))
+        ),
         detail=runtime_lacks("embedding tied across pipeline stages"),
         remedy=lambda s, x: "use pp=1 or another --runtime",
     ),

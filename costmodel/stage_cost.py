@@ -110,14 +110,16 @@ class StageRows:
 
 
 def stage_rows(model: Model, layouts: LayoutTable, runtime: Runtime, *, every_stage: bool) -> StageRows:
-    """Stage contents: once per unique (pp, virtual stages, split), then gathered; full recompute once per unique depth too."""
-    first, inverse = unique_keys(layouts.pp, layouts.virtual_stages, layouts.split)
+    """Stage contents: once per unique (pp, virtual stages, split, V-placed), then gathered; full recompute once per unique depth too."""
+    v_placed = layouts.v_placed
+    first, inverse = unique_keys(layouts.pp, layouts.virtual_stages, layouts.split, v_placed.astype(np.int64))
     table = stage_table(
         model,
         layouts.pp[first].tolist(),
         layouts.virtual_stages[first].tolist(),
         [layouts.splits[int(i)] for i in layouts.split[first].tolist()],
         runtime.stages,
+        v_placed=v_placed[first].tolist(),
         every_stage=every_stage,
     )
     layers = table.layers.astype(np.float64)[inverse]
@@ -154,7 +156,7 @@ def stage_parameters(model: Model, layouts: LayoutTable, runtime: Runtime, stage
     table = padded_vocab(model, runtime, tp) * model.hidden / tp
     norm = model.hidden * (2 if model.norm == "layernorm" else 1)
     root = stages.embedding * (table + model.learned_positions * model.hidden)[:, None]
-    owns_head = np.asarray(layouts.pp > 1) | (not model.tied_embeddings)
+    owns_head = ((layouts.pp > 1) & ~layouts.v_placed) | (not model.tied_embeddings)
     root = root + stages.head * (np.where(owns_head, table, 0.0) + norm)[:, None]
     body = (stages.layers * by_kind[:, None, :]).sum(axis=2)
     largest = np.where(stages.layers > 0, by_kind[:, None, :], 0.0).max(axis=2)

@@ -14,6 +14,7 @@ from shardplan.costmodel.layout import LayoutTable
 from shardplan.costmodel.memory import gradient_bytes
 from shardplan.costmodel.model import Model
 from shardplan.costmodel.offload import optimizer_offload_s
+from shardplan.costmodel.pipeline import bubble_hops, hop_share
 from shardplan.costmodel.runtime import Runtime
 from shardplan.costmodel.stage_cost import BlockColumns, BlockRows, StageParameters, StageRows
 from shardplan.hw_profiles.machine import Cluster, Gpu
@@ -67,7 +68,7 @@ def step_time(
         "ep_exposed_s": zero,
         "dp_exposed_s": dp_exposed,
         "pp_exposed_s": _pipeline_transfers(model, job, layouts, runtime, tiers, micro_batches),
-        "bubble_s": np.where(layouts.pp > 1, fill / layouts.virtual_stages, 0.0),
+        "bubble_s": _bubble_s(layouts, micro_batches, fill, worst),
         "offload_exposed_s": np.where(offloaded, offload, 0.0),
         "optimizer_s": np.where(offloaded, 0.0, optimizer),
         "host_s": micro_batches * worst["host"] + runtime.execution.step_overhead_s,
@@ -78,6 +79,23 @@ def step_time(
         "offload_s": np.where(offloaded, offload_hidden, 0.0),
     }
     return {**parts, "step_s": sum(parts.values(), zero)}, hidden
+
+
+def _bubble_s(
+    layouts: LayoutTable, micro_batches: FloatArray, fill: FloatArray, worst: dict[str, FloatArray]
+) -> FloatArray:
+    """Seconds of fill and drain, (N,): `fill` = one micro-batch through the other stages, by the schedule's closed form.
+
+    Half of the backward operators are taken for the gradient of the weights; recompute comes before the gradient of the input.
+    """
+    around = 0.5 * (worst["tensor_exposed"] + worst["host"])
+    weight_grad = 0.5 * worst["backward"]
+    share = hop_share(
+        layouts.schedule, worst["forward"] + around, weight_grad + worst["recompute"] + around, weight_grad
+    )
+    hops = bubble_hops(layouts.schedule, layouts.pp, micro_batches, layouts.virtual_stages)
+    filled = fill / layouts.virtual_stages * share * (hops / np.maximum(layouts.pp - 1, 1))
+    return np.where(layouts.pp > 1, filled, 0.0)
 
 
 PACE_PARTS = ("forward", "backward", "recompute", "tensor_exposed", "host")
@@ -215,7 +233,7 @@ def _data_parallel(
         between = collective_s(
             tiers, "all_reduce", table, 2.0, layouts.gpus / layouts.pp * np.maximum(layouts.pp - 1, 1)
         )
-        exposed = exposed + np.where(layouts.pp > 1, between, 0.0)
+        exposed = exposed + np.where((layouts.pp > 1) & ~layouts.v_placed, between, 0.0)
     return exposed + runtime.execution.compute_slowdown * hidden, hidden
 
 

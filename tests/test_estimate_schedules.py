@@ -1,0 +1,166 @@
+"""Schedules inside the estimate: which layouts they allow, their bubble and memory, what a V places where."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from shardplan.costmodel.estimate import Estimates, estimate
+from shardplan.costmodel.job import Job
+from shardplan.costmodel.layout import SCHEDULES, layout_table, parse_layout
+from shardplan.costmodel.model_config import load_model
+from shardplan.costmodel.rule import Setting
+from shardplan.costmodel.rules import rejections
+from shardplan.costmodel.runtime import load_runtime, runtime_names
+from shardplan.hw_profiles.errors import InputError
+from shardplan.hw_profiles.load import load_cluster
+
+NEW = ("looped_bfs", "zero_bubble", "zero_bubble_v", "dualpipe_v")
+CHUNKS = {"interleaved": 2, "looped_bfs": 2, "zero_bubble_v": 2, "dualpipe_v": 2}
+BASE = "dp=2 tp=8 pp=4 zero=1"
+
+
+def words(schedule: str) -> str:
+    """BASE under a schedule with the chunks it needs."""
+    return f"{BASE} schedule={schedule} virtual_stages={CHUNKS.get(schedule, 1)}"
+
+
+def one(layout: str, *, model: str = "llama-3-70b", batch: int = 64) -> Estimates:
+    row = parse_layout(layout)
+    job, cluster = Job(seq=8192, global_batch=batch), load_cluster("h100-ib", gpus=row.gpus)
+    return estimate(model=load_model(model), job=job, cluster=cluster, layouts=row, runtime="megatron")
+
+
+def broken(layout: str, *, runtime: str = "megatron", batch: int = 64, model: str = "llama-3-70b") -> dict[str, str]:
+    """Detail and remedy by rule."""
+    row = parse_layout(layout)
+    cluster = load_cluster("h100-ib", gpus=row.gpus)
+    job = Job(seq=8192, global_batch=batch)
+    setting = Setting(model=load_model(model), job=job, cluster=cluster, runtime=load_runtime(runtime))
+    return {r.rule: f"{r.detail}; {r.remedy}" for r in rejections(setting, row)[0]}
+
+
+def test_codes_of_plans_already_written_stay() -> None:
+    assert SCHEDULES[:3] == ("gpipe", "1f1b", "interleaved")
+    assert SCHEDULES[3:] == NEW
+
+
+@pytest.mark.parametrize("schedule", NEW)
+@pytest.mark.parametrize("runtime", runtime_names())
+def test_runtimes_refuse_by_name_what_they_lack(schedule: str, runtime: str) -> None:
+    lacks = schedule not in load_runtime(runtime).abilities.schedules
+    found = broken(words(schedule), runtime=runtime)
+    assert ("runtime-schedule" in found) == lacks
+    assert not lacks or f"{runtime!r} has no schedule={schedule}" in found["runtime-schedule"]
+
+
+@pytest.mark.parametrize(
+    ("layout", "batch", "rule", "told"),
+    [
+        (f"{BASE} schedule=zero_bubble_v", 64, "v-placement-chunks", "virtual_stages=1; use virtual_stages=2"),
+        (f"{BASE} schedule=dualpipe_v virtual_stages=4", 64, "v-placement-chunks", "use virtual_stages=2"),
+        (words("dualpipe_v"), 14, "dualpipe-v-micro-batches", "with 7 micro-batches; use 8 micro-batches or more"),
+        (
+            f"{BASE} schedule=looped_bfs",
+            64,
+            "virtual-stages-interleaved",
+            "looped_bfs need pp > 1 and virtual_stages > 1",
+        ),
+        (f"{BASE} schedule=zero_bubble virtual_stages=2", 64, "virtual-stages-interleaved", "virtual_stages=1"),
+        (
+            "dp=8 tp=8 schedule=zero_bubble_v virtual_stages=2",
+            64,
+            "virtual-stages-interleaved",
+            "pp=1 virtual_stages=2",
+        ),
+    ],
+)
+def test_chunks_and_micro_batches(layout: str, batch: int, rule: str, told: str) -> None:
+    assert told in broken(layout, batch=batch)[rule]
+
+
+@pytest.mark.parametrize("schedule", NEW)
+def test_well_formed_layouts_lack_only_the_runtime(schedule: str) -> None:
+    assert set(broken(words(schedule))) == {"runtime-schedule"}
+
+
+def test_breadth_first_takes_any_number_of_micro_batches() -> None:
+    assert "interleaved-rounds" in broken(words("interleaved"), batch=2 * 7)
+    assert "interleaved-rounds" not in broken(words("looped_bfs"), batch=2 * 7)
+
+
+def test_a_layout_without_meaning_has_no_estimate() -> None:
+    with pytest.raises(InputError, match="v-placement-chunks"):
+        one(f"{BASE} schedule=zero_bubble_v")
+
+
+def test_bubbles_in_the_order_of_the_papers() -> None:
+    bubble = {name: float(one(words(name)).time["bubble_s"][0]) for name in SCHEDULES}
+    assert bubble["gpipe"] == bubble["1f1b"]
+    assert bubble["looped_bfs"] == bubble["interleaved"]
+    assert 0 < bubble["zero_bubble_v"] < bubble["zero_bubble"] < bubble["1f1b"]
+    assert bubble["zero_bubble_v"] <= bubble["dualpipe_v"] < bubble["interleaved"]
+
+
+@pytest.mark.parametrize(("recompute", "expected"), [("none", 1 / 3), ("full", 1 / 2)])
+def test_weight_gradients_fill_a_part_of_the_bubble(recompute: str, expected: float) -> None:
+    """F + I - W of F, I, W waits; with full recompute F + R + I - W of four parts. No tensor-parallel communication: tp=1."""
+    alone = f"dp=16 pp=4 zero=1 recompute={recompute}"
+    halved, plain = (one(f"{alone} schedule={name}").time["bubble_s"] for name in ("zero_bubble", "1f1b"))
+    assert float(halved[0] / plain[0]) == pytest.approx(expected, rel=0.1)
+
+
+def test_breadth_first_with_few_micro_batches_waits_at_every_chunk() -> None:
+    """p - 1 + (v - 1)(p - m) hops: 3 + 2 with two micro-batches on four ranks."""
+    few, many = (one(words("looped_bfs"), batch=batch).time["bubble_s"][0] for batch in (4, 64))
+    assert few == pytest.approx(many * 5 / 3, rel=0.02)
+
+
+def test_activations_in_flight() -> None:
+    held = {name: one(words(name)).stages["activations"][0] for name in SCHEDULES}
+    assert held["looped_bfs"] == pytest.approx(held["gpipe"])
+    assert held["zero_bubble"][0] == pytest.approx(held["1f1b"][0])
+    assert held["zero_bubble"][3] > held["1f1b"][3]
+    assert held["zero_bubble_v"].max() < held["dualpipe_v"].max() < held["interleaved"].max() * 1.1
+
+
+def test_a_v_places_embedding_and_head_on_rank_0() -> None:
+    split = f"stage_layers={','.join(map(str, (9, 10, 10, 11, 10, 10, 10, 10)))}"
+    looped = one(f"{words('interleaved')} {split}")
+    shaped = one(f"{words('zero_bubble_v')} {split}")
+    assert looped.stage_layer_counts[0].tolist() == [19, 20, 20, 21]
+    assert shaped.stage_layer_counts[0].tolist() == [19, 20, 20, 21]
+    uneven = one(f"{words('zero_bubble_v')} stage_layers=1,2,3,4,10,20,30,10")
+    assert uneven.stage_layer_counts[0].tolist() == [11, 32, 23, 14]
+    parameters = shaped.stages["parameters"][0]
+    assert parameters[0] > parameters[3]
+    assert parameters.sum() == pytest.approx(looped.stages["parameters"][0].sum())
+
+
+def test_a_v_holds_a_tied_embedding_once() -> None:
+    """A tied embedding is also the head: held twice over looped stages, once on rank 0 of a V."""
+    tied = dataclasses.replace(load_model("llama-3-70b"), tied_embeddings=True)
+    job, cluster = Job(seq=8192, global_batch=64), load_cluster("h100-ib", gpus=64)
+    total = {
+        name: float(
+            estimate(model=tied, job=job, cluster=cluster, layouts=parse_layout(words(name)), runtime="megatron")
+            .stages["parameters"]
+            .sum()
+        )
+        for name in ("interleaved", "zero_bubble_v")
+    }
+    assert total["zero_bubble_v"] < total["interleaved"]
+    assert "tied-embeddings-across-stages" not in broken(words("zero_bubble_v"), runtime="fsdp2", model="gpt2")
+
+
+def test_one_row_equals_many() -> None:
+    rows = [parse_layout(words(name)) for name in SCHEDULES]
+    job, cluster = Job(seq=8192, global_batch=64), load_cluster("h100-ib", gpus=64)
+    many = estimate(
+        model=load_model("llama-3-70b"), job=job, cluster=cluster, layouts=layout_table(rows), runtime="megatron"
+    )
+    alone = [one(words(name)) for name in SCHEDULES]
+    assert many.step_s == pytest.approx(np.concatenate([row.step_s for row in alone]))
+    assert many.device_peak_bytes == pytest.approx(np.concatenate([row.device_peak_bytes for row in alone]))
