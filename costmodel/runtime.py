@@ -56,6 +56,10 @@ class Abilities(_FromFile):
     offload_optimizer: tuple[str, ...]
     offload_zero: tuple[int, ...]
     """ZeRO stages with which the optimizer can be offloaded."""
+    context_parallel: tuple[str, ...] = ()
+    """Kinds of context parallelism (words of `cp_kind`), the usual one first."""
+    ulysses_copies_heads: bool = False
+    """Ulysses with fewer key-value heads than ranks copies them; else cp must divide them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +158,8 @@ class Communication(_FromFile):
     pipeline_overlap: float
     pipeline_scatter: bool
     """Boundary tensors are split over tp even without sequence parallelism."""
+    context_overlap: float = 1.0
+    """Share of a ring pass of context parallelism that attention can hide."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +195,12 @@ class Runtime(_FromFile):
 def without_overlap(runtime: Runtime) -> Runtime:
     """The runtime where communication and compute share the same cores: on a CPU nothing hides."""
     exposed = replace(
-        runtime.communication, tensor_overlap=0.0, gather_overlap=0.0, reduce_overlap=0.0, pipeline_overlap=0.0
+        runtime.communication,
+        tensor_overlap=0.0,
+        gather_overlap=0.0,
+        reduce_overlap=0.0,
+        pipeline_overlap=0.0,
+        context_overlap=0.0,
     )
     return replace(runtime, communication=exposed)
 
