@@ -19,6 +19,8 @@ from shardplan.costmodel.runtime import load_runtime
 from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.load import load_cluster
 from shardplan.hw_profiles.topology import TierTable, tier_table
+from shardplan.planner.search import search
+from shardplan.planner.space import layout_space, parse_wishes
 
 TIERS = tier_table(load_cluster("h100-ib", gpus=64))
 
@@ -242,3 +244,33 @@ def test_copied_heads_let_deepspeed_spread_wider() -> None:
         runtime=load_runtime("deepspeed"),
     )
     assert rejections(at, parse_layout("dp=4 cp=16 zero=3 cp_kind=ulysses")) == ([], False)
+
+
+def test_space_looks_at_cp_for_long_sequences_of_runtimes_that_have_it() -> None:
+    model = load_model("llama-3-8b")
+
+    def degrees(seq: int, kinds: tuple[str, ...], fix: str = "", forbid: str = "") -> set[tuple[int, str]]:
+        space = layout_space(model, Job(seq=seq, global_batch=64), 64, parse_wishes(fix, [forbid]), kinds)
+        return {(int(cp), CP_KINDS[kind]) for cp, kind in zip(space.cp, space.cp_kind, strict=True)}
+
+    both = ("ring", "all_gather")
+    assert degrees(4096, both) == {(1, "ring")} == degrees(131072, ())
+    assert degrees(16384, both) == {(1, "ring"), *((cp, kind) for cp in (2, 4) for kind in both)}
+    assert degrees(4096, both, fix="cp=2") == {(2, "ring"), (2, "all_gather")}
+    assert degrees(8192, both, fix="cp=2 cp_kind=all_gather") == {(2, "all_gather")}
+    assert degrees(8192, both, forbid="context") == {(1, "ring")}
+    assert degrees(8192, both, forbid="cp_kind=ring") == {(1, "ring"), (2, "all_gather")}
+
+
+def test_search_finds_context_parallelism_where_nothing_else_fits() -> None:
+    """Llama 3 405B at 131,072 tokens was trained with cp = 16 (arXiv 2407.21783, table 4)."""
+    inputs = {
+        "model": load_model("llama-3-405b"),
+        "job": Job(seq=131072, global_batch=128),
+        "cluster": load_cluster("h100-ib", gpus=1024),
+        "runtime": "megatron",
+    }
+    assert search(**inputs, wishes=parse_wishes("", ["context"])).ranked is None
+    best = search(**inputs).ranked
+    assert best is not None
+    assert best.layouts.cp[0] in (8, 16)
