@@ -188,7 +188,7 @@ def assumptions(
         f"runtime {runtime.name}: {runtime.version}; {attention} attention; gradients in {gradient}",
         f"MFU counts 6 FLOP per matrix parameter and token plus full attention, no recompute, of {peak:g} dense "
         f"{job.precision} TFLOP/s ({cluster.gpu.name})",
-        f"ranks are placed tp, then dp, then pp; `fits` keeps {headroom:.0%} headroom below the upper edge of the memory band",
+        f"ranks are placed tp, then cp, then dp, then pp; `fits` keeps {headroom:.0%} headroom below the upper edge of the memory band",
     ]
     if model.max_positions and job.seq > model.max_positions:
         lines.append(f"seq {job.seq} exceeds the {model.max_positions} positions {model.name} was made for")

@@ -37,7 +37,8 @@ def flash_attention_s(
 ) -> tuple[FloatArray, FloatArray]:
     """(forward, backward) seconds of fused causal attention with `flop_forward` FLOP on sequences of `seq` tokens.
 
-    `kernel` is a generation of `attention_kernels.toml`; an architecture it does not list runs it as `other` does.
+    `kernel` is a generation of `attention_kernels.toml`; an architecture it does not list runs it as `other` does. A CPU
+    has no tensor cores that narrow heads leave empty: its profile alone counts.
     """
     tokens, width = np.asarray(seq, dtype=np.float64), np.asarray(head_dim, dtype=np.float64)
     ramp = tokens / (tokens + FLASH_RAMP_TOKENS)
@@ -46,6 +47,6 @@ def flash_attention_s(
     peak = gpu.peak_flop_per_s[precision]
     seconds: list[FloatArray] = []
     for phase, flop in (("forward", flop_forward), ("backward", FLASH_BACKWARD_FLOP * flop_forward)):
-        relative = np.interp(width, table["head_dim"], table[phase])
+        relative = np.ones_like(width) if gpu.device == "cpu" else np.interp(width, table["head_dim"], table[phase])
         seconds.append(flop / (peak * gpu.attention_efficiency[phase] * relative * ramp))
     return seconds[0], seconds[1]

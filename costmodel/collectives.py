@@ -6,6 +6,9 @@ the link inside the node.
 
 T = max(latency, S * f / bus(S)), f = 2(n-1)/n for all-reduce, (n-1)/n for all-gather and reduce-scatter
 (NVIDIA/nccl-tests doc/PERFORMANCE.md); S is the reduced or gathered buffer.
+
+Efficiency curves of the network were measured with all g GPUs of a node in one group, so that a buffer of S bytes passes S / g
+through each NIC share. A group with k members per node passes S / k: its efficiency is that of a buffer of S g / k bytes.
 """
 
 from __future__ import annotations
@@ -19,11 +22,11 @@ from shardplan.hw_profiles.machine import EfficiencyCurve
 from shardplan.hw_profiles.topology import TierTable
 
 FloatArray = NDArray[np.float64]
-Collective = Literal["all_reduce", "all_gather", "reduce_scatter"]
+Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
 
 
 def wire_factor(collective: Collective, ranks: ArrayLike) -> FloatArray:
-    """Bytes per rank on the wire of a ring, relative to the buffer; 0 for one rank."""
+    """Bytes per rank on the wire, relative to the buffer: of a ring, or of the shares an all-to-all sends; 0 for one rank."""
     n = np.asarray(ranks, dtype=np.float64)
     return (2.0 if collective == "all_reduce" else 1.0) * (n - 1.0) / n
 
@@ -54,7 +57,12 @@ def _at_tier(
 def collective_s(
     tiers: TierTable, collective: Collective, size_bytes: ArrayLike, ranks: ArrayLike, stride: ArrayLike
 ) -> FloatArray:
-    """Seconds of one collective over each group; 0 where it has one rank. All arguments broadcast."""
+    """Seconds of one collective over each group; 0 where it has one rank. All arguments broadcast.
+
+    `size_bytes` is the reduced or gathered buffer, for an all-to-all what one rank holds.
+    """
+    if collective == "all_to_all":
+        return _all_to_all_s(tiers, size_bytes, ranks, stride)
     size, n, step = np.broadcast_arrays(*(np.asarray(x, dtype=np.float64) for x in (size_bytes, ranks, stride)))
     inside = members_per_node(tiers, n, step)
     tier = _outer_tier(tiers, n * step)
@@ -62,10 +70,27 @@ def collective_s(
     bus = _at_tier(tiers, node, size, tiers.efficiency)
     if collective == "all_reduce":  # a reducing switch (NVLS) serves groups of the whole node
         bus = np.where(n == tiers.gpus[0], _at_tier(tiers, node, size, tiers.all_reduce_efficiency), bus)
-    between = inside * _at_tier(tiers, tier, size, tiers.efficiency)
+    through_nics = size * float(tiers.gpus[0]) / inside
+    between = inside * _at_tier(tiers, tier, through_nics, tiers.efficiency)
     bus = np.where(tier == 0, bus, np.minimum(bus, between))
     seconds = size * wire_factor(collective, n) / bus
     return np.where(n > 1, np.maximum(seconds, _latency_s(tiers, collective, n, inside, tier)), 0.0)
+
+
+def _all_to_all_s(tiers: TierTable, size_bytes: ArrayLike, ranks: ArrayLike, stride: ArrayLike) -> FloatArray:
+    """Seconds of an all-to-all of `size_bytes` a rank: every one of n ranks keeps 1/n, sends the shares of its node over the link
+    inside, the (n - k)/n of others over its NIC share, both at once; all messages start together, so one latency.
+
+    Between many nodes the rate per rank approaches n/(n - k) of the NIC share (NVIDIA/nccl-tests, busbw of all-to-all).
+    """
+    size, n, step = np.broadcast_arrays(*(np.asarray(x, dtype=np.float64) for x in (size_bytes, ranks, stride)))
+    k = members_per_node(tiers, n, step)
+    tier = _outer_tier(tiers, n * step)
+    k = np.where(tier == 0, n, k)
+    near, far = size * (k - 1.0) / n, size * (n - k) / n
+    inside = near / _at_tier(tiers, np.zeros_like(tier), size * k / n, tiers.efficiency)
+    outside = far / _at_tier(tiers, tier, far * float(tiers.gpus[0]), tiers.efficiency)
+    return np.where(n > 1, np.maximum(inside, outside) + tiers.latency_s[tier], 0.0)
 
 
 def _latency_s(

@@ -2,7 +2,8 @@
 
 Per rank and step, in elements of the rank's parameters P (ZeRO, arXiv 1910.02054): DDP all-reduces P (2 P on the wire); stages
 1 and 2 reduce-scatter and all-gather (2 P); stage 3 gathers in forward and in backward and reduce-scatters (3 P). The runtime
-says which of these repeat for every micro-batch. Under HSDP the shards are all-reduced between replicas.
+says which of these repeat for every micro-batch. Under HSDP the shards are all-reduced between replicas. Context-parallel ranks
+see other tokens with the same parameters, so they reduce and shard like data-parallel ones: groups have dp * cp ranks, tp apart.
 """
 
 from __future__ import annotations
@@ -40,9 +41,8 @@ def exchange_s(
     parameter_bytes: int,
 ) -> Exchange:
     """Time of all exchanges of a rank that owns `parameters` parameters in `units` equal groups (layers)."""
-    zero, step = layouts.zero, (layouts.tp * layouts.cp).astype(np.float64)
-    shards = np.where(zero > 0, layouts.dp_shard, 1).astype(np.float64)
-    replicas = layouts.dp / shards
+    step, shards = layouts.tp.astype(np.float64), layouts.zero_ranks.astype(np.float64)
+    replicas = layouts.dp * layouts.cp / shards
     unit = parameters / units
     reduce = collective_s(tiers, "reduce_scatter", unit * gradient_bytes, shards, step)
     reduce = reduce + collective_s(tiers, "all_reduce", unit * gradient_bytes / shards, replicas, step * shards)

@@ -47,11 +47,11 @@ TIME_PARTS = (
 """They add up to step_s."""
 
 DEFAULT_HEADROOM = 0.05
-TIME_BAND = 0.20
+TIME_BAND = 0.12
 """Half-width of the step-time band, relative: an uncalibrated machine of a known type."""
 MEMORY_BAND = 0.08
 """Half-width of the device-memory band, relative."""
-GUESS_BAND = 0.10
+GUESS_BAND = 0.04
 """Added to the time band when the machine's profile contains guesses that enter step time."""
 
 
@@ -133,7 +133,8 @@ def estimate(
 ) -> Estimates:
     """Memory and time of every layout; InputError when one has no meaning here (see `rules.STRUCTURAL`).
 
-    `constants` replaces the shipped fitted constants. `every_stage` reports all pipeline stages (default for a single layout) instead of the few that can be the worst.
+    `constants` replaces the shipped fitted constants.
+    `every_stage` reports all pipeline stages (default for a single layout) instead of the few that can be the worst.
     """
     table = layout_table([layouts]) if isinstance(layouts, Layout) else layouts
     chosen = load_runtime(runtime) if isinstance(runtime, str) else runtime

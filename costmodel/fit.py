@@ -8,14 +8,14 @@ scale (gemm, memory, traffic, launches) are fitted as logarithms, shares as they
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.costmodel.fitted import ARCHITECTURE_BOUNDS, RUNTIME_BOUNDS, Fitted
-from shardplan.costmodel.published_rows import Case, Refused, Row, number, row_case
+from shardplan.costmodel.published_rows import Case, RefusedRowError, Row, number, row_case
 from shardplan.costmodel.validation import estimate_case
 from shardplan.hw_profiles.errors import InputError
 
@@ -50,7 +50,7 @@ def fit_rows(rows: Sequence[Row]) -> list[FitRow]:
         try:
             case = row_case(row)
             settled = estimate_case(case).layouts.row(0)
-        except (Refused, InputError):
+        except (RefusedRowError, InputError):
             continue
         found.append(
             FitRow(
@@ -74,9 +74,7 @@ def row_weights(rows: Sequence[FitRow]) -> FloatArray:
         for row in rows
     ]
     copies, sources = Counter(same), Counter(row.source for row in rows)
-    return np.asarray(
-        [copies[key] ** -0.5 * sources[row.source] ** -0.25 for key, row in zip(same, rows, strict=True)]
-    )
+    return np.asarray([copies[key] ** -0.5 * sources[row.source] ** -0.25 for key, row in zip(same, rows, strict=True)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,9 +105,8 @@ class Space:
         return np.clip(x, self.low, self.high)
 
 
-def fit_space(rows: Sequence[FitRow], fixed: Mapping[str, tuple[str, ...]] | None = None) -> Space:
+def fit_space(rows: Sequence[FitRow]) -> Space:
     """Constants of every architecture and runtime that occurs in `rows`."""
-    del fixed
     entries = sorted({key for row in rows for key in row.keys})
     names: list[Constant] = []
     bounds: list[tuple[float, float, float, float]] = []
@@ -127,9 +124,7 @@ def fit_space(rows: Sequence[FitRow], fixed: Mapping[str, tuple[str, ...]] | Non
 
 def log_ratios(rows: Sequence[FitRow], constants: Fitted) -> FloatArray:
     """log(predicted / measured) of each row."""
-    return np.asarray(
-        [np.log(float(estimate_case(row.case, constants).step_s[0]) / row.measured_s) for row in rows]
-    )
+    return np.asarray([np.log(float(estimate_case(row.case, constants).step_s[0]) / row.measured_s) for row in rows])
 
 
 def log_ratio_jacobian(rows: Sequence[FitRow], space: Space, x: FloatArray, at: FloatArray) -> FloatArray:
@@ -155,9 +150,7 @@ def _weighted_step(
     robust = np.sqrt(weights / np.sqrt(1.0 + scaled**2))
     rows = [robust[:, None] * jacobian / NOISE, np.diag(1.0 / space.deviation), damping * np.eye(len(x))]
     right = [-robust * scaled, -(x - space.prior) / space.deviation, np.zeros(len(x))]
-    found = lsq_linear(
-        np.vstack(rows), np.concatenate(right), bounds=(space.low - x - 1e-9, space.high - x + 1e-9)
-    )
+    found = lsq_linear(np.vstack(rows), np.concatenate(right), bounds=(space.low - x - 1e-9, space.high - x + 1e-9))
     return np.clip(x + found.x, space.low, space.high)
 
 
@@ -210,7 +203,9 @@ def left_out_ratios(
 
 def fitted_text(constants: Fitted, fitted_on: str) -> str:
     """`fitted.toml`."""
-    lines = ["# Constants fitted on measured step times; written by `shardplan validate --refit`. Meaning and bounds: fitted.py."]
+    lines = [
+        "# Constants fitted on measured step times; written by `shardplan validate --refit`. Meaning and bounds: fitted.py."
+    ]
     lines.append(f'fitted_on = "{fitted_on}"')
     for table, entries in (("architecture", constants.architecture), ("runtime", constants.runtime)):
         for entry in sorted(entries):

@@ -59,8 +59,9 @@ def fitted() -> Fitted:
 
 
 def with_fitted_runtime(runtime: Runtime, constants: Fitted) -> Runtime:
-    """The runtime with its fitted constants; a switch that sets one keeps it relative to the unswitched value."""
-    values = constants.runtime.get(runtime.name.partition("+")[0], {})
+    """The runtime with its fitted constants, changed by switches as much as the values of its file were."""
+    given = constants.runtime.get(runtime.name.partition("+")[0], {})
+    values = {name: value * runtime.switched.get(name, 1.0) for name, value in given.items()}
     execution = {name: value for name, value in values.items() if name in EXECUTION}
     communication = {name: value for name, value in values.items() if name not in EXECUTION}
     return replace(

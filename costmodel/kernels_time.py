@@ -21,7 +21,14 @@ def smooth_max(*seconds: FloatArray) -> FloatArray:
     return total ** (1.0 / ROOFLINE_NORM)
 
 
-TILES = ((256.0, 128.0, 1.0), (128.0, 256.0, 1.0), (128.0, 128.0, 0.95), (64.0, 128.0, 0.8), (128.0, 64.0, 0.8), (64.0, 64.0, 0.6))
+TILES = (
+    (256.0, 128.0, 1.0),
+    (128.0, 256.0, 1.0),
+    (128.0, 128.0, 0.95),
+    (64.0, 128.0, 0.8),
+    (128.0, 64.0, 0.8),
+    (64.0, 64.0, 0.6),
+)
 """Output tiles (rows, columns) of library kernels and what a full wave of them reaches relative to the largest."""
 WAVE_SOFTNESS = 0.5
 """Share of a partly filled last wave that is not lost: stream-K and persistent kernels split it over idle multiprocessors."""

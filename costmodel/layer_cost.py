@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from shardplan.costmodel.attention_time import flash_attention_s
 from shardplan.costmodel.collectives import collective_s
+from shardplan.costmodel.context_parallel import context_seconds, transient_bytes
 from shardplan.costmodel.job import BYTES_OF
 from shardplan.costmodel.kernels_time import gemm_s, memory_bound_s
 from shardplan.costmodel.operators import Op, Shapes
@@ -38,6 +39,13 @@ class BlockCost:
     tensor_forward_s: FloatArray
     """Tensor-parallel communication, before overlap."""
     tensor_backward_s: FloatArray
+    context_forward_exposed_s: FloatArray
+    """Context-parallel communication that attention does not hide."""
+    context_forward_hidden_s: FloatArray
+    context_backward_exposed_s: FloatArray
+    context_backward_hidden_s: FloatArray
+    context_transient_bytes: FloatArray
+    """Of context parallelism while one attention runs backward."""
     host_forward_s: FloatArray
     """Host time to launch the forward; the backward takes BACKWARD_LAUNCHES times that."""
     input_bytes: FloatArray
@@ -64,6 +72,8 @@ def block_cost(
         forward, backward = _op_seconds(op, shapes, gpu, precision, runtime)
         for name, value in _op_totals(op, forward, backward, zero, runtime).items():
             total[name] = total[name] + value
+        if op.context is not None and np.any(shapes.cp > 1):
+            total.update(_context_columns(op.context, shapes, forward, backward, tiers, runtime))
         for phase, collectives in (("tensor_forward_s", op.forward), ("tensor_backward_s", op.backward)):
             for kind, size in collectives:
                 seconds = collective_s(tiers, kind, size, shapes.tp, 1.0)
@@ -74,6 +84,31 @@ def block_cost(
         if op.name not in TENSORS:
             total["host_forward_s"] = total["host_forward_s"] + gpu.launch_s * launches
     return BlockCost(**total)
+
+
+def _context_columns(
+    exchanged: tuple[FloatArray, FloatArray],
+    shapes: Shapes,
+    forward: FloatArray,
+    backward: FloatArray,
+    tiers: TierTable,
+    runtime: Runtime,
+) -> dict[str, FloatArray]:
+    """Columns of context parallelism of one attention, whose passes hide behind `forward` and `backward` seconds."""
+    cp = np.broadcast_to(np.asarray(shapes.cp, dtype=np.float64), shapes.tokens.shape)
+    kinds = np.broadcast_to(np.asarray(shapes.cp_kind), shapes.tokens.shape)
+    seconds = context_seconds(
+        tiers,
+        kinds=kinds,
+        cp=cp,
+        tp=shapes.tp,
+        query_bytes=exchanged[0],
+        key_value_bytes=exchanged[1],
+        forward_s=forward,
+        backward_s=backward,
+        overlap=runtime.communication.context_overlap,
+    )
+    return {**seconds, "context_transient_bytes": transient_bytes(kinds, cp, exchanged[1])}
 
 
 def _op_totals(

@@ -28,6 +28,10 @@ V_PLACED = ("zero_bubble_v", "dualpipe_v")
 """Schedules of two chunks in V placement: rank r holds chunks r and 2 pp - 1 - r, so rank 0 the first and the last."""
 ATTENTION = ("auto", "flash", "unfused")
 OFFLOAD = ("none", "cpu")
+CP_KINDS = ("ring", "ulysses", "all_gather")
+"""How context-parallel ranks meet the keys of the others: ring (zig-zag blocks), all-to-all of heads, gathered keys and values."""
+TEXT_WORDS = ("recompute", "schedule", "attention", "offload_optimizer", "cp_kind")
+"""Words whose value is a word."""
 ALL_LAYERS = -1
 
 
@@ -50,7 +54,7 @@ class Layout:
     zero: int = 0
     """ZeRO stage 0-3."""
     dp_shard: int | None = None
-    """Ranks that ZeRO shards over (HSDP when below dp); None = dp."""
+    """Data-parallel ranks that ZeRO shards over (HSDP when below dp), times cp; None = dp."""
     sequence_parallel: bool = False
     """Megatron sequence parallelism: norms and dropout split along the sequence over tp."""
     recompute: str = "none"
@@ -65,6 +69,8 @@ class Layout:
     """flash, unfused or auto (the runtime's own)."""
     offload_optimizer: str = "none"
     """Where optimizer states live: none (the GPU) or cpu."""
+    cp_kind: str = "ring"
+    """ring, ulysses, all_gather; without meaning when cp = 1."""
 
     def __post_init__(self) -> None:
         for name in ("dp", "tp", "pp", "cp", "ep", "micro_batch", "virtual_stages"):
@@ -76,7 +82,12 @@ class Layout:
         if type(self.zero) is not int or self.zero not in (0, 1, 2, 3):
             raise InputError(f"zero={self.zero} is not a ZeRO stage", place="layout", remedy="use 0, 1, 2 or 3")
         split_recompute(self.recompute)
-        for name, known in (("schedule", SCHEDULES), ("attention", ATTENTION), ("offload_optimizer", OFFLOAD)):
+        for name, known in (
+            ("schedule", SCHEDULES),
+            ("attention", ATTENTION),
+            ("offload_optimizer", OFFLOAD),
+            ("cp_kind", CP_KINDS),
+        ):
             _known(name, getattr(self, name), known)
         for layers in self.stage_layers or ():
             _positive("stage_layers", layers)
@@ -88,7 +99,7 @@ class Layout:
 
     @property
     def shard_ranks(self) -> int:
-        """Ranks that ZeRO shards states over (1 when zero = 0)."""
+        """Data-parallel ranks that ZeRO shards states over, without cp (1 when zero = 0)."""
         return (self.dp_shard or self.dp) if self.zero else 1
 
     def words(self, *, every: bool = False) -> str:
@@ -175,7 +186,7 @@ def _value(name: str, raw: str) -> object:
     try:
         if name == "stage_layers":
             return tuple(int(part) for part in raw.split(","))
-        if name in ("recompute", "schedule", "attention", "offload_optimizer"):
+        if name in TEXT_WORDS:
             return raw.lower()
         if name == "sequence_parallel":
             return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[raw.lower()]
@@ -195,7 +206,7 @@ def layout_from_document(document: Mapping[str, object]) -> Layout:
     layers = values.get("stage_layers")
     if isinstance(layers, list | tuple):
         values["stage_layers"] = tuple(layers)  # pyright: ignore[reportUnknownArgumentType]
-    for name in ("recompute", "schedule", "attention", "offload_optimizer"):
+    for name in TEXT_WORDS:
         if name in values and not isinstance(values[name], str):
             raise InputError(f"{name}={values[name]!r} is not a word", place="layout")
     return Layout(**values)  # pyright: ignore[reportArgumentType]
@@ -203,7 +214,7 @@ def layout_from_document(document: Mapping[str, object]) -> Layout:
 
 @dataclass(frozen=True, kw_only=True)
 class LayoutTable:
-    """N layouts as columns. Words are stored as codes: indices into RECOMPUTE, SCHEDULES, ATTENTION, OFFLOAD."""
+    """N layouts as columns. Words are stored as codes: indices into RECOMPUTE, SCHEDULES, ATTENTION, OFFLOAD, CP_KINDS."""
 
     dp: IntArray
     tp: IntArray
@@ -213,7 +224,7 @@ class LayoutTable:
     micro_batch: IntArray
     zero: IntArray
     dp_shard: IntArray
-    """Ranks ZeRO shards over; dp where it was not given."""
+    """Data-parallel ranks ZeRO shards over; dp where it was not given. See `zero_ranks`."""
     sequence_parallel: IntArray
     recompute: IntArray
     recompute_layers: IntArray
@@ -224,6 +235,7 @@ class LayoutTable:
     """Index into `splits`."""
     attention: IntArray
     offload_optimizer: IntArray
+    cp_kind: IntArray
     splits: tuple[tuple[int, ...] | None, ...] = (None,)
     """Explicit `stage_layers` in use; entry 0 is None, the runtime's rule."""
 
@@ -239,6 +251,15 @@ class LayoutTable:
     def v_placed(self) -> NDArray[np.bool_]:
         """Rows whose pipeline places two chunks in a V, (N,)."""
         return (self.pp > 1) & np.isin(self.schedule, [SCHEDULES.index(name) for name in V_PLACED])
+
+    @property
+    def zero_ranks(self) -> IntArray:
+        """Ranks over which ZeRO shards states, (N,), neighbours at stride tp: dp_shard * cp, 1 without ZeRO.
+
+        Ranks of one context-parallel group hold the same parameters and reduce their gradients with those of dp (Megatron-Core's
+        distributed optimizer, torchtitan's dp_shard_cp mesh, DeepSpeed's sequence-data-parallel group).
+        """
+        return np.where(self.zero > 0, self.dp_shard * self.cp, 1)
 
     def columns(self) -> dict[str, IntArray]:
         """Every column by name."""
@@ -267,6 +288,7 @@ class LayoutTable:
             stage_layers=self.splits[at["split"]],
             attention=ATTENTION[at["attention"]],
             offload_optimizer=OFFLOAD[at["offload_optimizer"]],
+            cp_kind=CP_KINDS[at["cp_kind"]],
         )
 
 
@@ -292,6 +314,7 @@ def layout_table(layouts: Sequence[Layout]) -> LayoutTable:
             "split": splits.index(one.stage_layers),
             "attention": ATTENTION.index(one.attention),
             "offload_optimizer": OFFLOAD.index(one.offload_optimizer),
+            "cp_kind": CP_KINDS.index(one.cp_kind),
         }
         rows.append(tuple(row[name] for name in COLUMNS))
     matrix = np.asarray(rows, dtype=np.int64).reshape(len(rows), len(COLUMNS))

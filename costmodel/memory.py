@@ -98,7 +98,7 @@ def stage_states(
     head) are per rank, that is after the tensor-parallel split. Under ZeRO-3 the gathered layers are added to the parameters,
     whole gradients of layers awaiting reduction to the gradients.
     """
-    shards = np.where(layouts.zero > 0, layouts.dp_shard, 1).astype(np.float64)[:, None]
+    shards = layouts.zero_ranks.astype(np.float64)[:, None]
     states = state_columns(runtime, job, layouts.zero, accumulates=accumulates)
     moved = np.zeros_like(stage_parameters)
     parts: dict[str, FloatArray] = {}
@@ -125,7 +125,7 @@ def stage_states(
 
 def _held_whole(runtime: Runtime, layouts: LayoutTable) -> FloatArray:
     """1 where a pipeline keeps gradients (and under ZeRO-3 parameters) whole until the end of the step, (N,)."""
-    inside = (layouts.pp > 1) & (layouts.zero >= 2) & (layouts.dp_shard > 1)
+    inside = (layouts.pp > 1) & (layouts.zero >= 2) & (layouts.zero_ranks > 1)
     return (inside & runtime.communication.pipeline_reduces_once).astype(np.float64)
 
 
@@ -141,7 +141,7 @@ def _working_set(
     """(gathered parameters under ZeRO-3, whole gradients awaiting reduction where they do not stay whole) in bytes."""
     element = BYTES_OF[job.precision]
     work = runtime.working_set
-    spread = (layouts.dp_shard > 1) & (_held_whole(runtime, layouts) == 0)
+    spread = (layouts.zero_ranks > 1) & (_held_whole(runtime, layouts) == 0)
     waits = (layouts.zero >= 2) | ((layouts.zero == 1) & ~accumulates)
     gathered = work.gathered_layers * layer + (root if work.root_stays_gathered else 0.0)
     gathered = np.where(((layouts.zero == 3) & spread)[:, None], np.minimum(gathered, stage), 0.0)

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.costmodel.collectives import Collective
+from shardplan.costmodel.context_parallel import ULYSSES, kept_bytes
 from shardplan.costmodel.kernels_time import flash_attention_flop
 from shardplan.costmodel.model import LayerKind
 from shardplan.costmodel.runtime import Runtime
@@ -30,6 +31,9 @@ class Shapes:
     micro_batch: FloatArray
     seq: FloatArray
     """Tokens of a sequence held by one rank (seq / cp)."""
+    cp: Amount = 1.0
+    cp_kind: NDArray[np.int64] | int = 0
+    """Code of CP_KINDS."""
     tp: FloatArray
     sp: FloatArray
     """tp with sequence parallelism, else 1: divides what is split along the sequence."""
@@ -75,6 +79,8 @@ class Op:
     forward: tuple[tuple[Collective, FloatArray], ...] = ()
     """Tensor-parallel collectives of the forward pass: (kind, buffer bytes)."""
     backward: tuple[tuple[Collective, FloatArray], ...] = ()
+    context: tuple[FloatArray, FloatArray] | None = None
+    """Of attention: bytes of queries, and of keys and values, that context-parallel ranks exchange."""
 
 
 def layer_ops(kind: LayerKind, shapes: Shapes, runtime: Runtime) -> tuple[Op, ...]:
@@ -103,7 +109,7 @@ def _attention_ops(kind: LayerKind, shapes: Shapes, runtime: Runtime) -> tuple[O
             name="rotary",
             traffic_bytes=2 * e * tokens * (heads + kv_heads) * kind.head_dim * (1 if kind.rotary else 0),
         ),
-        _attention_core(kind, shapes, heads),
+        _attention_core(kind, shapes, heads, kv_heads),
         Op(name="attention_output", kept_bytes=e * tokens * heads * kind.head_dim),
         Op(
             name="projection",
@@ -160,16 +166,25 @@ def _mlp_ops(kind: LayerKind, shapes: Shapes, runtime: Runtime) -> tuple[Op, ...
     return tuple(ops)
 
 
-def _attention_core(kind: LayerKind, shapes: Shapes, heads: FloatArray) -> Op:
-    """Fused: keeps the log-sum-exp. Unfused: keeps softmax and its dropped-out copy, and the mask (5 a s^2 b bytes)."""
+def _attention_core(kind: LayerKind, shapes: Shapes, heads: FloatArray, kv_heads: FloatArray) -> Op:
+    """Fused: keeps the log-sum-exp. Unfused: keeps softmax and its dropped-out copy, and the mask (5 a s^2 b bytes).
+
+    A rank's share of the work is that of its seq tokens against all seq * cp keys, in every kind of context parallelism.
+    """
     e, seq, tokens = shapes.element_bytes, shapes.seq, shapes.tokens
-    scores = shapes.micro_batch * heads * seq * seq
+    keys = seq * shapes.cp
+    scores = shapes.micro_batch * heads * seq * keys
+    cp, cp_kind = np.broadcast_to(shapes.cp, seq.shape), np.broadcast_to(shapes.cp_kind, seq.shape)
+    # ulysses gives each rank whole key-value heads; with fewer heads than ranks they are copied
+    copied = np.where(cp_kind == ULYSSES, np.maximum(kv_heads, cp), kv_heads)
+    queries, own, exchanged = (e * tokens * kind.head_dim * n for n in (heads, 2 * kv_heads, 2 * copied))
+    extra = kept_bytes(cp_kind, cp, queries, own, exchanged)
     pairs = shapes.micro_batch * heads
     unfused = ~shapes.flash
-    flop = shapes.micro_batch * flash_attention_flop(seq, seq, heads, kind.head_dim)
+    flop = shapes.micro_batch * flash_attention_flop(seq, keys, heads, kind.head_dim)
     products = tuple(
         Gemm(m=seq, n=n, k=k, count=np.where(unfused, pairs, 0.0))
-        for n, k in ((seq, kind.head_dim * np.ones_like(seq)), (kind.head_dim * np.ones_like(seq), seq))
+        for n, k in ((keys, kind.head_dim * np.ones_like(seq)), (kind.head_dim * np.ones_like(seq), keys))
     )
     dropout = 1 if kind.dropout else 0
     return Op(
@@ -178,7 +193,8 @@ def _attention_core(kind: LayerKind, shapes: Shapes, heads: FloatArray) -> Op:
         flash_flop=np.where(shapes.flash, flop, 0.0),
         head_dim=float(kind.head_dim),
         traffic_bytes=np.where(unfused, scores * (4 * e + dropout * (2 * e + 1)), 0.0),
-        kept_bytes=np.where(unfused, scores * (e + dropout * (e + 1)), 4 * tokens * heads),
+        kept_bytes=np.where(unfused, scores * (e + dropout * (e + 1)), 4 * tokens * heads + extra),
+        context=(queries, exchanged),
     )
 
 

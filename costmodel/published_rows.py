@@ -24,12 +24,58 @@ from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.load import load_cluster
 from shardplan.hw_profiles.machine import Cluster
 
-COLUMNS = (
-    "case_id source citation quality model layers hidden heads kv_heads head_dim ffn gated_mlp vocab tied_embeddings experts "
-    "experts_per_token expert_ffn shared_experts seq gpu gpus gpus_per_node network_gbps_per_gpu dp tp pp virtual_stages cp ep "
-    "zero hpz offload_optimizer offload_params micro_batch global_batch schedule recompute sequence_parallel attention precision "
-    "grad_dtype optimizer overlap_dp framework step_s tokens_per_s_per_gpu peak_memory_gib memory_kind out_of_memory notes"
-).split()
+COLUMNS = [
+    "case_id",
+    "source",
+    "citation",
+    "quality",
+    "model",
+    "layers",
+    "hidden",
+    "heads",
+    "kv_heads",
+    "head_dim",
+    "ffn",
+    "gated_mlp",
+    "vocab",
+    "tied_embeddings",
+    "experts",
+    "experts_per_token",
+    "expert_ffn",
+    "shared_experts",
+    "seq",
+    "gpu",
+    "gpus",
+    "gpus_per_node",
+    "network_gbps_per_gpu",
+    "dp",
+    "tp",
+    "pp",
+    "virtual_stages",
+    "cp",
+    "ep",
+    "zero",
+    "hpz",
+    "offload_optimizer",
+    "offload_params",
+    "micro_batch",
+    "global_batch",
+    "schedule",
+    "recompute",
+    "sequence_parallel",
+    "attention",
+    "precision",
+    "grad_dtype",
+    "optimizer",
+    "overlap_dp",
+    "framework",
+    "step_s",
+    "tokens_per_s_per_gpu",
+    "peak_memory_gib",
+    "memory_kind",
+    "out_of_memory",
+    "notes",
+]
 """Columns a table must have; `profile` (a cluster of the catalog, or a file) may follow."""
 
 Row = Mapping[str, str]
@@ -48,7 +94,7 @@ class Case:
     """The row does not say what was recomputed: the least that fits is assumed."""
 
 
-class Refused(Exception):
+class RefusedRowError(Exception):
     """The row asks for something the model does not cover; the text says what."""
 
 
@@ -64,7 +110,7 @@ def read_rows(path: Path) -> list[Row]:
                     place=str(path),
                     remedy="see docs/validation.md for the columns",
                 )
-            rows = [{key: value or "" for key, value in row.items() if isinstance(key, str)} for row in reader]
+            rows: list[Row] = [{key: value or "" for key, value in row.items() if key} for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as bad:
         raise InputError(f"cannot be read ({bad})", place=str(path), remedy="give a CSV file in UTF-8") from None
     if not rows:
@@ -76,7 +122,7 @@ def number(row: Row, name: str, default: float | None = None) -> float:
     """A number of the row; InputError names case, field and value when it is none."""
     text = row[name].strip()
     if not text and default is None:
-        raise Refused(f"the row does not say {name}")
+        raise RefusedRowError(f"the row does not say {name}")
     if not text:
         return float(default or 0.0)
     try:
@@ -110,40 +156,39 @@ def _names() -> Mapping[str, Any]:
 
 
 def row_case(row: Row) -> Case:
-    """The question a row asks; raises Refused with the reason when the model does not cover it."""
+    """The question a row asks; raises RefusedRowError with the reason when the model does not cover it."""
     _refuse_uncovered(row)
     runtime, zero = _runtime(row)
     model, layout = _model(row), _layout(row, zero, runtime)
+    seq, batch = whole(row, "seq"), whole(row, "global_batch")
     try:
         job = Job(
-            seq=whole(row, "seq"),
-            global_batch=whole(row, "global_batch"),
+            seq=seq,
+            global_batch=batch,
             precision=row["precision"],
             grad_dtype=row["grad_dtype"] or None,
         )
     except InputError as bad:
-        raise Refused(str(bad)) from None
+        raise RefusedRowError(str(bad)) from None
     unknown = not row["recompute"] and layout.recompute == "none"
-    return Case(
-        model=model, job=job, cluster=_cluster(row), layout=layout, runtime=runtime, recompute_unknown=unknown
-    )
+    return Case(model=model, job=job, cluster=_cluster(row), layout=layout, runtime=runtime, recompute_unknown=unknown)
 
 
 def _refuse_uncovered(row: Row) -> None:
-    """Refused for what the cost model does not know yet."""
+    """RefusedRowError for what the cost model does not know yet."""
     fine_tuned = f"{row['model']} {row['notes']}".lower()
     if re.search(r"\bq?lora\b", fine_tuned):
-        raise Refused("LoRA and QLoRA fine-tuning is not modelled yet")
+        raise RefusedRowError("LoRA and QLoRA fine-tuning is not modelled yet")
     if row["precision"] in ("fp8", "fp4"):
-        raise Refused(f"precision {row['precision']} is not modelled yet")
+        raise RefusedRowError(f"precision {row['precision']} is not modelled yet")
     if row["experts"]:
-        raise Refused("mixture-of-experts layers are not modelled yet")
+        raise RefusedRowError("mixture-of-experts layers are not modelled yet")
     if row["offload_params"] not in ("", "none"):
-        raise Refused("parameter offload is not modelled yet")
+        raise RefusedRowError("parameter offload is not modelled yet")
     if row["offload_optimizer"] not in ("", "none", "cpu"):
-        raise Refused(f"optimizer offload to {row['offload_optimizer']} is not modelled yet")
+        raise RefusedRowError(f"optimizer offload to {row['offload_optimizer']} is not modelled yet")
     if row["recompute"] == "partial":
-        raise Refused("recompute=partial does not say how many layers")
+        raise RefusedRowError("recompute=partial does not say how many layers")
 
 
 def _runtime(row: Row) -> tuple[Runtime, int]:
@@ -152,7 +197,7 @@ def _runtime(row: Row) -> tuple[Runtime, int]:
     for entry in _names()["frameworks"]:
         if entry["contains"] in framework:
             return load_runtime(entry["runtime"]), int(entry["zero"])
-    raise Refused(f"framework {row['framework']!r} has no runtime yet")
+    raise RefusedRowError(f"framework {row['framework']!r} has no runtime yet")
 
 
 def _model(row: Row) -> Model:
@@ -189,38 +234,37 @@ def _layout(row: Row, zero: int, runtime: Runtime) -> Layout:
     hpz = whole(row, "hpz", 0)
     dp, stage = whole(row, "dp"), whole(row, "zero", zero)
     if hpz and not runtime.abilities.hsdp:
-        raise Refused(f"hpz={hpz}: a secondary partition of parameters (ZeRO++) is not modelled yet")
+        raise RefusedRowError(f"hpz={hpz}: a secondary partition of parameters (ZeRO++) is not modelled yet")
     schedule = row["schedule"] or "1f1b"
-    recompute = row["recompute"] or ("none" if row["attention"] == "flash" else "full")
+    tp, pp, micro_batch = (whole(row, name) for name in ("tp", "pp", "micro_batch"))
+    cp, ep, virtual_stages = (whole(row, name, 1) for name in ("cp", "ep", "virtual_stages"))
     try:
         return Layout(
             dp=dp,
-            tp=whole(row, "tp"),
-            pp=whole(row, "pp"),
-            cp=whole(row, "cp", 1),
-            ep=whole(row, "ep", 1),
-            micro_batch=whole(row, "micro_batch"),
+            tp=tp,
+            pp=pp,
+            cp=cp,
+            ep=ep,
+            micro_batch=micro_batch,
+            virtual_stages=virtual_stages,
             zero=stage,
             dp_shard=hpz if hpz and dp % hpz == 0 else None,
             sequence_parallel=flag(row, "sequence_parallel"),
-            recompute=recompute,
+            recompute=row["recompute"] or ("none" if row["attention"] == "flash" else "full"),
             schedule="1f1b" if schedule == "none" else schedule.replace("-", "_"),
-            virtual_stages=whole(row, "virtual_stages", 1),
             attention=row["attention"] or "auto",
             offload_optimizer=row["offload_optimizer"] or "none",
         )
     except InputError as bad:
-        raise Refused(str(bad)) from None
+        raise RefusedRowError(str(bad)) from None
 
 
 def _cluster(row: Row) -> Cluster:
     """The machine of the row's GPU (or `profile`), with its node size and network rate where the row states them."""
     name = row.get("profile") or _names()["gpus"].get(row["gpu"])
     if not name:
-        raise Refused(f"GPU {row['gpu']!r} is not in the catalog yet")
-    return _machine(
-        name, whole(row, "gpus"), whole(row, "gpus_per_node", 0), number(row, "network_gbps_per_gpu", 0.0)
-    )
+        raise RefusedRowError(f"GPU {row['gpu']!r} is not in the catalog yet")
+    return _machine(name, whole(row, "gpus"), whole(row, "gpus_per_node", 0), number(row, "network_gbps_per_gpu", 0.0))
 
 
 @cache

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from shardplan.costmodel.context_rules import CONTEXT_RULES
 from shardplan.costmodel.layout import (
     ALL_LAYERS,
     ATTENTION,
@@ -131,9 +132,9 @@ SHAPES: tuple[Rule, ...] = (
     ),
     Rule(
         id="sp-divides-seq",
-        broken=lambda s, t: (t.sequence_parallel == 1) & (s.job.seq % t.tp != 0),
-        detail=lambda s, x: f"tp={x.tp} does not divide seq={s.job.seq}",
-        remedy=lambda s, x: f"use a sequence length that is a multiple of {x.tp}",
+        broken=lambda s, t: (t.sequence_parallel == 1) & (s.job.seq % (t.tp * t.cp) != 0),
+        detail=lambda s, x: f"tp*cp = {x.tp}*{x.cp} does not divide seq={s.job.seq}",
+        remedy=lambda s, x: f"use a sequence length that is a multiple of {x.tp * x.cp}",
     ),
     Rule(
         id="seq-within-positions",
@@ -142,13 +143,6 @@ SHAPES: tuple[Rule, ...] = (
             f"seq={s.job.seq} is longer than the {s.model.learned_positions} learned positions of {s.model.name}"
         ),
         remedy=lambda s, x: f"use --seq {s.model.learned_positions} or less",
-    ),
-    Rule(
-        id="cp-not-modelled",
-        broken=lambda s, t: t.cp > 1,
-        detail=lambda s, x: f"cp={x.cp}: context parallelism is not modelled yet",
-        remedy=lambda s, x: "use cp=1",
-        structural=True,
     ),
     Rule(
         id="ep-not-modelled",
@@ -353,7 +347,7 @@ RUNTIME_RULES: tuple[Rule, ...] = (
     ),
 )
 
-RULES: tuple[Rule, ...] = (*STRUCTURE, *SHAPES, *SCHEDULE_RULES, *RUNTIME_RULES)
+RULES: tuple[Rule, ...] = (*STRUCTURE, *SHAPES, *CONTEXT_RULES, *SCHEDULE_RULES, *RUNTIME_RULES)
 STRUCTURAL: tuple[Rule, ...] = tuple(rule for rule in RULES if rule.structural)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -56,6 +56,10 @@ class Abilities(_FromFile):
     offload_optimizer: tuple[str, ...]
     offload_zero: tuple[int, ...]
     """ZeRO stages with which the optimizer can be offloaded."""
+    context_parallel: tuple[str, ...] = ()
+    """Kinds of context parallelism (words of `cp_kind`), the usual one first."""
+    ulysses_copies_heads: bool = False
+    """Ulysses with fewer key-value heads than ranks copies them; else cp must divide them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +160,8 @@ class Communication(_FromFile):
     pipeline_overlap: float
     pipeline_scatter: bool
     """Boundary tensors are split over tp even without sequence parallelism."""
+    context_overlap: float = 1.0
+    """Share of a ring pass of context parallelism that attention can hide."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,12 +194,19 @@ class Runtime(_FromFile):
     """Vocabulary is padded to this times tp."""
     allocator_slack_fraction: float
     """Reserved beyond allocated, relative to allocated."""
+    switched: Mapping[str, float] = field(default_factory=dict[str, float])
+    """Numbers that switches changed, relative to before; fitted constants are changed alike."""
 
 
 def without_overlap(runtime: Runtime) -> Runtime:
     """The runtime where communication and compute share the same cores: on a CPU nothing hides."""
     exposed = replace(
-        runtime.communication, tensor_overlap=0.0, gather_overlap=0.0, reduce_overlap=0.0, pipeline_overlap=0.0
+        runtime.communication,
+        tensor_overlap=0.0,
+        gather_overlap=0.0,
+        reduce_overlap=0.0,
+        pipeline_overlap=0.0,
+        context_overlap=0.0,
     )
     return replace(runtime, communication=exposed)
 
@@ -232,9 +245,17 @@ def _switched(document: dict[str, Any], switches: list[str], place: str) -> dict
                 remedy=nearest(word, known) if known else "this runtime has no switches",
             )
         for table, values in known[word].items():
-            document[table] = {**document[table], **values}
+            before = document[table]
+            changes = {name: value / before[name] for name, value in values.items() if _scales(before.get(name), value)}
+            document["switched"] = {**document.get("switched", {}), **changes}
+            document[table] = {**before, **values}
         document["name"] = f"{document['name']}+{word}"
     return document
+
+
+def _scales(before: object, after: object) -> bool:
+    """Both are numbers and the first is not 0."""
+    return isinstance(before, int | float) and isinstance(after, int | float) and before != 0
 
 
 def _read(text: str, place: str, switches: list[str]) -> Runtime:

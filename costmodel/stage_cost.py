@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from shardplan.costmodel.job import BYTES_OF, Job
 from shardplan.costmodel.keys import unique_keys
 from shardplan.costmodel.layer_cost import BlockCost, block_cost
-from shardplan.costmodel.layout import ALL_LAYERS, ATTENTION, LayoutTable
+from shardplan.costmodel.layout import ALL_LAYERS, ATTENTION, CP_KINDS, LayoutTable
 from shardplan.costmodel.memory import FULL, SELECTIVE
 from shardplan.costmodel.model import LayerKind, Model, layer_parameters
 from shardplan.costmodel.operators import Op, Shapes, embedding_ops, head_ops, layer_ops, logits_bytes
@@ -27,7 +27,7 @@ BlockColumns = Mapping[str, FloatArray]
 
 @dataclass(frozen=True, kw_only=True)
 class BlockRows:
-    """Columns of `layer_cost.BlockCost` gathered for N layouts."""
+    """Columns of `layer_cost.BlockCost` gathered for N layouts; those of context parallelism only where some layout has it."""
 
     layers: tuple[BlockColumns, ...]
     """One per run of layer kinds."""
@@ -51,14 +51,17 @@ def padded_vocab(model: Model, runtime: Runtime, tp: FloatArray) -> FloatArray:
 def block_rows(
     model: Model, job: Job, cluster: Cluster, layouts: LayoutTable, runtime: Runtime, tiers: TierTable
 ) -> BlockRows:
-    """Costs of layers, embedding and head: once per unique (tp, sp, cp, micro-batch, attention), then gathered."""
+    """Costs of layers, embedding and head: once per unique (tp, sp, cp and its kind, micro-batch, attention), then gathered."""
     default = ATTENTION.index(runtime.abilities.attention[0])
     attention = np.where(layouts.attention == 0, default, layouts.attention)
-    first, inverse = unique_keys(layouts.tp, layouts.sequence_parallel, layouts.cp, layouts.micro_batch, attention)
+    context = layouts.cp * len(CP_KINDS) + layouts.cp_kind
+    first, inverse = unique_keys(layouts.tp, layouts.sequence_parallel, context, layouts.micro_batch, attention)
     tp = layouts.tp[first].astype(np.float64)
     shapes = Shapes(
         micro_batch=layouts.micro_batch[first].astype(np.float64),
         seq=job.seq / layouts.cp[first],
+        cp=layouts.cp[first].astype(np.float64),
+        cp_kind=layouts.cp_kind[first],
         tp=tp,
         sp=np.where(layouts.sequence_parallel[first] == 1, tp, 1.0),
         flash=attention[first] == ATTENTION.index("flash"),
@@ -67,8 +70,11 @@ def block_rows(
     vocab = padded_vocab(model, runtime, tp)
     dropout = model.layers[0][0].dropout
 
+    alone = bool((layouts.cp == 1).all())
+    names = [name for name in BlockCost.__dataclass_fields__ if not (alone and name.startswith("context_"))]
+
     def gathered(block: BlockCost) -> BlockColumns:
-        return {name: getattr(block, name)[inverse] for name in BlockCost.__dataclass_fields__}
+        return {name: getattr(block, name)[inverse] for name in names}
 
     def layer_cost(kind: LayerKind) -> BlockColumns:
         """A layer; what `selective` keeps in exchange is taken off what it drops."""

@@ -62,6 +62,8 @@ def stage_memory(
             selective=block["selective_bytes"],
             entering=block["input_bytes"],
         )
+        if "context_transient_bytes" in block:
+            activations += np.where(layers > 0, block["context_transient_bytes"][:, None], 0.0)
     activations += flying * stages.embedding * blocks.embedding["kept_bytes"][:, None]
     activations += stages.head * (flying * blocks.head["kept_bytes"][:, None] + blocks.logits_bytes[:, None])
     on_gpu = gpu.device == "cuda"  # NCCL channels and GPU workspaces; gloo keeps next to nothing

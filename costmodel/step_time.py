@@ -41,14 +41,14 @@ def step_time(
     """(seconds by part with `step_s`, hidden seconds by axis), columns of shape (N,)."""
     exchanging = _exchange_host_s(cluster.gpu, layouts, runtime, micro_batches)
     pace = _pace(model, cluster.gpu, runtime, blocks, stages, exchanging)
-    total = sum((pace[part] for part in PACE_PARTS), np.zeros_like(stages.embedding))
+    total = sum((pace[part] for part in PACE_PARTS if part in pace), np.zeros_like(stages.embedding))
     slowest = total.argmax(axis=1)[:, None]
     worst = {part: np.take_along_axis(values, slowest, axis=1)[:, 0] for part, values in pace.items()}
     fill = _whole_pipeline(model, cluster.gpu, runtime, blocks, stages, exchanging) - total.max(axis=1)
     dp_exposed, dp_hidden = _data_parallel(
         model, job, layouts, runtime, tiers, stages, parameters, micro_batches, worst
     )
-    updated = parameters.stage.max(axis=1) / np.where(layouts.zero > 0, layouts.dp_shard, 1)
+    updated = parameters.stage.max(axis=1) / layouts.zero_ranks
     optimizer = memory_bound_s(cluster.gpu, UPDATE_BYTES[job.optimizer] * updated)
     offloaded = layouts.offload_optimizer > 0
     offload, offload_hidden = optimizer_offload_s(
@@ -64,7 +64,7 @@ def step_time(
         "compute_s": micro_batches * (worst["forward"] + worst["backward"]),
         "recompute_s": micro_batches * worst["recompute"],
         "tp_exposed_s": tensor * (1.0 - runtime.communication.tensor_overlap),
-        "cp_exposed_s": zero,
+        "cp_exposed_s": micro_batches * worst.get("context_exposed", zero),
         "ep_exposed_s": zero,
         "dp_exposed_s": dp_exposed,
         "pp_exposed_s": _pipeline_transfers(model, job, layouts, runtime, tiers, micro_batches),
@@ -75,6 +75,7 @@ def step_time(
     }
     hidden = {
         "tp_s": tensor * runtime.communication.tensor_overlap,
+        "cp_s": micro_batches * worst.get("context_hidden", zero),
         "dp_s": dp_hidden,
         "offload_s": np.where(offloaded, offload_hidden, 0.0),
     }
@@ -88,7 +89,7 @@ def _bubble_s(
 
     Half of the backward operators are taken for the gradient of the weights; recompute comes before the gradient of the input.
     """
-    around = 0.5 * (worst["tensor_exposed"] + worst["host"])
+    around = 0.5 * (worst["tensor_exposed"] + worst.get("context_exposed", 0.0) + worst["host"])
     weight_grad = 0.5 * worst["backward"]
     share = hop_share(
         layouts.schedule, worst["forward"] + around, weight_grad + worst["recompute"] + around, weight_grad
@@ -98,15 +99,15 @@ def _bubble_s(
     return np.where(layouts.pp > 1, filled, 0.0)
 
 
-PACE_PARTS = ("forward", "backward", "recompute", "tensor_exposed", "host")
+PACE_PARTS = ("forward", "backward", "recompute", "tensor_exposed", "context_exposed", "host")
 
 
 def _exchange_host_s(gpu: Gpu, layouts: LayoutTable, runtime: Runtime, micro_batches: FloatArray) -> FloatArray:
     """Host seconds per layer and micro-batch that gathers and reductions of its states take, (N,)."""
     reductions, gathers = exchange_counts(layouts, runtime.communication, micro_batches)
-    gathers = np.where((layouts.zero > 0) & (layouts.dp_shard > 1), gathers, 0.0)
+    gathers = np.where(layouts.zero_ranks > 1, gathers, 0.0)
     per_step = (reductions + gathers) * runtime.execution.exchange_launches * gpu.launch_s
-    return np.where(layouts.dp > 1, per_step / micro_batches, 0.0)
+    return np.where(layouts.dp * layouts.cp > 1, per_step / micro_batches, 0.0)
 
 
 def _block_pace(
@@ -125,6 +126,9 @@ def _block_pace(
     tensor = block["tensor_forward_s"] * (1.0 + repeated) + block["tensor_backward_s"]
     exposed = tensor * (1.0 - runtime.communication.tensor_overlap)
     busy = block["forward_s"] + block["backward_s"] + recompute + exposed
+    context = _context_pace(runtime, block, recomputed, selects)
+    if context:
+        busy = busy + context["context_exposed"]
     launching = block["host_forward_s"] * (1.0 + BACKWARD_LAUNCHES + recomputed) + exchanging
     # a CPU runs the operation it dispatches, a GPU only idles when launches come too slowly
     host = launching if gpu.device == "cpu" else np.maximum(launching - busy, 0.0)
@@ -135,6 +139,23 @@ def _block_pace(
         "tensor": tensor,
         "tensor_exposed": exposed,
         "host": host + np.zeros_like(busy),
+        **context,
+    }
+
+
+def _context_pace(
+    runtime: Runtime, block: BlockColumns, recomputed: FloatArray, selects: FloatArray
+) -> dict[str, FloatArray]:
+    """Seconds of context-parallel exchanges of one block and micro-batch, exposed and hidden; none where no layout has any.
+
+    Recomputing attention repeats the exchanges of its forward.
+    """
+    if "context_forward_exposed_s" not in block:
+        return {}
+    again = 1.0 + recomputed + (selects if "attention" in runtime.activations.selective else 0.0)
+    return {
+        f"context_{what}": block[f"context_forward_{what}_s"] * again + block[f"context_backward_{what}_s"]
+        for what in ("exposed", "hidden")
     }
 
 
@@ -189,7 +210,7 @@ def _whole_pipeline(
             repeated=repeated,
             exchanging=exchanging,
         )
-        seconds = seconds + count * sum((pace[part] for part in PACE_PARTS), none)
+        seconds = seconds + count * sum((pace[part] for part in PACE_PARTS if part in pace), none)
     return seconds
 
 

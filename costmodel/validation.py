@@ -11,7 +11,7 @@ import numpy as np
 
 from shardplan.costmodel.estimate import Estimates, estimate
 from shardplan.costmodel.fitted import Fitted
-from shardplan.costmodel.published_rows import Case, Refused, Row, flag, number, row_case
+from shardplan.costmodel.published_rows import Case, RefusedRowError, Row, flag, number, row_case
 from shardplan.hw_profiles.errors import InputError
 
 GIB = 2.0**30
@@ -81,7 +81,9 @@ def _outcome(row: Row) -> Outcome:
     bare = Outcome(
         case_id=row["case_id"],
         source=row["source"],
-        group=tuple(row[name] for name in ("source", "model", "gpu", "gpus", "seq", "global_batch", "precision", "framework")),
+        group=tuple(
+            row[name] for name in ("source", "model", "gpu", "gpus", "seq", "global_batch", "precision", "framework")
+        ),
         measured_step_s=_measured(row, "step_s"),
         measured_peak_gib=_measured(row, "peak_memory_gib"),
         memory_kind=row["memory_kind"] or "unknown",
@@ -89,7 +91,7 @@ def _outcome(row: Row) -> Outcome:
     )
     try:
         return predicted(bare, estimate_case(row_case(row)))
-    except Refused as reason:
+    except RefusedRowError as reason:
         return replace(bare, refused=str(reason))
     except InputError as bad:
         if bad.place == "layouts":
@@ -102,18 +104,23 @@ def estimate_case(case: Case, constants: Fitted | None = None) -> Estimates:
     likely to fit."""
     words = ("none", "selective", "full") if case.recompute_unknown else (case.layout.recompute,)
     words = tuple(word for word in words if word in case.runtime.abilities.recompute) or (case.layout.recompute,)
-    for word in words:
-        found = estimate(
-            model=case.model,
-            job=case.job,
-            cluster=case.cluster,
-            layouts=replace(case.layout, recompute=word),
-            runtime=case.runtime,
-            constants=constants,
-        )
+    *lighter, last = words
+    for word in lighter:
+        found = _estimate_with(case, word, constants)
         if bool(found.fits_likely()[0]):
-            break
-    return found
+            return found
+    return _estimate_with(case, last, constants)
+
+
+def _estimate_with(case: Case, recompute: str, constants: Fitted | None) -> Estimates:
+    return estimate(
+        model=case.model,
+        job=case.job,
+        cluster=case.cluster,
+        layouts=replace(case.layout, recompute=recompute),
+        runtime=case.runtime,
+        constants=constants,
+    )
 
 
 MEMORY_COLUMNS = {"allocated": "allocated", "reserved": "reserved", "nvidia-smi": "device", "unknown": "reserved"}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from statistics import geometric_mean
 from typing import Any
 
-from shardplan.costmodel.kernels_time import FLASH_RAMP_TOKENS
+from shardplan.costmodel.attention_time import FLASH_RAMP_TOKENS
 from shardplan.executor.calibrate_measurements import RING_STEPS, CollectiveRates, Measurements, Rates, Timing
 from shardplan.hw_profiles.document import merged_table
 from shardplan.hw_profiles.errors import InputError

@@ -155,7 +155,8 @@ def _sift_space(setting: Setting, wishes: Wishes) -> tuple[int, LayoutTable, tup
     """(layouts looked at, those that break no rule, the account of the others), one piece of the space at a time."""
     looked_at, kept = 0, list[LayoutTable]()
     refused: dict[str, Refusal] = {}
-    for piece in space_pieces(setting.model, setting.job, setting.cluster.gpus, wishes):
+    kinds = setting.runtime.abilities.context_parallel
+    for piece in space_pieces(setting.model, setting.job, setting.cluster.gpus, wishes, kinds):
         if len(piece):
             looked_at += len(piece)
             kept.append(_sift(setting, piece, refused))

@@ -12,6 +12,7 @@ from shardplan.costmodel.job import Job
 from shardplan.costmodel.layout import (
     ALL_LAYERS,
     COLUMNS,
+    CP_KINDS,
     FIELD_NAMES,
     OFFLOAD,
     RECOMPUTE,
@@ -29,7 +30,13 @@ from shardplan.hw_profiles.errors import InputError, nearest
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
 
-FORBIDDABLE = {"offload": ("offload_optimizer",), "tensor": ("tp",), "pipeline": ("pp",), "hsdp": ("dp_shard",)}
+FORBIDDABLE = {
+    "offload": ("offload_optimizer",),
+    "tensor": ("tp",),
+    "pipeline": ("pp",),
+    "hsdp": ("dp_shard",),
+    "context": ("cp",),
+}
 """Words for --forbid beside the layout words themselves."""
 
 
@@ -75,9 +82,16 @@ ROWS_OF_A_PIECE = 200_000
 """Blocks are joined up to about this many rows, so that sifting one piece at a time bounds the memory."""
 
 
-def layout_space(model: Model, job: Job, gpus: int, wishes: Wishes | None = None) -> LayoutTable:
+LONG_SEQ, CONTEXT_TOKENS = 8192, 4096
+"""Unasked, sequences of LONG_SEQ tokens and more are spread over ranks, as long as each keeps CONTEXT_TOKENS: shorter pieces
+leave attention too little to hide its exchanges, and searches of the usual lengths stay as small as they were."""
+
+
+def layout_space(
+    model: Model, job: Job, gpus: int, wishes: Wishes | None = None, cp_kinds: Sequence[str] = ()
+) -> LayoutTable:
     """All layouts of `model` on `gpus` GPUs within the wishes; may be empty. Order is deterministic."""
-    return join_tables(list(space_pieces(model, job, gpus, wishes)), wishes or Wishes())
+    return join_tables(list(space_pieces(model, job, gpus, wishes, cp_kinds)), wishes or Wishes())
 
 
 def join_tables(pieces: Sequence[LayoutTable], wishes: Wishes) -> LayoutTable:
@@ -87,23 +101,36 @@ def join_tables(pieces: Sequence[LayoutTable], wishes: Wishes) -> LayoutTable:
     return LayoutTable(**columns, splits=empty.splits)
 
 
-def space_pieces(model: Model, job: Job, gpus: int, wishes: Wishes | None = None) -> Iterator[LayoutTable]:
-    """The space in pieces of about ROWS_OF_A_PIECE rows."""
+def space_pieces(
+    model: Model, job: Job, gpus: int, wishes: Wishes | None = None, cp_kinds: Sequence[str] = ()
+) -> Iterator[LayoutTable]:
+    """The space in pieces of about ROWS_OF_A_PIECE rows; `cp_kinds` are the kinds of context parallelism to look at."""
     wanted = wishes or Wishes()
     blocks: list[dict[str, IntArray]] = []
     rows = 0
-    fixed_cp = wanted.fixed.cp
-    for tp in divisors(gpus // fixed_cp, most=gpus) if gpus % fixed_cp == 0 else []:
-        for pp in divisors(gpus // fixed_cp // tp, most=model.layer_count):
-            dp = gpus // fixed_cp // tp // pp
-            if job.global_batch % dp == 0 and _agrees(wanted, tp=tp, pp=pp, dp=dp):
-                blocks.append(_block(model, job, tp, pp, dp, wanted))
-                rows += len(blocks[-1]["dp"])
-                if rows >= ROWS_OF_A_PIECE:
-                    yield _piece(blocks, wanted)
-                    blocks, rows = [], 0
+    for cp in _context_degrees(job, gpus, wanted, cp_kinds):
+        for tp in divisors(gpus // cp, most=gpus):
+            for pp in divisors(gpus // cp // tp, most=model.layer_count):
+                dp = gpus // cp // tp // pp
+                if job.global_batch % dp == 0 and _agrees(wanted, tp=tp, pp=pp, dp=dp):
+                    blocks.append(_block(model, job, tp, pp, dp, cp, wanted, cp_kinds))
+                    rows += len(blocks[-1]["dp"])
+                    if rows >= ROWS_OF_A_PIECE:
+                        yield _piece(blocks, wanted)
+                        blocks, rows = [], 0
     if blocks:
         yield _piece(blocks, wanted)
+
+
+def _context_degrees(job: Job, gpus: int, wishes: Wishes, cp_kinds: Sequence[str]) -> list[int]:
+    """The fixed cp; else 1, and more for long sequences where there are `cp_kinds`, or where the user fixed one of them."""
+    if "cp" in wishes.fixed_words:
+        return [wishes.fixed.cp] if gpus % wishes.fixed.cp == 0 else []
+    if "cp_kind" in wishes.fixed_words:
+        return [cp for cp in divisors(gpus, most=job.seq) if job.seq % cp == 0]
+    if not cp_kinds or job.seq < LONG_SEQ:
+        return [1]
+    return [cp for cp in divisors(gpus, most=job.seq // CONTEXT_TOKENS) if job.seq % cp == 0]
 
 
 def _piece(blocks: Sequence[dict[str, IntArray]], wishes: Wishes) -> LayoutTable:
@@ -122,15 +149,18 @@ def _agrees(wishes: Wishes, **degrees: int) -> bool:
     return all(getattr(wishes.fixed, word) == value for word, value in degrees.items() if word in wishes.fixed_words)
 
 
-def _block(model: Model, job: Job, tp: int, pp: int, dp: int, wishes: Wishes) -> dict[str, IntArray]:
-    """All options of one (tp, pp, dp) as columns: the cross product of the option groups."""
+def _block(
+    model: Model, job: Job, tp: int, pp: int, dp: int, cp: int, wishes: Wishes, cp_kinds: Sequence[str]
+) -> dict[str, IntArray]:
+    """All options of one (tp, pp, dp, cp) as columns: the cross product of the option groups."""
     groups: tuple[tuple[tuple[str, ...], list[tuple[int, ...]]], ...] = (
         (("micro_batch",), [(size,) for size in divisors(job.global_batch // dp)]),
-        (("zero", "dp_shard"), _sharding(dp)),
+        (("zero", "dp_shard"), _sharding(dp, cp)),
         (("sequence_parallel",), [(0,), (1,)] if tp > 1 else [(0,)]),
         (("schedule", "virtual_stages"), _schedules(model, pp)),
         (("recompute", "recompute_layers"), [(code, ALL_LAYERS) for code in range(len(RECOMPUTE))]),
         (("offload_optimizer",), [(code,) for code in range(len(OFFLOAD))]),
+        (("cp_kind",), [(CP_KINDS.index(kind),) for kind in cp_kinds if cp > 1] or [(0,)]),
     )
     chosen = [(names, _restricted(names, options, wishes)) for names, options in groups]
     index = np.indices([len(options) for _, options in chosen]).reshape(len(chosen), -1)
@@ -138,6 +168,7 @@ def _block(model: Model, job: Job, tp: int, pp: int, dp: int, wishes: Wishes) ->
         "tp": np.full(index.shape[1], tp),
         "pp": np.full(index.shape[1], pp),
         "dp": np.full(index.shape[1], dp),
+        "cp": np.full(index.shape[1], cp),
     }
     for (names, options), at in zip(chosen, index, strict=True):
         values = np.asarray(options, dtype=np.int64).reshape(len(options), len(names))[at]
@@ -145,11 +176,11 @@ def _block(model: Model, job: Job, tp: int, pp: int, dp: int, wishes: Wishes) ->
     return columns
 
 
-def _sharding(dp: int) -> list[tuple[int, ...]]:
-    """(zero, dp_shard): stage 0, and stages 1-3 over every divisor of dp above 1."""
-    if dp == 1:
+def _sharding(dp: int, cp: int) -> list[tuple[int, ...]]:
+    """(zero, dp_shard): stage 0, and stages 1-3 over every divisor of dp that, times cp, is above 1."""
+    if dp * cp == 1:
         return [(0, 1)]
-    return [(0, dp), *((zero, shard) for zero in (1, 2, 3) for shard in divisors(dp, most=dp) if shard > 1)]
+    return [(0, dp), *((zero, shard) for zero in (1, 2, 3) for shard in divisors(dp, most=dp) if shard * cp > 1)]
 
 
 def _schedules(model: Model, pp: int) -> list[tuple[int, ...]]:
@@ -190,5 +221,6 @@ def _allowed(table: LayoutTable, wishes: Wishes) -> BoolArray:
         target = layout_table([parse_layout(f"{word}={text}") if text is not None else Layout()])
         names = {"stage_layers": ("split",), "recompute": ("recompute", "recompute_layers")}.get(word, (word,))
         same = np.all([getattr(table, name) == int(getattr(target, name)[0]) for name in names], axis=0)
-        allowed &= same if value is None else ~same
+        without = (table.cp == 1) if word == "cp_kind" else False  # rows with nothing of that kind
+        allowed &= (same if value is None else ~same) | without
     return allowed

@@ -16,8 +16,8 @@ import typer
 pytest.importorskip("torch", reason="calibrating needs torch")
 
 from shardplan.cli.calibrate import calibrate
+from shardplan.costmodel.attention_time import flash_attention_s
 from shardplan.costmodel.collectives import collective_s
-from shardplan.costmodel.kernels_time import flash_attention_s
 from shardplan.executor import calibrate_profile
 from shardplan.executor.calibrate import CalibrationError, measure_machine
 from shardplan.executor.calibrate_measurements import (
@@ -191,7 +191,7 @@ def test_a_cpu_is_measured_against_its_best_rate(cpu_cluster: Cluster) -> None:
 def test_the_cost_model_meets_the_measured_attention(cpu_cluster: Cluster) -> None:
     import numpy as np
 
-    forward, backward = flash_attention_s(cpu_cluster.gpu, "fp32", np.asarray(3e10), 512)
+    forward, backward = flash_attention_s(cpu_cluster.gpu, "fp32", "best", 64, np.asarray(3e10), 512)
     assert float(forward) == pytest.approx(1.0, rel=1e-3)
     assert 2.5 * 3e10 / float(backward) == pytest.approx(2e10, rel=1e-3)
 

@@ -361,7 +361,6 @@ def test_layouts_without_meaning_are_refused() -> None:
         "pp=64",
         "dp=64 micro_batch=17",
         "dp=32 pp=2 stage_layers=1,2",
-        "dp=8 cp=8",
         "dp=64 ep=2",
     ):
         with pytest.raises(InputError):

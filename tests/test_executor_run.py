@@ -132,7 +132,9 @@ def test_what_is_not_executable_is_refused_in_one_line(write_plan, tmp_path):
     pytest.importorskip("torch", reason="the executor needs torch")
     result = shardplan_run(write_plan("dp=2 cp=2"), "--out", tmp_path / "runs")
     assert result.exit_code == 1
-    assert result.stderr.splitlines() == ["shardplan: cp=2: context parallelism is not modelled yet; use cp=1"]
+    assert result.stderr.splitlines() == [
+        "shardplan: runtime 'shardplan' (0.1) lacks cp (context parallelism); use cp=1 or another --runtime"
+    ]
 
 
 def test_a_missing_torch_is_told_in_one_line(write_plan, monkeypatch):

@@ -1,0 +1,139 @@
+"""The cost model against the published runs of reports/published, and what a bad table is told."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from shardplan.cli import app
+from shardplan.costmodel.fitted import ARCHITECTURE_BOUNDS, RUNTIME_BOUNDS, fitted
+from shardplan.costmodel.published_rows import COLUMNS, RefusedRowError, read_rows, row_case
+from shardplan.costmodel.runtime import load_runtime
+from shardplan.costmodel.validation import Outcome, summaries, validate_rows
+from shardplan.hw_profiles.errors import InputError
+
+RUNS = Path(__file__).parent.parent / "reports" / "published" / "runs.csv"
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> list[Outcome]:
+    return validate_rows(read_rows(RUNS))
+
+
+@pytest.fixture(scope="module")
+def by_source(outcomes: list[Outcome]) -> dict[str, dict[str, Any]]:
+    return {one["source"]: one for one in summaries(outcomes)}
+
+
+WORST_MEAN_ERROR = {
+    "all": 10.5,
+    "Megatron-LM SC21 Table 1": 3.5,
+    "SimuMax B200 Megatron runs": 4.0,
+    "BLOOM topology sweep": 8.5,
+    "MosaicML llm-foundry MPT": 8.5,
+    "torchtitan A100 docs": 5.0,
+}
+"""Percent of step time; a little above what is reached, so that a change for the worse fails."""
+
+
+@pytest.mark.parametrize("source", WORST_MEAN_ERROR)
+def test_step_times_do_not_get_worse(by_source: dict[str, dict[str, Any]], source: str) -> None:
+    assert by_source[source]["time"]["mape"] <= WORST_MEAN_ERROR[source]
+
+
+def test_layouts_stay_in_order(by_source: dict[str, dict[str, Any]]) -> None:
+    right, pairs = by_source["all"]["pairs_3"]
+    assert right >= 0.79 * pairs
+    assert by_source["all"]["best_choice_loss"] <= 2.5
+
+
+def test_few_rows_are_refused(outcomes: list[Outcome]) -> None:
+    reasons = [one.refused for one in outcomes if one.refused]
+    assert len(reasons) <= 8
+    assert all("not" in reason for reason in reasons)
+
+
+def test_fitted_constants_are_few_and_bounded() -> None:
+    constants = fitted()
+    assert constants.count <= 80
+    for table, bounds in ((constants.architecture, ARCHITECTURE_BOUNDS), (constants.runtime, RUNTIME_BOUNDS)):
+        for entry in table.values():
+            assert set(entry) <= set(bounds)
+            assert len(entry) <= 6
+            assert all(0.99 * bounds[name][0] <= value <= 1.01 * bounds[name][1] for name, value in entry.items())
+
+
+def write_rows(path: Path, **changed: str) -> Path:
+    """A table of one row: the first published run with some cells changed."""
+    row = {**read_rows(RUNS)[0], **changed}
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(row))
+        writer.writeheader()
+        writer.writerow(row)
+    return path
+
+
+def test_names_of_rows_and_sources_change_nothing(tmp_path: Path) -> None:
+    plain = validate_rows(read_rows(write_rows(tmp_path / "plain.csv")))[0]
+    renamed = write_rows(tmp_path / "renamed.csv", case_id="a", source="b", citation="c", model="d")
+    assert validate_rows(read_rows(renamed))[0].predicted_step_s == plain.predicted_step_s
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"gpu": "abacus"}, "'abacus' is not in the catalog"),
+        ({"framework": "pen and paper"}, "'pen and paper' has no runtime"),
+        ({"precision": "fp8"}, "fp8 is not modelled"),
+        ({"experts": "8"}, "mixture-of-experts"),
+        ({"model": "LoRA of something"}, "LoRA"),
+        ({"hidden": ""}, "does not say hidden"),
+    ],
+)
+def test_what_is_not_covered_is_refused_by_name(tmp_path: Path, changed: dict[str, str], told: str) -> None:
+    row = read_rows(write_rows(tmp_path / "row.csv", **changed))[0]
+    with pytest.raises(RefusedRowError, match=told):
+        row_case(row)
+
+
+@pytest.mark.parametrize(("changed", "told"), [({"layers": "-4"}, "layers='-4'"), ({"tp": "two"}, "tp='two'")])
+def test_malformed_cells_are_told(tmp_path: Path, changed: dict[str, str], told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        validate_rows(read_rows(write_rows(tmp_path / "row.csv", **changed)))
+
+
+def test_tables_that_are_none_are_told(tmp_path: Path) -> None:
+    other = tmp_path / "other.csv"
+    other.write_text("a,b\n1,2\n", encoding="utf-8")
+    with pytest.raises(InputError, match="lacks the columns case_id"):
+        read_rows(other)
+    with pytest.raises(InputError, match="cannot be read"):
+        read_rows(tmp_path / "missing.csv")
+    other.write_text(",".join(COLUMNS) + "\n", encoding="utf-8")
+    with pytest.raises(InputError, match="has no rows"):
+        read_rows(other)
+
+
+def test_json_answers_every_row(tmp_path: Path) -> None:
+    table = write_rows(tmp_path / "one.csv")
+    answer = CliRunner().invoke(app, ["validate", str(table), "--json"])
+    assert answer.exit_code == 0
+    document = json.loads(answer.stdout)
+    assert [row["case_id"] for row in document["rows"]] == [read_rows(table)[0]["case_id"]]
+    assert (
+        document["rows"][0]["step_s_low"] < document["rows"][0]["predicted_step_s"] < document["rows"][0]["step_s_high"]
+    )
+    assert document["sources"][-1]["source"] == "all"
+
+
+def test_switches_change_the_runtime() -> None:
+    compiled, plain = load_runtime("fsdp2+compile"), load_runtime("fsdp2")
+    assert compiled.name == "fsdp2+compile"
+    assert compiled.execution.elementwise_traffic < plain.execution.elementwise_traffic
+    with pytest.raises(InputError, match="switch 'compiel' is unknown; did you mean compile"):
+        load_runtime("fsdp2+compiel")
