@@ -43,10 +43,12 @@ def flash_attention_s(
     tokens, width = np.asarray(seq, dtype=np.float64), np.asarray(head_dim, dtype=np.float64)
     ramp = tokens / (tokens + FLASH_RAMP_TOKENS)
     by_architecture = attention_kernels()[kernel]
-    table = by_architecture.get(gpu.architecture, by_architecture["other"])
+    table: Mapping[str, list[float]] = by_architecture.get(gpu.architecture, by_architecture["other"])
     peak = gpu.peak_flop_per_s[precision]
     seconds: list[FloatArray] = []
     for phase, flop in (("forward", flop_forward), ("backward", FLASH_BACKWARD_FLOP * flop_forward)):
-        relative = np.ones_like(width) if gpu.device == "cpu" else np.interp(width, table["head_dim"], table[phase])
+        relative: FloatArray = (
+            np.ones_like(width) if gpu.device == "cpu" else np.interp(width, table["head_dim"], table[phase])
+        )
         seconds.append(flop / (peak * gpu.attention_efficiency[phase] * relative * ramp))
     return seconds[0], seconds[1]
