@@ -110,12 +110,23 @@ def read_rows(path: Path) -> list[Row]:
                     place=str(path),
                     remedy="see docs/validation.md for the columns",
                 )
-            rows: list[Row] = [{key: value or "" for key, value in row.items() if key} for row in reader]
+            rows = [_full(row, path, reader.line_num) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as bad:
         raise InputError(f"cannot be read ({bad})", place=str(path), remedy="give a CSV file in UTF-8") from None
     if not rows:
         raise InputError("has no rows", place=str(path), remedy="give at least one measured run")
     return rows
+
+
+def _full(row: Mapping[str, str | None], path: Path, line: int) -> Row:
+    """The row as text; InputError when it ends early (a truncated file) or has cells beyond the header."""
+    if None in row.values() or None in row:
+        raise InputError(
+            f"line {line} has {'fewer' if None in row.values() else 'more'} cells than the header",
+            place=str(path),
+            remedy="is the file complete? write every cell, empty ones too",
+        )
+    return {name: value or "" for name, value in row.items()}
 
 
 def number(row: Row, name: str, default: float | None = None) -> float:

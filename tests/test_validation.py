@@ -119,6 +119,22 @@ def test_tables_that_are_none_are_told(tmp_path: Path) -> None:
         read_rows(other)
 
 
+def test_a_truncated_table_is_told(tmp_path: Path) -> None:
+    table = write_rows(tmp_path / "cut.csv")
+    table.write_text(table.read_text(encoding="utf-8")[:-400], encoding="utf-8")
+    with pytest.raises(InputError, match="line 2 has fewer cells"):
+        read_rows(table)
+
+
+def test_refit_needs_a_folder_and_rows(tmp_path: Path) -> None:
+    table = write_rows(tmp_path / "none.csv", step_s="")
+    for out, told in ((tmp_path / "no" / "x.toml", "folder does not exist"), (tmp_path / "x.toml", "no row has")):
+        answer = CliRunner().invoke(app, ["validate", str(table), "--refit", str(out)])
+        assert isinstance(answer.exception, InputError)
+        assert told in str(answer.exception)
+        assert not out.exists()
+
+
 def test_json_answers_every_row(tmp_path: Path) -> None:
     table = write_rows(tmp_path / "one.csv")
     answer = CliRunner().invoke(app, ["validate", str(table), "--json"])

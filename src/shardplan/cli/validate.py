@@ -70,12 +70,21 @@ def _refit(rows: list[Row], out: Path) -> None:
 
     from shardplan.costmodel.fit import fit, fit_rows, fit_space, fitted_text
     from shardplan.costmodel.fitted import fitted
+    from shardplan.hw_profiles.errors import InputError
 
+    if not out.parent.is_dir():
+        raise InputError("its folder does not exist", place=str(out), remedy=f"make {out.parent} first")
     usable = fit_rows(rows)
+    if not usable:
+        raise InputError("no row has a step time that the model covers", place="FILE.csv", remedy="give more rows")
     space = fit_space(usable)
     x, ratios = fit(usable, space, space.vector(fitted()))
     constants = space.constants(x)
-    out.write_text(fitted_text(constants, f"{len(usable)} rows of {len({r.source for r in usable})} sources"), "utf-8")
+    text = fitted_text(constants, f"{len(usable)} rows of {len({r.source for r in usable})} sources")
+    try:
+        out.write_text(text, encoding="utf-8")
+    except OSError as bad:
+        raise InputError(f"cannot be written ({bad.strerror})", place=str(out), remedy="give another file") from None
     error = 100.0 * np.abs(np.expm1(ratios))
     typer.echo(
         f"{constants.count} constants on {len(usable)} rows: mean {error.mean():.1f} %, median {np.median(error):.1f} %; wrote {out}"
