@@ -2,7 +2,7 @@
 
 Minimised: sum over rows of w soft_L1(log(predicted/measured) / 0.05) + sum over constants of ((x - prior) / deviation)^2, with the
 row weight w = 1/sqrt(near-duplicates) * (rows of the source)^-1/4, so that a source with many rows does not decide alone. Constants that
-scale (gemm, memory, traffic, launches) are fitted as logarithms, shares as they are.
+scale (gemm, memory, link, traffic) are fitted as logarithms, shares as they are.
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from shardplan.costmodel.fitted import ARCHITECTURE_BOUNDS, RUNTIME_BOUNDS, Fitted
+from shardplan.costmodel.fitted import ARCHITECTURE_BOUNDS, RUNTIME_BOUNDS, SHARES, Fitted, fitted
 from shardplan.costmodel.published_rows import Case, RefusedRowError, Row, number, row_case
-from shardplan.costmodel.validation import estimate_case
+from shardplan.costmodel.validation import errors, estimate_case
 from shardplan.hw_profiles.errors import InputError
 
 FloatArray = NDArray[np.float64]
 NOISE = 0.05
 """Relative error of a row that counts as one unit: about the noise of the published measurements."""
-SHARES = ("tensor_overlap", "gather_overlap", "reduce_overlap")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +198,21 @@ def left_out_ratios(
             moved = _weighted_step(linear[keep], jacobian[keep], weights[keep], space, moved, 0.3)
         result[out] = log_ratios([row for row, o in zip(rows, out, strict=True) if o], space.constants(moved))
     return result
+
+
+def left_out_errors(rows: Sequence[FitRow]) -> dict[str, dict[str, float | int | None]]:
+    """Errors of step time with the shipped constants: in sample, and with each row's source and model, or source, left out."""
+    space = fit_space(rows)
+    x = space.vector(fitted())
+    ratios = log_ratios(rows, space.constants(x))
+    groups: dict[str, list[tuple[str, ...]]] = {
+        "left out: source and model": [(row.source, row.model) for row in rows],
+        "left out: source": [(row.source,) for row in rows],
+    }
+    answer = {"in sample": errors(np.exp(ratios).tolist())}
+    for name, keys in groups.items():
+        answer[name] = errors(np.exp(left_out_ratios(rows, space, x, ratios, keys)).tolist())
+    return answer
 
 
 def fitted_text(constants: Fitted, fitted_on: str) -> str:

@@ -1,21 +1,22 @@
 """Constants fitted on published runs: few, physical, bounded, all in `fitted.toml` with what they were fitted on.
 
 Per GPU architecture: the share of the micro-benchmarked matrix, memory and node-link rates that training sustains. Per runtime: bytes that
-element-wise operators move, launches, and the shares of communication that hide behind compute. `shardplan validate --refit`
-writes the file; a runtime or machine without an entry keeps the values of its own file.
+element-wise operators move and the shares of communication that hide behind compute. `shardplan validate --refit` writes the file;
+a runtime or machine without an entry keeps the values of its own file, and so does every curve measured on the machine itself:
+calibration belongs to a machine.
 """
 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from typing import Any
 
 from shardplan.costmodel.runtime import Runtime
-from shardplan.hw_profiles.machine import Cluster, EfficiencyCurve, Gpu, Node
+from shardplan.hw_profiles.machine import Cluster, EfficiencyCurve, Node
 
 ARCHITECTURE_BOUNDS: Mapping[str, tuple[float, float, float, float]] = {
     "gemm": (0.5, 1.15, 0.95, 0.08),
@@ -25,14 +26,13 @@ ARCHITECTURE_BOUNDS: Mapping[str, tuple[float, float, float, float]] = {
 """Constant -> lowest, highest, what physics suggests, and how sure that is (standard deviation of the logarithm)."""
 RUNTIME_BOUNDS: Mapping[str, tuple[float, float, float, float]] = {
     "elementwise_traffic": (0.7, 4.0, 1.4, 0.35),
-    "launches_per_operator": (1.0, 12.0, 3.0, 0.5),
     "tensor_overlap": (0.0, 0.9, 0.1, 0.3),
     "gather_overlap": (0.0, 1.0, 0.7, 0.3),
     "reduce_overlap": (0.0, 1.0, 0.7, 0.3),
-    "exchange_launches": (0.0, 400.0, 60.0, 0.7),
 }
 """The same per runtime; shares have their deviation in absolute terms."""
-EXECUTION = ("elementwise_traffic", "launches_per_operator", "exchange_launches")
+SHARES = ("tensor_overlap", "gather_overlap", "reduce_overlap")
+"""Constants that are shares of communication; the others scale."""
 
 Table = Mapping[str, Mapping[str, float]]
 
@@ -62,8 +62,8 @@ def with_fitted_runtime(runtime: Runtime, constants: Fitted) -> Runtime:
     """The runtime with its fitted constants, changed by switches as much as the values of its file were."""
     given = constants.runtime.get(runtime.name.partition("+")[0], {})
     values = {name: value * runtime.switched.get(name, 1.0) for name, value in given.items()}
-    execution = {name: value for name, value in values.items() if name in EXECUTION}
-    communication = {name: value for name, value in values.items() if name not in EXECUTION}
+    execution = {name: value for name, value in values.items() if name not in SHARES}
+    communication = {name: value for name, value in values.items() if name in SHARES}
     return replace(
         runtime,
         execution=replace(runtime.execution, **execution),
@@ -71,36 +71,33 @@ def with_fitted_runtime(runtime: Runtime, constants: Fitted) -> Runtime:
     )
 
 
-def with_fitted_gpu(gpu: Gpu, constants: Fitted) -> Gpu:
-    """The GPU at the rates that training sustains."""
-    values = constants.architecture.get(gpu.architecture)
-    if values is None:
-        return gpu
-    return replace(
-        gpu,
-        gemm_efficiency={word: _scaled(curve, values["gemm"]) for word, curve in gpu.gemm_efficiency.items()},
-        memory_efficiency=_scaled(gpu.memory_efficiency, values["memory"]),
-    )
-
-
 def with_fitted_cluster(cluster: Cluster, constants: Fitted) -> Cluster:
-    """The cluster with every GPU at the rates that training sustains."""
-    runs = tuple((_fitted_node(node, constants), count) for node, count in cluster.node_runs)
+    """The cluster at the rates that training sustains; curves with source kind `measured` stay as they are."""
+    measured = {path for path, source in cluster.provenance.items() if source.kind == "measured"}
+    runs = tuple((_fitted_node(node, constants, measured), count) for node, count in cluster.node_runs)
     return replace(cluster, node_runs=runs)
 
 
-def _fitted_node(node: Node, constants: Fitted) -> Node:
-    values = constants.architecture.get(node.gpu.architecture)
-    if values is None:
-        return node
-    link, factor = node.intra, values.get("link", 1.0)
-    reducing = link.all_reduce_efficiency
+def _fitted_node(node: Node, constants: Fitted, measured: Collection[str]) -> Node:
+    values = constants.architecture.get(node.gpu.architecture, {})
+
+    def factor(name: str, curve: str) -> float:
+        return 1.0 if any(curve in path for path in measured) else values.get(name, 1.0)
+
+    gpu, link = node.gpu, node.intra
+    gemm, memory = factor("gemm", "gpu.gemm_efficiency"), factor("memory", "gpu.memory_efficiency")
+    inside, reducing = factor("link", "intra.efficiency"), link.all_reduce_efficiency
+    gpu = replace(
+        gpu,
+        gemm_efficiency={word: _scaled(curve, gemm) for word, curve in gpu.gemm_efficiency.items()},
+        memory_efficiency=_scaled(gpu.memory_efficiency, memory),
+    )
     link = replace(
         link,
-        efficiency=_scaled(link.efficiency, factor),
-        all_reduce_efficiency=None if reducing is None else _scaled(reducing, factor),
+        efficiency=_scaled(link.efficiency, inside),
+        all_reduce_efficiency=None if reducing is None else _scaled(reducing, inside),
     )
-    return replace(node, gpu=with_fitted_gpu(node.gpu, constants), intra=link)
+    return replace(node, gpu=gpu, intra=link)
 
 
 def _scaled(curve: EfficiencyCurve, factor: float) -> EfficiencyCurve:

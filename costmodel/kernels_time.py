@@ -29,9 +29,11 @@ TILES = (
     (128.0, 64.0, 0.8),
     (64.0, 64.0, 0.6),
 )
-"""Output tiles (rows, columns) of library kernels and what a full wave of them reaches relative to the largest."""
+"""Output tiles (rows, columns) of library kernels and what a full wave of them reaches relative to the largest: 128 x 256 class tiles
+are what the best H100 shapes use (stas00/ml-engineering@744d01e); the shares of smaller ones are guesses, not fitted."""
 WAVE_SOFTNESS = 0.5
-"""Share of a partly filled last wave that is not lost: stream-K and persistent kernels split it over idle multiprocessors."""
+"""Share of a partly filled last wave that is not lost: stream-K and persistent kernels split it over idle multiprocessors
+(arXiv 2301.03598). A guess between none (plain tiles) and nearly all of it."""
 
 
 def tile_utilisation(gpu: Gpu, m: ArrayLike, n: ArrayLike, count: ArrayLike = 1.0) -> FloatArray:
@@ -48,7 +50,8 @@ def tile_utilisation(gpu: Gpu, m: ArrayLike, n: ArrayLike, count: ArrayLike = 1.
 
 
 GEMM_HALF_DEPTH = 200.0
-"""Inner dimension at which a product reaches half its rate: filling and draining the pipeline of a tile (100 to 300 are usual)."""
+"""Inner dimension at which a product reaches half its rate: filling and draining the pipeline of a tile. A guess:
+fits of step times find 100 to 300."""
 
 
 def gemm_efficiency(
@@ -62,7 +65,7 @@ def gemm_efficiency(
     if gpu.device == "cpu":
         return reached
     side = np.cbrt(0.5 * flop)
-    reached = reached * np.where(count > 1.0, _alignment(np.minimum(_odd_part(n), _odd_part(k))), 1.0)
+    reached = reached * np.where(count > 1.0, _alignment(np.minimum(_aligned_to(n), _aligned_to(k))), 1.0)
     shape = tile_utilisation(gpu, m, n, count) * k / (k + GEMM_HALF_DEPTH)
     cube = tile_utilisation(gpu, side, side) * side / (side + GEMM_HALF_DEPTH)
     return np.minimum(reached * shape / np.maximum(cube, 1e-6), GEMM_CEILING * max(curve.fractions))
@@ -70,11 +73,12 @@ def gemm_efficiency(
 
 ALIGNMENT_SLOWDOWN = {8.0: 1.0, 4.0: 2.0, 2.0: 4.0, 1.0: 8.0}
 """How many times slower a batched 16-bit product runs when its inner or output width is only a multiple of 4, 2 or 1 elements:
-loads shrink from 16 bytes to 8, 4 and 2 (measured 3 to 8 times slower for attention heads that are no multiple of 8). Single
+loads shrink from 16 bytes to 8, 4 and 2
+(3 to 8 times slower in the BLOOM sweep's runs with heads of 108 and 150, bigscience-workshop/bigscience@9e64edec). Single
 products do not show it: libraries pick another layout."""
 
 
-def _odd_part(size: FloatArray) -> FloatArray:
+def _aligned_to(size: FloatArray) -> FloatArray:
     """Largest of 8, 4, 2, 1 that divides `size`."""
     whole = np.maximum(np.round(size), 1.0)
     return np.select([whole % 8 == 0, whole % 4 == 0, whole % 2 == 0], [8.0, 4.0, 2.0], 1.0)
@@ -86,7 +90,8 @@ def _alignment(multiple: FloatArray) -> FloatArray:
 
 
 GEMM_CEILING = 1.05
-"""No shape is taken to beat the best measured cube by more."""
+"""No shape is taken to beat the best measured cube by more: best shapes found by search pass 8192 cubed by about that
+(A100 271 against 257 TFLOP/s, stas00/ml-engineering@744d01e and Azure/AI-benchmarking-guide@8fd0c6e)."""
 
 
 def gemm_s(

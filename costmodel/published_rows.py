@@ -147,11 +147,14 @@ def number(row: Row, name: str, default: float | None = None) -> float:
     return value
 
 
-def whole(row: Row, name: str, default: int | None = None) -> int:
-    """A whole number of the row."""
+def whole(row: Row, name: str, default: int | None = None, *, least: int = 1) -> int:
+    """A whole number of the row, `least` or more where the row gives one."""
     value = number(row, name, default)
-    if value != int(value):
-        raise InputError(f"case {row['case_id']!r}: {name}={row[name]!r} is not a whole number")
+    if value != int(value) or (row[name].strip() and value < least):
+        raise InputError(
+            f"case {row['case_id']!r}: {name}={row[name]!r} is not a whole number of {least} or more",
+            remedy="correct the table",
+        )
     return int(value)
 
 
@@ -243,7 +246,7 @@ def _model(row: Row) -> Model:
 
 def _layout(row: Row, zero: int, runtime: Runtime) -> Layout:
     hpz = whole(row, "hpz", 0)
-    dp, stage = whole(row, "dp"), whole(row, "zero", zero)
+    dp, stage = whole(row, "dp"), whole(row, "zero", zero, least=0)
     if hpz and not runtime.abilities.hsdp:
         raise RefusedRowError(f"hpz={hpz}: a secondary partition of parameters (ZeRO++) is not modelled yet")
     schedule = row["schedule"] or "1f1b"
@@ -259,7 +262,7 @@ def _layout(row: Row, zero: int, runtime: Runtime) -> Layout:
             micro_batch=micro_batch,
             virtual_stages=virtual_stages,
             zero=stage,
-            dp_shard=hpz if hpz and dp % hpz == 0 else None,
+            dp_shard=hpz or None,
             sequence_parallel=flag(row, "sequence_parallel"),
             recompute=row["recompute"] or ("none" if row["attention"] == "flash" else "full"),
             schedule="1f1b" if schedule == "none" else schedule.replace("-", "_"),

@@ -12,7 +12,7 @@ import numpy as np
 from shardplan.costmodel.estimate import Estimates, estimate
 from shardplan.costmodel.fitted import Fitted
 from shardplan.costmodel.published_rows import Case, RefusedRowError, Row, flag, number, row_case
-from shardplan.hw_profiles.errors import InputError
+from shardplan.hw_profiles.errors import InputError, nearest
 
 GIB = 2.0**30
 
@@ -74,7 +74,21 @@ def validate_rows(rows: Sequence[Row]) -> list[Outcome]:
 
 
 def _measured(row: Row, name: str) -> float | None:
-    return number(row, name) if row[name].strip() else None
+    if not row[name].strip():
+        return None
+    value = number(row, name)
+    if value == 0:
+        raise InputError(f"case {row['case_id']!r}: {name}=0 measures nothing", remedy="leave the cell empty")
+    return value
+
+
+def _memory_kind(row: Row) -> str:
+    word = row["memory_kind"] or "unknown"
+    if word not in MEMORY_COLUMNS:
+        raise InputError(
+            f"case {row['case_id']!r}: memory_kind={word!r} is unknown", remedy=nearest(word, MEMORY_COLUMNS)
+        )
+    return word
 
 
 def _outcome(row: Row) -> Outcome:
@@ -86,7 +100,7 @@ def _outcome(row: Row) -> Outcome:
         ),
         measured_step_s=_measured(row, "step_s"),
         measured_peak_gib=_measured(row, "peak_memory_gib"),
-        memory_kind=row["memory_kind"] or "unknown",
+        memory_kind=_memory_kind(row),
         out_of_memory=flag(row, "out_of_memory"),
     )
     try:
@@ -156,14 +170,19 @@ def errors(ratios: Sequence[float]) -> dict[str, float | int | None]:
     }
 
 
-def ranking(outcomes: Sequence[Outcome], apart: float) -> tuple[int, int]:
-    """(pairs in the right order, pairs) among rows of one group whose measured times differ by more than `apart`, relative."""
+def _timed_groups(outcomes: Sequence[Outcome]) -> list[list[Outcome]]:
+    """Rows with a ratio by the work they share."""
     groups: dict[tuple[str, ...], list[Outcome]] = {}
     for one in outcomes:
         if one.step_ratio is not None:
             groups.setdefault(one.group, []).append(one)
+    return list(groups.values())
+
+
+def ranking(outcomes: Sequence[Outcome], apart: float) -> tuple[int, int]:
+    """(pairs in the right order, pairs) among rows of one group whose measured times differ by more than `apart`, relative."""
     right = pairs = 0
-    for members in groups.values():
+    for members in _timed_groups(outcomes):
         for first, second in combinations(members, 2):
             a, b = first.measured_step_s or 0.0, second.measured_step_s or 0.0
             x, y = first.predicted_step_s or 0.0, second.predicted_step_s or 0.0
@@ -176,10 +195,6 @@ def ranking(outcomes: Sequence[Outcome], apart: float) -> tuple[int, int]:
 
 def best_choice_loss(outcomes: Sequence[Outcome]) -> float | None:
     """How much slower the measured time of the predicted best is than the measured best, mean over groups, in percent."""
-    groups: dict[tuple[str, ...], list[Outcome]] = {}
-    for one in outcomes:
-        if one.step_ratio is not None:
-            groups.setdefault(one.group, []).append(one)
     losses = [
         100.0
         * (
@@ -187,7 +202,7 @@ def best_choice_loss(outcomes: Sequence[Outcome]) -> float | None:
             / min(m.measured_step_s or 0.0 for m in members)
             - 1.0
         )
-        for members in groups.values()
+        for members in _timed_groups(outcomes)
         if len({m.predicted_step_s for m in members}) > 1
     ]
     return float(np.mean(losses)) if losses else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import pytest
 from typer.testing import CliRunner
 
 from shardplan.cli import app
-from shardplan.costmodel.fitted import ARCHITECTURE_BOUNDS, RUNTIME_BOUNDS, fitted
+from shardplan.costmodel.fitted import ARCHITECTURE_BOUNDS, RUNTIME_BOUNDS, fitted, with_fitted_cluster
 from shardplan.costmodel.published_rows import COLUMNS, RefusedRowError, read_rows, row_case
 from shardplan.costmodel.runtime import load_runtime
 from shardplan.costmodel.validation import Outcome, summaries, validate_rows
 from shardplan.hw_profiles.errors import InputError
+from shardplan.hw_profiles.load import load_cluster
+from shardplan.hw_profiles.machine import Source
 
 RUNS = Path(__file__).parent.parent / "reports" / "published" / "runs.csv"
 
@@ -68,6 +71,17 @@ def test_fitted_constants_are_few_and_bounded() -> None:
             assert all(0.99 * bounds[name][0] <= value <= 1.01 * bounds[name][1] for name, value in entry.items())
 
 
+def test_what_a_machine_measured_is_not_scaled() -> None:
+    cluster = load_cluster("h100-ib", gpus=8)
+    own = Source(kind="measured", text="this machine")
+    paths = ("gpu.gemm_efficiency.default", "gpu.memory_efficiency", "intra.efficiency")
+    calibrated = replace(cluster, provenance=dict.fromkeys(paths, own))
+    assert with_fitted_cluster(calibrated, fitted()) == calibrated
+    scaled = with_fitted_cluster(cluster, fitted())
+    assert scaled.gpu.gemm_curve("bf16") != cluster.gpu.gemm_curve("bf16")
+    assert scaled.node.intra.efficiency != cluster.node.intra.efficiency
+
+
 def write_rows(path: Path, **changed: str) -> Path:
     """A table of one row: the first published run with some cells changed."""
     row = {**read_rows(RUNS)[0], **changed}
@@ -101,7 +115,18 @@ def test_what_is_not_covered_is_refused_by_name(tmp_path: Path, changed: dict[st
         row_case(row)
 
 
-@pytest.mark.parametrize(("changed", "told"), [({"layers": "-4"}, "layers='-4'"), ({"tp": "two"}, "tp='two'")])
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"layers": "-4"}, "layers='-4'"),
+        ({"heads": "0"}, "heads='0'"),
+        ({"gpus": "0"}, "gpus='0'"),
+        ({"tp": "two"}, "tp='two'"),
+        ({"step_s": "0"}, "step_s=0 measures nothing"),
+        ({"memory_kind": "reservd"}, "did you mean reserved"),
+        ({"profile": "jean-zai"}, "unknown cluster 'jean-zai'; did you mean jean-zay"),
+    ],
+)
 def test_malformed_cells_are_told(tmp_path: Path, changed: dict[str, str], told: str) -> None:
     with pytest.raises(InputError, match=told):
         validate_rows(read_rows(write_rows(tmp_path / "row.csv", **changed)))

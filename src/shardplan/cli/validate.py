@@ -33,6 +33,7 @@ def validate(
 
     Columns of a table: docs/validation.md. A row the model does not cover is refused with the reason and counted.
     """
+    from shardplan.costmodel.fit import fit_rows, left_out_errors
     from shardplan.costmodel.validation import summaries, validate_rows
 
     rows = _rows(tables or [])
@@ -41,7 +42,7 @@ def validate(
         return
     outcomes = validate_rows(rows)
     sources = summaries(outcomes)
-    left_out = _left_out(rows) if cross else None
+    left_out = left_out_errors(fit_rows(rows)) if cross else None
     if as_json:
         import json
 
@@ -89,25 +90,3 @@ def _refit(rows: list[Row], out: Path) -> None:
     typer.echo(
         f"{constants.count} constants on {len(usable)} rows: mean {error.mean():.1f} %, median {np.median(error):.1f} %; wrote {out}"
     )
-
-
-def _left_out(rows: list[Row]) -> dict[str, Any]:
-    """Errors of step time in sample, with each (source, model) left out, with each source left out."""
-    import numpy as np
-
-    from shardplan.costmodel.fit import fit_rows, fit_space, left_out_ratios, log_ratios
-    from shardplan.costmodel.fitted import fitted
-    from shardplan.costmodel.validation import errors
-
-    usable = fit_rows(rows)
-    space = fit_space(usable)
-    x = space.vector(fitted())
-    ratios = log_ratios(usable, space.constants(x))
-    groups = {
-        "left out: source and model": [(row.source, row.model) for row in usable],
-        "left out: source": [(row.source,) for row in usable],
-    }
-    answer = {"in sample": errors(np.exp(ratios).tolist())}
-    for name, keys in groups.items():
-        answer[name] = errors(np.exp(left_out_ratios(usable, space, x, ratios, keys)).tolist())
-    return answer
