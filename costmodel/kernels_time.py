@@ -1,4 +1,4 @@
-"""Seconds of one kernel on one GPU: matrix product, attention, memory-bound operator. All arguments broadcast."""
+"""Seconds of one kernel on one GPU: matrix product, memory-bound operator (attention: attention_time.py). All arguments broadcast."""
 
 from __future__ import annotations
 
@@ -37,26 +37,3 @@ def memory_bound_s(gpu: Gpu, traffic_bytes: ArrayLike) -> FloatArray:
     """Seconds to move `traffic_bytes` (read + written) by one element-wise kernel."""
     traffic = np.asarray(traffic_bytes, dtype=np.float64)
     return traffic / (gpu.memory_bandwidth_bytes_per_s * gpu.memory_efficiency.at(traffic))
-
-
-def flash_attention_flop(seq: ArrayLike, keys: ArrayLike, heads: ArrayLike, head_dim: ArrayLike) -> FloatArray:
-    """FLOP of causal attention forward for one sequence: 4 s k H D / 2 (FlashAttention convention)."""
-    s, n, h, d = (np.asarray(x, dtype=np.float64) for x in (seq, keys, heads, head_dim))
-    return 2.0 * s * n * h * d
-
-
-FLASH_BACKWARD_FLOP = 2.5
-"""Backward over forward FLOP of flash attention: five matrix products against two (arXiv 2205.14135)."""
-FLASH_RAMP_TOKENS = 350.0
-"""Sequence length at which causal flash attention reaches half its plateau (published H100 curves: 350-500)."""
-
-
-def flash_attention_s(
-    gpu: Gpu, precision: str, flop_forward: FloatArray, seq: ArrayLike
-) -> tuple[FloatArray, FloatArray]:
-    """(forward, backward) seconds of fused causal attention with `flop_forward` FLOP on sequences of `seq` tokens."""
-    ramp = np.asarray(seq, dtype=np.float64) / (np.asarray(seq, dtype=np.float64) + FLASH_RAMP_TOKENS)
-    peak = gpu.peak_flop_per_s[precision]
-    forward = flop_forward / (peak * gpu.attention_efficiency["forward"] * ramp)
-    backward = FLASH_BACKWARD_FLOP * flop_forward / (peak * gpu.attention_efficiency["backward"] * ramp)
-    return forward, backward
