@@ -1,4 +1,4 @@
-"""Seconds of one kernel on one GPU: matrix product, attention, memory-bound operator. All arguments broadcast."""
+"""Seconds of one kernel on one GPU: matrix product, memory-bound operator (attention: attention_time.py). All arguments broadcast."""
 
 from __future__ import annotations
 
@@ -110,9 +110,3 @@ def memory_bound_s(gpu: Gpu, traffic_bytes: ArrayLike) -> FloatArray:
     """Seconds to move `traffic_bytes` (read + written) by one element-wise kernel."""
     traffic = np.asarray(traffic_bytes, dtype=np.float64)
     return traffic / (gpu.memory_bandwidth_bytes_per_s * gpu.memory_efficiency.at(traffic))
-
-
-def flash_attention_flop(seq: ArrayLike, keys: ArrayLike, heads: ArrayLike, head_dim: ArrayLike) -> FloatArray:
-    """FLOP of causal attention forward for one sequence: 4 s k H D / 2 (FlashAttention convention)."""
-    s, n, h, d = (np.asarray(x, dtype=np.float64) for x in (seq, keys, heads, head_dim))
-    return 2.0 * s * n * h * d

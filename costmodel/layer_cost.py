@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from shardplan.costmodel.attention_time import flash_attention_s
+from shardplan.costmodel.attention_time import AttentionShape, fused_attention_s, unfused_attention_s
 from shardplan.costmodel.collectives import collective_s
 from shardplan.costmodel.context_parallel import context_seconds, transient_bytes
 from shardplan.costmodel.job import BYTES_OF
@@ -135,14 +135,24 @@ def _op_seconds(op: Op, shapes: Shapes, gpu: Gpu, precision: str, runtime: Runti
     """(forward, backward) seconds; backward of a product is the input-gradient and the weight-gradient product."""
     element = BYTES_OF[precision]
     traffic = op.traffic_bytes * runtime.execution.elementwise_traffic
+    if op.attention is not None:
+        return _attention_seconds(op.attention, np.asarray(traffic), shapes, gpu, precision, runtime)
     forward = memory_bound_s(gpu, traffic)
     backward = memory_bound_s(gpu, BACKWARD_TRAFFIC * traffic)
     for g in op.gemms:
         forward = forward + gemm_s(gpu, precision, element, g.m, g.n, g.k, g.count)
         backward = backward + gemm_s(gpu, precision, element, g.m, g.k, g.n, g.count)
         backward = backward + gemm_s(gpu, precision, element, g.k, g.n, g.m, g.count)
-    if np.any(op.flash_flop):
-        kernel = runtime.execution.attention_kernel
-        fused = flash_attention_s(gpu, precision, kernel, op.head_dim, np.asarray(op.flash_flop), shapes.seq)
-        forward, backward = forward + fused[0], backward + fused[1]
     return forward, backward
+
+
+def _attention_seconds(
+    shape: AttentionShape, softmax_traffic: FloatArray, shapes: Shapes, gpu: Gpu, precision: str, runtime: Runtime
+) -> tuple[FloatArray, FloatArray]:
+    """(forward, backward) seconds of the attention core, fused where `shapes.flash`."""
+    curve = gpu.attention_curve(runtime.execution.attention_kernels)
+    fused = fused_attention_s(gpu, precision, curve, shape)
+    if shapes.flash.all():
+        return fused
+    unfused = unfused_attention_s(gpu, precision, shapes.element_bytes, shape, softmax_traffic)
+    return np.where(shapes.flash, fused[0], unfused[0]), np.where(shapes.flash, fused[1], unfused[1])

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from shardplan.costmodel.attention_time import AttentionShape, flash_attention_flop
 from shardplan.costmodel.collectives import Collective
 from shardplan.costmodel.context_parallel import ULYSSES, kept_bytes
-from shardplan.costmodel.kernels_time import flash_attention_flop
 from shardplan.costmodel.model import LayerKind
 from shardplan.costmodel.runtime import Runtime
 
@@ -71,8 +71,8 @@ class Op:
     gemms: tuple[Gemm, ...] = ()
     flash_flop: Amount = 0.0
     """Forward FLOP of fused causal attention."""
-    head_dim: float = 128.0
-    """Width of its heads."""
+    attention: AttentionShape | None = None
+    """Makes this the attention core: its time follows from this shape, `gemms` and `flash_flop` only count its FLOP."""
     traffic_bytes: Amount = 0.0
     """Element-wise bytes read and written, forward, fully fused."""
     kept_bytes: Amount = 0.0
@@ -191,8 +191,8 @@ def _attention_core(kind: LayerKind, shapes: Shapes, heads: FloatArray, kv_heads
         name="attention",
         gemms=() if shapes.flash.all() else products,
         flash_flop=np.where(shapes.flash, flop, 0.0),
-        head_dim=float(kind.head_dim),
-        traffic_bytes=np.where(unfused, scores * (4 * e + dropout * (2 * e + 1)), 0.0),
+        attention=AttentionShape(pairs=pairs, seq=seq, keys=keys, head_dim=float(kind.head_dim)),
+        traffic_bytes=np.where(unfused, scores * (2 * e + dropout * (2 * e + 1)), 0.0),
         kept_bytes=np.where(unfused, scores * (e + dropout * (e + 1)), 4 * tokens * heads + extra),
         context=(queries, exchanged),
     )

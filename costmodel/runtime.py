@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from shardplan.hw_profiles.errors import InputError, nearest
+from shardplan.hw_profiles.machine import AttentionKernel
 
 BytesPerParameter = float | Literal["gradient"]
 """A number, or "gradient": the bytes of the gradient dtype in use."""
@@ -132,8 +133,8 @@ class Execution(_FromFile):
     """Host time to gather or reduce the states of one layer (hooks, copies in and out), in launches."""
     step_overhead_s: float
     """Fixed host time per optimizer step."""
-    attention_kernel: str
-    """Generation of fused attention it calls: a table of attention_kernels.toml."""
+    attention_kernels: tuple[AttentionKernel, ...]
+    """Fused attention in order of preference: the first that the GPU has runs."""
     compute_slowdown: float
     """Fraction by which compute slows while communication hides behind it."""
 

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from statistics import geometric_mean
 from typing import Any
 
-from shardplan.costmodel.attention_time import FLASH_RAMP_TOKENS
 from shardplan.executor.calibrate_measurements import RING_STEPS, CollectiveRates, Measurements, Rates, Timing
 from shardplan.hw_profiles.document import merged_table
 from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.load import cluster_document
-from shardplan.hw_profiles.machine import Source
+from shardplan.hw_profiles.machine import PLAIN_CAUSAL_RAMP_TOKENS, PLAIN_RAMP_TOKENS, Source
 
 Document = dict[str, Any]
 MIB, GIB = 2.0**20, 2.0**30
@@ -186,20 +185,23 @@ def _put_products(gpu: Document, rates: Rates, origin: _Origin, *, shared: str, 
 def _put_attention(gpu: Document, rates: Rates, origin: _Origin) -> None:
     """Fractions of the peak of the first precision measured; the others are named in the source.
 
-    The cost model reaches a plateau along S / (S + FLASH_RAMP_TOKENS); the plateau is such that it meets the measurement.
+    The plain plateaus take the place of the catalog's kernels: they are of whichever kernel runs here. The cost model reaches
+    a plateau along S / (S + ramp); the plateau is such that it meets the measurement.
     """
     peaks = gpu["peak_tflops"]
-    ramp = rates.attention_seq / (rates.attention_seq + FLASH_RAMP_TOKENS)
+    ramp = rates.attention_seq / (rates.attention_seq + PLAIN_RAMP_TOKENS + PLAIN_CAUSAL_RAMP_TOKENS)
     reached = {
         word: {way: min(1.0, timing.rate / ramp / (peaks[word]["value"] * 1e12)) for way, timing in ways.items()}
         for word, ways in rates.attention.items()
         if word in peaks
     }
     first = next(iter(reached), "")
+    measured: Document = {}
     for way, fraction in reached.get(first, {}).items():
         others = "".join(f"; in {word} {ways[way]:.2g}" for word, ways in reached.items() if word != first)
         what = f"causal fused attention in {first}, {rates.attention_seq} tokens, scaled to long sequences{others}"
-        gpu["attention_efficiency"] = {**gpu["attention_efficiency"], way: origin.number(fraction, what)}
+        measured[way] = origin.number(fraction, what)
+    gpu["attention_efficiency"] = measured or gpu["attention_efficiency"]
 
 
 def _host(base: Document, rates: Rates, origin: _Origin) -> Document:

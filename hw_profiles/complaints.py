@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast, get_args
 from pydantic import BaseModel, ValidationError
 
 from shardplan.hw_profiles.errors import InputError, nearest
-from shardplan.hw_profiles.schema import Curve, Sourced
+from shardplan.hw_profiles.schema import AttentionPlateaus, Curve, Sourced
 
 FILE_WORDS = ("base", "source", "source_kind")
 """Words any table of a file may have besides its fields."""
@@ -87,4 +87,6 @@ def _wanted(model: type[BaseModel], keys: Sequence[object]) -> str:
     here = _model_at(model, keys)
     if here is None or not issubclass(here, Sourced):
         return "a table"
+    if issubclass(here, AttentionPlateaus):
+        return "a table of head dims, plateaus and ramps"
     return "a curve (a table of sizes and fractions)" if issubclass(here, Curve) else "a number"

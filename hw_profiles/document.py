@@ -29,6 +29,8 @@ _SECTIONS: dict[PartKind, dict[str, PartKind]] = {
 }
 """The sections of a file that may start from a part of their own; a node brings its GPU along, so nodes come first."""
 _DEEPEST_BASE = 8
+_CURVE_WORDS = {"value", "fraction", "head_dim"}
+"""A table with one of these is a number or a curve: it carries its source, and replaces another as a whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +166,7 @@ def _with_sources(table: Document, inherited: Source, place: str) -> Document:
     """A copy of `table` in which every number and every curve names its source, and tables no longer do."""
     own = _own_source(table, inherited, place)
     words = {key: value for key, value in table.items() if key not in ("source", "source_kind")}
-    if "value" in words or "fraction" in words or any(key.startswith("size_") for key in words):
+    if _CURVE_WORDS & words.keys() or any(key.startswith("size_") for key in words):
         return {**words, "source": own.text, "source_kind": own.kind}
     done: Document = {}
     for key, value in words.items():

@@ -23,6 +23,7 @@ from shardplan.hw_profiles.document import (
     part_names,
 )
 from shardplan.hw_profiles.machine import (
+    AttentionCurve,
     Cluster,
     EfficiencyCurve,
     Gpu,
@@ -32,6 +33,7 @@ from shardplan.hw_profiles.machine import (
     Node,
     Nvme,
     Source,
+    plain_attention,
 )
 
 if TYPE_CHECKING:
@@ -150,15 +152,28 @@ def _gpu(part: schema.GpuPart) -> Gpu:
         l2_bytes=part.l2_mib.value * MIB,
         multiprocessors=part.multiprocessors.value,
         gemm_efficiency={word: _curve(curve, GIGA) for word, curve in curves.items() if curve},
-        attention_efficiency={
-            "forward": part.attention_efficiency.forward.value,
-            "backward": part.attention_efficiency.backward.value,
-        },
+        attention_efficiency=_attention(part.attention_efficiency),
         memory_efficiency=_curve(part.memory_efficiency, MIB),
         launch_s=part.launch_us.value * MICRO,
         context_bytes=part.context_gib.value * GIB,
         power_w=part.power_w.value if part.power_w else None,
     )
+
+
+def _attention(part: schema.AttentionEfficiency) -> dict[str, AttentionCurve]:
+    if part.forward is not None and part.backward is not None:
+        return {"plain": plain_attention(part.forward.value, part.backward.value)}
+    return {
+        name: AttentionCurve(
+            head_dims=tuple(kernel.head_dim),
+            forward=tuple(kernel.forward),
+            backward=tuple(kernel.backward),
+            forward_ramp_tokens=kernel.forward_ramp_tokens,
+            backward_ramp_tokens=kernel.backward_ramp_tokens,
+            causal_ramp_tokens=kernel.causal_ramp_tokens,
+        )
+        for name, kernel in part.kernels().items()
+    }
 
 
 def _node(part: schema.NodePart, gpu: Gpu) -> Node:

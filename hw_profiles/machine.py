@@ -5,7 +5,7 @@ Conventions: bandwidth is per GPU and one direction; FLOP rates are dense; GPU m
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -17,6 +17,8 @@ from shardplan.hw_profiles.errors import InputError
 FloatArray = NDArray[np.float64]
 SourceKind = Literal["spec", "measured", "published", "guess"]
 LinkKind = Literal["nvswitch", "mesh", "pcie", "shared_memory", "none"]
+AttentionKernel = Literal["cudnn", "flash3", "flash2", "flash1", "memory_efficient"]
+"""Generations of fused attention; which of them runs is the runtime's choice among those that the GPU has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,52 @@ class EfficiencyCurve:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AttentionCurve:
+    """Fused attention: fraction of the dense peak = plateau(head dim) * keys / (keys + ramp)."""
+
+    head_dims: tuple[float, ...]
+    """Ascending."""
+    forward: tuple[float, ...]
+    """Plateau of the forward pass at each head dim, of the FLOP that its tiles compute."""
+    backward: tuple[float, ...]
+    forward_ramp_tokens: float
+    """Keys at which half the plateau is reached, without a mask."""
+    backward_ramp_tokens: float
+    causal_ramp_tokens: float
+    """Added to either ramp by a causal mask: half-used diagonal tiles and uneven work."""
+
+    def at(
+        self, way: Literal["forward", "backward"], head_dim: ArrayLike, keys: ArrayLike, *, causal: bool
+    ) -> FloatArray:
+        """Fraction of the peak, arguments broadcast: linear in the head dim, proportional to it below the first one
+        (the softmax then sets the time), flat beyond the last one."""
+        plateaus, ramp = self.forward, self.forward_ramp_tokens
+        if way == "backward":
+            plateaus, ramp = self.backward, self.backward_ramp_tokens
+        plateau = np.interp(np.asarray(head_dim, dtype=np.float64), (0.0, *self.head_dims), (0.0, *plateaus))
+        length = np.asarray(keys, dtype=np.float64)
+        return plateau * length / (length + ramp + (self.causal_ramp_tokens if causal else 0.0))
+
+
+PLAIN_RAMP_TOKENS = 100.0
+"""Ramp of a profile that only gives plain plateaus: between those of the published kernels without a mask (60 to 250)."""
+PLAIN_CAUSAL_RAMP_TOKENS = 250.0
+"""What a causal mask adds to it: the least of the published kernels (250 to 510)."""
+
+
+def plain_attention(forward: float, backward: float) -> AttentionCurve:
+    """The same plateaus for every head dim."""
+    return AttentionCurve(
+        head_dims=(1.0,),
+        forward=(forward,),
+        backward=(backward,),
+        forward_ramp_tokens=PLAIN_RAMP_TOKENS,
+        backward_ramp_tokens=PLAIN_RAMP_TOKENS,
+        causal_ramp_tokens=PLAIN_CAUSAL_RAMP_TOKENS,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Gpu:
     """One accelerator (or, with `device` "cpu", the share of a CPU that one process gets)."""
 
@@ -62,8 +110,8 @@ class Gpu:
     multiprocessors: int
     gemm_efficiency: Mapping[str, EfficiencyCurve]
     """Fraction of the dense peak by FLOP of one matrix product; keyed by precision word, "default" for the rest."""
-    attention_efficiency: Mapping[str, float]
-    """Plateau fraction of the dense peak of fused (flash) attention: keys forward, backward."""
+    attention_efficiency: Mapping[str, AttentionCurve]
+    """Fused attention by AttentionKernel, fastest first; or "plain" alone: what runs here, whatever its generation."""
     memory_efficiency: EfficiencyCurve
     """Fraction of the memory bandwidth by bytes moved by one element-wise kernel."""
     launch_s: float
@@ -75,6 +123,11 @@ class Gpu:
     def gemm_curve(self, precision: str) -> EfficiencyCurve:
         """The efficiency curve of matrix products in `precision`."""
         return self.gemm_efficiency.get(precision, self.gemm_efficiency["default"])
+
+    def attention_curve(self, preferred: Sequence[str]) -> AttentionCurve:
+        """The first of the `preferred` kernels that this GPU has; with none of them, its own first."""
+        found = (name for name in preferred if name in self.attention_efficiency)
+        return self.attention_efficiency[next(found, next(iter(self.attention_efficiency)))]
 
 
 @dataclass(frozen=True, kw_only=True)

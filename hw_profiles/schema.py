@@ -6,16 +6,17 @@ In a merged document every number is a table {value, source, source_kind} and ev
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from shardplan.hw_profiles.machine import LinkKind, SourceKind
+from shardplan.hw_profiles.machine import AttentionKernel, LinkKind, SourceKind
 
 PositiveFloat = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
 PositiveWhole = Annotated[int, Field(gt=0, strict=True)]
 NonNegativeWhole = Annotated[int, Field(ge=0, strict=True)]
+PlateauFraction = Annotated[float, Field(gt=0, le=1, strict=True)]
 CurveFraction = Annotated[float, Field(gt=0, le=1.1, strict=True)]
 
 
@@ -130,11 +131,51 @@ class GemmEfficiency(_Part):
     fp4: GflopCurve | None = None
 
 
-class AttentionEfficiency(_Part):
-    """Plateau of fused causal attention, fraction of the dense peak."""
+class AttentionPlateaus(Sourced):
+    """One generation of fused attention: plateaus by head dim and the ramps that lead to them."""
 
-    forward: Fraction
-    backward: Fraction
+    head_dim: list[PositiveFloat]
+    forward: list[PlateauFraction]
+    backward: list[PlateauFraction]
+    forward_ramp_tokens: NonNegativeFloat
+    backward_ramp_tokens: NonNegativeFloat
+    causal_ramp_tokens: NonNegativeFloat
+
+    @model_validator(mode="after")
+    def _as_many_of_each(self) -> AttentionPlateaus:
+        sizes = (len(self.head_dim), len(self.forward), len(self.backward))
+        if not sizes[0] or len(set(sizes)) > 1:
+            raise ValueError(
+                f"has {sizes[0]} head_dim, {sizes[1]} forward and {sizes[2]} backward; give as many of each, 1 or more"
+            )
+        if any(low >= high for low, high in pairwise(self.head_dim)):
+            raise ValueError("has head_dim that do not ascend; sort them and remove doubles")
+        return self
+
+
+class AttentionEfficiency(_Part):
+    """Fused attention, fraction of the dense peak: by kernel, or one plain pair that goes before them."""
+
+    forward: Fraction | None = None
+    backward: Fraction | None = None
+    cudnn: AttentionPlateaus | None = None
+    flash3: AttentionPlateaus | None = None
+    flash2: AttentionPlateaus | None = None
+    flash1: AttentionPlateaus | None = None
+    memory_efficient: AttentionPlateaus | None = None
+
+    @model_validator(mode="after")
+    def _something_is_known(self) -> AttentionEfficiency:
+        if (self.forward is None) != (self.backward is None):
+            raise ValueError("has one of forward and backward; give both, or neither")
+        if self.forward is None and not self.kernels():
+            raise ValueError("is empty; give forward and backward, or a kernel such as flash2")
+        return self
+
+    def kernels(self) -> dict[str, AttentionPlateaus]:
+        """The kernels that are given, fastest first."""
+        found = {name: getattr(self, name) for name in get_args(AttentionKernel)}
+        return {name: part for name, part in found.items() if part is not None}
 
 
 class GpuPart(_Part):

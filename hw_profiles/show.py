@@ -33,6 +33,7 @@ _UNITS = {
     "_w": "W",
     "usd_per_hour": "USD/h",
     "_bytes_per_parameter": "B/parameter",
+    "_tokens": "tokens",
 }
 _SECTION_ORDER = ("gpu", "node", "network")
 
@@ -123,10 +124,22 @@ def _rows(table: Document, path: str = "") -> Iterator[Row]:
                 size = next(word for word in inner if word.startswith("size_"))
                 points = [list(point) for point in zip(inner[size], inner["fraction"], strict=True)]
                 yield {"field": here, "value": points, "unit": f"fraction by {_size_unit(size)}", **origin}
+            elif "head_dim" in inner:
+                yield from ({**row, **origin} for row in _attention_rows(inner, here))
             else:
                 yield {"field": here, "value": inner["value"], "unit": _unit(here), **origin}
         else:
             yield from _rows(inner, here)
+
+
+def _attention_rows(kernel: Document, path: str) -> Iterator[Row]:
+    """Plateaus of one kernel as two curves, its ramps as numbers."""
+    for way in ("forward", "backward"):
+        points = [list(point) for point in zip(kernel["head_dim"], kernel[way], strict=True)]
+        yield {"field": f"{path}.{way}", "value": points, "unit": "fraction by head dim"}
+    for key in kernel:
+        if key.endswith("_tokens"):
+            yield {"field": f"{path}.{key}", "value": kernel[key], "unit": _unit(key)}
 
 
 def _size_unit(key: str) -> str:

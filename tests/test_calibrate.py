@@ -16,7 +16,7 @@ import typer
 pytest.importorskip("torch", reason="calibrating needs torch")
 
 from shardplan.cli.calibrate import calibrate
-from shardplan.costmodel.attention_time import flash_attention_s
+from shardplan.costmodel.attention_time import AttentionShape, fused_attention_s
 from shardplan.costmodel.collectives import collective_s
 from shardplan.executor import calibrate_profile
 from shardplan.executor.calibrate import CalibrationError, measure_machine
@@ -191,7 +191,9 @@ def test_a_cpu_is_measured_against_its_best_rate(cpu_cluster: Cluster) -> None:
 def test_the_cost_model_meets_the_measured_attention(cpu_cluster: Cluster) -> None:
     import numpy as np
 
-    forward, backward = flash_attention_s(cpu_cluster.gpu, "fp32", "best", 64, np.asarray(3e10), 512)
+    gpu, seq = cpu_cluster.gpu, np.asarray(512.0)
+    shape = AttentionShape(pairs=np.asarray(3e10 / (2 * 512 * 512 * 64)), seq=seq, keys=seq, head_dim=64.0)
+    forward, backward = fused_attention_s(gpu, "fp32", gpu.attention_curve(["flash2"]), shape)
     assert float(forward) == pytest.approx(1.0, rel=1e-3)
     assert 2.5 * 3e10 / float(backward) == pytest.approx(2e10, rel=1e-3)
 
@@ -221,6 +223,7 @@ def test_a_known_gpu_keeps_its_specified_peaks() -> None:
     assert base == before, "the base is not changed"
     gpu = cluster.gpu
     assert gpu.memory_bytes == 143771 * 2.0**20
+    assert list(gpu.attention_efficiency) == ["plain"], "measured attention goes in place of the catalog's kernels"
     assert gpu.peak_flop_per_s["bf16"] == pytest.approx(989e12, rel=0.01)
     assert cluster.provenance["gpu.peak_tflops.bf16"].kind == "spec"
     assert gpu.gemm_curve("bf16").fractions[-1] == pytest.approx(7.9e14 / gpu.peak_flop_per_s["bf16"], rel=1e-3)

@@ -21,6 +21,7 @@ from shardplan.hw_profiles.load import (
     load_gpu,
 )
 from shardplan.hw_profiles.machine import EfficiencyCurve
+from shardplan.hw_profiles.show import hardware_show
 from shardplan.hw_profiles.write import profile_text, write_profile
 
 CLUSTERS = [name for name in list_parts("clusters") if name != "localhost"]
@@ -269,3 +270,54 @@ def test_no_catalog_number_is_absurd():
         assert 1e-6 < cluster.gpu.launch_s < 1e-4
         assert cluster.gpu.context_bytes < 3 * GIB
         assert math.isfinite(cluster.node.host.memory_bandwidth_bytes_per_s)
+
+
+KERNEL = (
+    "head_dim = [64, 128]\nforward = [0.4, 0.6]\nbackward = [0.3, 0.5]\n"
+    "forward_ramp_tokens = 100\nbackward_ramp_tokens = 200\ncausal_ramp_tokens = 300\n"
+)
+
+
+def test_attention_comes_by_kernel_and_head_dim(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(f'base = "h100-ib"\n[gpu.attention_efficiency.flash2]\n{KERNEL}', encoding="utf-8")
+    cluster = load_cluster(path)
+    curve = cluster.gpu.attention_curve(["flash2"])
+    assert list(cluster.gpu.attention_efficiency) == ["cudnn", "flash3", "flash2", "flash1"], "the others stay"
+    assert cluster.provenance["gpu.attention_efficiency.flash2"].text == "user profile mine.toml"
+    assert float(curve.at("forward", 128, 700, causal=False)) == pytest.approx(0.6 * 700 / 800)
+    assert float(curve.at("backward", 96, 500, causal=True)) == pytest.approx(0.4 / 2)
+    assert curve.at("forward", [32, 256], 1e12, causal=False).tolist() == pytest.approx([0.2, 0.6])
+    rows = {row["field"]: row for section in hardware_show(path)["sections"] for row in section["rows"]}
+    assert rows["attention_efficiency.flash2.forward"]["value"] == [[64, 0.4], [128, 0.6]]
+    assert rows["attention_efficiency.flash2.causal_ramp_tokens"]["unit"] == "tokens"
+    written = tmp_path / "written.toml"
+    write_profile(cluster_document(path), written)
+    assert cluster_document(written) == cluster_document(path)
+
+
+def test_plain_attention_goes_before_the_kernels_of_the_base(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('base = "h100-ib"\n[gpu.attention_efficiency]\nforward = 0.5\nbackward = 0.4\n', encoding="utf-8")
+    gpu = load_cluster(path).gpu
+    assert list(gpu.attention_efficiency) == ["plain"]
+    curve = gpu.attention_curve(["cudnn", "flash2"])
+    assert curve.at("forward", [16, 128, 256], 1e12, causal=True).tolist() == pytest.approx([0.5] * 3)
+
+
+@pytest.mark.parametrize(
+    ("section", "told"),
+    [
+        ("[gpu.attention_efficiency]\nforward = 0.5\n", "one of forward and backward"),
+        (f"[gpu.attention_efficiency.flash9]\n{KERNEL}", "unknown key"),
+        ("[gpu.attention_efficiency]\nflash2 = 0.5\n", "a table of head dims"),
+        (f"[gpu.attention_efficiency.flash2]\n{KERNEL.replace('[0.3, 0.5]', '[0.3]')}", "as many of each"),
+        (f"[gpu.attention_efficiency.flash2]\n{KERNEL.replace('[64, 128]', '[128, 64]')}", "do not ascend"),
+    ],
+)
+def test_what_is_wrong_with_attention_is_said(section, told, tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(f'base = "h100-ib"\n{section}', encoding="utf-8")
+    with pytest.raises(InputError) as caught:
+        load_cluster(path)
+    assert told in str(caught.value)
