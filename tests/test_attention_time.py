@@ -26,7 +26,8 @@ from shardplan.hw_profiles.machine import Gpu
 DATA = Path(__file__).parent.parent / "reports" / "published" / "attention_kernels.csv"
 CATALOG = {"a100-80gb-sxm": "a100-80gb", "h100-80gb-sxm": "h100-sxm"}
 KERNEL = {
-    **{"FlashAttention-2": "flash2", "FlashAttention-3": "flash3", "FlashAttention-1": "flash1", "cuDNN": "cudnn", "xformers": "memory_efficient"},
+    **{"FlashAttention-1": "flash1", "FlashAttention-2": "flash2", "FlashAttention-3": "flash3"},
+    **{"cuDNN": "cudnn", "xformers": "memory_efficient"},
     **{"PyTorch": "unfused", "Standard": "unfused"},
 }
 COPY_SLOWDOWN = 1.5
