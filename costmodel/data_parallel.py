@@ -43,12 +43,13 @@ def exchange_s(
     """Time of all exchanges of a rank that owns `parameters` parameters in `units` equal groups (layers)."""
     step, shards = layouts.tp.astype(np.float64), layouts.zero_ranks.astype(np.float64)
     replicas = layouts.dp * layouts.cp / shards
-    unit = parameters / units
-    reduce = collective_s(tiers, "reduce_scatter", unit * gradient_bytes, shards, step)
-    reduce = reduce + collective_s(tiers, "all_reduce", unit * gradient_bytes / shards, replicas, step * shards)
-    gather = collective_s(tiers, "all_gather", unit * parameter_bytes, shards, step)
+    reduced, gathered = units * communication.reduce_messages, units * communication.gather_messages
+    message = parameters * gradient_bytes / reduced
+    reduce = collective_s(tiers, "reduce_scatter", message, shards, step)
+    reduce = reduce + collective_s(tiers, "all_reduce", message / shards, replicas, step * shards)
+    gather = collective_s(tiers, "all_gather", parameters * parameter_bytes / gathered, shards, step)
     reductions, gathers = exchange_counts(layouts, communication, micro_batches)
-    return Exchange(reduce_s=units * reduce * reductions, gather_s=units * gather * gathers)
+    return Exchange(reduce_s=reduced * reduce * reductions, gather_s=gathered * gather * gathers)
 
 
 def exchange_counts(
@@ -56,7 +57,7 @@ def exchange_counts(
 ) -> tuple[FloatArray, FloatArray]:
     """(reductions, gathers) of each group of parameters per step, whatever the group sizes."""
     zero = layouts.zero
-    reductions = np.where(_reduces_often(layouts, communication), micro_batches, 1.0)
+    reductions = np.where(reduces_often(layouts, communication), micro_batches, 1.0)
     gathers = np.where(np.isin(zero, communication.gather_every_micro_batch), 2.0 * micro_batches, 1.0)
     # parameters that stay whole after a backward are only gathered again after the next forward dropped them
     once = inside_pipeline(layouts, communication)
@@ -68,7 +69,8 @@ def inside_pipeline(layouts: LayoutTable, communication: Communication) -> NDArr
     return np.asarray(layouts.pp > 1) & communication.pipeline_reduces_once
 
 
-def _reduces_often(layouts: LayoutTable, communication: Communication) -> NDArray[np.bool_]:
+def reduces_often(layouts: LayoutTable, communication: Communication) -> NDArray[np.bool_]:
+    """Rows that reduce gradients after every micro-batch."""
     every = np.isin(layouts.zero, communication.reduce_every_micro_batch)
     return every & ~inside_pipeline(layouts, communication)
 
@@ -87,7 +89,7 @@ def exposed_exchange_s(
     What repeats hides behind all micro-batches, what happens once behind one of them; the overlap share is the runtime's.
     """
     zero = layouts.zero
-    reducing = np.where(_reduces_often(layouts, communication), micro_batches, 1.0) * backward_s
+    reducing = np.where(reduces_often(layouts, communication), micro_batches, 1.0) * backward_s
     every = np.isin(zero, communication.gather_every_micro_batch)
     gathering = np.where(every, micro_batches * (forward_s + backward_s), forward_s)
     hidden_reduce = np.minimum(communication.reduce_overlap * exchange.reduce_s, reducing)

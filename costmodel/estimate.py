@@ -257,10 +257,9 @@ def _hardware_flop(
     repeated = np.zeros(len(layouts))
     total = model.layer_count
     for block, (_, count) in zip(blocks.layers, model.layers, strict=True):
-        forward = block["matmul_flop"] + block["attention_flop"]
         repeated += np.where(
             recomputed_layers > 0,
-            forward * recomputed_layers * count / total,
+            block["full_flop"] * recomputed_layers * count / total,
             block["selective_flop"] * blocks.selects * count,
         )
     return model_flop_per_token(model, job.seq) * job.tokens_per_step + repeated * runs

@@ -22,6 +22,8 @@ FloatArray = NDArray[np.float64]
 
 BACKWARD_TRAFFIC = 1.5
 """Backward over forward bytes of element-wise operators: two reads and a write against a read and a write."""
+LAST_OPERATORS = ("down", "mlp_residual")
+"""Of a layer: what follows the last tensor that its backward needs."""
 TENSORS = ("input", "attention_output")
 """Entries that only stand for a kept tensor: nothing is launched for them."""
 BACKWARD_LAUNCHES = 2.0
@@ -36,6 +38,8 @@ class BlockCost:
     backward_s: FloatArray
     selective_s: FloatArray
     """Forward seconds of the operators that `selective` recomputes."""
+    full_s: FloatArray
+    """Forward seconds that full recompute repeats."""
     tensor_forward_s: FloatArray
     """Tensor-parallel communication, before overlap."""
     tensor_backward_s: FloatArray
@@ -46,6 +50,8 @@ class BlockCost:
     context_backward_hidden_s: FloatArray
     context_transient_bytes: FloatArray
     """Of context parallelism while one attention runs backward."""
+    accumulate_s: FloatArray
+    """Adding the gradients of one micro-batch, whole, to the accumulated ones."""
     host_forward_s: FloatArray
     """Host time to launch the forward; the backward takes BACKWARD_LAUNCHES times that."""
     input_bytes: FloatArray
@@ -54,18 +60,23 @@ class BlockCost:
     """Kept with recompute none, the input included."""
     selective_bytes: FloatArray
     """Part of `kept_bytes` that `selective` drops."""
-    matmul_flop: FloatArray
-    """Forward FLOP of the dense products."""
-    attention_flop: FloatArray
-    """Forward FLOP of the attention core, counted in full (not halved for causality)."""
     selective_flop: FloatArray
     """Forward FLOP that `selective` repeats."""
+    full_flop: FloatArray
+    """Forward FLOP that full recompute repeats."""
 
 
 def block_cost(
-    ops: Sequence[Op], shapes: Shapes, *, gpu: Gpu, precision: str, tiers: TierTable, runtime: Runtime
+    ops: Sequence[Op],
+    shapes: Shapes,
+    *,
+    gpu: Gpu,
+    precision: str,
+    gradient_bytes: int,
+    tiers: TierTable,
+    runtime: Runtime,
 ) -> BlockCost:
-    """Cost of the operators of one block."""
+    """Cost of the operators of one block; `gradient_bytes` of one accumulated gradient element."""
     zero = np.zeros_like(shapes.tokens)
     total = {name: zero.copy() for name in BlockCost.__dataclass_fields__}
     for op in ops:
@@ -78,12 +89,23 @@ def block_cost(
             for kind, size in collectives:
                 seconds = collective_s(tiers, kind, size, shapes.tp, 1.0)
                 total[phase] = total[phase] + np.where(size > 0, seconds, 0.0)
+        total["accumulate_s"] = total["accumulate_s"] + _accumulate_s(op, gpu, precision, gradient_bytes, runtime)
         launches = runtime.execution.launches_per_operator + np.where(
             shapes.tp > 1, runtime.execution.tensor_parallel_launches, 0.0
         )
         if op.name not in TENSORS:
             total["host_forward_s"] = total["host_forward_s"] + gpu.launch_s * launches
     return BlockCost(**total)
+
+
+def _accumulate_s(op: Op, gpu: Gpu, precision: str, gradient_bytes: int, runtime: Runtime) -> FloatArray | float:
+    """Seconds to add the weight gradient of one micro-batch: the new one read, the accumulated one read and written; fused into
+    the product, which then does not write the new one, only the accumulated one counts."""
+    if op.attention is not None or not op.gemms:
+        return 0.0
+    element = BYTES_OF[precision]
+    traffic = 2 * gradient_bytes + (-element if runtime.execution.fused_accumulation else element)
+    return memory_bound_s(gpu, traffic * sum(g.k * g.n * g.count for g in op.gemms))
 
 
 def _context_columns(
@@ -114,20 +136,20 @@ def _context_columns(
 def _op_totals(
     op: Op, forward: FloatArray, backward: FloatArray, zero: FloatArray, runtime: Runtime
 ) -> dict[str, FloatArray]:
-    is_attention = op.name == "attention"
     products = sum((g.flop for g in op.gemms), zero)
     flop = products + 2.0 * op.flash_flop
     selected = runtime.activations.selective.get(op.name, 0.0)
+    repeated = 0.0 if runtime.activations.full_stops_early and op.name in LAST_OPERATORS else 1.0
     return {
         "forward_s": forward,
         "backward_s": backward,
         "selective_s": forward * selected,
+        "full_s": forward * repeated,
         "input_bytes": zero + (op.kept_bytes if op.name == "input" else 0.0),
         "kept_bytes": zero + op.kept_bytes,
         "selective_bytes": zero + op.kept_bytes * selected,
-        "matmul_flop": zero if is_attention else flop,
-        "attention_flop": flop if is_attention else zero,
         "selective_flop": flop * selected,
+        "full_flop": flop * repeated,
     }
 
 

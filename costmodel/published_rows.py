@@ -275,10 +275,20 @@ def _layout(row: Row, zero: int, runtime: Runtime) -> Layout:
 
 def _cluster(row: Row) -> Cluster:
     """The machine of the row's GPU (or `profile`), with its node size and network rate where the row states them."""
-    name = row.get("profile") or _names()["gpus"].get(row["gpu"])
+    name = row.get("profile") or _named_machine(row) or _names()["gpus"].get(row["gpu"])
     if not name:
         raise RefusedRowError(f"GPU {row['gpu']!r} is not in the catalog yet")
     return _machine(name, whole(row, "gpus"), whole(row, "gpus_per_node", 0), number(row, "network_gbps_per_gpu", 0.0))
+
+
+def _named_machine(row: Row) -> str | None:
+    """A cluster of the catalog that is known by its GPU, node size and network rate."""
+    for machine in _names()["machines"]:
+        same_size = whole(row, "gpus_per_node", 0) == machine["gpus_per_node"]
+        same_rate = number(row, "network_gbps_per_gpu", 0.0) == machine["network_gbps_per_gpu"]
+        if row["gpu"] == machine["gpu"] and same_size and same_rate:
+            return machine["cluster"]
+    return None
 
 
 @cache

@@ -111,6 +111,8 @@ class Activations(_FromFile):
     """Operators that `selective` runs again instead of keeping their tensors, and the share of each."""
     selective_streams: float
     """Whole hidden-wide tensors (not divided by tp) a layer keeps under `selective` in exchange."""
+    full_stops_early: bool
+    """Full recompute ends with the last tensor that the backward needs: the layer's last product is not repeated."""
     gated_mlp_copies: float
     """ffn-wide tensors kept by a gated MLP: 3 fused (gate, up, product), 4 with silu(gate) kept too."""
     norm_bytes: float
@@ -131,6 +133,8 @@ class Execution(_FromFile):
     """Extra host time per tensor-parallel operator (dispatch of distributed tensors), in launches."""
     exchange_launches: float
     """Host time to gather or reduce the states of one layer (hooks, copies in and out), in launches."""
+    fused_accumulation: bool
+    """Products of weight gradients add to the accumulated gradient themselves; else that is a pass over both of its own."""
     step_overhead_s: float
     """Fixed host time per optimizer step."""
     attention_kernels: tuple[AttentionKernel, ...]
@@ -149,6 +153,10 @@ class Communication(_FromFile):
     """ZeRO stages that gather parameters in forward and in backward of each micro-batch (else once per step)."""
     pipeline_reduces_once: bool
     """Inside a pipeline ZeRO-2/3 reduce once a step too; until then gradients, and under ZeRO-3 parameters, stay whole."""
+    reduce_messages: int
+    """Collectives that the gradients of one layer are reduced in."""
+    gather_messages: int
+    """The same of gathering its parameters."""
     full_repeats_tensor: float
     """Share of the forward tensor-parallel communication that full recompute repeats."""
     full_repeats_tensor_sp: float

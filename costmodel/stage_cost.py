@@ -12,7 +12,7 @@ from shardplan.costmodel.job import BYTES_OF, Job
 from shardplan.costmodel.keys import unique_keys
 from shardplan.costmodel.layer_cost import BlockCost, block_cost
 from shardplan.costmodel.layout import ALL_LAYERS, ATTENTION, CP_KINDS, LayoutTable
-from shardplan.costmodel.memory import FULL, SELECTIVE
+from shardplan.costmodel.memory import FULL, SELECTIVE, gradient_bytes
 from shardplan.costmodel.model import LayerKind, Model, layer_parameters
 from shardplan.costmodel.operators import Op, Shapes, embedding_ops, head_ops, layer_ops, logits_bytes
 from shardplan.costmodel.pipeline import stage_table
@@ -83,7 +83,17 @@ def block_rows(
         return {**block, "selective_bytes": block["selective_bytes"] - exchanged[inverse]}
 
     def cost(ops: tuple[Op, ...]) -> BlockColumns:
-        return gathered(block_cost(ops, shapes, gpu=cluster.gpu, precision=job.precision, tiers=tiers, runtime=runtime))
+        return gathered(
+            block_cost(
+                ops,
+                shapes,
+                gpu=cluster.gpu,
+                precision=job.precision,
+                gradient_bytes=gradient_bytes(runtime, job),
+                tiers=tiers,
+                runtime=runtime,
+            )
+        )
 
     selects, repeats = (layouts.recompute == SELECTIVE).astype(np.float64), runtime.communication
     split = layouts.sequence_parallel == 1

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.costmodel.collectives import collective_s, point_to_point_s
-from shardplan.costmodel.data_parallel import exchange_counts, exchange_s, exposed_exchange_s
+from shardplan.costmodel.data_parallel import exchange_counts, exchange_s, exposed_exchange_s, reduces_often
 from shardplan.costmodel.job import BYTES_OF, Job
 from shardplan.costmodel.kernels_time import memory_bound_s
 from shardplan.costmodel.layer_cost import BACKWARD_LAUNCHES
@@ -40,11 +40,12 @@ def step_time(
 ) -> tuple[dict[str, FloatArray], dict[str, FloatArray]]:
     """(seconds by part with `step_s`, hidden seconds by axis), columns of shape (N,)."""
     exchanging = _exchange_host_s(cluster.gpu, layouts, runtime, micro_batches)
-    pace = _pace(model, cluster.gpu, runtime, blocks, stages, exchanging)
+    accumulating = _accumulating(layouts, runtime, micro_batches)
+    pace = _pace(model, cluster.gpu, runtime, blocks, stages, exchanging, accumulating)
     total = sum((pace[part] for part in PACE_PARTS if part in pace), np.zeros_like(stages.embedding))
     slowest = total.argmax(axis=1)[:, None]
     worst = {part: np.take_along_axis(values, slowest, axis=1)[:, 0] for part, values in pace.items()}
-    fill = _whole_pipeline(model, cluster.gpu, runtime, blocks, stages, exchanging) - total.max(axis=1)
+    fill = _whole_pipeline(model, cluster.gpu, runtime, blocks, stages, exchanging, accumulating) - total.max(axis=1)
     dp_exposed, dp_hidden = _data_parallel(
         model, job, layouts, runtime, tiers, stages, parameters, micro_batches, worst
     )
@@ -102,6 +103,12 @@ def _bubble_s(
 PACE_PARTS = ("forward", "backward", "recompute", "tensor_exposed", "context_exposed", "host")
 
 
+def _accumulating(layouts: LayoutTable, runtime: Runtime, micro_batches: FloatArray) -> FloatArray:
+    """Share of its gradients that a rank adds up per micro-batch, (N,): all, or its shard where every micro-batch reduces."""
+    share = np.where(reduces_often(layouts, runtime.communication), 1.0 / layouts.zero_ranks, 1.0)
+    return share * (1.0 - 1.0 / micro_batches)
+
+
 def _exchange_host_s(gpu: Gpu, layouts: LayoutTable, runtime: Runtime, micro_batches: FloatArray) -> FloatArray:
     """Host seconds per layer and micro-batch that gathers and reductions of its states take, (N,)."""
     reductions, gathers = exchange_counts(layouts, runtime.communication, micro_batches)
@@ -119,13 +126,15 @@ def _block_pace(
     selects: FloatArray,
     repeated: FloatArray,
     exchanging: FloatArray,
+    accumulating: FloatArray,
 ) -> dict[str, FloatArray]:
     """Seconds of one block and micro-batch; `recomputed` is the share of it under full recompute, `repeated` the share of its
     forward tensor-parallel communication that any recompute repeats."""
-    recompute = recomputed * block["forward_s"] + selects * block["selective_s"]
+    recompute = recomputed * block["full_s"] + selects * block["selective_s"]
     tensor = block["tensor_forward_s"] * (1.0 + repeated) + block["tensor_backward_s"]
     exposed = tensor * (1.0 - runtime.communication.tensor_overlap)
-    busy = block["forward_s"] + block["backward_s"] + recompute + exposed
+    backward = block["backward_s"] + accumulating * block["accumulate_s"]
+    busy = block["forward_s"] + backward + recompute + exposed
     context = _context_pace(runtime, block, recomputed, selects)
     if context:
         busy = busy + context["context_exposed"]
@@ -134,7 +143,7 @@ def _block_pace(
     host = launching if gpu.device == "cpu" else np.maximum(launching - busy, 0.0)
     return {
         "forward": block["forward_s"],
-        "backward": block["backward_s"],
+        "backward": backward,
         "recompute": recompute,
         "tensor": tensor,
         "tensor_exposed": exposed,
@@ -160,7 +169,13 @@ def _context_pace(
 
 
 def _pace(
-    model: Model, gpu: Gpu, runtime: Runtime, blocks: BlockRows, stages: StageRows, exchanging: FloatArray
+    model: Model,
+    gpu: Gpu,
+    runtime: Runtime,
+    blocks: BlockRows,
+    stages: StageRows,
+    exchanging: FloatArray,
+    accumulating: FloatArray,
 ) -> dict[str, FloatArray]:
     """Seconds of one micro-batch on each stage by part, (N, S)."""
     total = stages.layers.sum(axis=2)
@@ -181,6 +196,7 @@ def _pace(
             selects=selected,
             repeated=repeated,
             exchanging=exchanging[:, None],
+            accumulating=accumulating[:, None],
         )
         for part, seconds in blocked.items():
             pace[part] = pace.get(part, 0.0) + count * seconds
@@ -188,7 +204,13 @@ def _pace(
 
 
 def _whole_pipeline(
-    model: Model, gpu: Gpu, runtime: Runtime, blocks: BlockRows, stages: StageRows, exchanging: FloatArray
+    model: Model,
+    gpu: Gpu,
+    runtime: Runtime,
+    blocks: BlockRows,
+    stages: StageRows,
+    exchanging: FloatArray,
+    accumulating: FloatArray,
 ) -> FloatArray:
     """Seconds of one micro-batch through all stages, (N,)."""
     share = stages.recomputed_total / model.layer_count
@@ -209,6 +231,7 @@ def _whole_pipeline(
             selects=selected,
             repeated=repeated,
             exchanging=exchanging,
+            accumulating=accumulating,
         )
         seconds = seconds + count * sum((pace[part] for part in PACE_PARTS if part in pace), none)
     return seconds
