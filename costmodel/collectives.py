@@ -45,6 +45,13 @@ def _outer_tier(tiers: TierTable, span: FloatArray) -> NDArray[np.int64]:
     return whole.argmax(axis=0)
 
 
+def _links_used(tiers: TierTable, members: FloatArray) -> FloatArray:
+    """Share of a GPU's links in the node that lead to the `members` of its group: all of a switch, of a mesh those to each of them."""
+    if tiers.is_switched[0]:
+        return np.ones_like(members)
+    return np.maximum(members - 1.0, 1.0) / max(float(tiers.gpus[0]) - 1.0, 1.0)
+
+
 def _at_tier(
     tiers: TierTable, tier: NDArray[np.int64], size: FloatArray, curves: tuple[EfficiencyCurve, ...]
 ) -> FloatArray:
@@ -72,6 +79,7 @@ def collective_s(
         bus = np.where(n == tiers.gpus[0], _at_tier(tiers, node, size, tiers.all_reduce_efficiency), bus)
     through_nics = size * float(tiers.gpus[0]) / inside
     between = inside * _at_tier(tiers, tier, through_nics, tiers.efficiency)
+    bus = bus * _links_used(tiers, np.where(tier == 0, n, inside))
     bus = np.where(tier == 0, bus, np.minimum(bus, between))
     seconds = size * wire_factor(collective, n) / bus
     return np.where(n > 1, np.maximum(seconds, _latency_s(tiers, collective, n, inside, tier)), 0.0)
@@ -88,7 +96,8 @@ def _all_to_all_s(tiers: TierTable, size_bytes: ArrayLike, ranks: ArrayLike, str
     tier = _outer_tier(tiers, n * step)
     k = np.where(tier == 0, n, k)
     near, far = size * (k - 1.0) / n, size * (n - k) / n
-    inside = near / _at_tier(tiers, np.zeros_like(tier), size * k / n, tiers.efficiency)
+    links = _at_tier(tiers, np.zeros_like(tier), size * k / n, tiers.efficiency) * _links_used(tiers, k)
+    inside = near / links
     outside = far / _at_tier(tiers, tier, far * float(tiers.gpus[0]), tiers.efficiency)
     return np.where(n > 1, np.maximum(inside, outside) + tiers.latency_s[tier], 0.0)
 

@@ -174,7 +174,8 @@ def _attention_seconds(
     """(forward, backward) seconds of the attention core, fused where `shapes.flash`."""
     curve = gpu.attention_curve(runtime.execution.attention_kernels)
     fused = fused_attention_s(gpu, precision, curve, shape)
+    rate = runtime.execution.attention_rate
     if shapes.flash.all():
-        return fused
+        return fused[0] / rate, fused[1] / rate
     unfused = unfused_attention_s(gpu, precision, shapes.element_bytes, shape, softmax_traffic)
-    return np.where(shapes.flash, fused[0], unfused[0]), np.where(shapes.flash, fused[1], unfused[1])
+    return np.where(shapes.flash, fused[0], unfused[0]) / rate, np.where(shapes.flash, fused[1], unfused[1]) / rate
