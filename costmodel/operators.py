@@ -83,6 +83,17 @@ class Op:
     """Of attention: bytes of queries, and of keys and values, that context-parallel ranks exchange."""
 
 
+EAGER_PASSES = {"rmsnorm": 9.0, "rotary": 5.0, "gated": 5.0 / 3.0}
+"""Bytes that eager PyTorch moves relative to one fused kernel, by counting reads and writes: RMSNorm casts to fp32, squares, averages,
+scales, casts back and weighs (18 against 2 of a 16-bit tensor); rotary embedding casts, multiplies and casts back (10 against 2);
+silu and product are two kernels (5 against 3)."""
+
+
+def _passes(what: str, runtime: Runtime) -> float:
+    """Traffic of a layer's part relative to one fused kernel."""
+    return 1.0 if runtime.execution.fused_layers else EAGER_PASSES.get(what, 1.0)
+
+
 def layer_ops(kind: LayerKind, shapes: Shapes, runtime: Runtime) -> tuple[Op, ...]:
     """Operators of one decoder layer, in execution order."""
     return (*_attention_ops(kind, shapes, runtime), *_mlp_ops(kind, shapes, runtime))
@@ -97,7 +108,7 @@ def _attention_ops(kind: LayerKind, shapes: Shapes, runtime: Runtime) -> tuple[O
     entering, leaving = _tensor_parallel_collectives(shapes, stream)
     return (
         Op(name="input", kept_bytes=stream / sp),
-        _norm("attention_norm", stream / sp, runtime, e),
+        _norm("attention_norm", kind.norm, stream / sp, runtime, e),
         Op(
             name="qkv",
             gemms=(Gemm(m=tokens, n=qkv, k=kind.hidden * one, count=one),),
@@ -107,7 +118,12 @@ def _attention_ops(kind: LayerKind, shapes: Shapes, runtime: Runtime) -> tuple[O
         ),
         Op(
             name="rotary",
-            traffic_bytes=2 * e * tokens * (heads + kv_heads) * kind.head_dim * (1 if kind.rotary else 0),
+            traffic_bytes=2
+            * e
+            * tokens
+            * (heads + kv_heads)
+            * kind.head_dim
+            * (_passes("rotary", runtime) if kind.rotary else 0),
         ),
         _attention_core(kind, shapes, heads, kv_heads),
         Op(name="attention_output", kept_bytes=e * tokens * heads * kind.head_dim),
@@ -130,7 +146,7 @@ def _mlp_ops(kind: LayerKind, shapes: Shapes, runtime: Runtime) -> tuple[Op, ...
     rows, ffn = tokens * copies / experts, kind.ffn / tp
     wide = e * tokens * copies * ffn
     entering, leaving = _tensor_parallel_collectives(shapes, stream)
-    ops = [_norm("mlp_norm", stream / sp, runtime, e)]
+    ops = [_norm("mlp_norm", kind.norm, stream / sp, runtime, e)]
     if kind.experts:
         ops.append(
             Op(
@@ -151,7 +167,7 @@ def _mlp_ops(kind: LayerKind, shapes: Shapes, runtime: Runtime) -> tuple[Op, ...
         ),
         Op(
             name="activation",
-            traffic_bytes=(up + 1) * wide,
+            traffic_bytes=(up + 1) * wide * (_passes("gated", runtime) if kind.gated_mlp else 1),
             kept_bytes=wide * (runtime.activations.gated_mlp_copies - 2 if kind.gated_mlp else 1),
         ),
         Op(
@@ -198,10 +214,10 @@ def _attention_core(kind: LayerKind, shapes: Shapes, heads: FloatArray, kv_heads
     )
 
 
-def _norm(name: str, stream: FloatArray, runtime: Runtime, element_bytes: int) -> Op:
+def _norm(name: str, norm: str, stream: FloatArray, runtime: Runtime, element_bytes: int) -> Op:
     return Op(
         name=name,
-        traffic_bytes=2 * stream,
+        traffic_bytes=2 * stream * _passes(norm, runtime),
         kept_bytes=stream * (1 + runtime.activations.norm_bytes / element_bytes),
     )
 
@@ -244,7 +260,7 @@ def embedding_ops(hidden: int, dropout: bool, shapes: Shapes) -> tuple[Op, ...]:
     )
 
 
-def head_ops(hidden: int, padded_vocab: FloatArray, shapes: Shapes, runtime: Runtime) -> tuple[Op, ...]:
+def head_ops(hidden: int, norm: str, padded_vocab: FloatArray, shapes: Shapes, runtime: Runtime) -> tuple[Op, ...]:
     """Final norm, language-model head and loss on a vocabulary split over tp. Logits are transient: see `logits_bytes`."""
     tokens = shapes.tokens
     stream = shapes.element_bytes * tokens * hidden
@@ -252,7 +268,7 @@ def head_ops(hidden: int, padded_vocab: FloatArray, shapes: Shapes, runtime: Run
     entering = _tensor_parallel_collectives(shapes, stream)[0]
     return (
         Op(name="input", kept_bytes=stream / shapes.sp),
-        _norm("final_norm", stream / shapes.sp, runtime, shapes.element_bytes),
+        _norm("final_norm", norm, stream / shapes.sp, runtime, shapes.element_bytes),
         Op(
             name="head",
             gemms=(Gemm(m=tokens, n=columns, k=hidden * np.ones_like(tokens), count=np.ones_like(tokens)),),

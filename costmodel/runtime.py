@@ -139,6 +139,8 @@ class Execution(_FromFile):
     """Fixed host time per optimizer step."""
     attention_kernels: tuple[AttentionKernel, ...]
     """Fused attention in order of preference: the first that the GPU has runs."""
+    fused_layers: bool
+    """RMSNorm, rotary embedding and gated activation run as one kernel each; else as eager PyTorch runs them."""
     attention_rate: float
     """Attention core relative to the published rates of its kernels."""
     compute_slowdown: float

@@ -100,7 +100,7 @@ def block_rows(
     return BlockRows(
         layers=tuple(layer_cost(kind) for kind, _ in model.layers),
         embedding=cost(embedding_ops(model.hidden, dropout, shapes)),
-        head=cost(head_ops(model.hidden, vocab, shapes, runtime)),
+        head=cost(head_ops(model.hidden, model.norm, vocab, shapes, runtime)),
         logits_bytes=logits_bytes(vocab, shapes, runtime)[inverse],
         selects=selects,
         full_repeats=np.where(split, repeats.full_repeats_tensor_sp, repeats.full_repeats_tensor),
