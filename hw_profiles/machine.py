@@ -17,8 +17,8 @@ from shardplan.hw_profiles.errors import InputError
 FloatArray = NDArray[np.float64]
 SourceKind = Literal["spec", "measured", "published", "guess"]
 LinkKind = Literal["nvswitch", "mesh", "pcie", "shared_memory", "none"]
-AttentionKernel = Literal["cudnn", "flash3", "flash2", "flash1", "memory_efficient"]
-"""Generations of fused attention; which of them runs is the runtime's choice among those that the GPU has."""
+AttentionKernel = Literal["cudnn", "flash3", "flash2", "flash1", "triton", "memory_efficient"]
+"""Generations of fused attention (triton: the Triton kernel of 2022); which of them runs is the runtime's choice among those that the GPU has."""
 
 
 @dataclass(frozen=True, kw_only=True)

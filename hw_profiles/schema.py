@@ -162,6 +162,7 @@ class AttentionEfficiency(_Part):
     flash3: AttentionPlateaus | None = None
     flash2: AttentionPlateaus | None = None
     flash1: AttentionPlateaus | None = None
+    triton: AttentionPlateaus | None = None
     memory_efficient: AttentionPlateaus | None = None
 
     @model_validator(mode="after")

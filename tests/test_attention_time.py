@@ -27,7 +27,7 @@ DATA = Path(__file__).parent.parent / "reports" / "published" / "attention_kerne
 CATALOG = {"a100-80gb-sxm": "a100-80gb", "h100-80gb-sxm": "h100-sxm"}
 KERNEL = {
     **{"FlashAttention-1": "flash1", "FlashAttention-2": "flash2", "FlashAttention-3": "flash3"},
-    **{"cuDNN": "cudnn", "xformers": "memory_efficient"},
+    **{"FA Triton": "triton", "cuDNN": "cudnn", "xformers": "memory_efficient"},
     **{"PyTorch": "unfused", "Standard": "unfused"},
 }
 COPY_SLOWDOWN = 1.5
@@ -110,6 +110,8 @@ FAMILIES = [
     ("a100-80gb", "flash2", "fwd+bwd", True, 12, 2.0),  # 1.3
     ("a100-80gb", "flash1", "fwd+bwd", False, 12, 6.0),  # 4.7
     ("a100-80gb", "flash1", "fwd+bwd", True, 12, 5.5),  # 4.2
+    ("a100-80gb", "triton", "fwd+bwd", False, 12, 8.0),
+    ("a100-80gb", "triton", "fwd+bwd", True, 12, 8.0),
     ("a100-80gb", "memory_efficient", "fwd+bwd", False, 12, 3.0),  # 2.1
     ("a100-80gb", "memory_efficient", "fwd+bwd", True, 12, 4.5),  # 3.2
     ("a100-80gb", "unfused", "fwd+bwd", False, 10, 5.0),  # 3.6
