@@ -15,6 +15,8 @@ from shardplan.costmodel.published_rows import Case, RefusedRowError, Row, flag,
 from shardplan.hw_profiles.errors import InputError, nearest
 
 GIB = 2.0**30
+SHAPE = ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocab")
+"""Columns that make two rows the same model, whatever its name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +98,8 @@ def _outcome(row: Row) -> Outcome:
         case_id=row["case_id"],
         source=row["source"],
         group=tuple(
-            row[name] for name in ("source", "model", "gpu", "gpus", "seq", "global_batch", "precision", "framework")
+            row[name]
+            for name in (*SHAPE, "source", "model", "gpu", "gpus", "seq", "global_batch", "precision", "framework")
         ),
         measured_step_s=_measured(row, "step_s"),
         measured_peak_gib=_measured(row, "peak_memory_gib"),

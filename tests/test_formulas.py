@@ -261,6 +261,8 @@ def test_even_stage_split_weighs_embedding_and_head() -> None:
 
 def test_head_products_use_the_padded_vocabulary() -> None:
     (head,) = [
-        o for o in head_ops(4096, "rmsnorm", np.array([128_512.0]), shapes(tp=4), load_runtime("megatron")) if o.name == "head"
+        o
+        for o in head_ops(4096, "rmsnorm", np.array([128_512.0]), shapes(tp=4), load_runtime("megatron"))
+        if o.name == "head"
     ]
     assert head.gemms[0].n.tolist() == [128_512 / 4]
