@@ -47,7 +47,7 @@ TIME_PARTS = (
 """They add up to step_s."""
 
 DEFAULT_HEADROOM = 0.05
-TIME_BAND = 0.12
+TIME_BAND = 0.08
 """Half-width of the step-time band, relative: an uncalibrated machine of a known type."""
 MEMORY_BAND = 0.08
 """Half-width of the device-memory band, relative."""

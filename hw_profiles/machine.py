@@ -18,7 +18,7 @@ FloatArray = NDArray[np.float64]
 SourceKind = Literal["spec", "measured", "published", "guess"]
 LinkKind = Literal["nvswitch", "mesh", "pcie", "shared_memory", "none"]
 AttentionKernel = Literal["cudnn", "flash3", "flash2", "flash1", "triton", "memory_efficient"]
-"""Generations of fused attention (triton: the Triton kernel of 2022); which of them runs is the runtime's choice among those that the GPU has."""
+"""Generations of fused attention (triton: the Triton kernel of 2022). Which runs is the runtime's choice among those the GPU has."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,12 +34,14 @@ def by_source(outcomes: list[Outcome]) -> dict[str, dict[str, Any]]:
 
 
 WORST_MEAN_ERROR = {
-    "all": 10.5,
+    "all": 7.5,
     "Megatron-LM SC21 Table 1": 3.5,
-    "SimuMax B200 Megatron runs": 4.0,
-    "BLOOM topology sweep": 8.5,
-    "MosaicML llm-foundry MPT": 8.5,
-    "torchtitan A100 docs": 5.0,
+    "SimuMax B200 Megatron runs": 3.5,
+    "BLOOM topology sweep": 4.6,
+    "MosaicML llm-foundry MPT": 5.0,
+    "torchtitan A100 docs": 3.0,
+    "torchtitan H100 2024-12": 5.0,
+    "vTrain multi-node measurements": 10.0,
 }
 """Percent of step time; a little above what is reached, so that a change for the worse fails."""
 
@@ -51,7 +53,7 @@ def test_step_times_do_not_get_worse(by_source: dict[str, dict[str, Any]], sourc
 
 def test_layouts_stay_in_order(by_source: dict[str, dict[str, Any]]) -> None:
     right, pairs = by_source["all"]["pairs_3"]
-    assert right >= 0.79 * pairs
+    assert right >= 0.85 * pairs
     assert by_source["all"]["best_choice_loss"] <= 2.5
 
 
