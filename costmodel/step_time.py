@@ -231,6 +231,7 @@ def _data_parallel(
     roots = stages.embedding + stages.head
     units = np.take_along_axis(stages.layers.sum(axis=2) + roots, heaviest, axis=1)[:, 0]
     element = gradient_bytes(runtime, job)
+    root = np.take_along_axis(parameters.root, heaviest, axis=1)[:, 0]
     exchange = exchange_s(
         tiers,
         layouts,
@@ -240,6 +241,7 @@ def _data_parallel(
         units=units,
         gradient_bytes=element,
         parameter_bytes=BYTES_OF[job.precision],
+        kept_share=root / owned if runtime.working_set.root_stays_gathered else 0.0,
     )
     exposed, hidden = exposed_exchange_s(
         exchange,
