@@ -39,8 +39,10 @@ def exchange_s(
     units: FloatArray,
     gradient_bytes: int,
     parameter_bytes: int,
+    kept_share: FloatArray | float = 0.0,
 ) -> Exchange:
-    """Time of all exchanges of a rank that owns `parameters` parameters in `units` equal groups (layers)."""
+    """Time of all exchanges of a rank that owns `parameters` parameters in `units` equal groups (layers), of which `kept_share`
+    stay gathered after the forward under ZeRO-3."""
     step, shards = layouts.tp.astype(np.float64), layouts.zero_ranks.astype(np.float64)
     replicas = layouts.dp * layouts.cp / shards
     reduced, gathered = units * communication.reduce_messages, units * communication.gather_messages
@@ -49,6 +51,10 @@ def exchange_s(
     reduce = reduce + collective_s(tiers, "all_reduce", message / shards, replicas, step * shards)
     gather = collective_s(tiers, "all_gather", parameters * parameter_bytes / gathered, shards, step)
     reductions, gathers = exchange_counts(layouts, communication, micro_batches)
+    # what the forward leaves whole is gathered once a micro-batch, inside such a pipeline once a step
+    kept = np.where(inside_pipeline(layouts, communication), 1.0, 0.5 * gathers)
+    again = np.isin(layouts.zero, communication.gather_every_micro_batch)
+    gathers = np.where(again, gathers + kept_share * (kept - gathers), gathers)
     return Exchange(reduce_s=reduced * reduce * reductions, gather_s=gathered * gather * gathers)
 
 

@@ -26,6 +26,8 @@ RECOMPUTE = ("none", "selective", "full")
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "looped_bfs", "zero_bubble", "zero_bubble_v", "dualpipe_v")
 V_PLACED = ("zero_bubble_v", "dualpipe_v")
 """Schedules of two chunks in V placement: rank r holds chunks r and 2 pp - 1 - r, so rank 0 the first and the last."""
+SPLIT_BACKWARD = ("zero_bubble", "zero_bubble_v", "dualpipe_v")
+"""Schedules that compute the gradient of the input and, later, that of the weights."""
 ATTENTION = ("auto", "flash", "unfused")
 OFFLOAD = ("none", "cpu")
 CP_KINDS = ("ring", "ulysses", "all_gather")

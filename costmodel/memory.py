@@ -115,7 +115,7 @@ def stage_states(
         + stage_parameters * (np.where(layouts.zero == 3, held, 0.0) * BYTES_OF[job.precision])[:, None]
     )
     gathered, waiting = _working_set(
-        runtime, job, layouts, accumulates, layer_parameters, root_parameters, stage_parameters
+        runtime, job, layouts, states["gradients"].whole == 0, layer_parameters, root_parameters, stage_parameters
     )
     parts["parameters"] = parts["parameters"] + gathered
     parts["gradients"] = parts["gradients"] + waiting
@@ -133,16 +133,15 @@ def _working_set(
     runtime: Runtime,
     job: Job,
     layouts: LayoutTable,
-    accumulates: NDArray[np.bool_],
+    waits: NDArray[np.bool_],
     layer: FloatArray,
     root: FloatArray,
     stage: FloatArray,
 ) -> tuple[FloatArray, FloatArray]:
-    """(gathered parameters under ZeRO-3, whole gradients awaiting reduction where they do not stay whole) in bytes."""
+    """(gathered parameters under ZeRO-3, gradients awaiting reduction in the rows that keep none whole) in bytes."""
     element = BYTES_OF[job.precision]
     work = runtime.working_set
     spread = (layouts.zero_ranks > 1) & (_held_whole(runtime, layouts) == 0)
-    waits = (layouts.zero >= 2) | ((layouts.zero == 1) & ~accumulates)
     gathered = work.gathered_layers * layer + (root if work.root_stays_gathered else 0.0)
     gathered = np.where(((layouts.zero == 3) & spread)[:, None], np.minimum(gathered, stage), 0.0)
     waiting = np.where((waits & spread)[:, None], np.minimum(work.gradient_layers * layer, stage), 0.0)

@@ -146,7 +146,7 @@ def stage_table(
     v_placed: Sequence[bool],
     every_stage: bool,
 ) -> StageTable:
-    """Contents of the stages that can be the worst (first, second, heaviest, last), or of `every_stage`.
+    """Contents of the stages that can be the worst (first, second or in a V last heaviest, heaviest, last), or of `every_stage`.
 
     `v_placed` keys hold chunks r and 2 pp - 1 - r, so that stage 0 has the head beside the embedding.
     """
@@ -161,7 +161,10 @@ def stage_table(
         chunk_layers = split or split_layers(model.layer_count, p * v, rule)
         content = _stage_content(kinds, chunk_layers, chunk_ranks, p, len(model.layers))
         total[row, :p] = content.sum(axis=1)
-        worst = (0, min(1, p - 1), int(np.argmax(total[row, :p])), p - 1)
+        heaviest = np.flatnonzero(total[row, :p] == total[row, :p].max())
+        # ZB-V keeps more micro-batches in flight the later the rank, the others the earlier
+        second = int(heaviest[-1]) if v_placed[row] else min(1, p - 1)
+        worst = (0, second, int(heaviest[0]), p - 1)
         stage[row] = [min(s, p - 1) for s in range(width)] if every_stage else worst
         layers[row] = content[stage[row]]
     last = np.where(np.asarray(v_placed, dtype=np.bool_), 0, np.asarray(pp, dtype=np.int64) - 1)[:, None]

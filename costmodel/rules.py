@@ -14,7 +14,6 @@ from shardplan.costmodel.layout import (
     ATTENTION,
     OFFLOAD,
     RECOMPUTE,
-    SCHEDULES,
     Layout,
     LayoutTable,
     layout_table,
@@ -24,23 +23,18 @@ from shardplan.costmodel.rule import BoolArray, Rejection, Rule, Setting
 from shardplan.costmodel.rule_parts import (
     can,
     codes,
-    count,
     divides,
     divisors,
     gradient_dtypes,
-    micro_batches,
     not_in,
     options,
     other_runtime,
     round_up,
     runtime_lacks,
     split_is_wrong,
-    uneven,
     use_divisors,
 )
-
-CHUNKED = ("interleaved", "looped_bfs")
-"""Schedules of any number of looped chunks; with one they are 1f1b and gpipe, which are asked for by name."""
+from shardplan.costmodel.schedule_rules import SCHEDULE_RULES
 
 STRUCTURE: tuple[Rule, ...] = (
     Rule(
@@ -150,75 +144,6 @@ SHAPES: tuple[Rule, ...] = (
         detail=lambda s, x: f"ep={x.ep}: expert parallelism is not modelled yet",
         remedy=lambda s, x: "use ep=1 (every rank holds all experts)",
         structural=True,
-    ),
-)
-
-SCHEDULE_RULES: tuple[Rule, ...] = (
-    Rule(
-        id="virtual-stages-interleaved",
-        broken=lambda s, t: (
-            ((t.virtual_stages > 1) != (np.isin(t.schedule, codes(CHUNKED, SCHEDULES)) & (t.pp > 1))) & ~t.v_placed
-        ),
-        detail=lambda s, x: f"schedule={x.schedule} with pp={x.pp} virtual_stages={x.virtual_stages}",
-        remedy=lambda s, x: (
-            "interleaved and looped_bfs need pp > 1 and virtual_stages > 1; other schedules virtual_stages=1"
-        ),
-    ),
-    Rule(
-        id="v-placement-chunks",
-        broken=lambda s, t: t.v_placed & (t.virtual_stages != 2),
-        detail=lambda s, x: f"schedule={x.schedule} with virtual_stages={x.virtual_stages}",
-        remedy=lambda s, x: "use virtual_stages=2",
-        structural=True,
-        evidence="arXiv 2401.10241 section 6; torch ScheduleZBVZeroBubble and ScheduleDualPipeV: two stages a rank",
-    ),
-    Rule(
-        id="dualpipe-v-micro-batches",
-        broken=lambda s, t: (
-            (t.pp > 1) & (t.schedule == SCHEDULES.index("dualpipe_v")) & (micro_batches(s, t) < 2 * t.pp)
-        ),
-        detail=lambda s, x: f"dualpipe_v over pp={x.pp} ranks with {count(s, x):g} micro-batches",
-        remedy=lambda s, x: f"use {2 * x.pp} micro-batches or more, or schedule=zero_bubble_v",
-        structural=True,
-        evidence="torch ScheduleDualPipeV: at least as many micro-batches as stages",
-    ),
-    Rule(
-        id="interleaved-rounds",
-        broken=lambda s, t: (
-            (t.virtual_stages > 1) & (t.schedule == SCHEDULES.index("interleaved")) & (micro_batches(s, t) % t.pp != 0)
-        ),
-        detail=lambda s, x: f"interleaved needs a multiple of pp={x.pp} micro-batches, not {count(s, x):g}",
-        remedy=lambda s, x: "change micro_batch, dp or pp",
-        evidence="Megatron-LM schedules.py: num_microbatches % pipeline_parallel_size == 0",
-    ),
-    Rule(
-        id="micro-batches-cover-stages",
-        broken=lambda s, t: (t.pp > 1) & (micro_batches(s, t) < t.pp) & can(s, "micro_batches_cover_stages"),
-        detail=lambda s, x: f"{count(s, x):g} micro-batches do not fill pp={x.pp} stages",
-        remedy=lambda s, x: "raise the global batch or lower pp, dp or micro_batch",
-        evidence="torch.distributed.pipelining rejects it for single-stage schedules (pytorch/torchtitan#775)",
-    ),
-    Rule(
-        id="runtime-schedule",
-        broken=lambda s, t: (t.pp > 1) & ~np.isin(t.schedule, codes(s.runtime.abilities.schedules, SCHEDULES)),
-        detail=lambda s, x: f"runtime {s.runtime.name!r} has no schedule={x.schedule}",
-        remedy=options(lambda r: r.abilities.schedules),
-    ),
-    Rule(
-        id="runtime-uneven-stages",
-        broken=uneven,
-        detail=lambda s, x: (
-            f"{s.model.layer_count} layers do not split evenly over {x.pp}*{x.virtual_stages} chunks in {s.runtime.name!r}"
-        ),
-        remedy=lambda s, x: f"use a pp*virtual_stages that divides {s.model.layer_count}",
-    ),
-    Rule(
-        id="tied-embeddings-across-stages",
-        broken=lambda s, t: (
-            (t.pp > 1) & ~t.v_placed & s.model.tied_embeddings & (not can(s, "tied_embeddings_across_stages"))
-        ),
-        detail=runtime_lacks("embedding tied across pipeline stages"),
-        remedy=lambda s, x: "use pp=1 or another --runtime",
     ),
 )
 

@@ -61,6 +61,12 @@ class Abilities(_FromFile):
     """Kinds of context parallelism (words of `cp_kind`), the usual one first."""
     ulysses_copies_heads: bool = False
     """Ulysses with fewer key-value heads than ranks copies them; else cp must divide them."""
+    split_backward_zero: tuple[int, ...] = (0, 1, 2, 3)
+    """ZeRO stages that work with schedules that split the backward (`layout.SPLIT_BACKWARD`)."""
+    split_backward_recompute: tuple[str, ...] = ("none", "selective", "full")
+    """Words of `recompute` that do."""
+    schedules_on_gpu_only: tuple[str, ...] = ()
+    """Schedules that do not run over gloo."""
 
 
 @dataclass(frozen=True, kw_only=True)

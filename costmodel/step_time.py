@@ -88,12 +88,17 @@ def _bubble_s(
 ) -> FloatArray:
     """Seconds of fill and drain, (N,): `fill` = one micro-batch through the other stages, by the schedule's closed form.
 
-    Half of the backward operators are taken for the gradient of the weights; recompute comes before the gradient of the input.
+    Half of the backward operators are taken for the gradient of the weights; recompute comes before the gradient of the input;
+    launches are spread over F, I and W alike.
     """
-    around = 0.5 * (worst["tensor_exposed"] + worst.get("context_exposed", 0.0) + worst["host"])
+    around = 0.5 * (worst["tensor_exposed"] + worst.get("context_exposed", 0.0))
+    launching = worst["host"] / (1.0 + BACKWARD_LAUNCHES)
     weight_grad = 0.5 * worst["backward"]
     share = hop_share(
-        layouts.schedule, worst["forward"] + around, weight_grad + worst["recompute"] + around, weight_grad
+        layouts.schedule,
+        worst["forward"] + around + launching,
+        weight_grad + worst["recompute"] + around + launching,
+        weight_grad + launching,
     )
     hops = bubble_hops(layouts.schedule, layouts.pp, micro_batches, layouts.virtual_stages)
     filled = fill / layouts.virtual_stages * share * (hops / np.maximum(layouts.pp - 1, 1))
@@ -254,6 +259,7 @@ def _data_parallel(
     roots = stages.embedding + stages.head
     units = np.take_along_axis(stages.layers.sum(axis=2) + roots, heaviest, axis=1)[:, 0]
     element = gradient_bytes(runtime, job)
+    root = np.take_along_axis(parameters.root, heaviest, axis=1)[:, 0]
     exchange = exchange_s(
         tiers,
         layouts,
@@ -263,14 +269,17 @@ def _data_parallel(
         units=units,
         gradient_bytes=element,
         parameter_bytes=BYTES_OF[job.precision],
+        kept_share=root / owned if runtime.working_set.root_stays_gathered else 0.0,
     )
+    waiting = worst["host"] / (1.0 + BACKWARD_LAUNCHES)
     exposed, hidden = exposed_exchange_s(
         exchange,
         layouts,
         runtime.communication,
         micro_batches=micro_batches,
-        forward_s=worst["forward"],
-        backward_s=worst["backward"] + worst["recompute"],
+        # links also work while the GPU waits for launches
+        forward_s=worst["forward"] + waiting,
+        backward_s=worst["backward"] + worst["recompute"] + BACKWARD_LAUNCHES * waiting,
     )
     if model.tied_embeddings:
         table = element * model.vocab * model.hidden / layouts.tp

@@ -31,7 +31,10 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class EfficiencyCurve:
-    """Fraction of a peak reached as a function of size: linear in log(size), flat beyond both ends."""
+    """Fraction of a peak reached as a function of size: a power of the size between two points, flat beyond both ends.
+
+    Small sizes take the latency whatever they are, that is a fraction in proportion to the size, which a power follows exactly.
+    """
 
     sizes: tuple[float, ...]
     """Ascending; FLOP for matrix products, bytes for memory and links."""
@@ -41,7 +44,7 @@ class EfficiencyCurve:
     def at(self, size: ArrayLike) -> FloatArray:
         """Fraction at each `size`, same shape."""
         log_size = np.log(np.maximum(np.asarray(size, dtype=np.float64), 1e-30))
-        return np.interp(log_size, np.log(np.asarray(self.sizes)), np.asarray(self.fractions))
+        return np.exp(np.interp(log_size, np.log(np.asarray(self.sizes)), np.log(np.asarray(self.fractions))))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from shardplan.costmodel.layout import (
     OFFLOAD,
     RECOMPUTE,
     SCHEDULES,
+    V_PLACED,
     Layout,
     LayoutTable,
     given_words,
@@ -157,7 +158,7 @@ def _block(
         (("micro_batch",), [(size,) for size in divisors(job.global_batch // dp)]),
         (("zero", "dp_shard"), _sharding(dp, cp)),
         (("sequence_parallel",), [(0,), (1,)] if tp > 1 else [(0,)]),
-        (("schedule", "virtual_stages"), _schedules(model, pp)),
+        (("schedule", "virtual_stages"), _schedules(model, pp, wishes.fixed.schedule)),
         (("recompute", "recompute_layers"), [(code, ALL_LAYERS) for code in range(len(RECOMPUTE))]),
         (("offload_optimizer",), [(code,) for code in range(len(OFFLOAD))]),
         (("cp_kind",), [(CP_KINDS.index(kind),) for kind in cp_kinds if cp > 1] or [(0,)]),
@@ -183,14 +184,21 @@ def _sharding(dp: int, cp: int) -> list[tuple[int, ...]]:
     return [(0, dp), *((zero, shard) for zero in (1, 2, 3) for shard in divisors(dp, most=dp) if shard * cp > 1)]
 
 
-def _schedules(model: Model, pp: int) -> list[tuple[int, ...]]:
-    """(schedule, virtual stages): interleaving by every number that divides the layers, and by powers of two."""
+def _schedules(model: Model, pp: int, asked: str) -> list[tuple[int, ...]]:
+    """(schedule, virtual stages): interleaving by every number that divides the layers, and by powers of two.
+
+    Breadth-first, zero-bubble and DualPipe schedules only where `asked` for: no measured run has checked their step time.
+    """
     plain = SCHEDULES.index("1f1b")
     if pp == 1:
         return [(plain, 1)]
     interleaved = SCHEDULES.index("interleaved")
     most = model.layer_count // pp
     chunks = [v for v in range(2, most + 1) if model.layer_count % (pp * v) == 0 or v & (v - 1) == 0]
+    if asked in V_PLACED:
+        return [(SCHEDULES.index(asked), 2)]
+    if asked == "looped_bfs":
+        return [(SCHEDULES.index(asked), v) for v in chunks] or [(plain, 1)]
     return [(SCHEDULES.index("gpipe"), 1), (plain, 1), *((interleaved, v) for v in chunks)]
 
 

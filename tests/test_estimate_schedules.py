@@ -9,13 +9,15 @@ import pytest
 
 from shardplan.costmodel.estimate import Estimates, estimate
 from shardplan.costmodel.job import Job
-from shardplan.costmodel.layout import SCHEDULES, layout_table, parse_layout
+from shardplan.costmodel.layout import SCHEDULES, SPLIT_BACKWARD, V_PLACED, layout_table, parse_layout
 from shardplan.costmodel.model_config import load_model
 from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.rules import rejections
 from shardplan.costmodel.runtime import load_runtime, runtime_names
 from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.load import load_cluster
+from shardplan.planner.search import search
+from shardplan.planner.space import parse_wishes
 
 NEW = ("looped_bfs", "zero_bubble", "zero_bubble_v", "dualpipe_v")
 CHUNKS = {"interleaved": 2, "looped_bfs": 2, "zero_bubble_v": 2, "dualpipe_v": 2}
@@ -33,10 +35,14 @@ def one(layout: str, *, model: str = "llama-3-70b", batch: int = 64) -> Estimate
     return estimate(model=load_model(model), job=job, cluster=cluster, layouts=row, runtime="megatron")
 
 
-def broken(layout: str, *, runtime: str = "megatron", batch: int = 64, model: str = "llama-3-70b") -> dict[str, str]:
+def broken(
+    layout: str, *, runtime: str = "megatron", batch: int = 64, model: str = "llama-3-70b", device: str = "cuda"
+) -> dict[str, str]:
     """Detail and remedy by rule."""
     row = parse_layout(layout)
     cluster = load_cluster("h100-ib", gpus=row.gpus)
+    node = dataclasses.replace(cluster.node, gpu=dataclasses.replace(cluster.gpu, device=device))
+    cluster = dataclasses.replace(cluster, node_runs=((node, cluster.nodes),))
     job = Job(seq=8192, global_batch=batch)
     setting = Setting(model=load_model(model), job=job, cluster=cluster, runtime=load_runtime(runtime))
     return {r.rule: f"{r.detail}; {r.remedy}" for r in rejections(setting, row)[0]}
@@ -84,6 +90,70 @@ def test_chunks_and_micro_batches(layout: str, batch: int, rule: str, told: str)
 @pytest.mark.parametrize("schedule", NEW)
 def test_well_formed_layouts_lack_only_the_runtime(schedule: str) -> None:
     assert set(broken(words(schedule))) == {"runtime-schedule"}
+
+
+def test_which_runtime_has_which_schedule() -> None:
+    """DeepSpeed's engine runs TrainSchedule, 1F1B; nanotron `pp_engine` 1f1b or afab; Megatron-Core 1F1B and its interleaving;
+    torch.distributed.pipelining all of them, but not the ones that split the backward over compiled stages."""
+    has = {name: set(load_runtime(name).abilities.schedules) for name in (*runtime_names(), "fsdp2+compile")}
+    assert has["deepspeed"] == has["megatron-deepspeed"] == {"1f1b"}
+    assert has["nanotron"] == {"gpipe", "1f1b"}
+    assert has["megatron"] == {"1f1b", "interleaved"}
+    assert has["fsdp2"] == set(SCHEDULES)
+    assert has["fsdp2+compile"] == set(SCHEDULES) - set(SPLIT_BACKWARD)
+
+
+@pytest.mark.parametrize("schedule", SPLIT_BACKWARD)
+def test_torch_splits_the_backward_only_where_gradients_are_right(schedule: str) -> None:
+    """With DDP (pytorch#144530) hooks are skipped, with parameters resharded after the forward (torch 2.11 and 2.13, executed)
+    gradients are missing; sharded optimizer states and gradients work, and so does no data parallelism."""
+
+    def zero(stage: int, dp: int = 2) -> dict[str, str]:
+        chunks = CHUNKS.get(schedule, 1)
+        return broken(f"dp={dp} tp=8 pp=4 zero={stage} schedule={schedule} virtual_stages={chunks}", runtime="fsdp2")
+
+    assert not zero(1)
+    assert not zero(2)
+    assert not zero(0, dp=1)
+    assert "hooks that reduce gradients are skipped; use zero=1 or 2" in zero(0)["split-backward-zero"]
+    assert "resharded parameters get no gradient; use zero=1 or 2" in zero(3)["split-backward-zero"]
+    assert not broken(f"{BASE[:-1]}3 schedule=interleaved virtual_stages=2", runtime="fsdp2")
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_torch_recomputes_more_than_once_when_it_splits_the_backward(recompute: str) -> None:
+    """Forwards of a checkpointed layer per micro-batch, counted with torch 2.13 on two gloo ranks: 2 under looped_bfs, 4 under
+    zero_bubble; pytorch/torchtitan#773 measured 13 tokens/s where interleaved takes 128."""
+    for schedule in NEW:
+        found = broken(f"{words(schedule)} recompute={recompute}", runtime="fsdp2")
+        assert ("split-backward-recompute" in found) == (schedule in SPLIT_BACKWARD)
+        assert set(found) <= {"split-backward-recompute"}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_v_schedules_hang_over_gloo(schedule: str) -> None:
+    """Torch 2.11: receive timeout of both V schedules with 2 and 4 ranks; the others run."""
+    found = broken(words(schedule), runtime="fsdp2", device="cpu")
+    assert ("schedule-needs-gpu" in found) == (schedule in V_PLACED)
+
+
+def test_rounds_of_zero_bubble() -> None:
+    """torch ScheduleInterleavedZeroBubble: the micro-batches divide into max(1, m // pp) rounds; 3, 4, 6 of 2 and 9 of 4 ranks."""
+    for micro_batches, refused in ((4, False), (5, False), (7, False), (8, False), (9, True), (12, False), (14, True)):
+        found = broken(words("zero_bubble"), runtime="fsdp2", batch=2 * micro_batches)
+        assert ("zero-bubble-rounds" in found) == refused, micro_batches
+
+
+@pytest.mark.parametrize("schedule", NEW)
+def test_the_search_looks_at_rare_schedules_when_asked(schedule: str) -> None:
+    job, cluster = Job(seq=8192, global_batch=64), load_cluster("h100-ib", gpus=64)
+    inputs = {"model": load_model("llama-3-70b"), "job": job, "cluster": cluster, "runtime": "fsdp2"}
+    unasked = search(**inputs).ranked
+    asked = search(**inputs, wishes=parse_wishes(f"pp=4 schedule={schedule}")).ranked
+    assert unasked is not None
+    assert asked is not None
+    assert not np.isin(unasked.layouts.schedule, [SCHEDULES.index(name) for name in NEW]).any()
+    assert (asked.layouts.schedule == SCHEDULES.index(schedule)).all()
 
 
 def test_breadth_first_takes_any_number_of_micro_batches() -> None:
