@@ -61,6 +61,9 @@ def step_time(
     )
     zero = np.zeros(len(layouts))
     tensor = micro_batches * worst["tensor"]
+    waiting = micro_batches * worst["host"]
+    if cluster.gpu.device != "cpu":  # while a GPU waits for its links, the host launches ahead
+        waiting = np.maximum(waiting - dp_exposed, 0.0)
     parts = {
         "compute_s": micro_batches * (worst["forward"] + worst["backward"]),
         "recompute_s": micro_batches * worst["recompute"],
@@ -72,7 +75,7 @@ def step_time(
         "bubble_s": _bubble_s(layouts, micro_batches, fill, worst),
         "offload_exposed_s": np.where(offloaded, offload, 0.0),
         "optimizer_s": np.where(offloaded, 0.0, optimizer),
-        "host_s": micro_batches * worst["host"] + runtime.execution.step_overhead_s,
+        "host_s": waiting + runtime.execution.step_overhead_s,
     }
     hidden = {
         "tp_s": tensor * runtime.communication.tensor_overlap,
@@ -271,15 +274,13 @@ def _data_parallel(
         parameter_bytes=BYTES_OF[job.precision],
         kept_share=root / owned if runtime.working_set.root_stays_gathered else 0.0,
     )
-    waiting = worst["host"] / (1.0 + BACKWARD_LAUNCHES)
     exposed, hidden = exposed_exchange_s(
         exchange,
         layouts,
         runtime.communication,
         micro_batches=micro_batches,
-        # links also work while the GPU waits for launches
-        forward_s=worst["forward"] + waiting,
-        backward_s=worst["backward"] + worst["recompute"] + BACKWARD_LAUNCHES * waiting,
+        forward_s=worst["forward"],
+        backward_s=worst["backward"] + worst["recompute"],
     )
     if model.tied_embeddings:
         table = element * model.vocab * model.hidden / layouts.tp

@@ -125,17 +125,6 @@ def ordered(least: NDArray[np.float64], most: NDArray[np.float64], rows: LayoutT
     assert not len(wrong), [(rows.row(int(i)).words(), float(least[i]), float(most[i])) for i in wrong[:3]]
 
 
-def waits_for_host(case: Case, *found: Estimates) -> NDArray[np.float64]:
-    """1 % for rows where the GPU waits for launches in any of the estimates, else rounding.
-
-    There the step is the time of the launches whatever the GPU does; how they are shared between forward and backward, behind
-    which communication hides, is approximate.
-    """
-    overhead = case.setting.runtime.execution.step_overhead_s
-    waits = np.any([got.time["host_s"] > overhead * (1 + 1e-6) for got in found], axis=0)
-    return np.where(waits, 0.01, SLACK)
-
-
 @FEW
 @given(cases())
 def test_parts_add_up(case: Case) -> None:
@@ -228,7 +217,7 @@ FASTER: dict[str, Callable[[Cluster], Cluster]] = {
 @given(case=cases())
 def test_twice_the_rate_is_never_slower(what: str, case: Case) -> None:
     before, after = case.estimates(), case.estimates(cluster=FASTER[what](case.setting.cluster))
-    ordered(after.step_s, before.step_s, case.layouts, waits_for_host(case, before, after))
+    ordered(after.step_s, before.step_s, case.layouts)
     assert (before.device_peak_bytes == after.device_peak_bytes).all()
 
 
@@ -242,7 +231,7 @@ def test_longer_sequences_and_larger_micro_batches_take_longer(case: Case) -> No
     if not case.setting.model.learned_positions:
         more.append(case.estimates(job=replace(job, seq=2 * job.seq)))
     for after in more:
-        ordered(before.step_s, after.step_s, case.layouts, waits_for_host(case, before, after))
+        ordered(before.step_s, after.step_s, case.layouts)
         ordered(before.device_peak_bytes, after.device_peak_bytes, case.layouts)
 
 
@@ -284,13 +273,16 @@ def test_recompute_takes_memory_for_time(case: Case) -> None:
         again = replace(plain, recompute=np.full(len(plain), RECOMPUTE.index(more)))
         before, after = (case.estimates(layouts=rows) for rows in (plain, again))
         assert (after.stages["activations"] <= before.stages["activations"] * (1 + SLACK)).all()
-        ordered(before.step_s, after.step_s, plain, waits_for_host(case, before, after))
+        ordered(before.step_s, after.step_s, plain)
 
 
 @FEW
 @given(cases())
 def test_twice_the_data_parallel_ranks_do_half_the_work_each(case: Case) -> None:
-    """Twice the replicas at the same batch: half the micro-batches, half the compute, never more memory."""
+    """Twice the replicas at the same batch: half the micro-batches, half the compute, never more memory.
+
+    Every micro-batch but the first also adds up gradients, a tenth of its compute at most: less than half of those is left.
+    """
     layouts, job = case.layouts, case.setting.job
     even = layouts.take(job.global_batch / (layouts.dp * layouts.micro_batch) % 2 == 0)
     wide = replace(even, dp=2 * even.dp, dp_shard=2 * even.dp_shard)
@@ -298,7 +290,8 @@ def test_twice_the_data_parallel_ranks_do_half_the_work_each(case: Case) -> None
     valid = _valid(replace(case.setting, cluster=cluster), wide)
     assume(valid.any())
     narrow, wide = case.estimates(layouts=even.take(valid)), case.estimates(layouts=wide.take(valid), cluster=cluster)
-    assert wide.time["compute_s"] == pytest.approx(narrow.time["compute_s"] / 2, rel=SLACK)
+    ordered(wide.time["compute_s"], narrow.time["compute_s"] / 2, even.take(valid))
+    ordered(narrow.time["compute_s"] / 2, wide.time["compute_s"], even.take(valid), 0.1)
     assert wide.time["recompute_s"] == pytest.approx(narrow.time["recompute_s"] / 2, rel=SLACK)
     ordered(wide.device_peak_bytes, narrow.device_peak_bytes, even.take(valid))
 
@@ -329,7 +322,7 @@ def test_bytes_follow_the_dtype(case: Case) -> None:
         )
         assert (full.stages["activations"] <= 2 * half.stages["activations"] * (1 + SLACK)).all()
         assert (full.stages["activations"] >= half.stages["activations"] * (1 - SLACK)).all()
-        ordered(half.step_s, full.step_s, case.layouts, waits_for_host(case, half, full))
+        ordered(half.step_s, full.step_s, case.layouts)
 
 
 @FEW
