@@ -254,16 +254,24 @@ def load_runtime(name: str) -> Runtime:
 
 
 def _switched(document: dict[str, Any], switches: list[str], place: str) -> dict[str, Any]:
-    """The document with the tables of each switch laid over it; the name tells which are on."""
-    known: dict[str, dict[str, dict[str, Any]]] = document.pop("switches", {})
-    for word in switches:
+    """The document with the tables of each switch laid over it, after those that it `needs`; the name tells which are on."""
+    known: dict[str, dict[str, Any]] = document.pop("switches", {})
+    for at, word in enumerate(switches):
         if word not in known:
             raise InputError(
                 f"switch {word!r} is unknown",
                 place=place,
                 remedy=nearest(word, known) if known else "this runtime has no switches",
             )
-        for table, values in known[word].items():
+        tables = dict(known[word])
+        missing = [need for need in tables.pop("needs", ()) if need not in switches[:at]]
+        if missing:
+            raise InputError(
+                f"switch {word!r} needs {' and '.join(map(repr, missing))} before it",
+                place=place,
+                remedy=f"write +{'+'.join([*missing, word])}",
+            )
+        for table, values in tables.items():
             before = document[table]
             changes = {name: value / before[name] for name, value in values.items() if _scales(before.get(name), value)}
             document["switched"] = {**document.get("switched", {}), **changes}

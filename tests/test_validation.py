@@ -180,3 +180,11 @@ def test_switches_change_the_runtime() -> None:
     assert compiled.execution.elementwise_traffic < plain.execution.elementwise_traffic
     with pytest.raises(InputError, match="switch 'compiel' is unknown; did you mean compile"):
         load_runtime("fsdp2+compiel")
+
+
+def test_cuda_graphs_launch_in_less_time_and_need_compiled_blocks() -> None:
+    graphs, compiled = load_runtime("fsdp2+compile+cuda_graph"), load_runtime("fsdp2+compile")
+    assert graphs.execution.launches_per_operator < compiled.execution.launches_per_operator
+    assert graphs.execution.elementwise_traffic == compiled.execution.elementwise_traffic
+    with pytest.raises(InputError, match="'cuda_graph' needs 'compile' before it"):
+        load_runtime("fsdp2+cuda_graph")
