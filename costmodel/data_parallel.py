@@ -23,26 +23,27 @@ FloatArray = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class Exchange:
-    """Seconds per step for N layouts, each (N,), before overlap."""
+    """Seconds for N layouts, each (N,), before overlap."""
 
     reduce_s: FloatArray
     gather_s: FloatArray
 
+    def take(self, rows: NDArray[np.integer]) -> Exchange:
+        """The rows at `rows`."""
+        return Exchange(reduce_s=self.reduce_s[rows], gather_s=self.gather_s[rows])
 
-def exchange_s(
+
+def one_exchange_s(
     tiers: TierTable,
     layouts: LayoutTable,
     communication: Communication,
     *,
-    micro_batches: FloatArray,
     parameters: FloatArray,
     units: FloatArray,
     gradient_bytes: int,
     parameter_bytes: int,
-    kept_share: FloatArray | float = 0.0,
 ) -> Exchange:
-    """Time of all exchanges of a rank that owns `parameters` parameters in `units` equal groups (layers), of which `kept_share`
-    stay gathered after the forward under ZeRO-3."""
+    """One reduction and one gather of all states of a rank that owns `parameters` parameters in `units` equal groups (layers)."""
     step, shards = layouts.tp.astype(np.float64), layouts.zero_ranks.astype(np.float64)
     replicas = layouts.dp * layouts.cp / shards
     reduced, gathered = units * communication.reduce_messages, units * communication.gather_messages
@@ -50,12 +51,24 @@ def exchange_s(
     reduce = collective_s(tiers, "reduce_scatter", message, shards, step)
     reduce = reduce + collective_s(tiers, "all_reduce", message / shards, replicas, step * shards)
     gather = collective_s(tiers, "all_gather", parameters * parameter_bytes / gathered, shards, step)
+    return Exchange(reduce_s=reduced * reduce, gather_s=gathered * gather)
+
+
+def exchange_s(
+    one: Exchange,
+    layouts: LayoutTable,
+    communication: Communication,
+    *,
+    micro_batches: FloatArray,
+    kept_share: FloatArray | float = 0.0,
+) -> Exchange:
+    """All exchanges of a step, each as long as `one`; `kept_share` of the parameters stay gathered after the forward under ZeRO-3."""
     reductions, gathers = exchange_counts(layouts, communication, micro_batches)
     # what the forward leaves whole is gathered once a micro-batch, inside such a pipeline once a step
     kept = np.where(inside_pipeline(layouts, communication), 1.0, 0.5 * gathers)
     again = np.isin(layouts.zero, communication.gather_every_micro_batch)
     gathers = np.where(again, gathers + kept_share * (kept - gathers), gathers)
-    return Exchange(reduce_s=reduced * reduce * reductions, gather_s=gathered * gather * gathers)
+    return Exchange(reduce_s=one.reduce_s * reductions, gather_s=one.gather_s * gathers)
 
 
 def exchange_counts(

@@ -19,8 +19,8 @@ from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.rules import STRUCTURAL
 from shardplan.costmodel.runtime import Runtime, load_runtime, without_overlap
 from shardplan.costmodel.stage_cost import BlockRows, block_rows, stage_parameters, stage_rows
-from shardplan.costmodel.step_memory import stage_memory
-from shardplan.costmodel.step_time import step_time
+from shardplan.costmodel.step_memory import stage_activations, stage_memory
+from shardplan.costmodel.step_time import pace_keys, pipeline_pace, step_time
 from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.machine import Cluster
 from shardplan.hw_profiles.topology import TierTable, tier_table
@@ -28,8 +28,8 @@ from shardplan.hw_profiles.topology import TierTable, tier_table
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
-ROWS_AT_ONCE = 1 << 15
-"""Rows of one pass: keeps every column in the cache."""
+ROWS_AT_ONCE = 1 << 17
+"""Rows of one pass: enough to share what unique keys cost, few enough to bound memory (about 0.2 GB)."""
 
 TIME_PARTS = (
     "compute_s",
@@ -184,11 +184,19 @@ def _estimate_rows(
     every_stage: bool,
 ) -> Estimates:
     micro_batches = job.global_batch / (layouts.dp * layouts.micro_batch)
-    blocks = block_rows(model, job, cluster, layouts, runtime, tiers)
-    stages = stage_rows(model, layouts, runtime, every_stage=every_stage)
-    parameters = stage_parameters(model, layouts, runtime, stages)
-    memory = stage_memory(model, job, cluster.gpu, layouts, runtime, blocks, stages, parameters, micro_batches)
-    time, hidden = step_time(model, job, cluster, layouts, runtime, tiers, blocks, stages, parameters, micro_batches)
+    first, inverse = pace_keys(layouts, runtime)
+    keys, batches = layouts.take(first), micro_batches[first]
+    blocks = block_rows(model, job, cluster, keys, runtime, tiers)
+    stages = stage_rows(model, keys, runtime, every_stage=every_stage)
+    parameters = stage_parameters(model, keys, runtime, stages)
+    pace = pipeline_pace(model, job, cluster, keys, runtime, tiers, blocks, stages, parameters, batches)
+    activations = stage_activations(model, keys, blocks, stages, batches)
+    flop = _hardware_flop(model, job, keys, blocks, stages.recomputed_total)
+    pace = {name: column[inverse] for name, column in pace.items()}
+    memory = stage_memory(
+        job, cluster.gpu, layouts, runtime, parameters.take(inverse), activations[inverse], micro_batches
+    )
+    time, hidden = step_time(model, job, cluster, layouts, runtime, tiers, pace, micro_batches)
     allocated = memory.allocated
     slack = runtime.allocator_slack_fraction * allocated
     gpu = cluster.gpu
@@ -206,15 +214,15 @@ def _estimate_rows(
             "slack": slack,
             "device": allocated + slack + gpu.context_bytes,
         },
-        stage_index=stages.stage,
-        stage_layer_counts=stages.layers.sum(axis=2).astype(np.int64),
+        stage_index=stages.stage[inverse],
+        stage_layer_counts=stages.layers.sum(axis=2).astype(np.int64)[inverse],
         context_bytes=gpu.context_bytes,
         capacity_bytes=gpu.memory_bytes,
         host_bytes=memory.host.max(axis=1) * in_use,
         host_capacity_bytes=cluster.node.host.ram_bytes,
         tokens_per_step=job.tokens_per_step,
         model_flop_per_step=model_flop_per_token(model, job.seq) * job.tokens_per_step,
-        hardware_flop_per_step=_hardware_flop(model, job, layouts, blocks, stages.recomputed_total),
+        hardware_flop_per_step=flop[inverse],
         peak_flop_per_s=gpu.peak_flop_per_s[job.precision],
         time_band=TIME_BAND + (GUESS_BAND if timing_guesses(cluster, job.precision) else 0.0),
     )

@@ -163,6 +163,10 @@ class StageParameters:
     root: FloatArray
     """Embedding, positions, final norm and head."""
 
+    def take(self, rows: NDArray[np.integer]) -> StageParameters:
+        """The rows at `rows`."""
+        return StageParameters(stage=self.stage[rows], layer=self.layer[rows], root=self.root[rows])
+
 
 def stage_parameters(model: Model, layouts: LayoutTable, runtime: Runtime, stages: StageRows) -> StageParameters:
     """Matrices are divided by tp, norms are not; a tied embedding on another stage than the head is held twice."""

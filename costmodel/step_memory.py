@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.costmodel.job import Job
+from shardplan.costmodel.keys import unique_keys
 from shardplan.costmodel.layout import LayoutTable
 from shardplan.costmodel.memory import StageMemory, activation_bytes, stage_states
 from shardplan.costmodel.model import Model
@@ -17,28 +18,10 @@ from shardplan.hw_profiles.machine import Gpu
 FloatArray = NDArray[np.float64]
 
 
-def stage_memory(
-    model: Model,
-    job: Job,
-    gpu: Gpu,
-    layouts: LayoutTable,
-    runtime: Runtime,
-    blocks: BlockRows,
-    stages: StageRows,
-    parameters: StageParameters,
-    micro_batches: FloatArray,
-) -> StageMemory:
-    """Bytes by part, (N, S), at the peak of each stage: the backward of the oldest micro-batch in flight."""
-    states = stage_states(
-        runtime,
-        job,
-        layouts,
-        accumulates=micro_batches > 1,
-        stage_parameters=parameters.stage,
-        layer_parameters=parameters.layer,
-        root_parameters=parameters.root,
-        offloaded=layouts.offload_optimizer > 0,
-    )
+def stage_activations(
+    model: Model, layouts: LayoutTable, blocks: BlockRows, stages: StageRows, micro_batches: FloatArray
+) -> FloatArray:
+    """Bytes of activations, logits and loss, (N, S), at the peak of each stage: the backward of the oldest micro-batch in flight."""
     flying = in_flight(
         layouts.schedule[:, None],
         layouts.pp[:, None],
@@ -66,13 +49,41 @@ def stage_memory(
             activations += np.where(layers > 0, block["context_transient_bytes"][:, None], 0.0)
     activations += flying * stages.embedding * blocks.embedding["kept_bytes"][:, None]
     activations += stages.head * (flying * blocks.head["kept_bytes"][:, None] + blocks.logits_bytes[:, None])
+    return activations
+
+
+def stage_memory(
+    job: Job,
+    gpu: Gpu,
+    layouts: LayoutTable,
+    runtime: Runtime,
+    parameters: StageParameters,
+    activations: FloatArray,
+    micro_batches: FloatArray,
+) -> StageMemory:
+    """Bytes by part, (N, S); `activations` (N, S) as found by `stage_activations`. States: once per unique key."""
+    accumulates = micro_batches > 1
+    content = (layouts.pp, layouts.virtual_stages, layouts.split, layouts.v_placed.astype(np.int64))
+    sharing = (layouts.zero, layouts.zero_ranks, layouts.offload_optimizer, accumulates.astype(np.int64))
+    first, inverse = unique_keys(layouts.tp, *content, *sharing)
+    keys = layouts.take(first)
+    states = stage_states(
+        runtime,
+        job,
+        keys,
+        accumulates=accumulates[first],
+        stage_parameters=parameters.stage[first],
+        layer_parameters=parameters.layer[first],
+        root_parameters=parameters.root[first],
+        offloaded=keys.offload_optimizer > 0,
+    )
     on_gpu = gpu.device == "cuda"  # NCCL channels and GPU workspaces; gloo keeps next to nothing
     buffers = np.where((layouts.gpus > 1) & on_gpu, runtime.working_set.buffer_bytes, 0.0)[:, None]
     return StageMemory(
-        parameters=states["parameters"],
-        gradients=states["gradients"],
-        optimizer=states["optimizer"],
+        parameters=states["parameters"][inverse],
+        gradients=states["gradients"][inverse],
+        optimizer=states["optimizer"][inverse],
         activations=activations,
-        buffers=np.broadcast_to(buffers, total.shape),
-        host=states["host"],
+        buffers=np.broadcast_to(buffers, activations.shape),
+        host=states["host"][inverse],
     )

@@ -6,9 +6,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.costmodel.collectives import collective_s, point_to_point_s
-from shardplan.costmodel.data_parallel import exchange_counts, exchange_s, exposed_exchange_s, reduces_often
+from shardplan.costmodel.data_parallel import (
+    exchange_counts,
+    exchange_s,
+    exposed_exchange_s,
+    one_exchange_s,
+    reduces_often,
+)
 from shardplan.costmodel.job import BYTES_OF, Job
 from shardplan.costmodel.kernels_time import memory_bound_s
+from shardplan.costmodel.keys import unique_keys
 from shardplan.costmodel.layer_cost import BACKWARD_LAUNCHES
 from shardplan.costmodel.layout import LayoutTable
 from shardplan.costmodel.memory import gradient_bytes
@@ -21,12 +28,22 @@ from shardplan.hw_profiles.machine import Cluster, Gpu
 from shardplan.hw_profiles.topology import TierTable
 
 FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
 
 UPDATE_BYTES = {"adamw": 30.0, "sgd": 14.0}
 """Memory traffic of the update of one parameter: fp32 master and moments read and written, gradient read, 16-bit copy written."""
 
 
-def step_time(
+def pace_keys(layouts: LayoutTable, runtime: Runtime) -> tuple[IntArray, IntArray]:
+    """(first, inverse) of the rows that differ in what `pipeline_pace` or the activations depend on."""
+    shared = np.where(
+        reduces_often(layouts, runtime.communication), layouts.zero_ranks, np.minimum(layouts.zero_ranks, 2)
+    )
+    others = ("dp_shard", "offload_optimizer", "ep")
+    return unique_keys(shared, *(column for name, column in layouts.columns().items() if name not in others))
+
+
+def pipeline_pace(
     model: Model,
     job: Job,
     cluster: Cluster,
@@ -37,8 +54,12 @@ def step_time(
     stages: StageRows,
     parameters: StageParameters,
     micro_batches: FloatArray,
-) -> tuple[dict[str, FloatArray], dict[str, FloatArray]]:
-    """(seconds by part with `step_s`, hidden seconds by axis), columns of shape (N,)."""
+) -> dict[str, FloatArray]:
+    """What does not depend on the ranks that ZeRO shards over, columns of shape (N,).
+
+    Seconds of one micro-batch on the slowest stage by part, the `bubble` and `transfers` of a step, and of the stage with most
+    parameters the number it `owned`, the `units` (layers) and the share that stays gathered (`kept_share`).
+    """
     exchanging = _exchange_host_s(cluster.gpu, layouts, runtime, micro_batches)
     accumulating = _accumulating(layouts, runtime, micro_batches)
     pace = _pace(model, cluster.gpu, runtime, blocks, stages, exchanging, accumulating)
@@ -46,10 +67,33 @@ def step_time(
     slowest = total.argmax(axis=1)[:, None]
     worst = {part: np.take_along_axis(values, slowest, axis=1)[:, 0] for part, values in pace.items()}
     fill = _whole_pipeline(model, cluster.gpu, runtime, blocks, stages, exchanging, accumulating) - total.max(axis=1)
-    dp_exposed, dp_hidden = _data_parallel(
-        model, job, layouts, runtime, tiers, stages, parameters, micro_batches, worst
-    )
-    updated = parameters.stage.max(axis=1) / layouts.zero_ranks
+    heaviest = parameters.stage.argmax(axis=1)[:, None]
+    owned = np.take_along_axis(parameters.stage, heaviest, axis=1)[:, 0]
+    root = np.take_along_axis(parameters.root, heaviest, axis=1)[:, 0]
+    units = np.take_along_axis(stages.layers.sum(axis=2) + stages.embedding + stages.head, heaviest, axis=1)[:, 0]
+    return {
+        **worst,
+        "bubble": _bubble_s(layouts, micro_batches, fill, worst),
+        "transfers": _pipeline_transfers(model, job, layouts, runtime, tiers, micro_batches),
+        "owned": owned,
+        "units": units,
+        "kept_share": root / owned if runtime.working_set.root_stays_gathered else np.zeros_like(owned),
+    }
+
+
+def step_time(
+    model: Model,
+    job: Job,
+    cluster: Cluster,
+    layouts: LayoutTable,
+    runtime: Runtime,
+    tiers: TierTable,
+    pace: dict[str, FloatArray],
+    micro_batches: FloatArray,
+) -> tuple[dict[str, FloatArray], dict[str, FloatArray]]:
+    """(seconds by part with `step_s`, hidden seconds by axis), columns of shape (N,), from the columns of `pipeline_pace`."""
+    dp_exposed, dp_hidden = _data_parallel(model, job, layouts, runtime, tiers, pace, micro_batches)
+    updated = pace["owned"] / layouts.zero_ranks
     optimizer = memory_bound_s(cluster.gpu, UPDATE_BYTES[job.optimizer] * updated)
     offloaded = layouts.offload_optimizer > 0
     offload, offload_hidden = optimizer_offload_s(
@@ -57,29 +101,29 @@ def step_time(
         updated,
         gradient_bytes=gradient_bytes(runtime, job),
         parameter_bytes=BYTES_OF[job.precision],
-        backward_s=worst["backward"],
+        backward_s=pace["backward"],
     )
     zero = np.zeros(len(layouts))
-    tensor = micro_batches * worst["tensor"]
-    waiting = micro_batches * worst["host"]
+    tensor = micro_batches * pace["tensor"]
+    waiting = micro_batches * pace["host"]
     if cluster.gpu.device != "cpu":  # while a GPU waits for its links, the host launches ahead
         waiting = np.maximum(waiting - dp_exposed, 0.0)
     parts = {
-        "compute_s": micro_batches * (worst["forward"] + worst["backward"]),
-        "recompute_s": micro_batches * worst["recompute"],
+        "compute_s": micro_batches * (pace["forward"] + pace["backward"]),
+        "recompute_s": micro_batches * pace["recompute"],
         "tp_exposed_s": tensor * (1.0 - runtime.communication.tensor_overlap),
-        "cp_exposed_s": micro_batches * worst.get("context_exposed", zero),
+        "cp_exposed_s": micro_batches * pace.get("context_exposed", zero),
         "ep_exposed_s": zero,
         "dp_exposed_s": dp_exposed,
-        "pp_exposed_s": _pipeline_transfers(model, job, layouts, runtime, tiers, micro_batches),
-        "bubble_s": _bubble_s(layouts, micro_batches, fill, worst),
+        "pp_exposed_s": pace["transfers"],
+        "bubble_s": pace["bubble"],
         "offload_exposed_s": np.where(offloaded, offload, 0.0),
         "optimizer_s": np.where(offloaded, 0.0, optimizer),
         "host_s": waiting + runtime.execution.step_overhead_s,
     }
     hidden = {
         "tp_s": tensor * runtime.communication.tensor_overlap,
-        "cp_s": micro_batches * worst.get("context_hidden", zero),
+        "cp_s": micro_batches * pace.get("context_hidden", zero),
         "dp_s": dp_hidden,
         "offload_s": np.where(offloaded, offload_hidden, 0.0),
     }
@@ -251,36 +295,39 @@ def _data_parallel(
     layouts: LayoutTable,
     runtime: Runtime,
     tiers: TierTable,
-    stages: StageRows,
-    parameters: StageParameters,
+    pace: dict[str, FloatArray],
     micro_batches: FloatArray,
-    worst: dict[str, FloatArray],
 ) -> tuple[FloatArray, FloatArray]:
-    """(exposed, hidden) seconds of gradient reduction and parameter gathers, with the slowdown of compute they hide behind."""
-    heaviest = parameters.stage.argmax(axis=1)[:, None]
-    owned = np.take_along_axis(parameters.stage, heaviest, axis=1)[:, 0]
-    roots = stages.embedding + stages.head
-    units = np.take_along_axis(stages.layers.sum(axis=2) + roots, heaviest, axis=1)[:, 0]
+    """(exposed, hidden) seconds of gradient reduction and parameter gathers, with the slowdown of compute they hide behind.
+
+    One exchange is timed once per unique (ranks, stage contents).
+    """
     element = gradient_bytes(runtime, job)
-    root = np.take_along_axis(parameters.root, heaviest, axis=1)[:, 0]
-    exchange = exchange_s(
+    content = (layouts.pp, layouts.virtual_stages, layouts.split, layouts.v_placed.astype(np.int64))
+    first, inverse = unique_keys(layouts.tp, *content, layouts.dp * layouts.cp, layouts.zero_ranks)
+    one = one_exchange_s(
         tiers,
+        layouts.take(first),
+        runtime.communication,
+        parameters=pace["owned"][first],
+        units=pace["units"][first],
+        gradient_bytes=element,
+        parameter_bytes=BYTES_OF[job.precision],
+    )
+    exchange = exchange_s(
+        one.take(inverse),
         layouts,
         runtime.communication,
         micro_batches=micro_batches,
-        parameters=owned,
-        units=units,
-        gradient_bytes=element,
-        parameter_bytes=BYTES_OF[job.precision],
-        kept_share=root / owned if runtime.working_set.root_stays_gathered else 0.0,
+        kept_share=pace["kept_share"],
     )
     exposed, hidden = exposed_exchange_s(
         exchange,
         layouts,
         runtime.communication,
         micro_batches=micro_batches,
-        forward_s=worst["forward"],
-        backward_s=worst["backward"] + worst["recompute"],
+        forward_s=pace["forward"],
+        backward_s=pace["backward"] + pace["recompute"],
     )
     if model.tied_embeddings:
         table = element * model.vocab * model.hidden / layouts.tp

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import statistics
 import time
 from typing import Any
@@ -16,9 +17,17 @@ from shardplan.hw_profiles.load import load_cluster
 from shardplan.planner.search import search
 from shardplan.planner.space import layout_space
 
+CALCULON_PER_S = (115.0, 170.0)
+"""Layouts per second of Calculon (commit caa4b11) in one process on a server core: 8,112 layouts of Turing-530B on 5,128 GPUs in
+71 s of wall clock, and a random sample of its space of GPT-175B on 1,024 GPUs at 167 per CPU second. Its space of the latter has
+11.7 M layouts."""
 
-def estimate_rate(repeats: int) -> dict[str, Any]:
-    """Layouts per second of `estimate` over the valid layouts of gpt3-175b on 1,024 A100 (Calculon's large case)."""
+
+def estimate_rate(repeats: int, streamed: int) -> dict[str, Any]:
+    """Layouts per second of `estimate` over the valid layouts of gpt3-175b on 1,024 A100 (Calculon's large case).
+
+    Then `streamed` layouts, the same over and over, of which step time and peak memory are kept, with the process's peak memory.
+    """
     import numpy as np
 
     model, runtime = load_model("gpt3-175b"), load_runtime("megatron")
@@ -36,6 +45,13 @@ def estimate_rate(repeats: int) -> dict[str, Any]:
         estimate(model=model, job=job, cluster=cluster, layouts=valid, runtime=runtime)
         seconds.append(time.perf_counter() - start)
     median = statistics.median(seconds)
+    step_s, peak_bytes = np.empty(streamed), np.empty(streamed)
+    start = time.perf_counter()
+    for at in range(0, streamed, len(valid)):
+        rows = valid.take(np.arange(min(len(valid), streamed - at)))
+        got = estimate(model=model, job=job, cluster=cluster, layouts=rows, runtime=runtime)
+        step_s[at : at + len(rows)], peak_bytes[at : at + len(rows)] = got.step_s, got.device_peak_bytes
+    streamed_s = time.perf_counter() - start
     return {
         "model": model.name,
         "gpus": cluster.gpus,
@@ -44,5 +60,9 @@ def estimate_rate(repeats: int) -> dict[str, Any]:
         "seconds": median,
         "repeats": repeats,
         "layouts_per_s": len(valid) / median,
+        "calculon_layouts_per_s": CALCULON_PER_S,
         "search_s": search_s,
+        "streamed": streamed,
+        "streamed_s": streamed_s,
+        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
     }

@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from shardplan.costmodel.attention_time import flash_attention_flop
 from shardplan.costmodel.estimate import Estimates, estimate, model_flop_per_token
 from shardplan.costmodel.job import Job
-from shardplan.costmodel.attention_time import flash_attention_flop
 from shardplan.costmodel.layout import parse_layout
 from shardplan.costmodel.memory import state_columns
 from shardplan.costmodel.model import LayerKind, Model, layer_parameters, parameter_counts

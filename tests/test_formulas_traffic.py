@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from shardplan.costmodel.collectives import collective_s
-from shardplan.costmodel.data_parallel import exchange_s
+from shardplan.costmodel.data_parallel import exchange_s, one_exchange_s
 from shardplan.costmodel.estimate import estimate
 from shardplan.costmodel.job import Job
 from shardplan.costmodel.layout import layout_table, parse_layout
@@ -44,16 +44,18 @@ def traffic(
     words: str, runtime: Runtime, *, parameters: float, units: float, micro_batches: int = 1, kept: float = 0.0
 ) -> tuple[float, float]:
     """(reduction, gathers) on the wire per rank and step, in elements of `parameters` parameters."""
-    found = exchange_s(
+    layouts = layout_table([parse_layout(words)])
+    one = one_exchange_s(
         wire(),
-        layout_table([parse_layout(words)]),
+        layouts,
         runtime.communication,
-        micro_batches=np.array([float(micro_batches)]),
         parameters=np.array([parameters]),
         units=np.array([units]),
         gradient_bytes=1,
         parameter_bytes=1,
-        kept_share=kept,
+    )
+    found = exchange_s(
+        one, layouts, runtime.communication, micro_batches=np.array([float(micro_batches)]), kept_share=kept
     )
     return float(found.reduce_s[0]), float(found.gather_s[0])
 
