@@ -151,7 +151,7 @@ def estimate(
             model,
             job,
             cluster,
-            table.take(np.arange(start, min(start + ROWS_AT_ONCE, len(table)))),
+            table.slice(start, start + ROWS_AT_ONCE),
             chosen,
             tiers,
             every,
@@ -193,9 +193,7 @@ def _estimate_rows(
     activations = stage_activations(model, keys, blocks, stages, batches)
     flop = _hardware_flop(model, job, keys, blocks, stages.recomputed_total)
     pace = {name: column[inverse] for name, column in pace.items()}
-    memory = stage_memory(
-        job, cluster.gpu, layouts, runtime, parameters.take(inverse), activations[inverse], micro_batches
-    )
+    memory = stage_memory(job, cluster.gpu, layouts, runtime, parameters, activations, inverse, micro_batches)
     time, hidden = step_time(model, job, cluster, layouts, runtime, tiers, pace, micro_batches)
     allocated = memory.allocated
     slack = runtime.allocator_slack_fraction * allocated

@@ -271,6 +271,10 @@ class LayoutTable:
         """The rows at `rows` (indices or a mask)."""
         return LayoutTable(**{name: column[rows] for name, column in self.columns().items()}, splits=self.splits)
 
+    def slice(self, start: int, stop: int) -> LayoutTable:
+        """The rows from `start` up to `stop`, not copied."""
+        return LayoutTable(**{name: column[start:stop] for name, column in self.columns().items()}, splits=self.splits)
+
     def row(self, index: int) -> Layout:
         """One layout back as words."""
         at = {name: int(column[index]) for name, column in self.columns().items()}

@@ -59,22 +59,24 @@ def stage_memory(
     runtime: Runtime,
     parameters: StageParameters,
     activations: FloatArray,
+    content_rows: NDArray[np.int64],
     micro_batches: FloatArray,
 ) -> StageMemory:
-    """Bytes by part, (N, S); `activations` (N, S) as found by `stage_activations`. States: once per unique key."""
+    """Bytes by part, (N, S). Row n has the `parameters` and `activations` (K, S) at `content_rows[n]`; states are computed once per
+    unique key."""
     accumulates = micro_batches > 1
     content = (layouts.pp, layouts.virtual_stages, layouts.split, layouts.v_placed.astype(np.int64))
     sharing = (layouts.zero, layouts.zero_ranks, layouts.offload_optimizer, accumulates.astype(np.int64))
     first, inverse = unique_keys(layouts.tp, *content, *sharing)
-    keys = layouts.take(first)
+    keys, held = layouts.take(first), parameters.take(content_rows[first])
     states = stage_states(
         runtime,
         job,
         keys,
         accumulates=accumulates[first],
-        stage_parameters=parameters.stage[first],
-        layer_parameters=parameters.layer[first],
-        root_parameters=parameters.root[first],
+        stage_parameters=held.stage,
+        layer_parameters=held.layer,
+        root_parameters=held.root,
         offloaded=keys.offload_optimizer > 0,
     )
     on_gpu = gpu.device == "cuda"  # NCCL channels and GPU workspaces; gloo keeps next to nothing
@@ -83,7 +85,7 @@ def stage_memory(
         parameters=states["parameters"][inverse],
         gradients=states["gradients"][inverse],
         optimizer=states["optimizer"][inverse],
-        activations=activations,
-        buffers=np.broadcast_to(buffers, activations.shape),
+        activations=activations[content_rows],
+        buffers=np.broadcast_to(buffers, (len(layouts), activations.shape[1])),
         host=states["host"][inverse],
     )
