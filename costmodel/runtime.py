@@ -107,6 +107,8 @@ class WorkingSet(_FromFile):
     """Communication buckets and workspaces of a GPU rank that has any peer."""
     offload_moves: tuple[str, ...]
     """Parts whose sharded bytes live in host memory when the optimizer is offloaded: parameters, gradients, optimizer."""
+    matrix_gradient_bytes: float = 0.0
+    """Bytes per parameter of a layer's largest matrix while its gradient is added to the accumulated one; counted as buffers."""
 
 
 @dataclass(frozen=True, kw_only=True)

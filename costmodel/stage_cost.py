@@ -160,12 +160,16 @@ class StageParameters:
     stage: FloatArray
     layer: FloatArray
     """Of the largest layer."""
+    matrix: FloatArray
+    """Of the largest matrix of a layer (the two input products of a gated MLP are one)."""
     root: FloatArray
     """Embedding, positions, final norm and head."""
 
     def take(self, rows: NDArray[np.integer]) -> StageParameters:
         """The rows at `rows`."""
-        return StageParameters(stage=self.stage[rows], layer=self.layer[rows], root=self.root[rows])
+        return StageParameters(
+            stage=self.stage[rows], layer=self.layer[rows], matrix=self.matrix[rows], root=self.root[rows]
+        )
 
 
 def stage_parameters(model: Model, layouts: LayoutTable, runtime: Runtime, stages: StageRows) -> StageParameters:
@@ -180,4 +184,12 @@ def stage_parameters(model: Model, layouts: LayoutTable, runtime: Runtime, stage
     root = root + stages.head * (np.where(owns_head, table, 0.0) + norm)[:, None]
     body = (stages.layers * by_kind[:, None, :]).sum(axis=2)
     largest = np.where(stages.layers > 0, by_kind[:, None, :], 0.0).max(axis=2)
-    return StageParameters(stage=body + root, layer=largest, root=root)
+    matrices = np.array([largest_matrix(kind) for kind, _ in model.layers], dtype=np.float64)
+    matrix = np.where(stages.layers > 0, matrices, 0.0).max(axis=2) / tp[:, None]
+    return StageParameters(stage=body + root, layer=largest, matrix=matrix, root=root)
+
+
+def largest_matrix(kind: LayerKind) -> int:
+    """Parameters of the widest product of a layer: queries, keys and values, or the input of the MLP with its gate."""
+    projection = (kind.heads + 2 * kind.kv_heads) * kind.head_dim
+    return kind.hidden * max(projection, kind.ffn * (2 if kind.gated_mlp else 1))

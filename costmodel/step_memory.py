@@ -81,11 +81,12 @@ def stage_memory(
     )
     on_gpu = gpu.device == "cuda"  # NCCL channels and GPU workspaces; gloo keeps next to nothing
     buffers = np.where((layouts.gpus > 1) & on_gpu, runtime.working_set.buffer_bytes, 0.0)[:, None]
+    gradients = (runtime.working_set.matrix_gradient_bytes * parameters.matrix)[content_rows]
     return StageMemory(
         parameters=states["parameters"][inverse],
         gradients=states["gradients"][inverse],
         optimizer=states["optimizer"][inverse],
         activations=activations[content_rows],
-        buffers=np.broadcast_to(buffers, (len(layouts), activations.shape[1])),
+        buffers=buffers + gradients,
         host=states["host"][inverse],
     )

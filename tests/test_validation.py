@@ -36,6 +36,7 @@ def by_source(outcomes: list[Outcome]) -> dict[str, dict[str, Any]]:
 WORST_MEAN_ERROR = {
     "all": 7.5,
     "Megatron-LM SC21 Table 1": 3.5,
+    "Korthikanti Table 5": 6.5,
     "SimuMax B200 Megatron runs": 3.5,
     "BLOOM topology sweep": 4.6,
     "MosaicML llm-foundry MPT": 5.0,
@@ -49,6 +50,20 @@ WORST_MEAN_ERROR = {
 @pytest.mark.parametrize("source", WORST_MEAN_ERROR)
 def test_step_times_do_not_get_worse(by_source: dict[str, dict[str, Any]], source: str) -> None:
     assert by_source[source]["time"]["mape"] <= WORST_MEAN_ERROR[source]
+
+
+@pytest.mark.parametrize(
+    ("source", "kind", "worst"),
+    [
+        ("SimuMax B200 Megatron runs", "allocated", 1.5),
+        ("all", "reserved", 4.0),
+        ("all", "nvidia-smi", 8.0),
+    ],
+)
+def test_peaks_of_memory_do_not_get_worse(
+    by_source: dict[str, dict[str, Any]], source: str, kind: str, worst: float
+) -> None:
+    assert by_source[source]["memory"][kind]["mape"] <= worst
 
 
 def test_layouts_stay_in_order(by_source: dict[str, dict[str, Any]]) -> None:
