@@ -181,6 +181,8 @@ class Communication(_FromFile):
     pipeline_overlap: float
     pipeline_scatter: bool
     """Boundary tensors are split over tp even without sequence parallelism."""
+    async_tensor_overlap: float = 0.0
+    """Share of the rest that async tensor parallelism hides where sequence parallelism stays inside a node."""
     context_overlap: float = 1.0
     """Share of a ring pass of context parallelism that attention can hide."""
 
@@ -224,6 +226,7 @@ def without_overlap(runtime: Runtime) -> Runtime:
     exposed = replace(
         runtime.communication,
         tensor_overlap=0.0,
+        async_tensor_overlap=0.0,
         gather_overlap=0.0,
         reduce_overlap=0.0,
         pipeline_overlap=0.0,

@@ -62,11 +62,13 @@ def pipeline_pace(
     """
     exchanging = _exchange_host_s(cluster.gpu, layouts, runtime, micro_batches)
     accumulating = _accumulating(layouts, runtime, micro_batches)
-    pace = _pace(model, cluster.gpu, runtime, blocks, stages, exchanging, accumulating)
+    showing = _tensor_showing(layouts, runtime, cluster.node.gpus)
+    pace = _pace(model, cluster.gpu, runtime, blocks, stages, exchanging, accumulating, showing)
     total = sum((pace[part] for part in PACE_PARTS if part in pace), np.zeros_like(stages.embedding))
     slowest = total.argmax(axis=1)[:, None]
     worst = {part: np.take_along_axis(values, slowest, axis=1)[:, 0] for part, values in pace.items()}
-    fill = _whole_pipeline(model, cluster.gpu, runtime, blocks, stages, exchanging, accumulating) - total.max(axis=1)
+    whole = _whole_pipeline(model, cluster.gpu, runtime, blocks, stages, exchanging, accumulating, showing)
+    fill = whole - total.max(axis=1)
     heaviest = parameters.stage.argmax(axis=1)[:, None]
     owned = np.take_along_axis(parameters.stage, heaviest, axis=1)[:, 0]
     root = np.take_along_axis(parameters.root, heaviest, axis=1)[:, 0]
@@ -104,14 +106,14 @@ def step_time(
         backward_s=pace["backward"],
     )
     zero = np.zeros(len(layouts))
-    tensor = micro_batches * pace["tensor"]
+    tensor_exposed = micro_batches * pace["tensor_exposed"]
     waiting = micro_batches * pace["host"]
     if cluster.gpu.device != "cpu":  # while a GPU waits for its links, the host launches ahead
         waiting = np.maximum(waiting - dp_exposed, 0.0)
     parts = {
         "compute_s": micro_batches * (pace["forward"] + pace["backward"]),
         "recompute_s": micro_batches * pace["recompute"],
-        "tp_exposed_s": tensor * (1.0 - runtime.communication.tensor_overlap),
+        "tp_exposed_s": tensor_exposed,
         "cp_exposed_s": micro_batches * pace.get("context_exposed", zero),
         "ep_exposed_s": zero,
         "dp_exposed_s": dp_exposed,
@@ -122,7 +124,7 @@ def step_time(
         "host_s": waiting + runtime.execution.step_overhead_s,
     }
     hidden = {
-        "tp_s": tensor * runtime.communication.tensor_overlap,
+        "tp_s": micro_batches * pace["tensor"] - tensor_exposed,
         "cp_s": micro_batches * pace.get("context_hidden", zero),
         "dp_s": dp_hidden,
         "offload_s": np.where(offloaded, offload_hidden, 0.0),
@@ -161,6 +163,14 @@ def _accumulating(layouts: LayoutTable, runtime: Runtime, micro_batches: FloatAr
     return share * (1.0 - 1.0 / micro_batches)
 
 
+def _tensor_showing(layouts: LayoutTable, runtime: Runtime, node_gpus: int) -> FloatArray:
+    """Share of tensor-parallel communication that nothing hides, (N,): async tensor parallelism cuts the gathers and reductions of
+    sequence parallelism into pieces between those of the products, over the links of one node."""
+    cut = (layouts.sequence_parallel == 1) & (layouts.tp <= node_gpus)
+    communication = runtime.communication
+    return (1.0 - communication.tensor_overlap) * np.where(cut, 1.0 - communication.async_tensor_overlap, 1.0)
+
+
 def _exchange_host_s(gpu: Gpu, layouts: LayoutTable, runtime: Runtime, micro_batches: FloatArray) -> FloatArray:
     """Host seconds per layer and micro-batch that gathers and reductions of its states take, (N,)."""
     reductions, gathers = exchange_counts(layouts, runtime.communication, micro_batches)
@@ -179,12 +189,13 @@ def _block_pace(
     repeated: FloatArray,
     exchanging: FloatArray,
     accumulating: FloatArray,
+    showing: FloatArray,
 ) -> dict[str, FloatArray]:
     """Seconds of one block and micro-batch; `recomputed` is the share of it under full recompute, `repeated` the share of its
-    forward tensor-parallel communication that any recompute repeats."""
+    forward tensor-parallel communication that any recompute repeats, `showing` the share of that communication nothing hides."""
     recompute = recomputed * block["full_s"] + selects * block["selective_s"]
     tensor = block["tensor_forward_s"] * (1.0 + repeated) + block["tensor_backward_s"]
-    exposed = tensor * (1.0 - runtime.communication.tensor_overlap)
+    exposed = tensor * showing
     backward = block["backward_s"] + accumulating * block["accumulate_s"]
     busy = block["forward_s"] + backward + recompute + exposed
     context = _context_pace(runtime, block, recomputed, selects)
@@ -228,6 +239,7 @@ def _pace(
     stages: StageRows,
     exchanging: FloatArray,
     accumulating: FloatArray,
+    showing: FloatArray,
 ) -> dict[str, FloatArray]:
     """Seconds of one micro-batch on each stage by part, (N, S)."""
     total = stages.layers.sum(axis=2)
@@ -249,6 +261,7 @@ def _pace(
             repeated=repeated,
             exchanging=exchanging[:, None],
             accumulating=accumulating[:, None],
+            showing=showing[:, None],
         )
         for part, seconds in blocked.items():
             pace[part] = pace.get(part, 0.0) + count * seconds
@@ -263,6 +276,7 @@ def _whole_pipeline(
     stages: StageRows,
     exchanging: FloatArray,
     accumulating: FloatArray,
+    showing: FloatArray,
 ) -> FloatArray:
     """Seconds of one micro-batch through all stages, (N,)."""
     share = stages.recomputed_total / model.layer_count
@@ -284,6 +298,7 @@ def _whole_pipeline(
             repeated=repeated,
             exchanging=exchanging,
             accumulating=accumulating,
+            showing=showing,
         )
         seconds = seconds + count * sum((pace[part] for part in PACE_PARTS if part in pace), none)
     return seconds

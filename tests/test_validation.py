@@ -12,7 +12,11 @@ import pytest
 from typer.testing import CliRunner
 
 from shardplan.cli import app
+from shardplan.costmodel.estimate import estimate
 from shardplan.costmodel.fitted import ARCHITECTURE_BOUNDS, RUNTIME_BOUNDS, fitted, with_fitted_cluster
+from shardplan.costmodel.job import Job
+from shardplan.costmodel.layout import parse_layout
+from shardplan.costmodel.model_config import load_model
 from shardplan.costmodel.published_rows import COLUMNS, RefusedRowError, read_rows, row_case
 from shardplan.costmodel.runtime import load_runtime
 from shardplan.costmodel.validation import Outcome, summaries, validate_rows
@@ -203,3 +207,19 @@ def test_cuda_graphs_launch_in_less_time_and_need_compiled_blocks() -> None:
     assert graphs.execution.elementwise_traffic == compiled.execution.elementwise_traffic
     with pytest.raises(InputError, match="'cuda_graph' needs 'compile' before it"):
         load_runtime("fsdp2+cuda_graph")
+
+
+def test_async_tensor_parallelism_hides_what_sequence_parallelism_exchanges() -> None:
+    """nanotron's own pair (huggingface/nanotron#208): Llama 8B, tp 4, A100, 3,415 and 3,587 tokens/s a GPU."""
+    cluster, job = load_cluster("selene", gpus=4), Job(seq=4096, global_batch=8, precision="bf16")
+
+    def rate(words: str, runtime: str) -> float:
+        got = estimate(
+            model=load_model("llama-3-8b"), job=job, cluster=cluster, layouts=parse_layout(words), runtime=runtime
+        )
+        return float(got.tokens_per_s[0]) / 4
+
+    split = "tp=4 sequence_parallel=true micro_batch=2"
+    assert rate(split, "nanotron") == pytest.approx(3415, rel=0.05)
+    assert rate(split, "nanotron+async_tp") == pytest.approx(3587, rel=0.05)
+    assert rate("tp=4 micro_batch=2", "nanotron+async_tp") == rate("tp=4 micro_batch=2", "nanotron")
