@@ -6,13 +6,16 @@ from dataclasses import dataclass
 
 from shardplan.hw_profiles.errors import InputError, nearest
 
-PRECISIONS = ("bf16", "fp16", "fp32")
+PRECISIONS = ("bf16", "fp16", "fp32", "fp8")
 OPTIMIZERS = ("adamw", "sgd")
 GRAD_DTYPES = ("fp32", "bf16", "fp16")
-NOT_MODELLED = ("fp8", "fp4")
+NOT_MODELLED = ("fp4",)
 LARGEST = 10**9
 """No sequence or batch is longer."""
-BYTES_OF = {"fp32": 4, "bf16": 2, "fp16": 2}
+BYTES_OF = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2}
+"""Of what is kept and sent. fp8 is only what products of layers read: parameters, gathers and activations stay in bf16."""
+OUTSIDE_PRODUCTS = {"fp8": "bf16"}
+"""Precision of attention, embedding and head where it is another one than the job's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +27,7 @@ class Job:
     global_batch: int
     """Sequences per optimizer step."""
     precision: str = "bf16"
-    """Of the matrix products: bf16, fp16 or fp32."""
+    """Of the matrix products: bf16, fp16, fp32, or fp8 for those of layers with bf16 for the rest."""
     optimizer: str = "adamw"
     grad_dtype: str | None = None
     """Of gradient accumulation and reduction; None = the runtime's own for this precision."""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from shardplan.costmodel.attention_time import AttentionShape, fused_attention_s, unfused_attention_s
 from shardplan.costmodel.collectives import collective_s
 from shardplan.costmodel.context_parallel import context_seconds, transient_bytes
-from shardplan.costmodel.job import BYTES_OF
+from shardplan.costmodel.job import BYTES_OF, OUTSIDE_PRODUCTS
 from shardplan.costmodel.kernels_time import gemm_s, memory_bound_s
 from shardplan.costmodel.operators import Op, Shapes
 from shardplan.costmodel.runtime import Runtime
@@ -153,18 +153,29 @@ def _op_totals(
     }
 
 
+SIXTEEN_BIT = ("head", "router")
+"""Products that stay out of fp8 (Transformer Engine and torchao recipes)."""
+CAST_BYTES = 4.0
+"""Traffic per element to cast an operand of an fp8 product: read in 16 bits, written in 8 as it is and transposed for the backward."""
+
+
 def _op_seconds(op: Op, shapes: Shapes, gpu: Gpu, precision: str, runtime: Runtime) -> tuple[FloatArray, FloatArray]:
     """(forward, backward) seconds; backward of a product is the input-gradient and the weight-gradient product."""
     element = BYTES_OF[precision]
+    other = OUTSIDE_PRODUCTS.get(precision, precision)
     traffic = op.traffic_bytes * runtime.execution.elementwise_traffic
     if op.attention is not None:
-        return _attention_seconds(op.attention, np.asarray(traffic), shapes, gpu, precision, runtime)
+        return _attention_seconds(op.attention, np.asarray(traffic), shapes, gpu, other, runtime)
+    product = other if op.name in SIXTEEN_BIT else precision
     forward = memory_bound_s(gpu, traffic)
     backward = memory_bound_s(gpu, BACKWARD_TRAFFIC * traffic)
     for g in op.gemms:
-        forward = forward + gemm_s(gpu, precision, element, g.m, g.n, g.k, g.count)
-        backward = backward + gemm_s(gpu, precision, element, g.m, g.k, g.n, g.count)
-        backward = backward + gemm_s(gpu, precision, element, g.k, g.n, g.m, g.count)
+        forward = forward + gemm_s(gpu, product, element, g.m, g.n, g.k, g.count)
+        backward = backward + gemm_s(gpu, product, element, g.m, g.k, g.n, g.count)
+        backward = backward + gemm_s(gpu, product, element, g.k, g.n, g.m, g.count)
+        if product == "fp8":
+            forward = forward + memory_bound_s(gpu, CAST_BYTES * g.count * g.k * (g.m + g.n))
+            backward = backward + memory_bound_s(gpu, CAST_BYTES * g.count * g.m * g.n)
     return forward, backward
 
 

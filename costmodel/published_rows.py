@@ -193,7 +193,7 @@ def _refuse_uncovered(row: Row) -> None:
     fine_tuned = f"{row['model']} {row['notes']}".lower()
     if re.search(r"\bq?lora\b", fine_tuned):
         raise RefusedRowError("LoRA and QLoRA fine-tuning is not modelled yet")
-    if row["precision"] in ("fp8", "fp4"):
+    if row["precision"] == "fp4":
         raise RefusedRowError(f"precision {row['precision']} is not modelled yet")
     if row["experts"]:
         raise RefusedRowError("mixture-of-experts layers are not modelled yet")

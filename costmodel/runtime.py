@@ -299,6 +299,8 @@ def _read(text: str, place: str, switches: list[str]) -> Runtime:
         raise InputError(f"not valid TOML ({bad})", place=place) from None
     document = _switched(document, switches, place)
     precisions: dict[str, dict[str, Any]] = document.get("states", {})
+    if "fp8" in document.get("abilities", {}).get("precisions", ()):  # only products are in fp8
+        precisions.setdefault("fp8", dict(precisions.get("bf16", {})))
     for states in precisions.values():
         if isinstance(states, dict):  # pyright: ignore[reportUnnecessaryIsInstance]
             states["zero"] = [_state_row(states, stage) for stage in range(4)]

@@ -160,7 +160,7 @@ BAD = [
     (("plan", "llama-3-8b", "--cluster", "8x4090", "--gpus", "16", *JOB[4:]), ("needs a network", "at most 8")),
     (("plan", "llama-3-8b", *JOB[:4], "--global-batch", "0", "--seq", "4096"), ("global_batch=0",)),
     (("plan", "llama-3-8b", *JOB[:4], "--global-batch", "8", "--seq", "-1"), ("seq=-1",)),
-    (("plan", "llama-3-8b", *JOB, "--precision", "fp8"), ("fp8", "not modelled")),
+    (("plan", "llama-3-8b", *JOB, "--precision", "fp4"), ("fp4", "not modelled")),
     (("plan", "llama-3-8b", *JOB, "--tokens", "nan"), ("tokens=nan",)),
     (("plan", "llama-3-8b", *JOB, "-o", "/tmp"), ("/tmp", "is a folder")),
     (("estimate", "llama-3-8b", *JOB, "--layout", "dp=10000000000000000000000"), ("dp=1000",)),

@@ -124,7 +124,7 @@ def test_names_of_rows_and_sources_change_nothing(tmp_path: Path) -> None:
     [
         ({"gpu": "abacus"}, "'abacus' is not in the catalog"),
         ({"framework": "pen and paper"}, "'pen and paper' has no runtime"),
-        ({"precision": "fp8"}, "fp8 is not modelled"),
+        ({"precision": "fp4"}, "fp4 is not modelled"),
         ({"experts": "8"}, "mixture-of-experts"),
         ({"model": "LoRA of something"}, "LoRA"),
         ({"hidden": ""}, "does not say hidden"),
