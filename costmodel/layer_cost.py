@@ -81,7 +81,7 @@ def block_cost(
     total = {name: zero.copy() for name in BlockCost.__dataclass_fields__}
     for op in ops:
         forward, backward = _op_seconds(op, shapes, gpu, precision, runtime)
-        for name, value in _op_totals(op, forward, backward, zero, runtime).items():
+        for name, value in _op_totals(op, forward, backward, zero, precision, runtime).items():
             total[name] = total[name] + value
         if op.context is not None and np.any(shapes.cp > 1):
             total.update(_context_columns(op.context, shapes, forward, backward, tiers, runtime))
@@ -134,8 +134,9 @@ def _context_columns(
 
 
 def _op_totals(
-    op: Op, forward: FloatArray, backward: FloatArray, zero: FloatArray, runtime: Runtime
+    op: Op, forward: FloatArray, backward: FloatArray, zero: FloatArray, precision: str, runtime: Runtime
 ) -> dict[str, FloatArray]:
+    kept = KEPT_IN_FP8.get(op.name, 1.0) if precision == "fp8" else 1.0
     products = sum((g.flop for g in op.gemms), zero)
     flop = products + 2.0 * op.flash_flop
     selected = runtime.activations.selective.get(op.name, 0.0)
@@ -146,8 +147,8 @@ def _op_totals(
         "selective_s": forward * selected,
         "full_s": forward * repeated,
         "input_bytes": zero + (op.kept_bytes if op.name == "input" else 0.0),
-        "kept_bytes": zero + op.kept_bytes,
-        "selective_bytes": zero + op.kept_bytes * selected,
+        "kept_bytes": zero + op.kept_bytes * kept,
+        "selective_bytes": zero + op.kept_bytes * kept * selected,
         "selective_flop": flop * selected,
         "full_flop": flop * repeated,
     }
@@ -155,6 +156,8 @@ def _op_totals(
 
 SIXTEEN_BIT = ("head", "router")
 """Products that stay out of fp8 (Transformer Engine and torchao recipes)."""
+KEPT_IN_FP8 = {"attention_norm": 0.75, "mlp_norm": 0.75, "activation": 0.5}
+"""What products read is kept in 8 bits: the output of a norm (its input stays in 16), of the activation."""
 CAST_BYTES = 4.0
 """Traffic per element to cast an operand of an fp8 product: read in 16 bits, written in 8 as it is and transposed for the backward."""
 
