@@ -11,6 +11,7 @@ import numpy as np
 
 from shardplan.costmodel.estimate import Estimates, estimate
 from shardplan.costmodel.fitted import Fitted
+from shardplan.costmodel.layout import Layout, LayoutTable, layout_table
 from shardplan.costmodel.published_rows import Case, RefusedRowError, Row, flag, number, row_case
 from shardplan.hw_profiles.errors import InputError, nearest
 
@@ -117,26 +118,29 @@ def _outcome(row: Row) -> Outcome:
 
 
 def estimate_case(case: Case, constants: Fitted | None = None) -> Estimates:
-    """Estimate of one row (with other than the shipped constants when given); where recompute is unknown, of the least that is
-    likely to fit."""
-    words = ("none", "selective", "full") if case.recompute_unknown else (case.layout.recompute,)
-    words = tuple(word for word in words if word in case.runtime.abilities.recompute) or (case.layout.recompute,)
-    *lighter, last = words
-    for word in lighter:
-        found = _estimate_with(case, word, constants)
-        if bool(found.fits_likely()[0]):
-            return found
-    return _estimate_with(case, last, constants)
+    """Estimate of one row (with other than the shipped constants when given); where recompute is unknown, of the fastest choice
+    that is likely to fit: none, selective, or as few layers in full as it takes."""
+    settled = case.layout
+    if case.recompute_unknown:
+        choices = _recompute_choices(case)
+        found = _estimate_of(case, layout_table(choices), constants)
+        fitting = np.where(found.fits_likely(), found.step_s, np.inf)
+        settled = choices[int(fitting.argmin()) if np.isfinite(fitting).any() else -1]
+    return _estimate_of(case, settled, constants)
 
 
-def _estimate_with(case: Case, recompute: str, constants: Fitted | None) -> Estimates:
+def _recompute_choices(case: Case) -> list[Layout]:
+    """The row's layout under every choice of recompute that its runtime has, the one that keeps least last."""
+    able = case.runtime.abilities
+    deepest = -(-case.model.layer_count // case.layout.pp)
+    some = [f"full:{layers}" for layers in range(1, deepest)] if able.partial_recompute else []
+    words = [word for word in ("none", "selective") if word in able.recompute] + some
+    return [replace(case.layout, recompute=word) for word in (*words, "full")]
+
+
+def _estimate_of(case: Case, layouts: LayoutTable | Layout, constants: Fitted | None) -> Estimates:
     return estimate(
-        model=case.model,
-        job=case.job,
-        cluster=case.cluster,
-        layouts=replace(case.layout, recompute=recompute),
-        runtime=case.runtime,
-        constants=constants,
+        model=case.model, job=case.job, cluster=case.cluster, layouts=layouts, runtime=case.runtime, constants=constants
     )
 
 
