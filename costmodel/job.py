@@ -14,6 +14,8 @@ LARGEST = 10**9
 """No sequence or batch is longer."""
 BYTES_OF = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2}
 """Of what is kept and sent. fp8 is only what products of layers read: parameters, gathers and activations stay in bf16."""
+GATHERED_BYTES = {**BYTES_OF, "fp8": 1}
+"""Of a gathered parameter: torchao's enable_fsdp_float8_all_gather and Transformer Engine's fp8 parameters send 8 bits."""
 OUTSIDE_PRODUCTS = {"fp8": "bf16"}
 """Precision of attention, embedding and head where it is another one than the job's."""
 

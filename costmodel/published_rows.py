@@ -172,8 +172,8 @@ def _names() -> Mapping[str, Any]:
 def row_case(row: Row) -> Case:
     """The question a row asks; raises RefusedRowError with the reason when the model does not cover it."""
     _refuse_uncovered(row)
-    runtime, zero = _runtime(row)
-    model, layout = _model(row), _layout(row, zero, runtime)
+    runtime, unsaid = _runtime(row)
+    model, layout = _model(row), _layout(row, unsaid, runtime)
     seq, batch = whole(row, "seq"), whole(row, "global_batch")
     try:
         job = Job(
@@ -205,12 +205,12 @@ def _refuse_uncovered(row: Row) -> None:
         raise RefusedRowError("recompute=partial does not say how many layers")
 
 
-def _runtime(row: Row) -> tuple[Runtime, int]:
-    """(runtime, ZeRO stage meant when the row does not say)."""
+def _runtime(row: Row) -> tuple[Runtime, Mapping[str, Any]]:
+    """(runtime, its entry of `frameworks`, which says what is meant when the row does not)."""
     framework = row["framework"].lower()
     for entry in _names()["frameworks"]:
         if entry["contains"] in framework:
-            return load_runtime(entry["runtime"]), int(entry["zero"])
+            return load_runtime(entry["runtime"]), entry
     raise RefusedRowError(f"framework {row['framework']!r} has no runtime yet")
 
 
@@ -244,14 +244,15 @@ def _model(row: Row) -> Model:
     )
 
 
-def _layout(row: Row, zero: int, runtime: Runtime) -> Layout:
+def _layout(row: Row, unsaid: Mapping[str, Any], runtime: Runtime) -> Layout:
     hpz = whole(row, "hpz", 0)
-    dp, stage = whole(row, "dp"), whole(row, "zero", zero, least=0)
+    dp, stage = whole(row, "dp"), whole(row, "zero", unsaid["zero"], least=0)
     if hpz and not runtime.abilities.hsdp:
         raise RefusedRowError(f"hpz={hpz}: a secondary partition of parameters (ZeRO++) is not modelled yet")
-    schedule = row["schedule"] or "1f1b"
     tp, pp, micro_batch = (whole(row, name) for name in ("tp", "pp", "micro_batch"))
-    cp, ep, virtual_stages = (whole(row, name, 1) for name in ("cp", "ep", "virtual_stages"))
+    finest = whole(row, "layers") // pp if pp > 1 and unsaid.get("interleaves") else 1
+    cp, ep, virtual_stages = whole(row, "cp", 1), whole(row, "ep", 1), whole(row, "virtual_stages", max(finest, 1))
+    schedule = row["schedule"] or ("interleaved" if virtual_stages > 1 else "1f1b")
     try:
         return Layout(
             dp=dp,
