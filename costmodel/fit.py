@@ -201,7 +201,8 @@ def left_out_ratios(
 
 
 def left_out_errors(rows: Sequence[FitRow]) -> dict[str, dict[str, float | int | None]]:
-    """Errors of step time with the shipped constants: in sample, and with each row's source and model, or source, left out."""
+    """Errors of step time with the shipped constants: in sample, and with each row's source and model, or source, left out; of all
+    rows, and of those not in fp8 where there are both."""
     space = fit_space(rows)
     x = space.vector(fitted())
     ratios = log_ratios(rows, space.constants(x))
@@ -209,9 +210,12 @@ def left_out_errors(rows: Sequence[FitRow]) -> dict[str, dict[str, float | int |
         "left out: source and model": [(row.source, row.model) for row in rows],
         "left out: source": [(row.source,) for row in rows],
     }
-    answer = {"in sample": errors(np.exp(ratios).tolist())}
-    for name, keys in groups.items():
-        answer[name] = errors(np.exp(left_out_ratios(rows, space, x, ratios, keys)).tolist())
+    found = {"in sample": ratios}
+    found |= {name: left_out_ratios(rows, space, x, ratios, keys) for name, keys in groups.items()}
+    answer = {name: errors(np.exp(values).tolist()) for name, values in found.items()}
+    wide = np.array([row.case.job.precision != "fp8" for row in rows])
+    if 0 < wide.sum() < len(rows):
+        answer |= {f"{name}, all but fp8": errors(np.exp(values[wide]).tolist()) for name, values in found.items()}
     return answer
 
 

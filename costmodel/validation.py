@@ -26,6 +26,7 @@ class Outcome:
 
     case_id: str
     source: str
+    precision: str
     group: tuple[str, ...]
     """Rows of one group are the same work on the same machine in another layout: model, GPU, count, batch."""
     measured_step_s: float | None
@@ -98,6 +99,7 @@ def _outcome(row: Row) -> Outcome:
     bare = Outcome(
         case_id=row["case_id"],
         source=row["source"],
+        precision=row["precision"],
         group=tuple(
             row[name]
             for name in (*SHAPE, "source", "model", "gpu", "gpus", "seq", "global_batch", "precision", "framework")
@@ -250,7 +252,14 @@ def summary(name: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 
 def summaries(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
-    """One summary per source, in order of appearance, and one over all."""
+    """One summary per source, in order of appearance, one each over rows in fp8 and the others where there are both, and one over
+    all."""
     sources = dict.fromkeys(one.source for one in outcomes)
-    by_source = [summary(name, [one for one in outcomes if one.source == name]) for name in sources]
-    return [*by_source, summary("all", outcomes)]
+    lines = [summary(name, [one for one in outcomes if one.source == name]) for name in sources]
+    eight = [one for one in outcomes if one.precision == "fp8"]
+    if 0 < len(eight) < len(outcomes):
+        lines += [
+            summary("all in fp8", eight),
+            summary("all but fp8", [one for one in outcomes if one.precision != "fp8"]),
+        ]
+    return [*lines, summary("all", outcomes)]

@@ -66,11 +66,13 @@ def test_estimate_json_has_the_contract(call: Call) -> None:
 
 
 def test_estimate_refuses_with_complete_json(call: Call) -> None:
-    code, out, _ = call("estimate", "llama-3-8b", *JOB, "--layout", "dp=8 zero=2", "--runtime", "megatron", "--json")
+    code, out, _ = call(
+        "estimate", "llama-3-8b", *JOB, "--layout", "dp=4 pp=2 zero=2", "--runtime", "megatron", "--json"
+    )
     answer = json.loads(out)
     assert code == 1
     assert set(answer) >= KEYS
-    assert answer["rejections"][0]["rule"] == "runtime-zero"
+    assert answer["rejections"][0]["rule"] == "runtime-zero-with-pipeline"
     assert answer["time"]["step_s"] > 0  # what it would take if the runtime could
     code, out, _ = call("estimate", "llama-3-8b", *JOB, "--layout", "dp=5", "--json")
     answer = json.loads(out)

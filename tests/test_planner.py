@@ -72,7 +72,7 @@ def setting(
             "divides 48",
         ),
         ("tied-embeddings-across-stages", "dp=32 pp=2", {"runtime": "fsdp2", "model": "gpt2"}, "pp=1"),
-        ("runtime-zero", "dp=64 zero=3", {}, "can do: 0, 1"),
+        ("runtime-zero", "dp=64 zero=3", {"runtime": "nanotron"}, "can do: 0, 1"),
         ("runtime-zero-with-pipeline", "dp=32 pp=2 zero=3", {"runtime": "deepspeed"}, "zero=3 with pp=2"),
         ("dp-shard-needs-zero", "dp=64 dp_shard=8", {}, "shards nothing"),
         ("runtime-hsdp", "dp=64 zero=3 dp_shard=8", {"runtime": "deepspeed"}, "HSDP"),

@@ -34,7 +34,12 @@ def outcomes() -> list[Outcome]:
 
 @pytest.fixture(scope="module")
 def by_source(outcomes: list[Outcome]) -> dict[str, dict[str, Any]]:
-    return {one["source"]: one for one in summaries(outcomes)}
+    return {one["source"]: one for one in summaries([one for one in outcomes if one.precision != "fp8"])}
+
+
+@pytest.fixture(scope="module")
+def by_source_in_fp8(outcomes: list[Outcome]) -> dict[str, dict[str, Any]]:
+    return {one["source"]: one for one in summaries([one for one in outcomes if one.precision == "fp8"])}
 
 
 WORST_MEAN_ERROR = {
@@ -54,6 +59,25 @@ WORST_MEAN_ERROR = {
 @pytest.mark.parametrize("source", WORST_MEAN_ERROR)
 def test_step_times_do_not_get_worse(by_source: dict[str, dict[str, Any]], source: str) -> None:
     assert by_source[source]["time"]["mape"] <= WORST_MEAN_ERROR[source]
+
+
+@pytest.mark.parametrize(
+    ("source", "worst"),
+    [
+        ("all", 8.5),
+        ("NeMo / Megatron-Bridge performance summary", 7.5),
+        ("NeMo Framework Launcher README", 6.5),
+    ],
+)
+def test_step_times_in_fp8_do_not_get_worse(
+    by_source_in_fp8: dict[str, dict[str, Any]], source: str, worst: float
+) -> None:
+    assert by_source_in_fp8[source]["time"]["mape"] <= worst
+
+
+def test_rows_in_fp8_have_a_line_of_their_own(outcomes: list[Outcome]) -> None:
+    lines = {one["source"]: one["rows"] for one in summaries(outcomes)}
+    assert lines["all in fp8"] + lines["all but fp8"] == lines["all"] == len(outcomes)
 
 
 @pytest.mark.parametrize(

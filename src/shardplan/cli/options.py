@@ -23,7 +23,10 @@ SeqOption = Annotated[int, typer.Option("--seq", help="Tokens per sequence.")]
 RuntimeOption = Annotated[str, typer.Option("--runtime", help="Executing software: a shipped name or a TOML file.")]
 PrecisionOption = Annotated[
     str | None,
-    typer.Option("--precision", help="bf16, fp16 or fp32; default: the best 16-bit type of the GPU, fp32 on a CPU."),
+    typer.Option(
+        "--precision",
+        help="bf16, fp16, fp32, or fp8 (products of layers); default: the best 16-bit type of the GPU, fp32 on a CPU.",
+    ),
 ]
 OptimizerOption = Annotated[str, typer.Option("--optimizer", help="adamw or sgd.")]
 GradDtypeOption = Annotated[

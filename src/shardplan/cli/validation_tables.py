@@ -31,7 +31,7 @@ def print_validation(
         table.add_column(name, justify="right")
     for one in sources:
         if one["time"]["rows"] or one["memory"]:
-            table.add_row(*_cells(one), style="bold" if one["source"] == "all" else "")
+            table.add_row(*_cells(one), style="bold" if one["source"].startswith("all") else "")
     console.print(table)
     total = sources[-1]
     console.print(
