@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from shardplan.costmodel.job import BYTES_OF, Job
+from shardplan.costmodel.job import BYTES_OF, GATHERED_BYTES, Job
 from shardplan.costmodel.layout import RECOMPUTE, LayoutTable
 from shardplan.costmodel.runtime import BytesPerParameter, Runtime
 
@@ -29,6 +29,13 @@ class StateColumns:
 def gradient_bytes(runtime: Runtime, job: Job) -> int:
     """Bytes of one gradient element as accumulated and reduced."""
     return BYTES_OF[job.grad_dtype or runtime.states[job.precision].gradient_dtype]
+
+
+def parameter_bytes(runtime: Runtime, job: Job, *, sent: bool) -> int:
+    """Bytes of one gathered parameter as it is `sent` or as it lies in memory."""
+    if runtime.working_set.autocast_copies:
+        return BYTES_OF["fp32"]
+    return GATHERED_BYTES[job.precision] if sent else BYTES_OF[job.precision]
 
 
 def state_columns(
@@ -74,6 +81,8 @@ class StageMemory:
     buffers: FloatArray
     host: FloatArray
     """Bytes in host memory per GPU."""
+    late: FloatArray
+    """Gradients that appear only while activations go: not live at the peak, yet in blocks of their own."""
 
     @property
     def allocated(self) -> FloatArray:
@@ -139,13 +148,14 @@ def _working_set(
     stage: FloatArray,
 ) -> tuple[FloatArray, FloatArray]:
     """(gathered parameters under ZeRO-3, gradients awaiting reduction in the rows that keep none whole) in bytes."""
-    element = BYTES_OF[job.precision]
     work = runtime.working_set
+    element = parameter_bytes(runtime, job, sent=False)
     spread = (layouts.zero_ranks > 1) & (_held_whole(runtime, layouts) == 0)
     gathered = work.gathered_layers * layer + (root if work.root_stays_gathered else 0.0)
     gathered = np.where(((layouts.zero == 3) & spread)[:, None], np.minimum(gathered, stage), 0.0)
     waiting = np.where((waits & spread)[:, None], np.minimum(work.gradient_layers * layer, stage), 0.0)
-    return element * gathered, element * waiting
+    cached = BYTES_OF[job.precision] * stage if work.autocast_copies else 0.0
+    return element * gathered + cached, BYTES_OF[job.precision] * waiting
 
 
 def activation_bytes(

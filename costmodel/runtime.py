@@ -107,6 +107,11 @@ class WorkingSet(_FromFile):
     """Communication buckets and workspaces of a GPU rank that has any peer."""
     offload_moves: tuple[str, ...]
     """Parts whose sharded bytes live in host memory when the optimizer is offloaded: parameters, gradients, optimizer."""
+    gradients_freed: bool = False
+    """Without accumulation gradients appear as the backward makes them, when activations are at their peak there are none: freed
+    after each step and kept in no buckets (FSDP, or one rank)."""
+    autocast_copies: bool = False
+    """Under torch.autocast fp32 parameters are gathered, and their 16-bit copies live until the forward ends (its weight cache)."""
     matrix_gradient_bytes: float = 0.0
     """Bytes per parameter of a layer's largest matrix while its gradient is added to the accumulated one; counted as buffers."""
 

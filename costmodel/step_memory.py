@@ -81,12 +81,16 @@ def stage_memory(
     )
     on_gpu = gpu.device == "cuda"  # NCCL channels and GPU workspaces; gloo keeps next to nothing
     buffers = np.where((layouts.gpus > 1) & on_gpu, runtime.working_set.buffer_bytes, 0.0)[:, None]
-    gradients = (runtime.working_set.matrix_gradient_bytes * parameters.matrix)[content_rows]
+    added = (runtime.working_set.matrix_gradient_bytes * parameters.matrix)[content_rows]
+    gradients, kept = states["gradients"][inverse], activations[content_rows]
+    freed = runtime.working_set.gradients_freed & ~accumulates & ((layouts.zero > 0) | (layouts.dp * layouts.cp == 1))
+    late = np.where(freed[:, None], np.minimum(gradients, kept), 0.0)
     return StageMemory(
         parameters=states["parameters"][inverse],
-        gradients=states["gradients"][inverse],
+        gradients=gradients - late,
         optimizer=states["optimizer"][inverse],
-        activations=activations[content_rows],
-        buffers=buffers + gradients,
+        activations=kept,
+        buffers=buffers + added,
         host=states["host"][inverse],
+        late=late,
     )

@@ -18,7 +18,7 @@ from shardplan.costmodel.kernels_time import memory_bound_s
 from shardplan.costmodel.keys import unique_keys
 from shardplan.costmodel.layer_cost import BACKWARD_LAUNCHES
 from shardplan.costmodel.layout import LayoutTable
-from shardplan.costmodel.memory import gradient_bytes
+from shardplan.costmodel.memory import gradient_bytes, parameter_bytes
 from shardplan.costmodel.model import Model
 from shardplan.costmodel.offload import optimizer_offload_s
 from shardplan.costmodel.pipeline import bubble_hops, hop_share
@@ -327,7 +327,7 @@ def _data_parallel(
         parameters=pace["owned"][first],
         units=pace["units"][first],
         gradient_bytes=element,
-        parameter_bytes=GATHERED_BYTES[job.precision],
+        parameter_bytes=parameter_bytes(runtime, job, sent=True),
     )
     exchange = exchange_s(
         one.take(inverse),
