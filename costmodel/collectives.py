@@ -9,6 +9,10 @@ T = max(latency, S * f / bus(S)), f = 2(n-1)/n for all-reduce, (n-1)/n for all-g
 
 Efficiency curves of the network were measured with all g GPUs of a node in one group, so that a buffer of S bytes passes S / g
 through each NIC share. A group with k members per node passes S / k: its efficiency is that of a buffer of S g / k bytes.
+
+They were measured on four nodes of eight GPUs. What a buffer takes beyond its bytes at the curve's highest rate is the time of the
+ring's steps; on another group it grows with the steps, of an all-reduce with those of a double binary tree where there are fewer.
+aliyun/SimAI@cef83f9 inputs/ratio has rates from 2 to 128 nodes: 64 MiB reach 0.53 of the peak on 4 nodes, 0.21 on 16, 0.05 on 64.
 """
 
 from __future__ import annotations
@@ -53,12 +57,17 @@ def _links_used(tiers: TierTable, members: FloatArray) -> FloatArray:
 
 
 def _at_tier(
-    tiers: TierTable, tier: NDArray[np.int64], size: FloatArray, curves: tuple[EfficiencyCurve, ...]
+    tiers: TierTable,
+    tier: NDArray[np.int64],
+    size: FloatArray,
+    curves: tuple[EfficiencyCurve, ...],
+    steps: FloatArray | float = 1.0,
 ) -> FloatArray:
-    """Per-GPU bus bandwidth of `tier` for a buffer of `size` bytes."""
+    """Per-GPU bus bandwidth of `tier` for a buffer of `size` bytes in a group whose steps take `steps` times the measured ones."""
     efficiency = np.stack([curve.at(size) for curve in curves])
     reached = np.take_along_axis(efficiency, tier[None], axis=0)[0]
-    return tiers.bandwidth_bytes_per_s[tier] * reached
+    highest = np.array([max(curve.fractions) for curve in curves])[tier]
+    return tiers.bandwidth_bytes_per_s[tier] / (1.0 / highest + (1.0 / reached - 1.0 / highest) * steps)
 
 
 def collective_s(
@@ -78,7 +87,7 @@ def collective_s(
     if collective == "all_reduce":  # a reducing switch (NVLS) serves groups of the whole node
         bus = np.where(n == tiers.gpus[0], _at_tier(tiers, node, size, tiers.all_reduce_efficiency), bus)
     through_nics = size * float(tiers.gpus[0]) / inside
-    between = inside * _at_tier(tiers, tier, through_nics, tiers.efficiency)
+    between = inside * _at_tier(tiers, tier, through_nics, tiers.efficiency, _steps(tiers, collective, n, inside, tier))
     bus = bus * _links_used(tiers, np.where(tier == 0, n, inside))
     bus = np.where(tier == 0, bus, np.minimum(bus, between))
     seconds = size * wire_factor(collective, n) / bus
@@ -100,6 +109,24 @@ def _all_to_all_s(tiers: TierTable, size_bytes: ArrayLike, ranks: ArrayLike, str
     inside = near / links
     outside = far / _at_tier(tiers, tier, far * float(tiers.gpus[0]), tiers.efficiency)
     return np.where(n > 1, np.maximum(inside, outside) + tiers.latency_s[tier], 0.0)
+
+
+MEASURED_RANKS, MEASURED_NODES = 32.0, 4.0
+"""Of the group on which network curves were measured (SimAI's tables; four p6-b200 nodes of stas00/ml-engineering)."""
+
+
+def _steps(
+    tiers: TierTable, collective: Collective, ranks: FloatArray, inside: FloatArray, tier: NDArray[np.int64]
+) -> FloatArray:
+    """Time of a group's ring steps, relative to those of the measured group."""
+    near, far = tiers.latency_s[0], tiers.latency_s[tier]
+    nodes = np.maximum(ranks / inside, 1.0)
+    ring = (ranks - nodes) * near + nodes * far
+    measured = (MEASURED_RANKS - MEASURED_NODES) * near + MEASURED_NODES * far
+    ring = np.divide(ring, measured, out=np.ones_like(ring), where=measured > 0)
+    if collective != "all_reduce":
+        return ring
+    return np.minimum(ring, np.maximum(np.log2(nodes) / np.log2(MEASURED_NODES), 1.0))
 
 
 def _latency_s(

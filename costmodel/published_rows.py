@@ -300,5 +300,5 @@ def _machine(name: str, gpus: int, gpus_per_node: int, gbps_per_gpu: float) -> C
     node = replace(node, gpus=size)
     if gbps_per_gpu:
         rate = gbps_per_gpu * 1e9 / 8 * size / network.nics_per_node
-        network = replace(network, nic_bytes_per_s=rate)
+        network = network.at_rate(rate)
     return replace(cluster, node_runs=((node, max(gpus // size, 1)),), network=network)

@@ -213,6 +213,13 @@ class Network:
     point_to_point_fraction: float = 0.9
     """Fraction of the NIC rate that one large transfer between two GPUs reaches."""
 
+    def at_rate(self, nic_bytes_per_s: float) -> Network:
+        """The same network with other NICs: a collective's steps take as long, so that small buffers reach more of a slower rate."""
+        highest = max(self.efficiency.fractions)
+        steps = nic_bytes_per_s / self.nic_bytes_per_s
+        fractions = tuple(1.0 / (1.0 / highest + (1.0 / f - 1.0 / highest) * steps) for f in self.efficiency.fractions)
+        return replace(self, nic_bytes_per_s=nic_bytes_per_s, efficiency=replace(self.efficiency, fractions=fractions))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:

@@ -43,10 +43,42 @@ def test_all_to_all_between_nodes_is_paced_by_what_leaves_the_node() -> None:
 
 
 def test_few_members_per_node_meet_the_efficiency_of_as_many_bytes_per_nic() -> None:
-    """One member a node passes S through its NIC share, eight pass S / 8 each: same bytes per NIC, same efficiency."""
-    full = float(collective_s(TIERS, "all_gather", 8e8, 64, 1))  # 8 members a node, 1e8 bytes a NIC
-    one = float(collective_s(TIERS, "all_gather", 1e8, 8, 8))
-    assert full == pytest.approx(one * (63 / 64) / (7 / 8), rel=1e-9)
+    """One member a node passes S through its NIC share, four pass S / 4 each: same bytes per NIC, same efficiency where the steps of
+    the longer ring do not count."""
+    four = float(collective_s(TIERS, "all_gather", 4e11, 32, 2))  # 4 members a node, 1e11 bytes a NIC
+    one = float(collective_s(TIERS, "all_gather", 1e11, 8, 8))
+    assert four == pytest.approx(one * (31 / 32) / (7 / 8), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("mib", "shares"),
+    [
+        (16, (0.32, 0.24, 0.13, 0.05, 0.044, 0.021, 0.0087)),
+        (256, (0.85, 0.77, 0.69, 0.57, 0.387, 0.209, 0.1027)),
+        (512, (0.89, 0.85, 0.78, 0.73, 0.562, 0.384, 0.1902)),
+        (1024, (0.92, 0.93, 0.9, 0.76, 0.74, 0.563, 0.314575)),
+        (4096, (0.95, 0.95, 0.95, 0.95, 0.923, 0.755, 0.740175)),
+    ],
+)
+def test_rings_of_many_nodes_slow_down_as_measured(mib: int, shares: tuple[float, ...]) -> None:
+    """aliyun/SimAI@cef83f9 inputs/ratio: share of 23.5 GB/s a NIC on 2 to 128 nodes of eight, from the curve of four."""
+    tiers = tier_table(load_cluster("selene", gpus=1024))
+    size = mib * 2**20
+    reached = [
+        size * (n - 1) / n / float(collective_s(tiers, "all_gather", size, n, 1)) / (8 * 23.5e9)
+        for n in (16, 32, 64, 128, 256, 512, 1024)
+    ]
+    assert reached == pytest.approx(list(shares), rel=0.55)
+    assert np.mean(np.abs(np.log(np.array(reached) / shares))) < 0.17
+
+
+def test_slower_nics_leave_the_steps_as_long() -> None:
+    network = load_cluster("selene").network
+    slow = network.at_rate(network.nic_bytes_per_s / 4)
+    for size in (2**20, 64 * 2**20):
+        seconds = [size / n.nic_bytes_per_s * (1 / n.efficiency.at(size) - 1 / 0.902) for n in (network, slow)]
+        assert seconds[0] == pytest.approx(seconds[1])
+    assert network.at_rate(network.nic_bytes_per_s).efficiency.fractions == pytest.approx(network.efficiency.fractions)
 
 
 def test_doubling_bandwidth_is_never_slower() -> None:
