@@ -20,10 +20,12 @@ SELECTIVE, FULL = RECOMPUTE.index("selective"), RECOMPUTE.index("full")
 
 @dataclass(frozen=True, kw_only=True)
 class StateColumns:
-    """Bytes per parameter of one part for each layout: whole on every rank, and divided by the ranks ZeRO shards over."""
+    """Bytes per parameter of one part for each layout: whole on every rank, divided by the ranks ZeRO shards over, and divided for
+    the time of the optimizer step only."""
 
     whole: FloatArray
     sharded: FloatArray
+    stepping: FloatArray
 
 
 def gradient_bytes(runtime: Runtime, job: Job) -> int:
@@ -55,6 +57,7 @@ def state_columns(
         columns[part] = StateColumns(
             whole=column([row.whole for row in rows], part) + np.where(accumulates, accumulating, 0.0),
             sharded=column([row.sharded for row in rows], part),
+            stepping=column([row.stepping for row in rows], part),
         )
     if job.optimizer == "sgd":
         columns["optimizer"] = _without_moments(columns["optimizer"], rows[0].whole["optimizer"])
@@ -67,7 +70,9 @@ ADAM_MOMENT_BYTES = 8.0
 def _without_moments(optimizer: StateColumns, whole_at_zero_0: BytesPerParameter) -> StateColumns:
     """Plain SGD keeps no moments: the optimizer part shrinks by Adam's two fp32 moments."""
     kept = max(float(whole_at_zero_0) - ADAM_MOMENT_BYTES, 0.0) / float(whole_at_zero_0)
-    return StateColumns(whole=optimizer.whole * kept, sharded=optimizer.sharded * kept)
+    return StateColumns(
+        whole=optimizer.whole * kept, sharded=optimizer.sharded * kept, stepping=optimizer.stepping * kept
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +106,7 @@ def stage_states(
     root_parameters: FloatArray,
     offloaded: NDArray[np.bool_],
 ) -> dict[str, FloatArray]:
-    """Bytes of parameters, gradients, optimizer and host memory, each (N, S).
+    """Bytes of parameters, gradients, optimizer, host memory and of what the optimizer step makes (`stepping`), each (N, S).
 
     `stage_parameters` (N, S), the largest layer's `layer_parameters` (N, S) and `root_parameters` (N, S: embedding, final norm,
     head) are per rank, that is after the tensor-parallel split. Under ZeRO-3 the gathered layers are added to the parameters,
@@ -109,7 +114,7 @@ def stage_states(
     """
     shards = layouts.zero_ranks.astype(np.float64)[:, None]
     states = state_columns(runtime, job, layouts.zero, accumulates=accumulates)
-    moved = np.zeros_like(stage_parameters)
+    moved, stepping = np.zeros_like(stage_parameters), np.zeros_like(stage_parameters)
     parts: dict[str, FloatArray] = {}
     for part, column in states.items():
         sharded = stage_parameters * column.sharded[:, None] / shards
@@ -117,6 +122,7 @@ def stage_states(
             moved += np.where(offloaded[:, None], sharded, 0.0)
             sharded = np.where(offloaded[:, None], 0.0, sharded)
         parts[part] = stage_parameters * column.whole[:, None] + sharded
+        stepping += np.where(offloaded[:, None], 0.0, stage_parameters * column.stepping[:, None] / shards)
     held = _held_whole(runtime, layouts)
     parts["gradients"] = parts["gradients"] + stage_parameters * (held * gradient_bytes(runtime, job))[:, None]
     parts["parameters"] = (
@@ -129,6 +135,7 @@ def stage_states(
     parts["parameters"] = parts["parameters"] + gathered
     parts["gradients"] = parts["gradients"] + waiting
     parts["host"] = moved
+    parts["stepping"] = stepping
     return parts
 
 

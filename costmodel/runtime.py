@@ -79,6 +79,8 @@ class StateBytes(_FromFile):
     """Divided by the ranks ZeRO shards over."""
     accumulating: Mapping[str, BytesPerParameter]
     """Held in full too, while more than one micro-batch accumulates."""
+    stepping: Mapping[str, BytesPerParameter]
+    """Divided too, made for the optimizer step, when activations are gone, and dropped after it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,8 +325,9 @@ def _read(text: str, place: str, switches: list[str]) -> Runtime:
 
 def _state_row(states: dict[str, Any], stage: int) -> dict[str, Any]:
     """Row of one ZeRO stage; a stage that is not given repeats the one below."""
+    empty: dict[str, Any] = {"whole": {}, "sharded": {}, "accumulating": {}, "stepping": {}}
     for candidate in range(stage, -1, -1):
         row = states.get(f"zero_{candidate}")
         if row is not None:
-            return {"whole": {}, "sharded": {}, "accumulating": {}, **row}
-    return {"whole": {}, "sharded": {}, "accumulating": {}}
+            return {**empty, **row}
+    return empty

@@ -88,7 +88,7 @@ def stage_memory(
     return StageMemory(
         parameters=states["parameters"][inverse],
         gradients=gradients - late,
-        optimizer=states["optimizer"][inverse],
+        optimizer=states["optimizer"][inverse] + np.maximum(states["stepping"][inverse] - kept, 0.0),
         activations=kept,
         buffers=buffers + added,
         host=states["host"][inverse],
