@@ -14,11 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.costmodel.collectives import collective_s
-from shardplan.costmodel.layout import LayoutTable
+from shardplan.costmodel.layout import RECOMPUTE, LayoutTable
 from shardplan.costmodel.runtime import Communication
 from shardplan.hw_profiles.topology import TierTable
 
 FloatArray = NDArray[np.float64]
+FULL = RECOMPUTE.index("full")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,13 +62,17 @@ def exchange_s(
     *,
     micro_batches: FloatArray,
     kept_share: FloatArray | float = 0.0,
+    unit_parameters: FloatArray | float = 0.0,
 ) -> Exchange:
-    """All exchanges of a step, each as long as `one`; `kept_share` of the parameters stay gathered after the forward under ZeRO-3."""
+    """All exchanges of a step, each as long as `one`; `kept_share` of the parameters stay gathered after the forward under ZeRO-3,
+    those of layers of `unit_parameters` may be released between a full recompute and its backward."""
     reductions, gathers = exchange_counts(layouts, communication, micro_batches)
     # what the forward leaves whole is gathered once a micro-batch, inside such a pipeline once a step
     kept = np.where(inside_pipeline(layouts, communication), 1.0, 0.5 * gathers)
     again = np.isin(layouts.zero, communication.gather_every_micro_batch)
     gathers = np.where(again, gathers + kept_share * (kept - gathers), gathers)
+    released = (unit_parameters > communication.reuse_distance) & (layouts.recompute == FULL)
+    gathers = np.where(again & released, 1.5 * gathers, gathers)
     return Exchange(reduce_s=one.reduce_s * reductions, gather_s=one.gather_s * gathers)
 
 

@@ -190,6 +190,9 @@ class Communication(_FromFile):
     """Boundary tensors are split over tp even without sequence parallelism."""
     async_tensor_overlap: float = 0.0
     """Share of the rest that async tensor parallelism hides where sequence parallelism stays inside a node."""
+    reuse_distance: float = float("inf")
+    """ZeRO-3: a layer of more parameters (of a rank, whole) is released after its recomputation and gathered once more for the
+    backward."""
     context_overlap: float = 1.0
     """Share of a ring pass of context parallelism that attention can hide."""
 

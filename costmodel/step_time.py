@@ -335,6 +335,7 @@ def _data_parallel(
         runtime.communication,
         micro_batches=micro_batches,
         kept_share=pace["kept_share"],
+        unit_parameters=pace["owned"] / pace["units"],
     )
     exposed, hidden = exposed_exchange_s(
         exchange,
