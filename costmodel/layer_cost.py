@@ -158,8 +158,6 @@ SIXTEEN_BIT = ("head", "router")
 """Products that stay out of fp8 (Transformer Engine and torchao recipes)."""
 KEPT_IN_FP8 = {"attention_norm": 0.75, "mlp_norm": 0.75, "activation": 0.5}
 """What products read is kept in 8 bits: the output of a norm (its input stays in 16), of the activation."""
-CAST_BYTES = 4.0
-"""Traffic per element to cast an operand of an fp8 product: read in 16 bits, written in 8 as it is and transposed for the backward."""
 
 
 def _op_seconds(op: Op, shapes: Shapes, gpu: Gpu, precision: str, runtime: Runtime) -> tuple[FloatArray, FloatArray]:
@@ -177,8 +175,8 @@ def _op_seconds(op: Op, shapes: Shapes, gpu: Gpu, precision: str, runtime: Runti
         backward = backward + gemm_s(gpu, product, element, g.m, g.k, g.n, g.count)
         backward = backward + gemm_s(gpu, product, element, g.k, g.n, g.m, g.count)
         if product == "fp8":
-            forward = forward + memory_bound_s(gpu, CAST_BYTES * g.count * g.k * (g.m + g.n))
-            backward = backward + memory_bound_s(gpu, CAST_BYTES * g.count * g.m * g.n)
+            forward = forward + memory_bound_s(gpu, runtime.execution.cast_bytes * g.count * g.k * (g.m + g.n))
+            backward = backward + memory_bound_s(gpu, runtime.execution.cast_bytes * g.count * g.m * g.n)
     return forward, backward
 
 

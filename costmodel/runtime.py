@@ -160,6 +160,9 @@ class Execution(_FromFile):
     """Attention core relative to the published rates of its kernels."""
     compute_slowdown: float
     """Fraction by which compute slows while communication hides behind it."""
+    cast_bytes: float = 4.0
+    """Traffic per element to cast an operand of an fp8 product: 4 reads 16 bits and writes 8 as it is and transposed, the scale
+    known beforehand (Transformer Engine's delayed scaling)."""
 
 
 @dataclass(frozen=True, kw_only=True)

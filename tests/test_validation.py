@@ -43,15 +43,16 @@ def by_source_in_fp8(outcomes: list[Outcome]) -> dict[str, dict[str, Any]]:
 
 
 WORST_MEAN_ERROR = {
-    "all": 7.5,
+    "all": 7.3,
     "Megatron-LM SC21 Table 1": 3.5,
-    "Korthikanti Table 5": 6.5,
+    "Korthikanti Table 5": 6.0,
     "SimuMax B200 Megatron runs": 3.5,
     "BLOOM topology sweep": 4.6,
     "MosaicML llm-foundry MPT": 5.0,
     "torchtitan A100 docs": 3.0,
-    "torchtitan H100 2024-12": 5.0,
-    "vTrain multi-node measurements": 10.0,
+    "torchtitan H100 2024-12": 4.5,
+    "TorchTitan paper v1": 5.0,
+    "vTrain multi-node measurements": 9.0,
 }
 """Percent of step time; a little above what is reached, so that a change for the worse fails."""
 
@@ -64,7 +65,7 @@ def test_step_times_do_not_get_worse(by_source: dict[str, dict[str, Any]], sourc
 @pytest.mark.parametrize(
     ("source", "worst"),
     [
-        ("all", 8.5),
+        ("all", 8.2),
         ("NeMo / Megatron-Bridge performance summary", 7.5),
         ("NeMo Framework Launcher README", 6.5),
     ],
