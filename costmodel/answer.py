@@ -190,6 +190,15 @@ def assumptions(
         f"{job.precision} TFLOP/s ({cluster.gpu.name})",
         f"ranks are placed tp, then cp, then dp, then pp; `fits` keeps {headroom:.0%} headroom below the upper edge of the memory band",
     ]
+    once = job.global_batch == layout.dp * layout.micro_batch
+    if runtime.working_set.gradients_freed and once and (layout.zero or layout.dp * layout.cp == 1):
+        lines.append(
+            "gradients take the place of activations as the backward goes: not allocated at the peak, counted as slack"
+        )
+    if job.precision == "fp8":
+        lines.append(
+            "fp8: products of layers only; attention, head, activations and states as in bf16, parameters gathered in 8 bits"
+        )
     if model.max_positions and job.seq > model.max_positions:
         lines.append(f"seq {job.seq} exceeds the {model.max_positions} positions {model.name} was made for")
     attention_share = 1.0 - model_flop_per_token(model, 0) / model_flop_per_token(model, job.seq)
