@@ -56,17 +56,21 @@ def _links_used(tiers: TierTable, members: FloatArray) -> FloatArray:
     return np.maximum(members - 1.0, 1.0) / max(float(tiers.gpus[0]) - 1.0, 1.0)
 
 
-def _at_tier(
-    tiers: TierTable,
-    tier: NDArray[np.int64],
-    size: FloatArray,
-    curves: tuple[EfficiencyCurve, ...],
-    steps: FloatArray | float = 1.0,
+def _in_node(tiers: TierTable, size: FloatArray, curves: tuple[EfficiencyCurve, ...]) -> FloatArray:
+    """Per-GPU bus bandwidth inside a node for a buffer of `size` bytes."""
+    return tiers.bandwidth_bytes_per_s[0] * curves[0].at(size)
+
+
+def _between_nodes(
+    tiers: TierTable, tier: NDArray[np.int64], size: FloatArray, steps: FloatArray | float = 1.0
 ) -> FloatArray:
-    """Per-GPU bus bandwidth of `tier` for a buffer of `size` bytes in a group whose steps take `steps` times the measured ones."""
-    efficiency = np.stack([curve.at(size) for curve in curves])
-    reached = np.take_along_axis(efficiency, tier[None], axis=0)[0]
-    highest = np.array([max(curve.fractions) for curve in curves])[tier]
+    """Per-GPU bus bandwidth of an outer `tier` for a buffer of `size` bytes in a group whose steps take `steps` times the measured
+    ones; without meaning where the tier is the node."""
+    outer = tiers.efficiency[1:] or tiers.efficiency
+    curves = list({id(curve): curve for curve in outer}.values())  # tiers of one network share their curve
+    which = np.array([[one is curve for one in curves].index(True) for curve in outer])[np.maximum(tier - 1, 0)]
+    reached = np.take_along_axis(np.stack([curve.at(size) for curve in curves]), which[None], axis=0)[0]
+    highest = np.array([max(curve.fractions) for curve in curves])[which]
     return tiers.bandwidth_bytes_per_s[tier] / (1.0 / highest + (1.0 / reached - 1.0 / highest) * steps)
 
 
@@ -82,12 +86,11 @@ def collective_s(
     size, n, step = np.broadcast_arrays(*(np.asarray(x, dtype=np.float64) for x in (size_bytes, ranks, stride)))
     inside = members_per_node(tiers, n, step)
     tier = _outer_tier(tiers, n * step)
-    node = np.zeros_like(tier)
-    bus = _at_tier(tiers, node, size, tiers.efficiency)
+    bus = _in_node(tiers, size, tiers.efficiency)
     if collective == "all_reduce":  # a reducing switch (NVLS) serves groups of the whole node
-        bus = np.where(n == tiers.gpus[0], _at_tier(tiers, node, size, tiers.all_reduce_efficiency), bus)
+        bus = np.where(n == tiers.gpus[0], _in_node(tiers, size, tiers.all_reduce_efficiency), bus)
     through_nics = size * float(tiers.gpus[0]) / inside
-    between = inside * _at_tier(tiers, tier, through_nics, tiers.efficiency, _steps(tiers, collective, n, inside, tier))
+    between = inside * _between_nodes(tiers, tier, through_nics, _steps(tiers, collective, n, inside, tier))
     bus = bus * _links_used(tiers, np.where(tier == 0, n, inside))
     bus = np.where(tier == 0, bus, np.minimum(bus, between))
     seconds = size * wire_factor(collective, n) / bus
@@ -105,9 +108,9 @@ def _all_to_all_s(tiers: TierTable, size_bytes: ArrayLike, ranks: ArrayLike, str
     tier = _outer_tier(tiers, n * step)
     k = np.where(tier == 0, n, k)
     near, far = size * (k - 1.0) / n, size * (n - k) / n
-    links = _at_tier(tiers, np.zeros_like(tier), size * k / n, tiers.efficiency) * _links_used(tiers, k)
+    links = _in_node(tiers, size * k / n, tiers.efficiency) * _links_used(tiers, k)
     inside = near / links
-    outside = far / _at_tier(tiers, tier, far * float(tiers.gpus[0]), tiers.efficiency)
+    outside = far / _between_nodes(tiers, tier, far * float(tiers.gpus[0]))
     return np.where(n > 1, np.maximum(inside, outside) + tiers.latency_s[tier], 0.0)
 
 

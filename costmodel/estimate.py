@@ -196,7 +196,9 @@ def _estimate_rows(
     memory = stage_memory(job, cluster.gpu, layouts, runtime, parameters, activations, inverse, micro_batches)
     time, hidden = step_time(model, job, cluster, layouts, runtime, tiers, pace, micro_batches)
     allocated = memory.allocated
-    slack = runtime.allocator_slack_fraction * (allocated + memory.late) + memory.late
+    slack = runtime.allocator_slack_fraction * allocated
+    if memory.late is not None:
+        slack += (1.0 + runtime.allocator_slack_fraction) * memory.late
     gpu = cluster.gpu
     in_use = np.minimum(cluster.node.gpus, layouts.gpus)
     return Estimates(

@@ -86,8 +86,8 @@ class StageMemory:
     buffers: FloatArray
     host: FloatArray
     """Bytes in host memory per GPU."""
-    late: FloatArray
-    """Gradients that appear only while activations go: not live at the peak, yet in blocks of their own."""
+    late: FloatArray | None
+    """Gradients that appear only while activations go: not live at the peak, yet in blocks of their own; None where there are none."""
 
     @property
     def allocated(self) -> FloatArray:

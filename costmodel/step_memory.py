@@ -82,13 +82,18 @@ def stage_memory(
     on_gpu = gpu.device == "cuda"  # NCCL channels and GPU workspaces; gloo keeps next to nothing
     buffers = np.where((layouts.gpus > 1) & on_gpu, runtime.working_set.buffer_bytes, 0.0)[:, None]
     added = (runtime.working_set.matrix_gradient_bytes * parameters.matrix)[content_rows]
-    gradients, kept = states["gradients"][inverse], activations[content_rows]
-    freed = runtime.working_set.gradients_freed & ~accumulates & ((layouts.zero > 0) | (layouts.dp * layouts.cp == 1))
-    late = np.where(freed[:, None], np.minimum(gradients, kept), 0.0)
+    gradients, optimizer, kept = states["gradients"][inverse], states["optimizer"][inverse], activations[content_rows]
+    late = None
+    if runtime.working_set.gradients_freed:
+        freed = ~accumulates & ((layouts.zero > 0) | (layouts.dp * layouts.cp == 1))
+        late = np.where(freed[:, None], np.minimum(gradients, kept), 0.0)
+        gradients = gradients - late
+    if states["stepping"].any():
+        optimizer = optimizer + np.maximum(states["stepping"][inverse] - kept, 0.0)
     return StageMemory(
         parameters=states["parameters"][inverse],
-        gradients=gradients - late,
-        optimizer=states["optimizer"][inverse] + np.maximum(states["stepping"][inverse] - kept, 0.0),
+        gradients=gradients,
+        optimizer=optimizer,
         activations=kept,
         buffers=buffers + added,
         host=states["host"][inverse],
