@@ -13,7 +13,7 @@ NOT_MODELLED = ("fp4",)
 LARGEST = 10**9
 """No sequence or batch is longer."""
 BYTES_OF = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2}
-"""Of what is kept and sent. fp8 is only what products of layers read: parameters, gathers and activations stay in bf16."""
+"""Of what is kept. fp8 is only what products of layers read: parameters and the stream of activations stay in bf16."""
 GATHERED_BYTES = {**BYTES_OF, "fp8": 1}
 """Of a gathered parameter: torchao's enable_fsdp_float8_all_gather and Transformer Engine's fp8 parameters send 8 bits."""
 OUTSIDE_PRODUCTS = {"fp8": "bf16"}

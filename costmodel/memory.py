@@ -154,14 +154,14 @@ def _working_set(
     root: FloatArray,
     stage: FloatArray,
 ) -> tuple[FloatArray, FloatArray]:
-    """(gathered parameters under ZeRO-3, gradients awaiting reduction in the rows that keep none whole) in bytes."""
+    """(gathered parameters and autocast's copies under ZeRO-3, gradients awaiting reduction in the rows that keep none whole) in bytes."""
     work = runtime.working_set
     element = parameter_bytes(runtime, job, sent=False)
     spread = (layouts.zero_ranks > 1) & (_held_whole(runtime, layouts) == 0)
     gathered = work.gathered_layers * layer + (root if work.root_stays_gathered else 0.0)
     gathered = np.where(((layouts.zero == 3) & spread)[:, None], np.minimum(gathered, stage), 0.0)
     waiting = np.where((waits & spread)[:, None], np.minimum(work.gradient_layers * layer, stage), 0.0)
-    cached = BYTES_OF[job.precision] * stage if work.autocast_copies else 0.0
+    cached = BYTES_OF[job.precision] * np.where((layouts.zero == 3)[:, None] & work.autocast_copies, stage, 0.0)
     return element * gathered + cached, BYTES_OF[job.precision] * waiting
 
 

@@ -293,9 +293,14 @@ def _switched(document: dict[str, Any], switches: list[str], place: str) -> dict
             before = document[table]
             changes = {name: value / before[name] for name, value in values.items() if _scales(before.get(name), value)}
             document["switched"] = {**document.get("switched", {}), **changes}
-            document[table] = {**before, **values}
+            document[table] = {**before, **{name: _over(before.get(name), value) for name, value in values.items()}}
         document["name"] = f"{document['name']}+{word}"
     return document
+
+
+def _over(before: Any, after: Any) -> Any:
+    """A table of a table keeps the keys that the switch leaves out."""
+    return {**before, **after} if isinstance(before, dict) and isinstance(after, dict) else after
 
 
 def _scales(before: object, after: object) -> bool:

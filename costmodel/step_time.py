@@ -13,7 +13,7 @@ from shardplan.costmodel.data_parallel import (
     one_exchange_s,
     reduces_often,
 )
-from shardplan.costmodel.job import BYTES_OF, GATHERED_BYTES, Job
+from shardplan.costmodel.job import BYTES_OF, Job
 from shardplan.costmodel.kernels_time import memory_bound_s
 from shardplan.costmodel.keys import unique_keys
 from shardplan.costmodel.layer_cost import BACKWARD_LAUNCHES
@@ -102,7 +102,7 @@ def step_time(
         cluster.node,
         updated,
         gradient_bytes=gradient_bytes(runtime, job),
-        parameter_bytes=GATHERED_BYTES[job.precision],
+        parameter_bytes=BYTES_OF[job.precision],
         backward_s=pace["backward"],
     )
     zero = np.zeros(len(layouts))

@@ -76,3 +76,10 @@ def test_fp8_states_follow_bf16_in_every_runtime_that_has_it() -> None:
     for name in ("megatron", "fsdp1", "fsdp2", "fsdp2+bf16_states", "megatron+bf16_gradients"):
         runtime = load_runtime(name)
         assert runtime.states["fp8"] == runtime.states["bf16"]
+
+
+def test_a_switch_keeps_what_it_does_not_name() -> None:
+    plain, switched = load_runtime("megatron"), load_runtime("megatron+bf16_gradients")
+    assert switched.states["bf16"].gradient_dtype == "bf16"
+    assert switched.states["bf16"].zero == plain.states["bf16"].zero
+    assert switched.states["fp16"] == plain.states["fp16"]

@@ -20,7 +20,10 @@ def bench() -> None:
 def estimate(
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Passes over the space; the median counts.")] = 5,
     streamed: Annotated[
-        int, typer.Option("--layouts", min=0, help="Layouts to estimate one after the other for the peak of memory.")
+        int,
+        typer.Option(
+            "--layouts", min=0, help="Layouts to estimate one after the other for the peak of memory; 0: none."
+        ),
     ] = 10_000_000,
     as_json: options.JsonOption = False,
 ) -> None:
@@ -46,6 +49,8 @@ def estimate(
         f"{rate['layouts_per_s'] / fast:,.0f} to {rate['layouts_per_s'] / slow:,.0f} times Calculon's {slow:.0f} to {fast:.0f} "
         "layouts/s (caa4b11, one process, 8,112 layouts of Turing-530B in 71 s; a sample of GPT-175B on 1,024 GPUs)"
     )
+    if not streamed:
+        return
     typer.echo(
         f"{rate['streamed']:,} layouts in {rate['streamed_s']:.1f} s, step time and peak memory kept: "
         f"at most {rate['peak_gib']:.2f} GiB of the process"
