@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 from shardplan.hw_profiles.errors import InputError, nearest
 from shardplan.hw_profiles.machine import AttentionKernel
@@ -300,7 +300,9 @@ def _switched(document: dict[str, Any], switches: list[str], place: str) -> dict
 
 def _over(before: Any, after: Any) -> Any:
     """A table of a table keeps the keys that the switch leaves out."""
-    return {**before, **after} if isinstance(before, dict) and isinstance(after, dict) else after
+    if isinstance(before, dict) and isinstance(after, dict):
+        return cast("dict[str, Any]", before) | cast("dict[str, Any]", after)
+    return after
 
 
 def _scales(before: object, after: object) -> bool:
