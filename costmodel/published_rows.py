@@ -76,7 +76,7 @@ COLUMNS = [
     "out_of_memory",
     "notes",
 ]
-"""Columns a table must have; `profile` (a cluster of the catalog, or a file) may follow."""
+"""Columns a table must have; `profile` (a cluster of the catalog, or a file) and `memory_stages` may follow."""
 
 Row = Mapping[str, str]
 

@@ -33,6 +33,8 @@ class Outcome:
     measured_peak_gib: float | None
     memory_kind: str
     out_of_memory: bool
+    memory_stages: int | None = None
+    """The measured peak is of the first so many pipeline stages; None: of all."""
     predicted_step_s: float | None = None
     step_band_s: tuple[float, float] | None = None
     predicted_peak_gib: float | None = None
@@ -95,6 +97,18 @@ def _memory_kind(row: Row) -> str:
     return word
 
 
+def _memory_stages(row: Row) -> int | None:
+    if not row.get("memory_stages", "").strip():
+        return None
+    value = number(row, "memory_stages")
+    if value < 1 or value != int(value):
+        raise InputError(
+            f"case {row['case_id']!r}: memory_stages={row['memory_stages']!r} is no count of pipeline stages",
+            remedy="a whole number from 1, or an empty cell for all stages",
+        )
+    return int(value)
+
+
 def _outcome(row: Row) -> Outcome:
     bare = Outcome(
         case_id=row["case_id"],
@@ -108,6 +122,7 @@ def _outcome(row: Row) -> Outcome:
         measured_peak_gib=_measured(row, "peak_memory_gib"),
         memory_kind=_memory_kind(row),
         out_of_memory=flag(row, "out_of_memory"),
+        memory_stages=_memory_stages(row),
     )
     try:
         return predicted(bare, estimate_case(row_case(row)))
@@ -158,7 +173,7 @@ def predicted(bare: Outcome, found: Estimates) -> Outcome:
         bare,
         predicted_step_s=step,
         step_band_s=(step * (1 - found.time_band), step * (1 + found.time_band)),
-        predicted_peak_gib=float(bytes_of.max()) / GIB,
+        predicted_peak_gib=float(bytes_of[:, : bare.memory_stages].max()) / GIB,
         predicted_fits=bool(found.fits_likely()[0]),
         parts={name: float(values[0]) for name, values in found.time.items()},
     )
