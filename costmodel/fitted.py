@@ -20,7 +20,7 @@ from shardplan.hw_profiles.machine import Cluster, EfficiencyCurve, Node
 
 ARCHITECTURE_BOUNDS: Mapping[str, tuple[float, float, float, float]] = {
     "gemm": (0.5, 1.15, 0.95, 0.08),
-    "memory": (0.5, 1.2, 0.95, 0.1),
+    "memory": (0.5, 1.08, 0.95, 0.1),
     "link": (0.5, 1.6, 1.0, 0.2),
 }
 """Constant -> lowest, highest, what physics suggests, and how sure that is (standard deviation of the logarithm)."""
