@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.costmodel.collectives import collective_s
-from shardplan.costmodel.layout import RECOMPUTE, LayoutTable
+from shardplan.costmodel.layout import LayoutTable
+from shardplan.costmodel.recompute import RECOMPUTE
 from shardplan.costmodel.runtime import Communication
 from shardplan.hw_profiles.topology import TierTable
 

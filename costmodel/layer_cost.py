@@ -14,6 +14,7 @@ from shardplan.costmodel.context_parallel import context_seconds, transient_byte
 from shardplan.costmodel.job import BYTES_OF, OUTSIDE_PRODUCTS
 from shardplan.costmodel.kernels_time import gemm_s, memory_bound_s
 from shardplan.costmodel.operators import Op, Shapes
+from shardplan.costmodel.recompute import parts_with
 from shardplan.costmodel.runtime import Runtime
 from shardplan.hw_profiles.machine import Gpu
 from shardplan.hw_profiles.topology import TierTable
@@ -43,11 +44,15 @@ class BlockCost:
     tensor_forward_s: FloatArray
     """Tensor-parallel communication, before overlap."""
     tensor_backward_s: FloatArray
+    tensor_selective_s: FloatArray
+    """Part of `tensor_forward_s` that `selective` repeats."""
     context_forward_exposed_s: FloatArray
     """Context-parallel communication that attention does not hide."""
     context_forward_hidden_s: FloatArray
     context_backward_exposed_s: FloatArray
     context_backward_hidden_s: FloatArray
+    context_selective: FloatArray
+    """1 where `selective` repeats the exchanges of attention."""
     context_transient_bytes: FloatArray
     """Of context parallelism while one attention runs backward."""
     accumulate_s: FloatArray
@@ -81,14 +86,19 @@ def block_cost(
     total = {name: zero.copy() for name in BlockCost.__dataclass_fields__}
     for op in ops:
         forward, backward = _op_seconds(op, shapes, gpu, precision, runtime)
-        for name, value in _op_totals(op, forward, backward, zero, precision, runtime).items():
+        selected = _selected(op.name, shapes, runtime)
+        for name, value in _op_totals(op, forward, backward, selected, zero, precision, runtime).items():
             total[name] = total[name] + value
         if op.context is not None and np.any(shapes.cp > 1):
             total.update(_context_columns(op.context, shapes, forward, backward, tiers, runtime))
+            total["context_selective"] = zero + (selected > 0)
         for phase, collectives in (("tensor_forward_s", op.forward), ("tensor_backward_s", op.backward)):
             for kind, size in collectives:
                 seconds = collective_s(tiers, kind, size, shapes.tp, 1.0)
                 total[phase] = total[phase] + np.where(size > 0, seconds, 0.0)
+                if phase == "tensor_forward_s":
+                    again = _repeated_tensor(selected, shapes, runtime)
+                    total["tensor_selective_s"] = total["tensor_selective_s"] + np.where(size > 0, seconds * again, 0.0)
         total["accumulate_s"] = total["accumulate_s"] + _accumulate_s(op, gpu, precision, gradient_bytes, runtime)
         launches = runtime.execution.launches_per_operator + np.where(
             shapes.tp > 1, runtime.execution.tensor_parallel_launches, 0.0
@@ -96,6 +106,21 @@ def block_cost(
         if op.name not in TENSORS:
             total["host_forward_s"] = total["host_forward_s"] + gpu.launch_s * launches
     return BlockCost(**total)
+
+
+def _selected(name: str, shapes: Shapes, runtime: Runtime) -> FloatArray:
+    """Share of operator `name` that `selective` runs again, (K,): by the parts asked for, else by the runtime."""
+    parts = np.broadcast_to(np.asarray(shapes.recompute_parts), shapes.tokens.shape)
+    stops = runtime.activations.full_stops_early and name in LAST_OPERATORS
+    asked = (parts & (0 if stops else parts_with(name))) > 0
+    return np.where(parts > 0, asked, runtime.activations.selective.get(name, 0.0))
+
+
+def _repeated_tensor(selected: FloatArray, shapes: Shapes, runtime: Runtime) -> FloatArray:
+    """Share of an operator's forward tensor-parallel communication that `selective` repeats, (K,)."""
+    communication = runtime.communication
+    usual = np.where(shapes.sp > 1, communication.selective_repeats_tensor_sp, communication.selective_repeats_tensor)
+    return np.where(np.asarray(shapes.recompute_parts) > 0, selected, usual)
 
 
 def _accumulate_s(op: Op, gpu: Gpu, precision: str, gradient_bytes: int, runtime: Runtime) -> FloatArray | float:
@@ -134,12 +159,17 @@ def _context_columns(
 
 
 def _op_totals(
-    op: Op, forward: FloatArray, backward: FloatArray, zero: FloatArray, precision: str, runtime: Runtime
+    op: Op,
+    forward: FloatArray,
+    backward: FloatArray,
+    selected: FloatArray,
+    zero: FloatArray,
+    precision: str,
+    runtime: Runtime,
 ) -> dict[str, FloatArray]:
     kept = KEPT_IN_FP8.get(op.name, 1.0) if precision == "fp8" else 1.0
     products = sum((g.flop for g in op.gemms), zero)
     flop = products + 2.0 * op.flash_flop
-    selected = runtime.activations.selective.get(op.name, 0.0)
     repeated = 0.0 if runtime.activations.full_stops_early and op.name in LAST_OPERATORS else 1.0
     return {
         "forward_s": forward,

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.costmodel.job import LARGEST
+from shardplan.costmodel.recompute import RECOMPUTE, Recompute, split_recompute
 from shardplan.hw_profiles.errors import InputError, nearest
 
 IntArray = NDArray[np.int64]
@@ -22,7 +23,6 @@ IntArray = NDArray[np.int64]
 AXIS_ORDER = ("tp", "cp", "dp", "pp")
 """Mesh axes from the innermost (neighbouring ranks) to the outermost: tp beside each other, pp farthest apart."""
 
-RECOMPUTE = ("none", "selective", "full")
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "looped_bfs", "zero_bubble", "zero_bubble_v", "dualpipe_v")
 V_PLACED = ("zero_bubble_v", "dualpipe_v")
 """Schedules of two chunks in V placement: rank r holds chunks r and 2 pp - 1 - r, so rank 0 the first and the last."""
@@ -34,7 +34,6 @@ CP_KINDS = ("ring", "ulysses", "all_gather")
 """How context-parallel ranks meet the keys of the others: ring (zig-zag blocks), all-to-all of heads, gathered keys and values."""
 TEXT_WORDS = ("recompute", "schedule", "attention", "offload_optimizer", "cp_kind")
 """Words whose value is a word."""
-ALL_LAYERS = -1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +59,7 @@ class Layout:
     sequence_parallel: bool = False
     """Megatron sequence parallelism: norms and dropout split along the sequence over tp."""
     recompute: str = "none"
-    """none, selective, full or full:N (N layers per stage)."""
+    """none, selective, full, full:N (N layers per stage) or selective:core_attn+mlp (parts of `recompute.PARTS`)."""
     schedule: str = "1f1b"
     """One of SCHEDULES (see `schedules.py`); without meaning when pp = 1."""
     virtual_stages: int = 1
@@ -141,25 +140,6 @@ def _word(value: object) -> str:
     return str(value).replace(" ", "").strip("(),")
 
 
-def split_recompute(word: str) -> tuple[str, int]:
-    """`full:4` -> ("full", 4); without a number the count is ALL_LAYERS. Raises InputError for anything else."""
-    kind, colon, number = word.partition(":")
-    if kind in RECOMPUTE and not colon:
-        return kind, ALL_LAYERS
-    if kind == "full" and number.isdigit() and int(number) > 0:
-        return kind, int(number)
-    raise InputError(
-        f"recompute={word!r} is unknown",
-        place="layout",
-        remedy="use none, selective, full or full:N (N layers a stage)",
-    )
-
-
-def join_recompute(kind: str, layers: int) -> str:
-    """Inverse of `split_recompute`."""
-    return kind if layers == ALL_LAYERS else f"{kind}:{layers}"
-
-
 def parse_layout(text: str) -> Layout:
     """Read layout words, separated by spaces; raises InputError naming the word, its value and the remedy."""
     return layout_from_document(_words_to_values(text))
@@ -231,6 +211,8 @@ class LayoutTable:
     recompute: IntArray
     recompute_layers: IntArray
     """Layers per stage under full recompute; ALL_LAYERS = every one."""
+    recompute_parts: IntArray
+    """Sum of `recompute.PART_BITS` that selective runs again; 0 = what the runtime selects."""
     schedule: IntArray
     virtual_stages: IntArray
     split: IntArray
@@ -288,7 +270,7 @@ class LayoutTable:
             zero=at["zero"],
             dp_shard=None if at["dp_shard"] == at["dp"] else at["dp_shard"],
             sequence_parallel=bool(at["sequence_parallel"]),
-            recompute=join_recompute(RECOMPUTE[at["recompute"]], at["recompute_layers"]),
+            recompute=Recompute(RECOMPUTE[at["recompute"]], at["recompute_layers"], at["recompute_parts"]).word(),
             schedule=SCHEDULES[at["schedule"]],
             virtual_stages=at["virtual_stages"],
             stage_layers=self.splits[at["split"]],
@@ -308,13 +290,14 @@ def layout_table(layouts: Sequence[Layout]) -> LayoutTable:
     for one in layouts:
         if one.stage_layers not in splits:
             splits.append(one.stage_layers)
-        kind, layers = split_recompute(one.recompute)
+        recompute = split_recompute(one.recompute)
         row = {
             **{name: getattr(one, name) for name in ("dp", "tp", "pp", "cp", "ep", "micro_batch", "zero")},
             "dp_shard": one.dp_shard or one.dp,
             "sequence_parallel": int(one.sequence_parallel),
-            "recompute": RECOMPUTE.index(kind),
-            "recompute_layers": layers,
+            "recompute": RECOMPUTE.index(recompute.kind),
+            "recompute_layers": recompute.layers,
+            "recompute_parts": recompute.parts,
             "schedule": SCHEDULES.index(one.schedule),
             "virtual_stages": one.virtual_stages,
             "split": splits.index(one.stage_layers),

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.costmodel.job import BYTES_OF, GATHERED_BYTES, Job
-from shardplan.costmodel.layout import RECOMPUTE, LayoutTable
+from shardplan.costmodel.layout import LayoutTable
+from shardplan.costmodel.recompute import RECOMPUTE
 from shardplan.costmodel.runtime import BytesPerParameter, Runtime
 
 FloatArray = NDArray[np.float64]

@@ -39,6 +39,8 @@ class Shapes:
     """tp with sequence parallelism, else 1: divides what is split along the sequence."""
     flash: NDArray[np.bool_]
     """Fused attention instead of separate matrix products and softmax."""
+    recompute_parts: NDArray[np.int64] | int = 0
+    """Sum of `recompute.PART_BITS`; 0 = what the runtime selects."""
     element_bytes: int
     """Of activations."""
 

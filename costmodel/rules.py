@@ -10,15 +10,13 @@ import numpy as np
 
 from shardplan.costmodel.context_rules import CONTEXT_RULES
 from shardplan.costmodel.layout import (
-    ALL_LAYERS,
     ATTENTION,
     OFFLOAD,
-    RECOMPUTE,
     Layout,
     LayoutTable,
     layout_table,
-    split_recompute,
 )
+from shardplan.costmodel.recompute import ALL_LAYERS, PART_BITS, RECOMPUTE, split_recompute
 from shardplan.costmodel.rule import BoolArray, Rejection, Rule, Setting
 from shardplan.costmodel.rule_parts import (
     can,
@@ -199,8 +197,18 @@ RUNTIME_RULES: tuple[Rule, ...] = (
     Rule(
         id="runtime-recompute",
         broken=lambda s, t: ~np.isin(t.recompute, codes(s.runtime.abilities.recompute, RECOMPUTE)),
-        detail=lambda s, x: f"runtime {s.runtime.name!r} has no recompute={split_recompute(x.recompute)[0]}",
+        detail=lambda s, x: f"runtime {s.runtime.name!r} has no recompute={split_recompute(x.recompute).kind}",
         remedy=options(lambda r: r.abilities.recompute),
+    ),
+    Rule(
+        id="runtime-recompute-parts",
+        broken=lambda s, t: (t.recompute_parts & ~sum(PART_BITS[p] for p in s.runtime.abilities.recompute_parts)) > 0,
+        detail=lambda s, x: f"runtime {s.runtime.name!r} cannot run {x.recompute.partition(':')[2]} again by choice",
+        remedy=lambda s, x: (
+            f"choose from {'+'.join(s.runtime.abilities.recompute_parts)}"
+            if s.runtime.abilities.recompute_parts
+            else "use recompute=selective (the runtime's own choice), none or full"
+        ),
     ),
     Rule(
         id="runtime-partial-recompute",

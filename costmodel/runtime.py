@@ -8,12 +8,17 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
+from shardplan.costmodel.recompute import Part
 from shardplan.hw_profiles.errors import InputError, nearest
 from shardplan.hw_profiles.machine import AttentionKernel
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 BytesPerParameter = float | Literal["gradient"]
 """A number, or "gradient": the bytes of the gradient dtype in use."""
@@ -46,6 +51,8 @@ class Abilities(_FromFile):
     recompute: tuple[str, ...]
     partial_recompute: bool
     """`full:N` with N below the layers of a stage."""
+    recompute_parts: tuple[Part, ...] = ()
+    """Parts of `recompute.PARTS` that `selective:PART+PART` may name."""
     attention: tuple[str, ...]
     """First is what `auto` means."""
     precisions: tuple[str, ...]
@@ -310,8 +317,16 @@ def _scales(before: object, after: object) -> bool:
     return isinstance(before, int | float) and isinstance(after, int | float) and before != 0
 
 
+@cache
+def _reader() -> TypeAdapter[Runtime]:
+    """Made once: compiling the schema takes longer than reading a file."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Runtime)
+
+
 def _read(text: str, place: str, switches: list[str]) -> Runtime:
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     try:
         document = tomllib.loads(text)
@@ -327,7 +342,7 @@ def _read(text: str, place: str, switches: list[str]) -> Runtime:
             for stage in range(4):
                 states.pop(f"zero_{stage}", None)
     try:
-        return TypeAdapter(Runtime).validate_python(document)
+        return _reader().validate_python(document)
     except ValidationError as bad:
         errors = bad.errors()
         first = next((e for e in errors if e["type"] in ("extra_forbidden", "unexpected_keyword_argument")), errors[0])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from shardplan.costmodel.layout import RECOMPUTE, SCHEDULES, SPLIT_BACKWARD, LayoutTable
+from shardplan.costmodel.layout import SCHEDULES, SPLIT_BACKWARD, LayoutTable
+from shardplan.costmodel.recompute import RECOMPUTE
 from shardplan.costmodel.rule import BoolArray, Rule
 from shardplan.costmodel.rule_parts import can, codes, count, micro_batches, options, runtime_lacks, uneven
 

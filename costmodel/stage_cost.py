@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 from shardplan.costmodel.job import BYTES_OF, Job
 from shardplan.costmodel.keys import unique_keys
 from shardplan.costmodel.layer_cost import BlockCost, block_cost
-from shardplan.costmodel.layout import ALL_LAYERS, ATTENTION, CP_KINDS, LayoutTable
+from shardplan.costmodel.layout import ATTENTION, CP_KINDS, LayoutTable
 from shardplan.costmodel.memory import FULL, SELECTIVE, gradient_bytes
 from shardplan.costmodel.model import LayerKind, Model, layer_parameters
 from shardplan.costmodel.operators import Op, Shapes, embedding_ops, head_ops, layer_ops, logits_bytes
 from shardplan.costmodel.pipeline import stage_table
+from shardplan.costmodel.recompute import ALL_LAYERS
 from shardplan.costmodel.runtime import Runtime
 from shardplan.hw_profiles.machine import Cluster
 from shardplan.hw_profiles.topology import TierTable
@@ -38,8 +39,6 @@ class BlockRows:
     """1 where recompute is selective."""
     full_repeats: FloatArray
     """Share of the forward tensor-parallel communication that full recompute repeats."""
-    selective_repeats: FloatArray
-    """The same of selective recompute, 0 where recompute is not selective."""
 
 
 def padded_vocab(model: Model, runtime: Runtime, tp: FloatArray) -> FloatArray:
@@ -51,11 +50,13 @@ def padded_vocab(model: Model, runtime: Runtime, tp: FloatArray) -> FloatArray:
 def block_rows(
     model: Model, job: Job, cluster: Cluster, layouts: LayoutTable, runtime: Runtime, tiers: TierTable
 ) -> BlockRows:
-    """Costs of layers, embedding and head: once per unique (tp, sp, cp and its kind, micro-batch, attention), then gathered."""
+    """Costs of layers, embedding and head: once per unique (tp, sp, cp and its kind, micro-batch, attention, recomputed parts), then
+    gathered."""
     default = ATTENTION.index(runtime.abilities.attention[0])
     attention = np.where(layouts.attention == 0, default, layouts.attention)
     context = layouts.cp * len(CP_KINDS) + layouts.cp_kind
-    first, inverse = unique_keys(layouts.tp, layouts.sequence_parallel, context, layouts.micro_batch, attention)
+    keys = (layouts.tp, layouts.sequence_parallel, context, layouts.micro_batch, attention, layouts.recompute_parts)
+    first, inverse = unique_keys(*keys)
     tp = layouts.tp[first].astype(np.float64)
     shapes = Shapes(
         micro_batch=layouts.micro_batch[first].astype(np.float64),
@@ -65,6 +66,7 @@ def block_rows(
         tp=tp,
         sp=np.where(layouts.sequence_parallel[first] == 1, tp, 1.0),
         flash=attention[first] == ATTENTION.index("flash"),
+        recompute_parts=layouts.recompute_parts[first],
         element_bytes=BYTES_OF[job.precision],
     )
     vocab = padded_vocab(model, runtime, tp)
@@ -79,7 +81,8 @@ def block_rows(
     def layer_cost(kind: LayerKind) -> BlockColumns:
         """A layer; what `selective` keeps in exchange is taken off what it drops."""
         block = cost(layer_ops(kind, shapes, runtime))
-        exchanged = runtime.activations.selective_streams * shapes.element_bytes * shapes.tokens * kind.hidden
+        streams = np.where(shapes.recompute_parts == 0, runtime.activations.selective_streams, 0.0)
+        exchanged = streams * shapes.element_bytes * shapes.tokens * kind.hidden
         return {**block, "selective_bytes": block["selective_bytes"] - exchanged[inverse]}
 
     def cost(ops: tuple[Op, ...]) -> BlockColumns:
@@ -95,17 +98,14 @@ def block_rows(
             )
         )
 
-    selects, repeats = (layouts.recompute == SELECTIVE).astype(np.float64), runtime.communication
-    split = layouts.sequence_parallel == 1
+    repeats, split = runtime.communication, layouts.sequence_parallel == 1
     return BlockRows(
         layers=tuple(layer_cost(kind) for kind, _ in model.layers),
         embedding=cost(embedding_ops(model.hidden, dropout, shapes)),
         head=cost(head_ops(model.hidden, model.norm, vocab, shapes, runtime)),
         logits_bytes=logits_bytes(vocab, shapes, runtime)[inverse],
-        selects=selects,
+        selects=(layouts.recompute == SELECTIVE).astype(np.float64),
         full_repeats=np.where(split, repeats.full_repeats_tensor_sp, repeats.full_repeats_tensor),
-        selective_repeats=selects
-        * np.where(split, repeats.selective_repeats_tensor_sp, repeats.selective_repeats_tensor),
     )
 
 

@@ -192,13 +192,14 @@ def _block_pace(
     showing: FloatArray,
 ) -> dict[str, FloatArray]:
     """Seconds of one block and micro-batch; `recomputed` is the share of it under full recompute, `repeated` the share of its
-    forward tensor-parallel communication that any recompute repeats, `showing` the share of that communication nothing hides."""
+    forward tensor-parallel communication that full recompute repeats, `showing` the share of that communication nothing hides."""
     recompute = recomputed * block["full_s"] + selects * block["selective_s"]
     tensor = block["tensor_forward_s"] * (1.0 + repeated) + block["tensor_backward_s"]
+    tensor = tensor + selects * block["tensor_selective_s"]
     exposed = tensor * showing
     backward = block["backward_s"] + accumulating * block["accumulate_s"]
     busy = block["forward_s"] + backward + recompute + exposed
-    context = _context_pace(runtime, block, recomputed, selects)
+    context = _context_pace(block, recomputed, selects)
     if context:
         busy = busy + context["context_exposed"]
     launching = block["host_forward_s"] * (1.0 + BACKWARD_LAUNCHES + recomputed) + exchanging
@@ -215,16 +216,14 @@ def _block_pace(
     }
 
 
-def _context_pace(
-    runtime: Runtime, block: BlockColumns, recomputed: FloatArray, selects: FloatArray
-) -> dict[str, FloatArray]:
+def _context_pace(block: BlockColumns, recomputed: FloatArray, selects: FloatArray) -> dict[str, FloatArray]:
     """Seconds of context-parallel exchanges of one block and micro-batch, exposed and hidden; none where no layout has any.
 
     Recomputing attention repeats the exchanges of its forward.
     """
     if "context_forward_exposed_s" not in block:
         return {}
-    again = 1.0 + recomputed + (selects if "attention" in runtime.activations.selective else 0.0)
+    again = 1.0 + recomputed + selects * block["context_selective"]
     return {
         f"context_{what}": block[f"context_forward_{what}_s"] * again + block[f"context_backward_{what}_s"]
         for what in ("exposed", "hidden")
@@ -245,7 +244,7 @@ def _pace(
     total = stages.layers.sum(axis=2)
     share = np.divide(stages.recomputed, total, out=np.zeros_like(total), where=total > 0)
     selects = blocks.selects[:, None]
-    repeats = share * blocks.full_repeats[:, None] + blocks.selective_repeats[:, None]
+    repeats = share * blocks.full_repeats[:, None]
     none = np.zeros_like(share)
     contents = [(blocks.layers[i], stages.layers[:, :, i], share, selects, repeats) for i in range(len(model.layers))]
     contents += [(blocks.embedding, stages.embedding, none, none, none), (blocks.head, stages.head, none, none, none)]
@@ -280,7 +279,7 @@ def _whole_pipeline(
 ) -> FloatArray:
     """Seconds of one micro-batch through all stages, (N,)."""
     share = stages.recomputed_total / model.layer_count
-    repeats = share * blocks.full_repeats + blocks.selective_repeats
+    repeats = share * blocks.full_repeats
     none = np.zeros_like(share)
     contents = [
         (block, float(count), share, blocks.selects, repeats)

@@ -14,7 +14,7 @@ import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from shardplan.costmodel.layout import ALL_LAYERS, split_recompute
+from shardplan.costmodel.recompute import ALL_LAYERS, split_recompute
 from shardplan.executor.transformer import Transformer
 
 MATRIX_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.linear.default)
@@ -28,7 +28,7 @@ def _keep_matrix_products(_context: Any, operator: Any, *_args: Any, **_kwargs: 
 
 def apply_recompute(model: Transformer, word: str) -> None:
     """Wrap the layers of this chunk as `word` (none, selective, full, full:N = the first N layers) says."""
-    kind, count = split_recompute(word)
+    kind, count, _ = split_recompute(word)  # parts are refused by rule `runtime-recompute-parts`
     if kind == "none":
         return
     options: dict[str, Any] = {"checkpoint_impl": CheckpointImpl.NO_REENTRANT, "preserve_rng_state": False}

@@ -10,12 +10,10 @@ from numpy.typing import NDArray
 
 from shardplan.costmodel.job import Job
 from shardplan.costmodel.layout import (
-    ALL_LAYERS,
     COLUMNS,
     CP_KINDS,
     FIELD_NAMES,
     OFFLOAD,
-    RECOMPUTE,
     SCHEDULES,
     V_PLACED,
     Layout,
@@ -25,6 +23,7 @@ from shardplan.costmodel.layout import (
     parse_layout,
 )
 from shardplan.costmodel.model import Model
+from shardplan.costmodel.recompute import ALL_LAYERS, RECOMPUTE
 from shardplan.costmodel.rule_parts import divisors
 from shardplan.hw_profiles.errors import InputError, nearest
 
@@ -79,6 +78,8 @@ def _checked(words: str) -> None:
         raise InputError(bad.problem, place="--forbid", remedy=bad.remedy) from None
 
 
+RECOMPUTE_COLUMNS = ("recompute", "recompute_layers", "recompute_parts")
+"""Columns that the word `recompute` fills."""
 ROWS_OF_A_PIECE = 200_000
 """Blocks are joined up to about this many rows, so that sifting one piece at a time bounds the memory."""
 
@@ -159,7 +160,7 @@ def _block(
         (("zero", "dp_shard"), _sharding(dp, cp)),
         (("sequence_parallel",), [(0,), (1,)] if tp > 1 else [(0,)]),
         (("schedule", "virtual_stages"), _schedules(model, pp, wishes.fixed.schedule)),
-        (("recompute", "recompute_layers"), [(code, ALL_LAYERS) for code in range(len(RECOMPUTE))]),
+        (RECOMPUTE_COLUMNS, [(code, ALL_LAYERS, 0) for code in range(len(RECOMPUTE))]),
         (("offload_optimizer",), [(code,) for code in range(len(OFFLOAD))]),
         (("cp_kind",), [(CP_KINDS.index(kind),) for kind in cp_kinds if cp > 1] or [(0,)]),
     )
@@ -207,7 +208,7 @@ def _restricted(names: tuple[str, ...], options: list[tuple[int, ...]], wishes: 
     row = layout_table([wishes.fixed])
     fixed = {name: int(getattr(row, name)[0]) for name in names if name in wishes.fixed_words}
     if "recompute" in fixed:
-        fixed["recompute_layers"] = int(row.recompute_layers[0])
+        fixed |= {name: int(getattr(row, name)[0]) for name in RECOMPUTE_COLUMNS}
     if not fixed:
         return options
     agreeing = [o for o in options if all(o[names.index(name)] == value for name, value in fixed.items())]
@@ -227,7 +228,7 @@ def _allowed(table: LayoutTable, wishes: Wishes) -> BoolArray:
             continue
         text = value if value is not None else getattr(Layout(), word)
         target = layout_table([parse_layout(f"{word}={text}") if text is not None else Layout()])
-        names = {"stage_layers": ("split",), "recompute": ("recompute", "recompute_layers")}.get(word, (word,))
+        names = {"stage_layers": ("split",), "recompute": RECOMPUTE_COLUMNS}.get(word, (word,))
         same = np.all([getattr(table, name) == int(getattr(target, name)[0]) for name in names], axis=0)
         without = (table.cp == 1) if word == "cp_kind" else False  # rows with nothing of that kind
         allowed &= (same if value is None else ~same) | without

@@ -117,6 +117,7 @@ LAYOUTS = [
         "dp=4 tp=2 pp=8 stage_layers=8,10,11,11,11,11,10,8 recompute=full:2",
         "dp=8 pp=8 zero=2 attention=unfused recompute=full",
         "dp=64 zero=3 offload_optimizer=cpu recompute=full",
+        "dp=2 tp=8 pp=4 zero=1 recompute=selective:core_attn+mlp",
     )
 ]
 
@@ -162,6 +163,35 @@ def test_recompute_trades_time_for_memory() -> None:
     assert got[0]["time"]["recompute_s"] == 0 < got[2]["time"]["recompute_s"] < got[3]["time"]["recompute_s"]
     peaks = [g["memory"]["device_peak_bytes"] for g in got]
     assert peaks[0] >= peaks[1] > peaks[2] > peaks[3]
+
+
+def test_recompute_by_parts() -> None:
+    """Megatron's own choice is core_attn by name; each part more keeps less and takes longer; parts of a layer stay below all of it."""
+    base = "dp=2 tp=8 pp=4 attention=unfused sequence_parallel=true recompute="
+    own, core, both, most, full = (
+        answer(base + word, seq=4096)
+        for word in (
+            "selective",
+            "selective:core_attn",
+            "selective:core_attn+layernorm",
+            "selective:core_attn+layernorm+mlp",
+            "full",
+        )
+    )
+    for part in ("memory", "time"):
+        assert core[part] == own[part]
+    seconds = [got["time"]["recompute_s"] for got in (core, both, most, full)]
+    activations = [got["memory"]["stages"][0]["activations_bytes"] for got in (core, both, most, full)]
+    assert 0 < seconds[0] < seconds[1] < seconds[2] < seconds[3]
+    assert activations[0] > activations[1] > activations[2] > activations[3]
+    assert most["time"]["tp_exposed_s"] > both["time"]["tp_exposed_s"] == core["time"]["tp_exposed_s"]
+    assert both["layout"]["recompute"] == "selective:core_attn+layernorm"
+
+
+def test_unknown_parts_are_refused_by_the_runtime() -> None:
+    got = answer("dp=2 tp=8 pp=4 recompute=selective:qkv+core_attn", seq=4096)
+    refused = {rejection["rule"]: rejection["remedy"] for rejection in got["rejections"]}
+    assert "core_attn+layernorm+act+mlp" in refused["runtime-recompute-parts"]
 
 
 def test_uneven_stages_move_memory_and_time() -> None:

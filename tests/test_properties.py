@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from shardplan.costmodel.estimate import TIME_PARTS, Estimates, estimate
 from shardplan.costmodel.fitted import Fitted, fitted, with_fitted_cluster, with_fitted_runtime
 from shardplan.costmodel.job import Job
-from shardplan.costmodel.layout import RECOMPUTE, LayoutTable
+from shardplan.costmodel.layout import LayoutTable
 from shardplan.costmodel.model import Model, parameter_counts
 from shardplan.costmodel.model_config import load_model
+from shardplan.costmodel.recompute import RECOMPUTE
 from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.rules import broken_rules
 from shardplan.costmodel.runtime import load_runtime, runtime_names

@@ -1,0 +1,71 @@
+"""The word `recompute`: none, selective, selective:PART+PART, full, full:N, and the operators that each part stands for.
+
+Parts carry Megatron-Core's names (`--recompute-modules`) where it has one: core_attn, layernorm, mlp. Each part can be rebuilt from
+what the others keep, so every set of them is sound (arXiv 2205.05198, section 5, chooses core_attn alone).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
+
+from shardplan.hw_profiles.errors import InputError, nearest
+
+RECOMPUTE = ("none", "selective", "full")
+ALL_LAYERS = -1
+Part = Literal["core_attn", "layernorm", "qkv", "rope", "proj", "act", "mlp"]
+PARTS: Mapping[Part, tuple[str, ...]] = {
+    "core_attn": ("attention",),
+    "layernorm": ("attention_norm", "mlp_norm"),
+    "qkv": ("qkv",),
+    "rope": ("rotary",),
+    "proj": ("projection", "attention_residual"),
+    "act": ("activation",),
+    "mlp": ("up", "activation", "down"),
+}
+"""Operators of a layer that each part runs again in the backward pass instead of keeping what they wrote."""
+PART_BITS: Mapping[str, int] = {part: 1 << index for index, part in enumerate(PARTS)}
+
+
+class Recompute(NamedTuple):
+    """One value of the word."""
+
+    kind: str
+    """One of RECOMPUTE."""
+    layers: int = ALL_LAYERS
+    """Under full: layers of each stage."""
+    parts: int = 0
+    """Under selective: sum of PART_BITS; 0 = what the runtime selects."""
+
+    def word(self) -> str:
+        """Inverse of `split_recompute`."""
+        if self.parts:
+            return f"{self.kind}:{'+'.join(part for part, bit in PART_BITS.items() if self.parts & bit)}"
+        return self.kind if self.layers == ALL_LAYERS else f"{self.kind}:{self.layers}"
+
+
+def split_recompute(word: str) -> Recompute:
+    """`full:4` -> ("full", 4), `selective:core_attn+mlp` -> ("selective", parts of that). Raises InputError for anything else."""
+    kind, colon, detail = word.partition(":")
+    if kind in RECOMPUTE and not colon:
+        return Recompute(kind)
+    if kind == "full" and detail.isdigit() and int(detail) > 0:
+        return Recompute(kind, layers=int(detail))
+    if kind == "selective" and detail:
+        names = detail.split("+")
+        for name in names:
+            if name not in PARTS:
+                raise InputError(
+                    f"recompute={word!r}: part {name!r} is unknown", place="layout", remedy=nearest(name, tuple(PARTS))
+                )
+        return Recompute(kind, parts=sum(bit for part, bit in PART_BITS.items() if part in names))
+    raise InputError(
+        f"recompute={word!r} is unknown",
+        place="layout",
+        remedy="use none, selective, full, full:N (N layers a stage) or selective:core_attn+layernorm and the like",
+    )
+
+
+def parts_with(operator: str) -> int:
+    """Sum of the bits of the parts that hold `operator`."""
+    return sum(PART_BITS[part] for part, operators in PARTS.items() if operator in operators)
