@@ -165,35 +165,6 @@ def test_recompute_trades_time_for_memory() -> None:
     assert peaks[0] >= peaks[1] > peaks[2] > peaks[3]
 
 
-def test_recompute_by_parts() -> None:
-    """Megatron's own choice is core_attn by name; each part more keeps less and takes longer; parts of a layer stay below all of it."""
-    base = "dp=2 tp=8 pp=4 attention=unfused sequence_parallel=true recompute="
-    own, core, both, most, full = (
-        answer(base + word, seq=4096)
-        for word in (
-            "selective",
-            "selective:core_attn",
-            "selective:core_attn+layernorm",
-            "selective:core_attn+layernorm+mlp",
-            "full",
-        )
-    )
-    for part in ("memory", "time"):
-        assert core[part] == own[part]
-    seconds = [got["time"]["recompute_s"] for got in (core, both, most, full)]
-    activations = [got["memory"]["stages"][0]["activations_bytes"] for got in (core, both, most, full)]
-    assert 0 < seconds[0] < seconds[1] < seconds[2] < seconds[3]
-    assert activations[0] > activations[1] > activations[2] > activations[3]
-    assert most["time"]["tp_exposed_s"] > both["time"]["tp_exposed_s"] == core["time"]["tp_exposed_s"]
-    assert both["layout"]["recompute"] == "selective:core_attn+layernorm"
-
-
-def test_unknown_parts_are_refused_by_the_runtime() -> None:
-    got = answer("dp=2 tp=8 pp=4 recompute=selective:qkv+core_attn", seq=4096)
-    refused = {rejection["rule"]: rejection["remedy"] for rejection in got["rejections"]}
-    assert "core_attn+layernorm+act+mlp" in refused["runtime-recompute-parts"]
-
-
 def test_uneven_stages_move_memory_and_time() -> None:
     even = answer("dp=8 tp=4 pp=4 zero=1 recompute=full")
     heavy_last = answer("dp=8 tp=4 pp=4 zero=1 recompute=full stage_layers=19,19,19,23")
