@@ -174,7 +174,7 @@ def test_published_rates_of_megatron_deepspeed() -> None:
 
 
 def test_selective_recompute_repeats_the_attention_core() -> None:
-    """Hardware FLOP of selective recompute: 24 B s l h^2 (s / 6h) more than the model's (arXiv 2205.05198, appendix A)."""
+    """Hardware FLOP of selective recompute: scores and weighted sum once more, 4 B s^2 h = 24 B s h^2 (s / 6h) a layer."""
     model, b, s = load_model("gpt3-175b"), 64, 2048
     got = states_of("tp=8 pp=8 sequence_parallel=true recompute=selective", model, "megatron-2021", b, s)
     added = 24 * b * s * model.layer_count * model.hidden**2 * s / (6 * model.hidden)

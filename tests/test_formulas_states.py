@@ -211,3 +211,15 @@ def test_gpipe_with_recompute_keeps_the_inputs_of_all_micro_batches(schedule: st
     entering = 2.0 * tokens * kind.hidden
     expected = held * (layers * entering + 8 * tokens) + whole - entering  # 8 bytes a token id
     assert float(got.stages["activations"][0, 0]) == pytest.approx(expected, rel=1e-9)
+
+
+def test_buckets_of_deepspeed() -> None:
+    """reduce_bucket_size and allgather_bucket_size, 5e8 elements each by default, in 16 bit (DeepSpeed's ds_config)."""
+    got = estimate(
+        model=load_model("llama-2-7b"),
+        job=Job(seq=2048, global_batch=64),
+        cluster=load_cluster("h100-ib", gpus=8),
+        layouts=parse_layout("dp=8 zero=2 recompute=full"),
+        runtime="deepspeed",
+    )
+    assert float(got.stages["buffers"][0, 0]) == 2 * 5e8 * 2
