@@ -9,8 +9,8 @@ values together:
     ulysses      all-to-alls of q, k, v and the output, forward and backward (arXiv 2309.14509, section 3.2)
     all_gather   gathers kv, again in the backward, and reduce-scatters their gradients (Llama 3, arXiv 2407.21783, section 3.3.2)
 
-Ring passes hide behind the attention of the block in hand, the rest is exposed. Not modelled: the kernels that merge partial
-outputs, and what smaller blocks cost the attention kernel.
+Ring passes hide behind the attention of the block in hand, the rest is exposed. What merging partial outputs and smaller blocks cost
+is a share of the attention's rate, the runtime's (`ring_attention_rate`).
 """
 
 from __future__ import annotations

@@ -4,11 +4,15 @@ Per rank and step, in elements of the rank's parameters P (ZeRO, arXiv 1910.0205
 1 and 2 reduce-scatter and all-gather (2 P); stage 3 gathers in forward and in backward and reduce-scatters (3 P). The runtime
 says which of these repeat for every micro-batch. Under HSDP the shards are all-reduced between replicas. Context-parallel ranks
 see other tokens with the same parameters, so they reduce and shard like data-parallel ones: groups have dp * cp ranks, tp apart.
+
+Gradients go in buckets (a layer's, or so many parameters'), and so do parameters gathered after the update; ZeRO-3 gathers layers one
+ahead. The last bucket of a backward is ready when nothing is left to compute, the first gather of a forward when nothing has begun:
+one message of each pass is always exposed (PyTorch DDP, arXiv 2006.15704, section 3.2.3; FSDP, arXiv 2304.11277, section 3.3).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,14 +29,16 @@ FULL = RECOMPUTE.index("full")
 
 @dataclass(frozen=True, kw_only=True)
 class Exchange:
-    """Seconds for N layouts, each (N,), before overlap."""
+    """Seconds for N layouts, each (N,), before overlap, and the messages of one pass over all states."""
 
     reduce_s: FloatArray
     gather_s: FloatArray
+    reduce_messages: FloatArray
+    gather_messages: FloatArray
 
     def take(self, rows: NDArray[np.integer]) -> Exchange:
         """The rows at `rows`."""
-        return Exchange(reduce_s=self.reduce_s[rows], gather_s=self.gather_s[rows])
+        return Exchange(**{name: getattr(self, name)[rows] for name in self.__dataclass_fields__})
 
 
 def one_exchange_s(
@@ -48,12 +54,27 @@ def one_exchange_s(
     """One reduction and one gather of all states of a rank that owns `parameters` parameters in `units` equal groups (layers)."""
     step, shards = layouts.tp.astype(np.float64), layouts.zero_ranks.astype(np.float64)
     replicas = layouts.dp * layouts.cp / shards
-    reduced, gathered = units * communication.reduce_messages, units * communication.gather_messages
+    reduced, gathered = _messages(layouts, communication, parameters, units)
     message = parameters * gradient_bytes / reduced
     reduce = collective_s(tiers, "reduce_scatter", message, shards, step)
     reduce = reduce + collective_s(tiers, "all_reduce", message / shards, replicas, step * shards)
     gather = collective_s(tiers, "all_gather", parameters * parameter_bytes / gathered, shards, step)
-    return Exchange(reduce_s=reduced * reduce, gather_s=gathered * gather)
+    return Exchange(
+        reduce_s=reduced * reduce, gather_s=gathered * gather, reduce_messages=reduced, gather_messages=gathered
+    )
+
+
+def _messages(
+    layouts: LayoutTable, communication: Communication, parameters: FloatArray, units: FloatArray
+) -> tuple[FloatArray, FloatArray]:
+    """(reductions, gathers) that all states of a rank take: by buckets, or so many for each layer."""
+    reduced, gathered = units * communication.reduce_messages, units * communication.gather_messages
+    if not communication.bucket_parameters:
+        return reduced, gathered
+    ranks = (layouts.dp * layouts.cp).astype(np.float64)
+    bucket = np.maximum(communication.bucket_parameters, communication.bucket_parameters_per_rank * ranks)
+    buckets = np.maximum(np.ceil(parameters / bucket), 1.0)
+    return buckets, np.where(np.isin(layouts.zero, communication.gather_every_micro_batch), gathered, buckets)
 
 
 def exchange_s(
@@ -74,7 +95,7 @@ def exchange_s(
     gathers = np.where(again, gathers + kept_share * (kept - gathers), gathers)
     released = (unit_parameters > communication.reuse_distance) & (layouts.recompute == FULL)
     gathers = np.where(again & released, 1.5 * gathers, gathers)
-    return Exchange(reduce_s=one.reduce_s * reductions, gather_s=one.gather_s * gathers)
+    return replace(one, reduce_s=one.reduce_s * reductions, gather_s=one.gather_s * gathers)
 
 
 def exchange_counts(
@@ -111,15 +132,19 @@ def exposed_exchange_s(
 ) -> tuple[FloatArray, FloatArray]:
     """(exposed, hidden) seconds per step; `forward_s` and `backward_s` are compute of one micro-batch that can hide it.
 
-    What repeats hides behind all micro-batches, what happens once behind one of them; the overlap share is the runtime's.
+    What repeats hides behind all micro-batches, what happens once behind one of them; the overlap share is the runtime's, of all
+    messages of a pass but one.
     """
     zero = layouts.zero
     reducing = np.where(reduces_often(layouts, communication), micro_batches, 1.0) * backward_s
     every = np.isin(zero, communication.gather_every_micro_batch)
     gathering = np.where(every, micro_batches * (forward_s + backward_s), forward_s)
-    hidden_reduce = np.minimum(communication.reduce_overlap * exchange.reduce_s, reducing)
+    behind = communication.reduce_overlap * (1.0 - 1.0 / exchange.reduce_messages)
+    hidden_reduce = np.minimum(behind * exchange.reduce_s, reducing)
     # gathers and reductions that both repeat share the same backward compute
     left = np.maximum(gathering - np.where(every, hidden_reduce, 0.0), 0.0)
-    hidden_gather = np.minimum(communication.gather_overlap * exchange.gather_s, left)
+    share = np.where(every, communication.prefetch_overlap, communication.gather_overlap)
+    share = share * (1.0 - 1.0 / exchange.gather_messages)
+    hidden_gather = np.minimum(share * exchange.gather_s, left)
     hidden = hidden_reduce + hidden_gather
     return exchange.reduce_s + exchange.gather_s - hidden, hidden

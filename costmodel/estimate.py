@@ -139,7 +139,7 @@ def estimate(
     table = layout_table([layouts]) if isinstance(layouts, Layout) else layouts
     chosen = load_runtime(runtime) if isinstance(runtime, str) else runtime
     used = fitted() if constants is None else constants
-    chosen = with_fitted_runtime(chosen, used)
+    chosen = with_fitted_runtime(chosen, cluster, used)
     cluster = with_fitted_cluster(cluster, used)
     if cluster.gpu.device == "cpu":
         chosen = without_overlap(chosen)

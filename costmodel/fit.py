@@ -95,22 +95,24 @@ class Space:
 
     def vector(self, constants: Fitted) -> FloatArray:
         """Tables as a vector, priors where absent."""
-        given = {"architecture": constants.architecture, "runtime": constants.runtime}
         x = self.prior.copy()
         for i, (table, entry, name) in enumerate(self.names):
-            value = given[table].get(entry, {}).get(name)
+            value = constants.table(table).get(entry, {}).get(name)
             if value is not None:
                 x[i] = value if name in SHARES else np.log(value)
         return np.clip(x, self.low, self.high)
 
 
-def fit_space(rows: Sequence[FitRow]) -> Space:
-    """Constants of every architecture and runtime that occurs in `rows`."""
+def fit_space(rows: Sequence[FitRow], only: Fitted | None = None) -> Space:
+    """Constants of every architecture and runtime that occurs in `rows`; with `only` those that it has."""
     entries = sorted({key for row in rows for key in row.keys})
     names: list[Constant] = []
     bounds: list[tuple[float, float, float, float]] = []
     for table, entry in entries:
+        kept = None if only is None else only.table(table).get(entry, {})
         for name, given in (ARCHITECTURE_BOUNDS if table == "architecture" else RUNTIME_BOUNDS).items():
+            if kept is not None and name not in kept:
+                continue
             low, high, prior, deviation = given
             names.append((table, entry, name))
             if name in SHARES:
@@ -119,6 +121,20 @@ def fit_space(rows: Sequence[FitRow]) -> Space:
                 bounds.append((np.log(max(low, 1e-3)), np.log(high), np.log(prior), deviation))
     table_of = np.asarray(bounds).T
     return Space(names=tuple(names), low=table_of[0], high=table_of[1], prior=table_of[2], deviation=table_of[3])
+
+
+INFORMED = 0.05
+"""A constant is only fitted when moving it over its deviation moves the rows together by this much (root of the sum of squared
+logarithms); the others keep what the runtime's or machine's own file says."""
+
+
+def informed(space: Space, jacobian: FloatArray) -> Space:
+    """The constants that the rows can tell something about."""
+    tells = np.sqrt((jacobian**2).sum(axis=0)) * space.deviation >= INFORMED
+    return Space(
+        names=tuple(name for name, kept in zip(space.names, tells, strict=True) if kept),
+        **{field: getattr(space, field)[tells] for field in ("low", "high", "prior", "deviation")},
+    )
 
 
 def log_ratios(rows: Sequence[FitRow], constants: Fitted) -> FloatArray:
@@ -159,27 +175,33 @@ def cost(ratios: FloatArray, weights: FloatArray, space: Space, x: FloatArray) -
     return float(data.sum() + (((x - space.prior) / space.deviation) ** 2).sum())
 
 
-def fit(rows: Sequence[FitRow], space: Space, start: FloatArray, *, passes: int = 6) -> tuple[FloatArray, FloatArray]:
-    """(best vector, log ratios there) by Gauss-Newton with damping that grows when a step does not help."""
+def fit(rows: Sequence[FitRow], space: Space, start: FloatArray, *, passes: int = 4) -> tuple[FloatArray, FloatArray]:
+    """(best vector, log ratios there) by Gauss-Newton with damping that grows when a step does not help.
+
+    Derivatives change slowly and cost about as much as a dozen predictions of all rows: a pass takes several steps on the same ones.
+    """
     weights, x = row_weights(rows), start
     ratios = log_ratios(rows, space.constants(x))
     best, damping = cost(ratios, weights, space, x), 1.0
     for _ in range(passes):
-        jacobian = log_ratio_jacobian(rows, space, x, ratios)
-        for _ in range(4):
+        jacobian, before = log_ratio_jacobian(rows, space, x, ratios), best
+        for _ in range(STEPS_A_PASS):
             candidate = _weighted_step(ratios, jacobian, weights, space, x, damping)
             tried = log_ratios(rows, space.constants(candidate))
             reached = cost(tried, weights, space, candidate)
-            if reached < best:
+            if reached >= best:
+                damping *= 4.0
+                continue
+            gained = best - reached
+            x, ratios, best, damping = candidate, tried, reached, damping / 3.0
+            if gained < 1e-3 * best:
                 break
-            damping *= 4.0
-        else:
-            break
-        gained = best - reached
-        x, ratios, best, damping = candidate, tried, reached, damping / 3.0
-        if gained < 1e-3 * best:
+        if before - best < 1e-3 * best:
             break
     return x, ratios
+
+
+STEPS_A_PASS = 6
 
 
 def left_out_ratios(
@@ -203,7 +225,7 @@ def left_out_ratios(
 def left_out_errors(rows: Sequence[FitRow]) -> dict[str, dict[str, float | int | None]]:
     """Errors of step time with the shipped constants: in sample, and with each row's source and model, or source, left out; of all
     rows, and of those not in fp8 where there are both."""
-    space = fit_space(rows)
+    space = fit_space(rows, only=fitted())
     x = space.vector(fitted())
     ratios = log_ratios(rows, space.constants(x))
     groups: dict[str, list[tuple[str, ...]]] = {

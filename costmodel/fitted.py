@@ -21,18 +21,21 @@ from shardplan.hw_profiles.machine import Cluster, EfficiencyCurve, Node
 ARCHITECTURE_BOUNDS: Mapping[str, tuple[float, float, float, float]] = {
     "gemm": (0.5, 1.15, 0.95, 0.08),
     "memory": (0.5, 1.08, 0.95, 0.1),
+    "attention": (0.6, 1.5, 1.0, 0.15),
     "link": (0.5, 1.6, 1.0, 0.2),
+    "network": (0.5, 1.6, 1.0, 0.2),
 }
 """Constant -> lowest, highest, what physics suggests, and how sure that is (standard deviation of the logarithm)."""
 RUNTIME_BOUNDS: Mapping[str, tuple[float, float, float, float]] = {
     "elementwise_traffic": (0.7, 4.0, 1.4, 0.35),
     "attention_rate": (0.7, 1.6, 1.0, 0.15),
     "tensor_overlap": (0.0, 0.9, 0.1, 0.3),
-    "gather_overlap": (0.0, 1.0, 0.7, 0.3),
+    "gather_overlap": (0.0, 1.0, 0.5, 0.3),
+    "prefetch_overlap": (0.0, 1.0, 0.7, 0.3),
     "reduce_overlap": (0.0, 1.0, 0.7, 0.3),
 }
 """The same per runtime; shares have their deviation in absolute terms."""
-SHARES = ("tensor_overlap", "gather_overlap", "reduce_overlap")
+SHARES = ("tensor_overlap", "gather_overlap", "prefetch_overlap", "reduce_overlap")
 """Constants that are shares of communication; the others scale."""
 
 Table = Mapping[str, Mapping[str, float]]
@@ -44,6 +47,10 @@ class Fitted:
 
     architecture: Table
     runtime: Table
+
+    def table(self, name: str) -> Table:
+        """`architecture` or `runtime` by that name."""
+        return self.architecture if name == "architecture" else self.runtime
 
     @property
     def count(self) -> int:
@@ -59,12 +66,16 @@ def fitted() -> Fitted:
     return Fitted(architecture=document.get("architecture", {}), runtime=document.get("runtime", {}))
 
 
-def with_fitted_runtime(runtime: Runtime, constants: Fitted) -> Runtime:
-    """The runtime with its fitted constants, changed by switches as much as the values of its file were."""
+def with_fitted_runtime(runtime: Runtime, cluster: Cluster, constants: Fitted) -> Runtime:
+    """The runtime with its fitted constants, changed by switches as much as the values of its file were; attention also by what the
+    cluster's GPU sustains, unless that was measured."""
     given = constants.runtime.get(runtime.name.partition("+")[0], {})
     values = {name: value * runtime.switched.get(name, 1.0) for name, value in given.items()}
     execution = {name: value for name, value in values.items() if name not in SHARES}
     communication = {name: value for name, value in values.items() if name in SHARES}
+    on_gpu = constants.architecture.get(cluster.gpu.architecture, {}).get("attention", 1.0)
+    if not any("gpu.attention_efficiency" in path for path in _measured(cluster)):
+        execution["attention_rate"] = on_gpu * execution.get("attention_rate", runtime.execution.attention_rate)
     return replace(
         runtime,
         execution=replace(runtime.execution, **execution),
@@ -72,11 +83,20 @@ def with_fitted_runtime(runtime: Runtime, constants: Fitted) -> Runtime:
     )
 
 
+def _measured(cluster: Cluster) -> set[str]:
+    """Figures of the profile that were measured on the machine itself."""
+    return {path for path, source in cluster.provenance.items() if source.kind == "measured"}
+
+
 def with_fitted_cluster(cluster: Cluster, constants: Fitted) -> Cluster:
     """The cluster at the rates that training sustains; curves with source kind `measured` stay as they are."""
-    measured = {path for path, source in cluster.provenance.items() if source.kind == "measured"}
+    measured = _measured(cluster)
     runs = tuple((_fitted_node(node, constants, measured), count) for node, count in cluster.node_runs)
-    return replace(cluster, node_runs=runs)
+    network = cluster.network
+    if not any("network.efficiency" in path for path in measured):
+        factor = constants.architecture.get(cluster.gpu.architecture, {}).get("network", 1.0)
+        network = replace(network, efficiency=_scaled(network.efficiency, factor))
+    return replace(cluster, node_runs=runs, network=network)
 
 
 def _fitted_node(node: Node, constants: Fitted, measured: Collection[str]) -> Node:

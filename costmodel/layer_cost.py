@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from shardplan.costmodel.attention_time import AttentionShape, fused_attention_s, unfused_attention_s
 from shardplan.costmodel.collectives import collective_s
-from shardplan.costmodel.context_parallel import context_seconds, transient_bytes
+from shardplan.costmodel.context_parallel import RING, context_seconds, transient_bytes
 from shardplan.costmodel.job import BYTES_OF, OUTSIDE_PRODUCTS
 from shardplan.costmodel.kernels_time import gemm_s, memory_bound_s
 from shardplan.costmodel.operators import Op, Shapes
@@ -216,7 +216,8 @@ def _attention_seconds(
     """(forward, backward) seconds of the attention core, fused where `shapes.flash`."""
     curve = gpu.attention_curve(runtime.execution.attention_kernels)
     fused = fused_attention_s(gpu, precision, curve, shape)
-    rate = runtime.execution.attention_rate
+    ring = (np.asarray(shapes.cp) > 1) & (np.asarray(shapes.cp_kind) == RING)
+    rate = runtime.execution.attention_rate * np.where(ring, runtime.execution.ring_attention_rate, 1.0)
     if shapes.flash.all():
         return fused[0] / rate, fused[1] / rate
     unfused = unfused_attention_s(gpu, precision, shapes.element_bytes, shape, softmax_traffic)

@@ -167,6 +167,8 @@ class Execution(_FromFile):
     """Attention core relative to the published rates of its kernels."""
     compute_slowdown: float
     """Fraction by which compute slows while communication hides behind it."""
+    ring_attention_rate: float = 1.0
+    """What is left of the rate when attention runs block by block in a ring of context parallelism, merging partial outputs."""
     cast_bytes: float = 4.0
     """Traffic per element to cast an operand of an fp8 product: 4 reads 16 bits and writes 8 as it is and transposed, the scale
     known beforehand (Transformer Engine's delayed scaling)."""
@@ -194,6 +196,9 @@ class Communication(_FromFile):
     selective_repeats_tensor_sp: float
     tensor_overlap: float
     gather_overlap: float
+    """Of parameters gathered once a step, after the update."""
+    prefetch_overlap: float
+    """Of parameters gathered for every micro-batch, ahead of their layers."""
     reduce_overlap: float
     pipeline_overlap: float
     pipeline_scatter: bool
@@ -203,6 +208,11 @@ class Communication(_FromFile):
     reuse_distance: float = float("inf")
     """ZeRO-3: a layer of more parameters (of a rank, whole) is released after its recomputation and gathered once more for the
     backward."""
+    bucket_parameters: float = 0.0
+    """Parameters whose gradients are reduced in one collective, and that are gathered in one after the update; 0: those of a layer
+    (or of each of its messages). Gathers of every micro-batch go by layers all the same."""
+    bucket_parameters_per_rank: float = 0.0
+    """A bucket holds at least this many for each data-parallel rank."""
     context_overlap: float = 1.0
     """Share of a ring pass of context parallelism that attention can hide."""
 
@@ -248,6 +258,7 @@ def without_overlap(runtime: Runtime) -> Runtime:
         tensor_overlap=0.0,
         async_tensor_overlap=0.0,
         gather_overlap=0.0,
+        prefetch_overlap=0.0,
         reduce_overlap=0.0,
         pipeline_overlap=0.0,
         context_overlap=0.0,

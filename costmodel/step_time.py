@@ -18,7 +18,7 @@ from shardplan.costmodel.kernels_time import memory_bound_s
 from shardplan.costmodel.keys import unique_keys
 from shardplan.costmodel.layer_cost import BACKWARD_LAUNCHES
 from shardplan.costmodel.layout import LayoutTable
-from shardplan.costmodel.memory import gradient_bytes, parameter_bytes
+from shardplan.costmodel.memory import gradient_bytes, parameter_bytes, update_traffic_bytes
 from shardplan.costmodel.model import Model
 from shardplan.costmodel.offload import optimizer_offload_s
 from shardplan.costmodel.pipeline import bubble_hops, hop_share
@@ -29,9 +29,6 @@ from shardplan.hw_profiles.topology import TierTable
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
-
-UPDATE_BYTES = {"adamw": 30.0, "sgd": 14.0}
-"""Memory traffic of the update of one parameter: fp32 master and moments read and written, gradient read, 16-bit copy written."""
 
 
 def pace_keys(layouts: LayoutTable, runtime: Runtime) -> tuple[IntArray, IntArray]:
@@ -96,7 +93,7 @@ def step_time(
     """(seconds by part with `step_s`, hidden seconds by axis), columns of shape (N,), from the columns of `pipeline_pace`."""
     dp_exposed, dp_hidden = _data_parallel(model, job, layouts, runtime, tiers, pace, micro_batches)
     updated = pace["owned"] / layouts.zero_ranks
-    optimizer = memory_bound_s(cluster.gpu, UPDATE_BYTES[job.optimizer] * updated)
+    optimizer = memory_bound_s(cluster.gpu, update_traffic_bytes(runtime, job) * updated)
     offloaded = layouts.offload_optimizer > 0
     offload, offload_hidden = optimizer_offload_s(
         cluster.node,
@@ -318,7 +315,8 @@ def _data_parallel(
     """
     element = gradient_bytes(runtime, job)
     content = (layouts.pp, layouts.virtual_stages, layouts.split, layouts.v_placed.astype(np.int64))
-    first, inverse = unique_keys(layouts.tp, *content, layouts.dp * layouts.cp, layouts.zero_ranks)
+    gathers_layers = (layouts.zero == 3).astype(np.int64)
+    first, inverse = unique_keys(layouts.tp, *content, layouts.dp * layouts.cp, layouts.zero_ranks, gathers_layers)
     one = one_exchange_s(
         tiers,
         layouts.take(first),

@@ -112,7 +112,7 @@ def test_the_estimate_gathers_what_stays_whole_once() -> None:
 
 def _all_data_parallel_s(runtime: Runtime) -> float:
     """Two gathers and a reduction in bf16 of one micro-batch, nothing hidden."""
-    exposed = replace(runtime.communication, gather_overlap=0.0, reduce_overlap=0.0)
+    exposed = replace(runtime.communication, gather_overlap=0.0, prefetch_overlap=0.0, reduce_overlap=0.0)
     got = estimate(
         model=load_model("llama-3-70b"),
         job=Job(seq=8192, global_batch=64, grad_dtype="bf16"),

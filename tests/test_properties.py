@@ -144,7 +144,10 @@ def test_hidden_and_exposed_communication_are_all_of_it(case: Case) -> None:
     behind comes on top. Tensor parallel: the runtime's share hides."""
     runtime = case.setting.runtime
     share = runtime.communication.tensor_overlap
-    exposing = replace(runtime, communication=replace(runtime.communication, gather_overlap=0.0, reduce_overlap=0.0))
+    exposing = replace(
+        runtime,
+        communication=replace(runtime.communication, gather_overlap=0.0, prefetch_overlap=0.0, reduce_overlap=0.0),
+    )
     hides, shows = (case.estimates(runtime=one, constants=NOT_FITTED) for one in (runtime, exposing))
     assert (shows.hidden["dp_s"] == 0).all()
     exposed = hides.time["dp_exposed_s"] - runtime.execution.compute_slowdown * hides.hidden["dp_s"]
@@ -160,7 +163,7 @@ NOT_FITTED = Fitted(architecture={}, runtime={})
 def test_fitted_constants_are_applied_once(case: Case) -> None:
     """The estimate is that of a runtime and a cluster with the constants, taken as they are."""
     once = case.estimates(
-        runtime=with_fitted_runtime(case.setting.runtime, fitted()),
+        runtime=with_fitted_runtime(case.setting.runtime, case.setting.cluster, fitted()),
         cluster=with_fitted_cluster(case.setting.cluster, fitted()),
         constants=NOT_FITTED,
     )
@@ -301,7 +304,8 @@ def test_twice_the_data_parallel_ranks_do_half_the_work_each(case: Case) -> None
 @given(cases())
 def test_bytes_follow_the_dtype(case: Case) -> None:
     """Gradients in fp32 take twice the bytes of bf16 where they follow the job's word; fp32 activations twice those of bf16, but
-    for the fp32 sums of fused attention and dropout masks, which never change."""
+    for the fp32 sums of fused attention and dropout masks, which never change. No step is slower in bf16, its update aside, which
+    writes a 16-bit copy more."""
     runtime, job = case.setting.runtime, case.setting.job
     states = runtime.states.get("bf16")
     if job.precision == "bf16" and states is not None and {"bf16", "fp32"} <= set(states.gradient_dtypes):
@@ -323,7 +327,8 @@ def test_bytes_follow_the_dtype(case: Case) -> None:
         )
         assert (full.stages["activations"] <= 2 * half.stages["activations"] * (1 + SLACK)).all()
         assert (full.stages["activations"] >= half.stages["activations"] * (1 - SLACK)).all()
-        ordered(half.step_s, full.step_s, case.layouts)
+        least, most = (found.step_s - found.time["optimizer_s"] for found in (half, full))
+        ordered(least, most, case.layouts)
 
 
 @FEW

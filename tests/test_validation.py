@@ -122,7 +122,7 @@ def test_fitted_constants_are_few_and_bounded() -> None:
 def test_what_a_machine_measured_is_not_scaled() -> None:
     cluster = load_cluster("h100-ib", gpus=8)
     own = Source(kind="measured", text="this machine")
-    paths = ("gpu.gemm_efficiency.default", "gpu.memory_efficiency", "intra.efficiency")
+    paths = ("gpu.gemm_efficiency.default", "gpu.memory_efficiency", "node.intra.efficiency", "network.efficiency")
     calibrated = replace(cluster, provenance=dict.fromkeys(paths, own))
     assert with_fitted_cluster(calibrated, fitted()) == calibrated
     scaled = with_fitted_cluster(cluster, fitted())

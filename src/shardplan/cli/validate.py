@@ -69,7 +69,7 @@ def _refit(rows: list[Row], out: Path) -> None:
     """Fit from the shipped constants and write the file."""
     import numpy as np
 
-    from shardplan.costmodel.fit import fit, fit_rows, fit_space, fitted_text
+    from shardplan.costmodel.fit import fit, fit_rows, fit_space, fitted_text, informed, log_ratio_jacobian, log_ratios
     from shardplan.costmodel.fitted import fitted
     from shardplan.hw_profiles.errors import InputError
 
@@ -79,6 +79,8 @@ def _refit(rows: list[Row], out: Path) -> None:
     if not usable:
         raise InputError("no row has a step time that the model covers", place="FILE.csv", remedy="give more rows")
     space = fit_space(usable)
+    x = space.vector(fitted())
+    space = informed(space, log_ratio_jacobian(usable, space, x, log_ratios(usable, space.constants(x))))
     x, ratios = fit(usable, space, space.vector(fitted()))
     constants = space.constants(x)
     text = fitted_text(constants, f"{len(usable)} rows of {len({r.source for r in usable})} sources")
