@@ -8,13 +8,20 @@ from typing import Any, TypeVar, cast, get_args
 from pydantic import BaseModel, ValidationError
 
 from shardplan.hw_profiles.errors import InputError, nearest
-from shardplan.hw_profiles.schema import AttentionPlateaus, Curve, Sourced
+from shardplan.hw_profiles.schema import AttentionPlateaus
+from shardplan.hw_profiles.schema_values import Curve, Flag, Sourced
 
 FILE_WORDS = ("base", "source", "source_kind")
 """Words any table of a file may have besides its fields."""
 
 _LIMITS = {"greater_than": "above", "greater_than_equal": "at least", "less_than_equal": "at most"}
-_TYPES = {"int_type": "a whole number", "float_type": "a number", "string_type": "a text", "list_type": "a list"}
+_TYPES = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "string_type": "a text",
+    "list_type": "a list",
+    "bool_type": "true or false",
+}
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
@@ -89,4 +96,6 @@ def _wanted(model: type[BaseModel], keys: Sequence[object]) -> str:
         return "a table"
     if issubclass(here, AttentionPlateaus):
         return "a table of head dims, plateaus and ramps"
+    if issubclass(here, Flag):
+        return "true or false"
     return "a curve (a table of sizes and fractions)" if issubclass(here, Curve) else "a number"

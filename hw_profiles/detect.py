@@ -17,15 +17,31 @@ from shardplan.hw_profiles.document import Document, part_document
 from shardplan.hw_profiles.errors import InputError
 
 _GPU_NAMES: tuple[tuple[str, str, str], ...] = (
+    (r"A100.*PCIe.*80|A100 80GB PCIe", "a100-80gb-pcie", "8x-a100-pcie"),
+    (r"A100.*PCIe.*40", "a100-40gb-pcie", "8x-a100-pcie"),
     (r"A100.*80", "a100-80gb", "dgx-a100"),
     (r"A100.*40", "a100-40gb", "dgx-a100"),
+    (r"A800-SXM.*80", "a800-80gb", "hgx-a800"),
     (r"GB200", "gb200", "dgx-b200"),
     (r"B200", "b200", "dgx-b200"),
     (r"B300", "b300", "dgx-b200"),
     (r"H200(?! NVL)", "h200", "hgx-h200"),
-    (r"H100(?! PCIe| NVL)", "h100-sxm", "dgx-h100"),
+    (r"H100 NVL", "h100-nvl", "8x-h100-pcie"),
+    (r"H100 PCIe", "h100-pcie", "8x-h100-pcie"),
+    (r"H100", "h100-sxm", "dgx-h100"),
+    (r"H800(?! PCIe| NVL)", "h800", "hgx-h800"),
+    (r"H20(?!\d)", "h20", "hgx-h20"),
+    (r"V100-SXM.*16", "v100-16gb", "dgx-1v"),
     (r"V100-SXM", "v100-32gb", "dgx-2"),
+    (r"L40S", "l40s", "8x-a100-pcie"),
+    (r"\bL4\b", "l4", "8x-a100-pcie"),
+    (r"\bA10\b", "a10", "8x-a100-pcie"),
+    (r"\bA40\b", "a40", "8x-a100-pcie"),
+    (r"RTX A6000", "a6000", "8x-a100-pcie"),
+    (r"RTX 6000 Ada", "rtx6000-ada", "8x-a100-pcie"),
+    (r"RTX 3090(?! Ti)", "rtx3090", "8x4090"),
     (r"RTX 4090(?! D| Laptop)", "rtx4090", "8x4090"),
+    (r"RTX 5090(?! D| Laptop)", "rtx5090", "8x5090"),
 )
 """nvidia-smi name, catalog GPU, catalog node whose NVLink and host stand in for what cannot be asked."""
 _COMMAND_SECONDS = 10

@@ -1,13 +1,15 @@
 """TOML files to one merged document: a part starts from its base, a file's own words win, every number keeps its source.
 
 A number may stand bare or as { value = x, source = "...", source_kind = "..." }; `source` and `source_kind` of a table hold for
-what is below it. After merging, every number and every curve carries both.
+what is below it. After merging, every number and every curve carries both. Two words of any table say what its base's are worth here:
+`without = ["nvme"]` takes some away, `borrowed = "why"` makes all of them guesses.
 """
 
 from __future__ import annotations
 
 import tomllib
 from dataclasses import dataclass
+from datetime import date
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -28,6 +30,7 @@ _SECTIONS: dict[PartKind, dict[str, PartKind]] = {
     "clusters": {"node": "nodes", "gpu": "gpus", "network": "networks"},
 }
 """The sections of a file that may start from a part of their own; a node brings its GPU along, so nodes come first."""
+_MERGE_WORDS = ("borrowed", "without")
 _DEEPEST_BASE = 8
 _CURVE_WORDS = {"value", "fraction", "head_dim"}
 """A table with one of these is a number or a curve: it carries its source, and replaces another as a whole."""
@@ -146,7 +149,7 @@ def _expand(kind: PartKind, file: _File, depth: int) -> Document:
         brought = resolve(part, words.pop("base"))
         start = {**start, **(brought if part == "nodes" else {section: brought})}
         table[section] = words
-    merged = merge(start, table)
+    merged = merge(start, table, file.place)
     if kind == "nodes":
         return {**merged, "node": _named(merged["node"], table["node"].get("name", file.stem))}
     return _named(merged, table.get("name", file.stem))
@@ -163,17 +166,18 @@ def _hoist_gpu(table: Document) -> Document:
 
 
 def _with_sources(table: Document, inherited: Source, place: str) -> Document:
-    """A copy of `table` in which every number and every curve names its source, and tables no longer do."""
+    """A copy of `table` in which every number, flag and curve names its source, and tables no longer do."""
     own = _own_source(table, inherited, place)
     words = {key: value for key, value in table.items() if key not in ("source", "source_kind")}
     if _CURVE_WORDS & words.keys() or any(key.startswith("size_") for key in words):
-        return {**words, "source": own.text, "source_kind": own.kind}
+        dated = {key: str(value) for key, value in words.items() if isinstance(value, date)}
+        return {**words, **dated, "source": own.text, "source_kind": own.kind}
     done: Document = {}
     for key, value in words.items():
         inner = as_table(value)
         if inner is not None:
             done[key] = _with_sources(inner, own, place)
-        elif isinstance(value, int | float) and not isinstance(value, bool):
+        elif isinstance(value, int | float):
             done[key] = {"value": value, "source": own.text, "source_kind": own.kind}
         else:
             done[key] = value
@@ -190,14 +194,52 @@ def _own_source(table: Document, inherited: Source, place: str) -> Source:
     return Source(kind=kind, text=text)
 
 
-def merge(base: Document, over: Document) -> Document:
-    """`over` laid on `base`, table by table; a number or a curve replaces the other with its source."""
-    merged = dict(base)
+def merge(base: Document, over: Document, place: str = "") -> Document:
+    """`over` laid on `base`, table by table; a number or a curve replaces the other with its source.
+
+    `without` and `borrowed` of `over` change the table of `base` beneath it first.
+    """
+    unwanted = _unwanted(base, over, place)
+    merged = {key: value for key, value in base.items() if key not in unwanted}
+    if "borrowed" in over:
+        merged = _guessed(merged, _borrowed_from(over, place))
     for key, value in over.items():
-        old, new = as_table(merged.get(key)), as_table(value)
-        both = old is not None and new is not None and "source" not in old and "source" not in new
-        merged[key] = merge(old or {}, new or {}) if both else value
+        if key in _MERGE_WORDS:
+            continue
+        old, new = as_table(merged.get(key)) or {}, as_table(value)
+        is_leaf = new is None or "source" in new
+        merged[key] = value if is_leaf else merge({} if "source" in old else old, new or {}, place)
     return merged
+
+
+def _unwanted(base: Document, over: Document, place: str) -> list[str]:
+    """What `over` says that the base's table holds and it does not."""
+    words: object = over.get("without", [])
+    if not isinstance(words, list):
+        given = (as_table(words) or {}).get("value", words)
+        raise InputError(f"without = {given!r} is not a list", place=place, remedy='name fields of the base: ["nvme"]')
+    names = [str(word) for word in cast("list[object]", words)]
+    unknown = [name for name in names if name not in base]
+    if unknown:
+        raise InputError(
+            f"without names {unknown[0]!r}, which the base does not have", place=place, remedy=nearest(unknown[0], base)
+        )
+    return names
+
+
+def _borrowed_from(over: Document, place: str) -> str:
+    text: object = over["borrowed"]
+    if not isinstance(text, str) or not text.strip():
+        raise InputError(f"borrowed = {text!r} is not a text", place=place, remedy='say why, as in "as the A100"')
+    return text
+
+
+def _guessed(table: Document, why: str) -> Document:
+    """The table with every number and curve a guess."""
+    if "source" in table:
+        return {**table, "source": why, "source_kind": "guess"}
+    inner = {key: as_table(value) for key, value in table.items()}
+    return {key: _guessed(below, why) if below is not None else table[key] for key, below in inner.items()}
 
 
 def as_table(value: object) -> Document | None:

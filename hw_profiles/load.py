@@ -33,11 +33,12 @@ from shardplan.hw_profiles.machine import (
     Node,
     Nvme,
     Source,
+    Storage,
     plain_attention,
 )
 
 if TYPE_CHECKING:
-    from shardplan.hw_profiles import schema
+    from shardplan.hw_profiles import schema, schema_values
 
 GIGA, MICRO = 1e9, 1e-6
 MIB, GIB = 2.0**20, 2.0**30
@@ -88,6 +89,7 @@ def cluster_from_document(document: Mapping[str, Any], *, place: str = "hardware
         node_runs=((node, part.nodes.value),),
         network=_network(part.network),
         provenance=dict(_provenance(dict(document))),
+        storage=_storage(part.storage) if part.storage else None,
     )
 
 
@@ -133,13 +135,13 @@ def _provenance(table: Document, path: str = "") -> Iterator[tuple[str, Source]]
             yield from _provenance(inner, here)
 
 
-def _curve(part: schema.GflopCurve | schema.MibCurve, unit: float) -> EfficiencyCurve:
+def _curve(part: schema_values.GflopCurve | schema_values.MibCurve, unit: float) -> EfficiencyCurve:
     return EfficiencyCurve(sizes=tuple(size * unit for size in part.sizes()), fractions=tuple(part.fraction))
 
 
 def _gpu(part: schema.GpuPart) -> Gpu:
-    peaks = cast(dict[str, "schema.Positive | None"], dict(part.peak_tflops))
-    curves = cast(dict[str, "schema.GflopCurve | None"], dict(part.gemm_efficiency))
+    peaks = cast(dict[str, "schema_values.Positive | None"], dict(part.peak_tflops))
+    curves = cast(dict[str, "schema_values.GflopCurve | None"], dict(part.gemm_efficiency))
     return Gpu(
         name=part.name,
         vendor=part.vendor,
@@ -207,6 +209,7 @@ def _node(part: schema.NodePart, gpu: Gpu) -> Node:
         else None,
         power_w=part.power_w.value if part.power_w else None,
         usd_per_hour=part.usd_per_hour.value if part.usd_per_hour else None,
+        price_date=part.usd_per_hour.date if part.usd_per_hour else None,
     )
 
 
@@ -221,5 +224,16 @@ def _network(part: schema.NetworkPart) -> Network:
         efficiency=_curve(part.efficiency, MIB),
         leaf_nodes=part.leaf_nodes.value,
         oversubscription=part.oversubscription.value,
+        rail_optimised=part.rail_optimised.value if part.rail_optimised else None,
         point_to_point_fraction=part.point_to_point_fraction.value,
+    )
+
+
+def _storage(part: schema.StoragePart) -> Storage:
+    read, write, capacity = part.read_gb_per_s, part.write_gb_per_s, part.capacity_tb
+    return Storage(
+        kind=part.kind,
+        read_bytes_per_s=read.value * GIGA if read else None,
+        write_bytes_per_s=write.value * GIGA if write else None,
+        capacity_bytes=capacity.value * 1e12 if capacity else None,
     )

@@ -17,6 +17,7 @@ from shardplan.hw_profiles.errors import InputError
 FloatArray = NDArray[np.float64]
 SourceKind = Literal["spec", "measured", "published", "guess"]
 LinkKind = Literal["nvswitch", "mesh", "pcie", "shared_memory", "none"]
+NetworkKind = Literal["infiniband", "roce", "ethernet", "efa", "omni_path", "slingshot", "none"]
 AttentionKernel = Literal["cudnn", "flash3", "flash2", "flash1", "triton", "memory_efficient"]
 """Generations of fused attention (triton: the Triton kernel of 2022). Which runs is the runtime's choice among those the GPU has."""
 
@@ -100,8 +101,8 @@ class Gpu:
     name: str
     vendor: str
     architecture: str
-    device: Literal["cuda", "cpu"]
-    """The torch device type that runs on it (ROCm also says cuda)."""
+    device: Literal["cuda", "cpu", "hpu"]
+    """The torch device type that runs on it (ROCm also says cuda, Gaudi hpu)."""
     peak_flop_per_s: Mapping[str, float]
     """Dense matrix rate by precision word (fp32, tf32, fp16, bf16, fp8, fp4); a missing word = no hardware for it."""
     vector_flop_per_s: float
@@ -188,6 +189,24 @@ class Node:
     power_w: float | None = None
     """Whole node, GPUs included."""
     usd_per_hour: float | None = None
+    """Whole node, on `price_date`."""
+    price_date: str | None = None
+    """A day, month or year in ISO form."""
+
+    @property
+    def usd_per_gpu_hour(self) -> float | None:
+        """The node's price over its GPUs."""
+        return None if self.usd_per_hour is None else self.usd_per_hour / self.gpus
+
+
+@dataclass(frozen=True, kw_only=True)
+class Storage:
+    """What all nodes share for checkpoints and data: the whole of it, not per node; None where nobody says."""
+
+    kind: str | None = None
+    read_bytes_per_s: float | None = None
+    write_bytes_per_s: float | None = None
+    capacity_bytes: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +215,7 @@ class Network:
 
     name: str
     kind: str
-    """infiniband, roce, ethernet, efa, omni_path or none."""
+    """A NetworkKind."""
     nics_per_node: int
     nic_bytes_per_s: float
     """Line rate of one NIC, one direction."""
@@ -207,9 +226,11 @@ class Network:
     efficiency: EfficiencyCurve
     """Fraction of the NIC rate that a collective's bus bandwidth reaches, by bytes; as measured, latency inside."""
     leaf_nodes: int
-    """Nodes below one leaf group."""
+    """Nodes below one leaf group; with `rail_optimised`, those whose NICs of one number meet in one leaf switch."""
     oversubscription: float = 1.0
     """Leaf-down to leaf-up bandwidth; 1 = full bisection."""
+    rail_optimised: bool | None = None
+    """Whether each NIC of a node has a leaf switch of its own (a rail), so that `leaf_nodes` is large; None = nobody says."""
     point_to_point_fraction: float = 0.9
     """Fraction of the NIC rate that one large transfer between two GPUs reaches."""
 
@@ -230,6 +251,7 @@ class Cluster:
     network: Network
     provenance: Mapping[str, Source] = field(default_factory=dict[str, Source])
     """Dotted path of the file key (for instance "gpu.memory_mib") to its source."""
+    storage: Storage | None = None
 
     @property
     def node(self) -> Node:

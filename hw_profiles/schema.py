@@ -8,107 +8,30 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from shardplan.hw_profiles.machine import AttentionKernel, LinkKind, SourceKind
+from shardplan.hw_profiles.machine import AttentionKernel, LinkKind, NetworkKind
+from shardplan.hw_profiles.schema_values import (
+    AtLeastOne,
+    Flag,
+    Fraction,
+    GflopCurve,
+    MibCurve,
+    NonNegative,
+    NonNegativeFloat,
+    Part,
+    Positive,
+    PositiveFloat,
+    Price,
+    Sourced,
+    Whole,
+    WholeOrZero,
+)
 
-PositiveFloat = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
-PositiveWhole = Annotated[int, Field(gt=0, strict=True)]
-NonNegativeWhole = Annotated[int, Field(ge=0, strict=True)]
 PlateauFraction = Annotated[float, Field(gt=0, le=1, strict=True)]
-CurveFraction = Annotated[float, Field(gt=0, le=1.1, strict=True)]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Sourced(_Part):
-    """A number or a curve and where it is from."""
-
-    source: str
-    source_kind: SourceKind
-
-
-class Positive(Sourced):
-    """A number above 0."""
-
-    value: PositiveFloat
-
-
-class NonNegative(Sourced):
-    """A number, 0 or more."""
-
-    value: NonNegativeFloat
-
-
-class Whole(Sourced):
-    """A whole number above 0."""
-
-    value: PositiveWhole
-
-
-class WholeOrZero(Sourced):
-    """A whole number, 0 or more."""
-
-    value: NonNegativeWhole
-
-
-class Fraction(Sourced):
-    """A number above 0, at most 1."""
-
-    value: Annotated[float, Field(gt=0, le=1, strict=True)]
-
-
-class AtLeastOne(Sourced):
-    """A ratio of 1 or more."""
-
-    value: Annotated[float, Field(ge=1, strict=True, allow_inf_nan=False)]
-
-
-class Curve(Sourced):
-    """Fractions of a peak at ascending sizes."""
-
-    fraction: list[CurveFraction]
-
-    def sizes(self) -> list[float]:
-        """Sizes as the file gives them."""
-        raise NotImplementedError
-
-    @model_validator(mode="after")
-    def _sizes_ascend(self) -> Curve:
-        sizes = self.sizes()
-        if not sizes or len(sizes) != len(self.fraction):
-            raise ValueError(
-                f"has {len(sizes)} sizes and {len(self.fraction)} fractions; give as many of both, 1 or more"
-            )
-        if any(low >= high for low, high in pairwise(sizes)):
-            raise ValueError("has sizes that do not ascend; sort them and remove doubles")
-        return self
-
-
-class GflopCurve(Curve):
-    """Fraction of the peak by GFLOP of one matrix product."""
-
-    size_gflop: list[PositiveFloat]
-
-    def sizes(self) -> list[float]:
-        """GFLOP."""
-        return self.size_gflop
-
-
-class MibCurve(Curve):
-    """Fraction of a bandwidth by MiB moved."""
-
-    size_mib: list[PositiveFloat]
-
-    def sizes(self) -> list[float]:
-        """MiB."""
-        return self.size_mib
-
-
-class PeakTflops(_Part):
+class PeakTflops(Part):
     """Dense TFLOP/s by precision; a missing word = no hardware for it."""
 
     fp32: Positive
@@ -119,7 +42,7 @@ class PeakTflops(_Part):
     fp4: Positive | None = None
 
 
-class GemmEfficiency(_Part):
+class GemmEfficiency(Part):
     """One curve per precision, `default` for the rest."""
 
     default: GflopCurve
@@ -153,7 +76,7 @@ class AttentionPlateaus(Sourced):
         return self
 
 
-class AttentionEfficiency(_Part):
+class AttentionEfficiency(Part):
     """Fused attention, fraction of the dense peak: by kernel, or one plain pair that goes before them."""
 
     forward: Fraction | None = None
@@ -179,13 +102,13 @@ class AttentionEfficiency(_Part):
         return {name: part for name, part in found.items() if part is not None}
 
 
-class GpuPart(_Part):
+class GpuPart(Part):
     """A GPU, or the share of a CPU that one process gets."""
 
     name: str
     vendor: str
     architecture: str
-    device: Literal["cuda", "cpu"]
+    device: Literal["cuda", "cpu", "hpu"]
     memory_mib: Positive
     bandwidth_gb_per_s: Positive
     l2_mib: Positive
@@ -200,7 +123,7 @@ class GpuPart(_Part):
     memory_efficiency: MibCurve
 
 
-class IntraPart(_Part):
+class IntraPart(Part):
     """The link inside a node."""
 
     kind: LinkKind
@@ -217,7 +140,7 @@ class IntraPart(_Part):
         return self
 
 
-class HostPart(_Part):
+class HostPart(Part):
     """The CPU side of a node."""
 
     cores: Whole
@@ -228,7 +151,7 @@ class HostPart(_Part):
     adam_bytes_per_parameter: Positive
 
 
-class NvmePart(_Part):
+class NvmePart(Part):
     """Local flash of a node."""
 
     read_gb_per_s: Positive
@@ -236,13 +159,13 @@ class NvmePart(_Part):
     capacity_tb: Positive
 
 
-class NodePart(_Part):
+class NodePart(Part):
     """A box of equal GPUs; the GPU itself is the document's `gpu`."""
 
     name: str
     gpus: Whole
     power_w: Positive | None = None
-    usd_per_hour: Positive | None = None
+    usd_per_hour: Price | None = None
     intra: IntraPart
     host: HostPart
     nvme: NvmePart | None = None
@@ -254,17 +177,18 @@ class NodePart(_Part):
         return self
 
 
-class NetworkPart(_Part):
+class NetworkPart(Part):
     """What joins nodes."""
 
     name: str
-    kind: Literal["infiniband", "roce", "ethernet", "efa", "omni_path", "none"]
+    kind: NetworkKind
     nics_per_node: WholeOrZero
     nic_gbit_per_s: NonNegative
     latency_us: NonNegative
     spine_latency_us: NonNegative
     leaf_nodes: Whole
     oversubscription: AtLeastOne
+    rail_optimised: Flag | None = None
     point_to_point_fraction: Fraction
     efficiency: MibCurve
 
@@ -277,7 +201,22 @@ class NetworkPart(_Part):
         return self
 
 
-class ClusterPart(_Part):
+class StoragePart(Part):
+    """What all nodes share for checkpoints and data; the whole of it, not per node."""
+
+    kind: str | None = None
+    read_gb_per_s: Positive | None = None
+    write_gb_per_s: Positive | None = None
+    capacity_tb: Positive | None = None
+
+    @model_validator(mode="after")
+    def _something_is_known(self) -> StoragePart:
+        if self.read_gb_per_s is None and self.write_gb_per_s is None and self.capacity_tb is None:
+            raise ValueError("says no number; give read_gb_per_s, write_gb_per_s or capacity_tb, or leave it out")
+        return self
+
+
+class ClusterPart(Part):
     """A whole cluster, merged."""
 
     name: str
@@ -285,6 +224,7 @@ class ClusterPart(_Part):
     gpu: GpuPart
     node: NodePart
     network: NetworkPart
+    storage: StoragePart | None = None
 
     @model_validator(mode="after")
     def _several_nodes_are_joined(self) -> ClusterPart:
@@ -293,7 +233,7 @@ class ClusterPart(_Part):
         return self
 
 
-class NodeFile(_Part):
+class NodeFile(Part):
     """A node part with its GPU, as the catalog merges it."""
 
     gpu: GpuPart

@@ -35,24 +35,43 @@ _UNITS = {
     "_bytes_per_parameter": "B/parameter",
     "_tokens": "tokens",
 }
-_SECTION_ORDER = ("gpu", "node", "network")
+_SECTION_ORDER = ("gpu", "node", "network", "storage")
+_GENERATIONS = (
+    *("volta", "turing", "ampere", "ampere_ga102", "ada", "hopper", "blackwell", "blackwell_ultra", "blackwell_gb202"),
+    *("cdna2", "cdna3", "cdna4", "gaudi2", "gaudi3", "x86_64"),
+)
+"""GPU architectures in the order of the lists: by vendor, oldest first."""
 
 
 def hardware_list() -> dict[PartKind, list[Row]]:
-    """Rows of the whole catalog by kind, key figures only; `localhost` is named and not detected."""
+    """Rows of the whole catalog by kind, key figures only; `localhost` is named and not detected.
+
+    GPUs, nodes and clusters come by GPU architecture (vendor, then age), networks by kind; then by name.
+    """
     return {
-        "clusters": [_cluster_row(name) for name in part_names("clusters")],
-        "nodes": [_node_row(name) for name in part_names("nodes")],
-        "networks": [_network_row(name) for name in part_names("networks")],
-        "gpus": [_gpu_row(name) for name in part_names("gpus")],
+        "clusters": sorted((_cluster_row(name) for name in part_names("clusters")), key=_by_generation),
+        "nodes": sorted((_node_row(name) for name in part_names("nodes")), key=_by_generation),
+        "networks": sorted((_network_row(name) for name in part_names("networks")), key=_by_kind),
+        "gpus": sorted((_gpu_row(name) for name in part_names("gpus")), key=_by_generation),
     }
+
+
+def _by_generation(row: Row) -> tuple[int, str, str]:
+    """Known architectures in their order, then others by name; `localhost`, which has none, last."""
+    word = row["architecture"] or "~"
+    return (_GENERATIONS.index(word) if word in _GENERATIONS else len(_GENERATIONS), word, row["name"])
+
+
+def _by_kind(row: Row) -> tuple[str, float, str]:
+    return (row["kind"], row["nic_gbit_per_s"], row["name"])
 
 
 def hardware_show(name: str | Path) -> Row:
     """One cluster (catalog, `localhost`, TOML file), node, network or GPU.
 
-    Keys: name, kind, sections [{title, rows [{field, value, unit, source_kind, source}]}]; a cluster also has gpus, nodes, digest,
-    guesses (paths) and tiers (a row per tier). Raises InputError for an unknown name or a file with a mistake.
+    Keys: name, kind, sections [{title, rows [{field, value, unit, source_kind, source}]}]; a price also has its date or
+    null. A cluster also has gpus, nodes, usd_per_gpu_hour and price_date (null: nobody says), digest, guesses (paths) and tiers
+    (a row per tier). Raises InputError for an unknown name or a file with a mistake.
     """
     kind = _kind_of(name)
     if kind != "clusters":
@@ -66,6 +85,8 @@ def hardware_show(name: str | Path) -> Row:
         "kind": "cluster",
         "gpus": cluster.gpus,
         "nodes": cluster.nodes,
+        "usd_per_gpu_hour": cluster.node.usd_per_gpu_hour,
+        "price_date": cluster.node.price_date,
         "digest": cluster_digest(document),
         "sections": _sections(document),
         "guesses": list(cluster.guesses()),
@@ -127,7 +148,8 @@ def _rows(table: Document, path: str = "") -> Iterator[Row]:
             elif "head_dim" in inner:
                 yield from ({**row, **origin} for row in _attention_rows(inner, here))
             else:
-                yield {"field": here, "value": inner["value"], "unit": _unit(here), **origin}
+                dated = {"date": inner.get("date")} if key == "usd_per_hour" else {}
+                yield {"field": here, "value": inner["value"], "unit": _unit(here), **dated, **origin}
         else:
             yield from _rows(inner, here)
 
@@ -165,19 +187,23 @@ def _number(table: Document, *keys: str) -> Any:
 
 def _cluster_row(name: str) -> Row:
     if name == LOCALHOST:
-        unknown = dict.fromkeys(("gpus", "nodes", "gpu", "node", "network", "usd_per_node_hour"))
+        prices = ("usd_per_node_hour", "usd_per_gpu_hour", "price_date")
+        unknown = dict.fromkeys(("architecture", "gpus", "nodes", "gpu", "node", "network", *prices))
         return {"name": name, **unknown, "note": "this machine, detected when asked for"}
     document = cluster_document(name)
     node = document["node"]
-    nodes, gpus = _number(document, "nodes"), _number(node, "gpus")
+    nodes, gpus, price = _number(document, "nodes"), _number(node, "gpus"), _number(node, "usd_per_hour")
     return {
         "name": name,
+        "architecture": document["gpu"]["architecture"],
         "gpus": nodes * gpus,
         "nodes": nodes,
         "gpu": document["gpu"]["name"],
         "node": node["name"],
         "network": document["network"]["name"],
-        "usd_per_node_hour": _number(node, "usd_per_hour"),
+        "usd_per_node_hour": price,
+        "usd_per_gpu_hour": None if price is None else price / gpus,
+        "price_date": node.get("usd_per_hour", {}).get("date"),
         "note": "",
     }
 
@@ -187,12 +213,16 @@ def _node_row(name: str) -> Row:
     node = document["node"]
     return {
         "name": name,
+        "architecture": document["gpu"]["architecture"],
         "gpus": _number(node, "gpus"),
         "gpu": document["gpu"]["name"],
         "link": node["intra"]["kind"],
         "bandwidth_gb_per_s": _number(node, "intra", "bandwidth_gb_per_s"),
         "ram_gib": _number(node, "host", "ram_gib"),
         "cores": _number(node, "host", "cores"),
+        "nvme_tb": _number(node, "nvme", "capacity_tb"),
+        "power_w": _number(node, "power_w"),
+        "usd_per_hour": _number(node, "usd_per_hour"),
     }
 
 
@@ -205,6 +235,7 @@ def _network_row(name: str) -> Row:
         "nic_gbit_per_s": _number(network, "nic_gbit_per_s"),
         "leaf_nodes": _number(network, "leaf_nodes"),
         "oversubscription": _number(network, "oversubscription"),
+        "rail_optimised": _number(network, "rail_optimised"),
     }
 
 

@@ -5,6 +5,10 @@
 
 Edges carry `bandwidth_bytes_per_s` (one direction) and `latency_s`; latencies are spread so that the way from GPU to GPU adds up
 to the figure of the link or the network.
+
+A leaf group is the `leaf_nodes` nodes that reach each other below one leaf. On a rail-optimised fabric these are the nodes whose NICs of
+one number meet in one leaf switch, so that a strided group (one GPU number on many nodes) stays below it; the graph draws the rails of a
+group as one leaf. Traffic from rail to rail is taken to change rails inside a node (NCCL's PXN) and costs no more.
 """
 
 from __future__ import annotations

@@ -76,15 +76,20 @@ def shape(seq: float, head_dim: float, *, pairs: float = 64, causal: bool = True
     )
 
 
+def half(gpu: Gpu) -> str:
+    """The 16-bit format of a GPU: fp16, or bf16 where it has no other (Gaudi 2)."""
+    return "fp16" if "fp16" in gpu.peak_flop_per_s else "bf16"
+
+
 def fused(gpu: Gpu, kernel: str, one: AttentionShape) -> tuple[float, float]:
-    forward, backward = fused_attention_s(gpu, "fp16", gpu.attention_efficiency[kernel], one)
+    forward, backward = fused_attention_s(gpu, half(gpu), gpu.attention_efficiency[kernel], one)
     return float(forward), float(backward)
 
 
 def unfused(gpu: Gpu, one: AttentionShape, *, copies: bool = False) -> tuple[float, float]:
     """Softmax reads and writes 2-byte scores; the published code also reads and writes four tensors of each head once."""
     copied = 4 * 4.0 * one.pairs * one.seq * one.head_dim * COPY_SLOWDOWN / gpu.memory_bandwidth_bytes_per_s
-    forward, backward = unfused_attention_s(gpu, "fp16", 2, one, 4.0 * one.scores)
+    forward, backward = unfused_attention_s(gpu, half(gpu), 2, one, 4.0 * one.scores)
     return float(forward + copies * copied), float(backward + copies * 2.0 * copied)
 
 

@@ -44,7 +44,7 @@ def told(tmp_path, text):
             "network.kind is missing; add kind, or start from a catalog part",
         ),
         (START + "[gpu]\nvendor = 3\n", "gpu.vendor = 3 is not a text"),
-        (START + '[gpu]\ndevice = "tpu"\n', "gpu.device = 'tpu' is not a known word; use 'cuda' or 'cpu'"),
+        (START + '[gpu]\ndevice = "tpu"\n', "gpu.device = 'tpu' is not a known word; use 'cuda', 'cpu' or 'hpu'"),
         (
             START + '[network]\nbase = "ib-ndr"\noversubscription = 0.5\n',
             "network.oversubscription = 0.5 is not at least 1",
@@ -65,8 +65,19 @@ def told(tmp_path, text):
             START + "[gpu]\nmemory_efficiency = 0.8\n",
             "gpu.memory_efficiency = 0.8 is not a curve (a table of sizes and fractions)",
         ),
-        ('[node]\nbase = "dgx-h10"\n', "unknown node 'dgx-h10'; did you mean dgx-a100 or dgx-h100"),
+        ('[node]\nbase = "dgx-h10"\n', "unknown node 'dgx-h10'; did you mean dgx-1v or dgx-a100 or dgx-h100"),
         ("[node]\nbase = 3\n", "base = 3 is not a name"),
+        (START + 'without = ["nvm"]\n', "without names 'nvm', which the base does not have; did you mean name or nvme"),
+        ("[node]\nwithout = 3\n", "without = 3 is not a list"),
+        (START + "borrowed = true\n", "borrowed"),
+        (START + 'borrowed = " "\n', "borrowed = ' ' is not a text; say why"),
+        (START + '[network]\nbase = "ib-ndr"\nrail_optimised = 1\n', "network.rail_optimised = 1 is not true or false"),
+        (START + "[storage]\n", "storage says no number; give read_gb_per_s"),
+        (START + "[storage]\nread_gb_per_s = 0\n", "storage.read_gb_per_s = 0 is not above 0"),
+        (START + "[storage]\nread_gb = 3\n", "unknown key storage.read_gb; did you mean"),
+        (START + 'usd_per_hour = { value = 3, date = "July" }\n', "node.usd_per_hour has date = 'July'; write a day"),
+        (START + "usd_per_hour = { value = 3, date = 2026 }\n", "node.usd_per_hour.date = 2026 is not a text"),
+        (START + 'power_w = { value = 3, date = "2026" }\n', "unknown key node.power_w.date"),
         ('base = "mine.toml"\n', "leads back to itself"),
         ("nodes = 1\n", "gpu is missing"),
         ('[gpu]\nbase = "h200"\n', "node is missing; add node, or start from a catalog part"),
@@ -95,8 +106,8 @@ def test_files_that_are_not_there(tmp_path):
 def test_unknown_names_bring_the_nearest():
     with pytest.raises(InputError, match=r"unknown cluster 'h100ib'; did you mean .*h100-ib"):
         load_cluster("h100ib")
-    with pytest.raises(InputError, match=r"unknown gpu 'h20'; did you mean .*h200"):
-        load_gpu("h20")
+    with pytest.raises(InputError, match=r"unknown gpu 'h2000'; did you mean .*h200"):
+        load_gpu("h2000")
     with pytest.raises(InputError, match=r"unknown kind of part 'gpu'; did you mean gpus"):
         list_parts("gpu")  # pyright: ignore[reportArgumentType]
 

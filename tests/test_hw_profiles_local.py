@@ -68,7 +68,23 @@ def test_bf16_is_faster_only_with_hardware(monkeypatch, flags, gain):
         ("NVIDIA H100 80GB HBM3, 81559", "GPU0 X NV18", "h100-sxm", "nvswitch"),
         ("NVIDIA H200, 143771", "GPU0 X NV18", "h200", "nvswitch"),
         ("NVIDIA A100-SXM4-40GB, 40960", "GPU0 X NV12", "a100-40gb", "nvswitch"),
-        ("NVIDIA A100 80GB PCIe, 81920", "GPU0 X SYS", "a100-80gb", "pcie"),
+        ("NVIDIA A100 80GB PCIe, 81920", "GPU0 X SYS", "a100-80gb-pcie", "pcie"),
+        ("NVIDIA A100-PCIE-40GB, 40960", "GPU0 X SYS", "a100-40gb-pcie", "pcie"),
+        ("NVIDIA A800-SXM4-80GB, 81920", "GPU0 X NV8", "a800-80gb", "nvswitch"),
+        ("NVIDIA H100 PCIe, 81559", "GPU0 X SYS", "h100-pcie", "pcie"),
+        ("NVIDIA H100 NVL, 95830", "GPU0 X SYS", "h100-nvl", "pcie"),
+        ("NVIDIA H800, 81559", "GPU0 X NV8", "h800", "nvswitch"),
+        ("NVIDIA H20, 97871", "GPU0 X NV18", "h20", "nvswitch"),
+        ("NVIDIA B300 SXM6 AC, 275040", "GPU0 X NV18", "b300", "nvswitch"),
+        ("NVIDIA L40S, 46068", "GPU0 X PHB", "l40s", "pcie"),
+        ("NVIDIA L4, 23034", "GPU0 X PHB", "l4", "pcie"),
+        ("NVIDIA A10, 23028", "GPU0 X PHB", "a10", "pcie"),
+        ("NVIDIA A40, 46068", "GPU0 X PHB", "a40", "pcie"),
+        ("NVIDIA RTX A6000, 49140", "GPU0 X PHB", "a6000", "pcie"),
+        ("NVIDIA RTX 6000 Ada Generation, 49140", "GPU0 X PHB", "rtx6000-ada", "pcie"),
+        ("NVIDIA GeForce RTX 3090, 24576", "GPU0 X PHB", "rtx3090", "pcie"),
+        ("NVIDIA GeForce RTX 5090, 32607", "GPU0 X PHB", "rtx5090", "pcie"),
+        ("Tesla V100-SXM2-16GB, 16384", "GPU0 X NV1", "v100-16gb", "mesh"),
         ("Tesla V100-SXM2-32GB, 32768", "GPU0 X NV1", "v100-32gb", "nvswitch"),
         ("NVIDIA GeForce RTX 4090, 24564", "GPU0 X PHB", "rtx4090", "pcie"),
     ],
@@ -82,7 +98,9 @@ def test_nvidia_gpus_are_found_in_the_catalog(monkeypatch, line, topology, gpu, 
     assert cluster.node.nvme is None
 
 
-@pytest.mark.parametrize("name", ["NVIDIA H100 PCIe", "NVIDIA H100 NVL", "NVIDIA T4", "NVIDIA GeForce RTX 4090 D"])
+@pytest.mark.parametrize(
+    "name", ["NVIDIA T4", "NVIDIA A10G", "NVIDIA GeForce RTX 3090 Ti", "NVIDIA GeForce RTX 4090 D"]
+)
 def test_an_unknown_gpu_is_to_be_measured(monkeypatch, name):
     machine(monkeypatch, gpus=f"{name}, 16384\n")
     with pytest.raises(InputError, match=rf"localhost: GPU '{name}' is not in the catalog; .*shardplan calibrate"):
