@@ -26,6 +26,7 @@ from shardplan.hw_profiles.machine import (
     AttentionCurve,
     Cluster,
     EfficiencyCurve,
+    Failures,
     Gpu,
     Host,
     Link,
@@ -36,6 +37,7 @@ from shardplan.hw_profiles.machine import (
     Storage,
     plain_attention,
 )
+from shardplan.hw_profiles.power import cap_in_words, capped_curve, clock_fraction
 
 if TYPE_CHECKING:
     from shardplan.hw_profiles import schema, schema_values
@@ -88,8 +90,9 @@ def cluster_from_document(document: Mapping[str, Any], *, place: str = "hardware
         name=part.name,
         node_runs=((node, part.nodes.value),),
         network=_network(part.network),
-        provenance=dict(_provenance(dict(document))),
+        provenance={**dict(_provenance(dict(document))), **_cap_provenance(part.gpu)},
         storage=_storage(part.storage) if part.storage else None,
+        failures=_failures(part.failures) if part.failures else None,
     )
 
 
@@ -153,13 +156,32 @@ def _gpu(part: schema.GpuPart) -> Gpu:
         memory_bandwidth_bytes_per_s=part.bandwidth_gb_per_s.value * GIGA,
         l2_bytes=part.l2_mib.value * MIB,
         multiprocessors=part.multiprocessors.value,
-        gemm_efficiency={word: _curve(curve, GIGA) for word, curve in curves.items() if curve},
+        gemm_efficiency={word: _product_curve(curve, part) for word, curve in curves.items() if curve},
         attention_efficiency=_attention(part.attention_efficiency),
         memory_efficiency=_curve(part.memory_efficiency, MIB),
         launch_s=part.launch_us.value * MICRO,
         context_bytes=part.context_gib.value * GIB,
         power_w=part.power_w.value if part.power_w else None,
+        power_cap_w=part.power_cap_w.value if part.power_cap_w else None,
     )
+
+
+def _product_curve(curve: schema_values.GflopCurve, gpu: schema.GpuPart) -> EfficiencyCurve:
+    """The curve under the GPU's power cap; one that was measured on the machine itself was measured under it."""
+    plain = _curve(curve, GIGA)
+    if gpu.power_cap_w is None or gpu.power_w is None or curve.source_kind == "measured":
+        return plain
+    return capped_curve(plain, clock_fraction(gpu.power_cap_w.value, gpu.power_w.value))
+
+
+def _cap_provenance(gpu: schema.GpuPart) -> dict[str, Source]:
+    """The multiplier of a power cap is a guess, which widens the band of step times."""
+    curves = cast("dict[str, schema_values.GflopCurve | None]", dict(gpu.gemm_efficiency))
+    scaled = any(curve.source_kind != "measured" for curve in curves.values() if curve)
+    if gpu.power_cap_w is None or gpu.power_w is None or gpu.power_cap_w.value == gpu.power_w.value or not scaled:
+        return {}
+    text = cap_in_words(gpu.power_cap_w.value, gpu.power_w.value)
+    return {"gpu.gemm_efficiency.power_cap": Source(kind="guess", text=text)}
 
 
 def _attention(part: schema.AttentionEfficiency) -> dict[str, AttentionCurve]:
@@ -236,4 +258,11 @@ def _storage(part: schema.StoragePart) -> Storage:
         read_bytes_per_s=read.value * GIGA if read else None,
         write_bytes_per_s=write.value * GIGA if write else None,
         capacity_bytes=capacity.value * 1e12 if capacity else None,
+    )
+
+
+def _failures(part: schema.FailuresPart) -> Failures:
+    hours, minutes = part.gpu_hours_per_failure, part.restart_minutes
+    return Failures(
+        gpu_hours_per_failure=hours.value if hours else None, restart_s=minutes.value * 60.0 if minutes else None
     )

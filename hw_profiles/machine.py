@@ -123,6 +123,9 @@ class Gpu:
     context_bytes: float
     """Driver context and library workspaces, outside the framework's allocator."""
     power_w: float | None = None
+    """Board power at which the rates hold."""
+    power_cap_w: float | None = None
+    """Limit below it, if one is set; `gemm_efficiency` already has it."""
 
     def gemm_curve(self, precision: str) -> EfficiencyCurve:
         """The efficiency curve of matrix products in `precision`."""
@@ -210,6 +213,16 @@ class Storage:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Failures:
+    """How often and for how long jobs stop; None where nobody says."""
+
+    gpu_hours_per_failure: float | None = None
+    """GPU-hours of running jobs per failure that stops one."""
+    restart_s: float | None = None
+    """From the failure to the loading of the checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Network:
     """What joins nodes: a fat tree of leaf groups below a spine."""
 
@@ -252,6 +265,7 @@ class Cluster:
     provenance: Mapping[str, Source] = field(default_factory=dict[str, Source])
     """Dotted path of the file key (for instance "gpu.memory_mib") to its source."""
     storage: Storage | None = None
+    failures: Failures | None = None
 
     @property
     def node(self) -> Node:

@@ -118,9 +118,25 @@ class GpuPart(Part):
     launch_us: Positive
     context_gib: NonNegative
     power_w: Positive | None = None
+    power_cap_w: Positive | None = None
     attention_efficiency: AttentionEfficiency
     gemm_efficiency: GemmEfficiency
     memory_efficiency: MibCurve
+
+    @model_validator(mode="after")
+    def _a_cap_is_below_the_power(self) -> GpuPart:
+        if self.power_cap_w is None:
+            return self
+        cap = self.power_cap_w.value
+        if self.power_w is None:
+            raise ValueError(
+                f"has power_cap_w = {cap:g} and no power_w; give power_w, the board's power without the cap"
+            )
+        if cap > self.power_w.value:
+            raise ValueError(
+                f"has power_cap_w = {cap:g} above power_w = {self.power_w.value:g}; give a cap in watts up to the board's power"
+            )
+        return self
 
 
 class IntraPart(Part):
@@ -216,6 +232,19 @@ class StoragePart(Part):
         return self
 
 
+class FailuresPart(Part):
+    """How often jobs on the cluster stop, and for how long."""
+
+    gpu_hours_per_failure: Positive | None = None
+    restart_minutes: NonNegative | None = None
+
+    @model_validator(mode="after")
+    def _something_is_known(self) -> FailuresPart:
+        if self.gpu_hours_per_failure is None and self.restart_minutes is None:
+            raise ValueError("says no number; give gpu_hours_per_failure or restart_minutes, or leave it out")
+        return self
+
+
 class ClusterPart(Part):
     """A whole cluster, merged."""
 
@@ -225,6 +254,7 @@ class ClusterPart(Part):
     node: NodePart
     network: NetworkPart
     storage: StoragePart | None = None
+    failures: FailuresPart | None = None
 
     @model_validator(mode="after")
     def _several_nodes_are_joined(self) -> ClusterPart:

@@ -31,11 +31,13 @@ _UNITS = {
     "_tflops": "TFLOP/s",
     "_us": "us",
     "_w": "W",
+    "gpu_hours_per_failure": "GPU h",
+    "_minutes": "min",
     "usd_per_hour": "USD/h",
     "_bytes_per_parameter": "B/parameter",
     "_tokens": "tokens",
 }
-_SECTION_ORDER = ("gpu", "node", "network", "storage")
+_SECTION_ORDER = ("gpu", "node", "network", "storage", "failures")
 _GENERATIONS = (
     *("volta", "turing", "ampere", "ampere_ga102", "ada", "hopper", "blackwell", "blackwell_ultra", "blackwell_gb202"),
     *("cdna2", "cdna3", "cdna4", "gaudi2", "gaudi3", "x86_64"),

@@ -268,6 +268,7 @@ def test_the_documented_parts_load(tmp_path):
     assert cluster.provenance["gpu.launch_us"].kind == "guess"
     assert cluster.provenance["gpu.memory_mib"].kind == "measured"
     assert cluster.storage.write_bytes_per_s == 2e9
+    assert (cluster.failures.gpu_hours_per_failure, cluster.failures.restart_s) == (30000, 900)
     assert tier_table(cluster).names == ("node", "leaf")
 
 

@@ -75,6 +75,23 @@ def told(tmp_path, text):
         (START + "[storage]\n", "storage says no number; give read_gb_per_s"),
         (START + "[storage]\nread_gb_per_s = 0\n", "storage.read_gb_per_s = 0 is not above 0"),
         (START + "[storage]\nread_gb = 3\n", "unknown key storage.read_gb; did you mean"),
+        (START + "[failures]\n", "failures says no number; give gpu_hours_per_failure or restart_minutes"),
+        (START + "[failures]\ngpu_hours_per_failure = 0\n", "failures.gpu_hours_per_failure = 0 is not above 0"),
+        (START + "[failures]\nrestart_minutes = -1\n", "failures.restart_minutes = -1 is not at least 0"),
+        (
+            START + "[failures]\nrestart_minute = 1\n",
+            "unknown key failures.restart_minute; did you mean restart_minutes",
+        ),
+        (START + "[gpu]\npower_cap_w = 0\n", "gpu.power_cap_w = 0 is not above 0; give a number above 0"),
+        (
+            START + "[gpu]\npower_cap_w = 800\n",
+            "gpu has power_cap_w = 800 above power_w = 700; give a cap in watts up to",
+        ),
+        (START + "[gpu]\npower_cap = 500\n", "unknown key gpu.power_cap; did you mean power_cap_w"),
+        (
+            START + '[gpu]\nwithout = ["power_w"]\npower_cap_w = 500\n',
+            "gpu has power_cap_w = 500 and no power_w; give power_w",
+        ),
         (START + 'usd_per_hour = { value = 3, date = "July" }\n', "node.usd_per_hour has date = 'July'; write a day"),
         (START + "usd_per_hour = { value = 3, date = 2026 }\n", "node.usd_per_hour.date = 2026 is not a text"),
         (START + 'power_w = { value = 3, date = "2026" }\n', "unknown key node.power_w.date"),
