@@ -9,6 +9,7 @@ from shardplan.costmodel.estimate import DEFAULT_HEADROOM, MEMORY_BAND, TIME_PAR
 from shardplan.costmodel.job import Job
 from shardplan.costmodel.layout import Layout
 from shardplan.costmodel.model import Model
+from shardplan.costmodel.result import cost_assumptions, cost_document, result_document
 from shardplan.costmodel.rule import Rejection
 from shardplan.costmodel.runtime import Runtime
 from shardplan.hw_profiles.machine import Cluster
@@ -47,7 +48,8 @@ def answer(
             "hidden": {axis: float(seconds[row]) for axis, seconds in estimates.hidden.items()},
         },
         "throughput": _throughput(estimates, row, layout.gpus),
-        "cost": _cost(cluster, job, step_s),
+        "cost": cost_document(cluster, job, step_s),
+        "result": result_document(model=model, job=job, cluster=cluster, runtime=runtime, layout=layout, step_s=step_s),
         "error_band": {
             "step_s": [step_s * (1.0 - band), step_s * (1.0 + band)],
             "device_peak_bytes": [peak * (1.0 - MEMORY_BAND), peak * (1.0 + MEMORY_BAND)],
@@ -71,6 +73,7 @@ def refused_answer(
         "time": None,
         "throughput": None,
         "cost": None,
+        "result": None,
         "error_band": None,
         "assumptions": list(assumptions),
     }
@@ -165,18 +168,6 @@ def _throughput(estimates: Estimates, row: int, gpus: int) -> dict[str, float]:
     }
 
 
-def _cost(cluster: Cluster, job: Job, step_s: float) -> dict[str, float | None]:
-    """Null where price or power is unknown. A partly used node is paid in full."""
-    node = cluster.node
-    usd = node.usd_per_hour * cluster.nodes * step_s / 3600.0 if node.usd_per_hour is not None else None
-    joules = node.power_w * cluster.nodes * step_s / job.tokens_per_step if node.power_w is not None else None
-    return {
-        "usd_per_step": usd,
-        "usd_per_million_tokens": usd / job.tokens_per_step * 1e6 if usd is not None else None,
-        "joules_per_token": joules,
-    }
-
-
 def assumptions(
     model: Model, job: Job, cluster: Cluster, runtime: Runtime, layout: Layout, headroom: float
 ) -> list[str]:
@@ -210,4 +201,4 @@ def assumptions(
     guesses = cluster.guesses()
     if guesses:
         lines.append(f"guessed hardware figures: {', '.join(guesses)}")
-    return lines
+    return lines + cost_assumptions(job, cluster)

@@ -62,7 +62,11 @@ class Job:
                     f"{name}={word!r} is unknown", place=f"--{name.replace('_', '-')}", remedy=nearest(word, known)
                 )
         if self.tokens is not None and not 0 < self.tokens < float("inf"):
-            raise InputError(f"tokens={self.tokens:g} is not a positive number", place="--tokens")
+            raise InputError(
+                f"tokens={self.tokens:g} is not a positive number",
+                place="--tokens",
+                remedy="give the tokens of the whole training, for instance 15e12",
+            )
 
     @property
     def tokens_per_step(self) -> int:
