@@ -33,6 +33,8 @@ def estimate(
     optimizer: options.OptimizerOption = "adamw",
     grad_dtype: options.GradDtypeOption = None,
     tokens: options.TokensOption = None,
+    price: options.PriceOption = None,
+    gpu_hours_per_failure: options.FailureOption = None,
     headroom: options.HeadroomOption = 0.05,
     as_json: options.JsonOption = False,
 ) -> None:
@@ -55,6 +57,8 @@ def estimate(
         optimizer=optimizer,
         grad_dtype=grad_dtype,
         tokens=tokens,
+        price=price,
+        gpu_hours_per_failure=gpu_hours_per_failure,
         headroom=headroom,
     )
     if as_json:

@@ -28,6 +28,9 @@ def explain(
     precision: options.PrecisionOption = None,
     optimizer: options.OptimizerOption = "adamw",
     grad_dtype: options.GradDtypeOption = None,
+    tokens: options.TokensOption = None,
+    price: options.PriceOption = None,
+    gpu_hours_per_failure: options.FailureOption = None,
     headroom: options.HeadroomOption = 0.05,
     as_json: options.JsonOption = False,
 ) -> None:
@@ -38,7 +41,7 @@ def explain(
     shardplan explain llama-3-8b --cluster h100-ib --gpus 8 --global-batch 64 --seq 8192 --layout "dp=8 zero=3 micro_batch=2"
     """
     document = (
-        _of_plan(subject)
+        _of_plan(subject, tokens, price, gpu_hours_per_failure)
         if layout is None
         else _of_layout(
             subject,
@@ -52,7 +55,9 @@ def explain(
             precision=precision,
             optimizer=optimizer,
             grad_dtype=grad_dtype,
-            tokens=None,
+            tokens=tokens,
+            price=price,
+            gpu_hours_per_failure=gpu_hours_per_failure,
         )
     )
     if as_json:
@@ -66,7 +71,12 @@ def explain(
     raise typer.Exit(0 if document["fits"] else 1)
 
 
-def _of_plan(path: str) -> dict[str, Any]:
+def _of_plan(
+    path: str, tokens: float | None, price: float | None, gpu_hours_per_failure: float | None
+) -> dict[str, Any]:
+    """The plan, with another token budget, price or failure rate where given."""
+    from dataclasses import replace
+
     from shardplan.hw_profiles.errors import InputError
     from shardplan.planner.explain import explain_plan
     from shardplan.planner.plan import Plan
@@ -77,7 +87,10 @@ def _of_plan(path: str) -> dict[str, Any]:
             place="explain",
             remedy='give a plan.json, or MODEL with --cluster and --layout "…"',
         )
-    return explain_plan(Plan.read(path))
+    plan = Plan.read(path)
+    document, _ = options.with_given_figures(dict(plan.cluster), plan.gpus, price, gpu_hours_per_failure)
+    job = plan.job if tokens is None else replace(plan.job, tokens=tokens)
+    return explain_plan(replace(plan, cluster=document, job=job))
 
 
 def _of_layout(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -33,6 +33,16 @@ GradDtypeOption = Annotated[
     str | None, typer.Option("--grad-dtype", help="Gradient accumulation: fp32, bf16, fp16; default: the runtime's.")
 ]
 TokensOption = Annotated[float | None, typer.Option("--tokens", help="Token budget of the whole training.")]
+PriceOption = Annotated[
+    float | None, typer.Option("--price", help="USD per GPU and hour, in place of the profile's price.")
+]
+FailureOption = Annotated[
+    float | None,
+    typer.Option(
+        "--gpu-hours-per-failure",
+        help="GPU-hours of training per failure; default: the profile's, or Llama 3's 50,700.",
+    ),
+]
 HeadroomOption = Annotated[float, typer.Option("--headroom", help="Fraction of GPU memory to keep free.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Write JSON and nothing else to stdout.")]
 
@@ -60,19 +70,18 @@ def read_inputs(
     optimizer: str,
     grad_dtype: str | None,
     tokens: float | None,
+    price: float | None = None,
+    gpu_hours_per_failure: float | None = None,
 ) -> Inputs:
     """Load and check everything; raises InputError."""
     from shardplan.costmodel.job import Job
     from shardplan.costmodel.model_config import load_model
     from shardplan.costmodel.runtime import load_runtime
-    from shardplan.hw_profiles.load import cluster_document, cluster_from_document
+    from shardplan.hw_profiles.load import cluster_document
 
     shapes = load_model(model)
     software = load_runtime(runtime)
-    document = cluster_document(cluster)
-    machine = cluster_from_document(document)
-    if gpus is not None:
-        machine = machine.with_gpus(gpus)
+    document, machine = with_given_figures(cluster_document(cluster), gpus, price, gpu_hours_per_failure)
     job = Job(
         seq=seq,
         global_batch=global_batch,
@@ -82,6 +91,24 @@ def read_inputs(
         tokens=tokens,
     )
     return Inputs(model=shapes, job=job, cluster=machine, cluster_document=document, runtime=software)
+
+
+def with_given_figures(
+    document: dict[str, Any], gpus: int | None, price: float | None, gpu_hours_per_failure: float | None
+) -> tuple[dict[str, Any], Cluster]:
+    """(document with what the command line says of price and failures, the cluster with `gpus` GPUs that it describes)."""
+    from shardplan.hw_profiles.load import cluster_from_document
+    from shardplan.hw_profiles.override import with_failure_rate, with_price
+
+    def machine() -> Cluster:
+        whole = cluster_from_document(document)
+        return whole if gpus is None else whole.with_gpus(gpus)
+
+    if gpu_hours_per_failure is not None:
+        document = with_failure_rate(document, gpu_hours_per_failure)
+    if price is not None:
+        document = with_price(document, price, machine().node.gpus)
+    return document, machine()
 
 
 def default_precision(cluster: Cluster, runtime: Runtime) -> str:

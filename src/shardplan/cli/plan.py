@@ -38,6 +38,8 @@ def plan(
     optimizer: options.OptimizerOption = "adamw",
     grad_dtype: options.GradDtypeOption = None,
     tokens: options.TokensOption = None,
+    price: options.PriceOption = None,
+    gpu_hours_per_failure: options.FailureOption = None,
     as_json: options.JsonOption = False,
 ) -> None:
     """Rank every valid layout of MODEL on the cluster and explain the winner.
@@ -57,6 +59,8 @@ def plan(
         optimizer=optimizer,
         grad_dtype=grad_dtype,
         tokens=tokens,
+        price=price,
+        gpu_hours_per_failure=gpu_hours_per_failure,
     )
     result = _search(inputs, fix, forbid or [], objective, headroom)
     if result.ranked is None:

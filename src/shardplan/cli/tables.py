@@ -81,7 +81,8 @@ def print_ranking(console: Console, ranked: Sequence[Mapping[str, Any]]) -> None
 
 
 def print_breakdown(console: Console, prediction: Mapping[str, Any]) -> None:
-    """Step time by part and memory by stage."""
+    """Step time by part, memory by stage, cost and what a token budget takes."""
+    from shardplan.cli.result_lines import cost_lines
     from shardplan.planner.explain import TIME_WORDS
 
     time = prediction["time"]
@@ -108,6 +109,8 @@ def print_breakdown(console: Console, prediction: Mapping[str, Any]) -> None:
         f"\n{rate['tokens_per_s']:,.0f} tokens/s, {rate['tokens_per_s_per_gpu']:,.0f} per GPU; "
         f"MFU {rate['mfu']:.1%}, HFU {rate['hfu']:.1%} ({rate['model_flop_per_s_per_gpu'] / 1e12:.0f} model TFLOP/s per GPU)"
     )
+    for line in cost_lines(prediction):
+        console.print(escape(line))
 
 
 def _print_stages(console: Console, memory: Mapping[str, Any]) -> None:
