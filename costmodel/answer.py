@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from shardplan.costmodel.estimate import DEFAULT_HEADROOM, MEMORY_BAND, TIME_PARTS, Estimates, model_flop_per_token
+from shardplan.costmodel.estimate import model_flop_per_token
+from shardplan.costmodel.estimates import DEFAULT_HEADROOM, MEMORY_BAND, TIME_PARTS, Estimates
 from shardplan.costmodel.job import Job
 from shardplan.costmodel.layout import Layout
 from shardplan.costmodel.model import Model

@@ -100,26 +100,48 @@ def reduces_often(layouts: LayoutTable, communication: Communication) -> NDArray
     return every & ~inside_pipeline(layouts, communication)
 
 
-def exposed_exchange_s(
-    exchange: Exchange,
+@dataclass(frozen=True, kw_only=True)
+class Windows:
+    """Compute of a step that exchanges can hide behind, (N,)."""
+
+    reducing_s: FloatArray
+    gathering_s: FloatArray
+    shared: FloatArray
+    """1 where gathers and reductions both repeat: they share the same backward compute."""
+
+    def take(self, rows: NDArray[np.integer]) -> Windows:
+        """The rows at `rows`."""
+        return Windows(
+            reducing_s=self.reducing_s.take(rows),
+            gathering_s=self.gathering_s.take(rows),
+            shared=self.shared.take(rows),
+        )
+
+
+def exchange_windows(
     layouts: LayoutTable,
     communication: Communication,
     *,
     micro_batches: FloatArray,
     forward_s: FloatArray,
     backward_s: FloatArray,
-) -> tuple[FloatArray, FloatArray]:
-    """(exposed, hidden) seconds per step; `forward_s` and `backward_s` are compute of one micro-batch that can hide it.
+) -> Windows:
+    """What hides exchanges; `forward_s` and `backward_s` are compute of one micro-batch that can.
 
-    What repeats hides behind all micro-batches, what happens once behind one of them; the overlap share is the runtime's.
+    What repeats hides behind all micro-batches, what happens once behind one of them.
     """
-    zero = layouts.zero
     reducing = np.where(reduces_often(layouts, communication), micro_batches, 1.0) * backward_s
-    every = np.isin(zero, communication.gather_every_micro_batch)
+    every = np.isin(layouts.zero, communication.gather_every_micro_batch)
     gathering = np.where(every, micro_batches * (forward_s + backward_s), forward_s)
-    hidden_reduce = np.minimum(communication.reduce_overlap * exchange.reduce_s, reducing)
-    # gathers and reductions that both repeat share the same backward compute
-    left = np.maximum(gathering - np.where(every, hidden_reduce, 0.0), 0.0)
+    return Windows(reducing_s=reducing, gathering_s=gathering, shared=every.astype(np.float64))
+
+
+def exposed_exchange_s(
+    exchange: Exchange, windows: Windows, communication: Communication
+) -> tuple[FloatArray, FloatArray]:
+    """(exposed, hidden) seconds per step; the overlap share is the runtime's."""
+    hidden_reduce = np.minimum(communication.reduce_overlap * exchange.reduce_s, windows.reducing_s)
+    left = np.maximum(windows.gathering_s - windows.shared * hidden_reduce, 0.0)
     hidden_gather = np.minimum(communication.gather_overlap * exchange.gather_s, left)
     hidden = hidden_reduce + hidden_gather
     return exchange.reduce_s + exchange.gather_s - hidden, hidden

@@ -115,6 +115,9 @@ def split_layers(layers: int, chunks: int, rule: StageRule) -> tuple[int, ...]:
     counts = np.zeros(chunks, dtype=np.int64)
     base = max(int((layers + weights.sum()) // chunks - weights.max()), 1 if layers >= chunks else 0)
     counts[:] = base
+    if not weights.any():
+        counts[: layers - base * chunks] += 1
+        return tuple(counts.tolist())
     for _ in range(layers - base * chunks):
         counts[int(np.argmin(counts + weights))] += 1
     return tuple(int(c) for c in counts)
@@ -157,9 +160,10 @@ def stage_table(
     layers = np.zeros((keys, width, len(model.layers)), dtype=np.int64)
     total = np.zeros((keys, max(pp)), dtype=np.int64)
     for row, (p, v, split) in enumerate(zip(pp, virtual_stages, splits, strict=True)):
-        chunk_ranks = [_chunk_rank(chunk, p, v_placed=v_placed[row]) for chunk in range(p * v)]
         chunk_layers = split or split_layers(model.layer_count, p * v, rule)
-        content = _stage_content(kinds, chunk_layers, chunk_ranks, p, len(model.layers))
+        rank_of_layer = np.repeat(_chunk_ranks(p, v, v_placed=v_placed[row]), chunk_layers)
+        filled = np.bincount(rank_of_layer * len(model.layers) + kinds, minlength=p * len(model.layers))
+        content = filled.reshape(p, len(model.layers))
         total[row, :p] = content.sum(axis=1)
         heaviest = np.flatnonzero(total[row, :p] == total[row, :p].max())
         # ZB-V keeps more micro-batches in flight the later the rank, the others the earlier
@@ -177,19 +181,7 @@ def stage_table(
     )
 
 
-def _chunk_rank(chunk: int, pp: int, *, v_placed: bool) -> int:
-    """Rank of a chunk in model order: c % pp looped; down and up again in V placement."""
-    turn, at = divmod(chunk, pp)
-    return pp - 1 - at if v_placed and turn % 2 else at
-
-
-def _stage_content(
-    kinds: IntArray, chunk_layers: Sequence[int], chunk_ranks: Sequence[int], pp: int, kind_count: int
-) -> IntArray:
-    """Layers by kind of each stage, (pp, kinds)."""
-    content = np.zeros((pp, kind_count), dtype=np.int64)
-    start = 0
-    for rank, number in zip(chunk_ranks, chunk_layers, strict=True):
-        content[rank] += np.bincount(kinds[start : start + number], minlength=kind_count)
-        start += number
-    return content
+def _chunk_ranks(pp: int, virtual_stages: int, *, v_placed: bool) -> IntArray:
+    """Rank of each chunk in model order: c % pp looped; down and up again in V placement."""
+    turn, at = np.divmod(np.arange(pp * virtual_stages), pp)
+    return np.where(turn % 2 == 1, pp - 1 - at, at) if v_placed else at

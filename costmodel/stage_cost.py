@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.costmodel.job import BYTES_OF, Job
-from shardplan.costmodel.keys import unique_keys
+from shardplan.costmodel.keys import LazyColumns, gathered, unique_keys
 from shardplan.costmodel.layer_cost import BlockCost, block_cost
 from shardplan.costmodel.layout import ATTENTION, CP_KINDS, LayoutTable
 from shardplan.costmodel.memory import FULL, SELECTIVE, gradient_bytes
@@ -28,7 +29,8 @@ BlockColumns = Mapping[str, FloatArray]
 
 @dataclass(frozen=True, kw_only=True)
 class BlockRows:
-    """Columns of `layer_cost.BlockCost` gathered for N layouts; those of context parallelism only where some layout has it."""
+    """Columns of `layer_cost.BlockCost` for N layouts, gathered when they are read; those of context parallelism only where some
+    layout has it."""
 
     layers: tuple[BlockColumns, ...]
     """One per run of layer kinds."""
@@ -39,6 +41,26 @@ class BlockRows:
     """1 where recompute is selective."""
     full_repeats: FloatArray
     """Share of the forward tensor-parallel communication that full recompute repeats."""
+
+    def take(self, rows: IntArray) -> BlockRows:
+        """The rows at `rows`."""
+        return BlockRows(
+            layers=tuple(_gathering(block, rows) for block in self.layers),
+            embedding=_gathering(self.embedding, rows),
+            head=_gathering(self.head, rows),
+            logits_bytes=self.logits_bytes.take(rows),
+            selects=self.selects.take(rows),
+            full_repeats=self.full_repeats.take(rows),
+        )
+
+
+def _gathering(block: BlockColumns, rows: IntArray) -> BlockColumns:
+    """The rows of a block at `rows`, a column at a time when it is read."""
+    return LazyColumns({name: partial(_rows_of, block, name, rows) for name in block})
+
+
+def _rows_of(block: BlockColumns, name: str, rows: IntArray) -> FloatArray:
+    return block[name].take(rows)
 
 
 def padded_vocab(model: Model, runtime: Runtime, tp: FloatArray) -> FloatArray:
@@ -75,34 +97,30 @@ def block_rows(
     alone = bool((layouts.cp == 1).all())
     names = [name for name in BlockCost.__dataclass_fields__ if not (alone and name.startswith("context_"))]
 
-    def gathered(block: BlockCost) -> BlockColumns:
-        return {name: getattr(block, name)[inverse] for name in names}
-
     def layer_cost(kind: LayerKind) -> BlockColumns:
         """A layer; what `selective` keeps in exchange is taken off what it drops."""
         block = cost(layer_ops(kind, shapes, runtime))
         streams = np.where(shapes.recompute_parts == 0, runtime.activations.selective_streams, 0.0)
         exchanged = streams * shapes.element_bytes * shapes.tokens * kind.hidden
-        return {**block, "selective_bytes": block["selective_bytes"] - exchanged[inverse]}
+        return {**block, "selective_bytes": block["selective_bytes"] - exchanged}
 
     def cost(ops: tuple[Op, ...]) -> BlockColumns:
-        return gathered(
-            block_cost(
-                ops,
-                shapes,
-                gpu=cluster.gpu,
-                precision=job.precision,
-                gradient_bytes=gradient_bytes(runtime, job),
-                tiers=tiers,
-                runtime=runtime,
-            )
+        block = block_cost(
+            ops,
+            shapes,
+            gpu=cluster.gpu,
+            precision=job.precision,
+            gradient_bytes=gradient_bytes(runtime, job),
+            tiers=tiers,
+            runtime=runtime,
         )
+        return {name: getattr(block, name) for name in names}
 
     repeats, split = runtime.communication, layouts.sequence_parallel == 1
     return BlockRows(
-        layers=tuple(layer_cost(kind) for kind, _ in model.layers),
-        embedding=cost(embedding_ops(model.hidden, dropout, shapes)),
-        head=cost(head_ops(model.hidden, model.norm, vocab, shapes, runtime)),
+        layers=tuple(_gathering(layer_cost(kind), inverse) for kind, _ in model.layers),
+        embedding=_gathering(cost(embedding_ops(model.hidden, dropout, shapes)), inverse),
+        head=_gathering(cost(head_ops(model.hidden, model.norm, vocab, shapes, runtime)), inverse),
         logits_bytes=logits_bytes(vocab, shapes, runtime)[inverse],
         selects=(layouts.recompute == SELECTIVE).astype(np.float64),
         full_repeats=np.where(split, repeats.full_repeats_tensor_sp, repeats.full_repeats_tensor),
@@ -111,7 +129,7 @@ def block_rows(
 
 @dataclass(frozen=True, kw_only=True)
 class StageRows:
-    """What S stages of each of N layouts hold."""
+    """What S stages of each of N layouts hold; arrays as `keys.gathered` stores them."""
 
     stage: IntArray
     """Stage index, (N, S)."""
@@ -123,6 +141,17 @@ class StageRows:
     """Layers under full recompute in the whole pipeline, (N,)."""
     embedding: FloatArray
     head: FloatArray
+
+    def take(self, rows: IntArray) -> StageRows:
+        """The rows at `rows`."""
+        return StageRows(
+            stage=gathered(self.stage, rows),
+            layers=gathered(self.layers, rows),
+            recomputed=gathered(self.recomputed, rows),
+            recomputed_total=self.recomputed_total.take(rows),
+            embedding=gathered(self.embedding, rows),
+            head=gathered(self.head, rows),
+        )
 
 
 def stage_rows(model: Model, layouts: LayoutTable, runtime: Runtime, *, every_stage: bool) -> StageRows:
@@ -138,18 +167,18 @@ def stage_rows(model: Model, layouts: LayoutTable, runtime: Runtime, *, every_st
         v_placed=v_placed[first].tolist(),
         every_stage=every_stage,
     )
-    layers = table.layers.astype(np.float64)[inverse]
+    layers = gathered(table.layers.astype(np.float64), inverse)
     depth = np.where(layouts.recompute_layers == ALL_LAYERS, model.layer_count, layouts.recompute_layers)
     depth = np.where(layouts.recompute == FULL, depth, 0)
     at, back = unique_keys(inverse, depth)
     totals = np.minimum(table.total_layers[inverse[at]], depth[at][:, None]).sum(axis=1).astype(np.float64)
     return StageRows(
-        stage=table.stage[inverse],
+        stage=gathered(table.stage, inverse),
         layers=layers,
         recomputed=np.minimum(layers.sum(axis=2), depth[:, None]),
         recomputed_total=totals[back],
-        embedding=table.embedding.astype(np.float64)[inverse],
-        head=table.head.astype(np.float64)[inverse],
+        embedding=gathered(table.embedding.astype(np.float64), inverse),
+        head=gathered(table.head.astype(np.float64), inverse),
     )
 
 
@@ -165,10 +194,13 @@ class StageParameters:
     root: FloatArray
     """Embedding, positions, final norm and head."""
 
-    def take(self, rows: NDArray[np.integer]) -> StageParameters:
+    def take(self, rows: IntArray) -> StageParameters:
         """The rows at `rows`."""
         return StageParameters(
-            stage=self.stage[rows], layer=self.layer[rows], matrix=self.matrix[rows], root=self.root[rows]
+            stage=gathered(self.stage, rows),
+            layer=gathered(self.layer, rows),
+            matrix=gathered(self.matrix, rows),
+            root=gathered(self.root, rows),
         )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from shardplan.costmodel.answer import GIB, memory_remedy
-from shardplan.costmodel.estimate import DEFAULT_HEADROOM, TIME_PARTS
+from shardplan.costmodel.estimates import DEFAULT_HEADROOM, TIME_PARTS
 from shardplan.costmodel.job import PRECISIONS, Job
 from shardplan.costmodel.layout import layout_from_document, parse_layout
 from shardplan.costmodel.model import Model
