@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from shardplan.costmodel.job import BYTES_OF, Job
 from shardplan.costmodel.keys import LazyColumns, gathered, unique_keys
-from shardplan.costmodel.layer_cost import BlockCost, block_cost
+from shardplan.costmodel.layer_cost import BlockCost, block_costs
 from shardplan.costmodel.layout import ATTENTION, CP_KINDS, LayoutTable
 from shardplan.costmodel.memory import FULL, SELECTIVE, gradient_bytes
 from shardplan.costmodel.model import LayerKind, Model, layer_parameters
-from shardplan.costmodel.operators import Op, Shapes, embedding_ops, head_ops, layer_ops, logits_bytes
+from shardplan.costmodel.operators import Shapes, embedding_ops, head_ops, layer_ops, logits_bytes
 from shardplan.costmodel.pipeline import stage_table
 from shardplan.costmodel.recompute import ALL_LAYERS
 from shardplan.costmodel.runtime import Runtime
@@ -97,30 +97,28 @@ def block_rows(
     alone = bool((layouts.cp == 1).all())
     names = [name for name in BlockCost.__dataclass_fields__ if not (alone and name.startswith("context_"))]
 
-    def layer_cost(kind: LayerKind) -> BlockColumns:
-        """A layer; what `selective` keeps in exchange is taken off what it drops."""
-        block = cost(layer_ops(kind, shapes, runtime))
-        streams = np.where(shapes.recompute_parts == 0, runtime.activations.selective_streams, 0.0)
-        exchanged = streams * shapes.element_bytes * shapes.tokens * kind.hidden
-        return {**block, "selective_bytes": block["selective_bytes"] - exchanged}
-
-    def cost(ops: tuple[Op, ...]) -> BlockColumns:
-        block = block_cost(
-            ops,
-            shapes,
-            gpu=cluster.gpu,
-            precision=job.precision,
-            gradient_bytes=gradient_bytes(runtime, job),
-            tiers=tiers,
-            runtime=runtime,
-        )
-        return {name: getattr(block, name) for name in names}
-
+    costs = block_costs(
+        (
+            *(layer_ops(kind, shapes, runtime) for kind, _ in model.layers),
+            embedding_ops(model.hidden, dropout, shapes),
+            head_ops(model.hidden, model.norm, vocab, shapes, runtime),
+        ),
+        shapes,
+        gpu=cluster.gpu,
+        precision=job.precision,
+        gradient_bytes=gradient_bytes(runtime, job),
+        tiers=tiers,
+        runtime=runtime,
+    )
+    *layers, embedding, head = ({name: getattr(cost, name) for name in names} for cost in costs)
+    streams = np.where(shapes.recompute_parts == 0, runtime.activations.selective_streams, 0.0)
+    for (kind, _), layer in zip(model.layers, layers, strict=True):  # what `selective` keeps in exchange is not dropped
+        layer["selective_bytes"] -= streams * shapes.element_bytes * shapes.tokens * kind.hidden
     repeats, split = runtime.communication, layouts.sequence_parallel == 1
     return BlockRows(
-        layers=tuple(_gathering(layer_cost(kind), inverse) for kind, _ in model.layers),
-        embedding=_gathering(cost(embedding_ops(model.hidden, dropout, shapes)), inverse),
-        head=_gathering(cost(head_ops(model.hidden, model.norm, vocab, shapes, runtime)), inverse),
+        layers=tuple(_gathering(layer, inverse) for layer in layers),
+        embedding=_gathering(embedding, inverse),
+        head=_gathering(head, inverse),
         logits_bytes=logits_bytes(vocab, shapes, runtime)[inverse],
         selects=(layouts.recompute == SELECTIVE).astype(np.float64),
         full_repeats=np.where(split, repeats.full_repeats_tensor_sp, repeats.full_repeats_tensor),
