@@ -70,7 +70,7 @@ def exchange_s(
     reductions, gathers = exchange_counts(layouts, communication, micro_batches)
     # what the forward leaves whole is gathered once a micro-batch, inside such a pipeline once a step
     kept = np.where(inside_pipeline(layouts, communication), 1.0, 0.5 * gathers)
-    again = np.isin(layouts.zero, communication.gather_every_micro_batch)
+    again = _among(layouts.zero, communication.gather_every_micro_batch)
     gathers = np.where(again, gathers + kept_share * (kept - gathers), gathers)
     released = (unit_parameters > communication.reuse_distance) & (layouts.recompute == FULL)
     gathers = np.where(again & released, 1.5 * gathers, gathers)
@@ -83,7 +83,7 @@ def exchange_counts(
     """(reductions, gathers) of each group of parameters per step, whatever the group sizes."""
     zero = layouts.zero
     reductions = np.where(reduces_often(layouts, communication), micro_batches, 1.0)
-    gathers = np.where(np.isin(zero, communication.gather_every_micro_batch), 2.0 * micro_batches, 1.0)
+    gathers = np.where(_among(zero, communication.gather_every_micro_batch), 2.0 * micro_batches, 1.0)
     # parameters that stay whole after a backward are only gathered again after the next forward dropped them
     once = inside_pipeline(layouts, communication)
     return reductions, np.where(once & (zero == 3), micro_batches, gathers)
@@ -96,8 +96,13 @@ def inside_pipeline(layouts: LayoutTable, communication: Communication) -> NDArr
 
 def reduces_often(layouts: LayoutTable, communication: Communication) -> NDArray[np.bool_]:
     """Rows that reduce gradients after every micro-batch."""
-    every = np.isin(layouts.zero, communication.reduce_every_micro_batch)
+    every = _among(layouts.zero, communication.reduce_every_micro_batch)
     return every & ~inside_pipeline(layouts, communication)
+
+
+def _among(zero: NDArray[np.int64], stages: tuple[int, ...]) -> NDArray[np.bool_]:
+    """Rows whose ZeRO stage is one of `stages`."""
+    return np.asarray([stage in stages for stage in range(4)]).take(zero)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +136,7 @@ def exchange_windows(
     What repeats hides behind all micro-batches, what happens once behind one of them.
     """
     reducing = np.where(reduces_often(layouts, communication), micro_batches, 1.0) * backward_s
-    every = np.isin(layouts.zero, communication.gather_every_micro_batch)
+    every = _among(layouts.zero, communication.gather_every_micro_batch)
     gathering = np.where(every, micro_batches * (forward_s + backward_s), forward_s)
     return Windows(reducing_s=reducing, gathering_s=gathering, shared=every.astype(np.float64))
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from shardplan.costmodel.estimates import GUESS_BAND, HIDDEN_AXES, TIME_BAND, TIME_PARTS, Estimates, joined
+from shardplan.costmodel.estimates import GUESS_BAND, TIME_BAND, Estimates, joined
 from shardplan.costmodel.fitted import Fitted, fitted, with_fitted_cluster, with_fitted_runtime
 from shardplan.costmodel.job import Job
 from shardplan.costmodel.keys import LazyColumns
@@ -24,7 +24,7 @@ from shardplan.costmodel.rules import STRUCTURAL
 from shardplan.costmodel.runtime import Runtime, load_runtime, without_overlap
 from shardplan.costmodel.stage_cost import BlockRows, StageRows, block_rows, stage_parameters, stage_rows
 from shardplan.costmodel.step_memory import StepMemory, held_bytes, stage_activations
-from shardplan.costmodel.step_time import Owner, heaviest_owner, held_times, paced_times, step_time
+from shardplan.costmodel.step_time import Owner, StepTime, heaviest_owner, held_times, paced_times
 from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.machine import Cluster
 from shardplan.hw_profiles.topology import TierTable, tier_table
@@ -64,20 +64,19 @@ def estimate(
     starts = range(0, len(table), ROWS_AT_ONCE)
     pieces = [table.slice(start, start + ROWS_AT_ONCE) if len(starts) > 1 else table for start in starts]
     keys = [row_keys(piece, chosen.communication, job.global_batch) for piece in pieces]
-    for piece, its_keys in zip(pieces, keys, strict=True):
-        _check_meaning(setting, table, piece, its_keys)
+    for its in keys:
+        _check_meaning(setting, table, its)
     found = [_estimate_rows(setting, one, its, tiers, every_stage=every) for one, its in zip(pieces, keys, strict=True)]
     return joined(found, table)
 
 
-def _check_meaning(setting: Setting, table: LayoutTable, piece: LayoutTable, keys: RowKeys) -> None:
-    """InputError for the first row of `table` that has no meaning (a broken structural rule), if `piece` of it has one.
+def _check_meaning(setting: Setting, table: LayoutTable, keys: RowKeys) -> None:
+    """InputError for the first row of `table` that has no meaning (a broken structural rule), if the piece of it with these keys has one.
 
-    Rules are asked about a row of each key. A rule reads columns of `keys.work` or of `keys.states`, none of them reads both
+    Rules are asked about a layout of each key. A rule reads columns of `keys.work` or of `keys.states`, none of them reads both
     (tests/test_estimate.py), so what breaks a row breaks the row that stands for its key.
     """
-    standing = [piece.take(one.first) for one in (keys.work, keys.states)]
-    if not any(np.any(rule.broken(setting, rows)) for rule in STRUCTURAL for rows in standing):
+    if not any(np.any(rule.broken(setting, rows)) for rule in STRUCTURAL for rows in (keys.work, keys.states)):
         return
     for rule in STRUCTURAL:
         broken = np.flatnonzero(np.broadcast_to(rule.broken(setting, table), len(table)))
@@ -92,42 +91,39 @@ def _estimate_rows(
     setting: Setting, layouts: LayoutTable, keys: RowKeys, tiers: TierTable, *, every_stage: bool
 ) -> Estimates:
     model, job, cluster, runtime = setting.model, setting.job, setting.cluster, setting.runtime
-    work = layouts.take(keys.work.first)
-    batches = micro_batches(setting, work)
-    blocks = block_rows(model, job, cluster, work, runtime, tiers)
-    stages = stage_rows(model, work, runtime, every_stage=every_stage)
+    batches = micro_batches(setting, keys.work)
+    blocks = block_rows(model, job, cluster, keys.work, runtime, tiers)
+    stages = stage_rows(model, keys.work, runtime, every_stage=every_stage)
     counts = stages.layers.sum(axis=2).astype(np.int64)
-    flop = _hardware_flop(model, job, work, blocks, stages.recomputed_total)
-    there = stages.take(keys.contents.first)
-    parameters = stage_parameters(model, work.take(keys.contents.first), runtime, there)
-    owner = heaviest_owner(parameters, there, runtime)
-    time, hidden = _step_time(setting, layouts, keys, tiers, work, blocks, stages, owner)
-    held = layouts.take(keys.states.first)
+    flop = _hardware_flop(model, job, keys.work, blocks, stages.recomputed_total)
+    held = stage_rows(model, keys.contents, runtime, every_stage=every_stage)
+    parameters = stage_parameters(model, keys.contents, runtime, held)
+    time = _step_time(setting, keys, tiers, blocks, stages, heaviest_owner(parameters, held, runtime))
     memory = StepMemory(
         held=held_bytes(
             job,
             cluster.gpu,
-            held,
+            keys.states,
             runtime,
-            parameters.take(keys.contents.of_row[keys.work.of_row[keys.states.first]]),
-            micro_batches(setting, held),
+            parameters.take(keys.contents_of_work[keys.work_of_states]),
+            micro_batches(setting, keys.states),
         ),
-        activations=stage_activations(model, work, blocks, stages, batches),
-        states_of=keys.states.of_row,
-        work_of=keys.work.of_row,
+        activations=stage_activations(model, keys.work, blocks, stages, batches),
+        states_of=keys.states_of,
+        work_of=keys.work_of,
         slack_fraction=runtime.allocator_slack_fraction,
         context_bytes=cluster.gpu.context_bytes,
     )
     return Estimates(
         layouts=layouts,
-        time=time,
-        hidden=hidden,
+        time=time.parts(),
+        hidden=time.hidden(),
         peaks=memory.peaks(),
         stages=memory.parts(),
         contents=LazyColumns(
             {
-                "stage_index": lambda: stages.stage[keys.work.of_row],
-                "stage_layer_counts": lambda: counts[keys.work.of_row],
+                "stage_index": lambda: stages.stage[keys.work_of],
+                "stage_layer_counts": lambda: counts[keys.work_of],
             }
         ),
         context_bytes=cluster.gpu.context_bytes,
@@ -136,7 +132,7 @@ def _estimate_rows(
         host_capacity_bytes=cluster.node.host.ram_bytes,
         tokens_per_step=job.tokens_per_step,
         model_flop_per_step=model_flop_per_token(model, job.seq) * job.tokens_per_step,
-        hardware_flop_per_step=flop.take(keys.work.of_row),
+        hardware_flop_per_step=flop.take(keys.work_of),
         peak_flop_per_s=cluster.gpu.peak_flop_per_s[job.precision],
         time_band=TIME_BAND + (GUESS_BAND if timing_guesses(cluster, job.precision) else 0.0),
     )
@@ -144,44 +140,33 @@ def _estimate_rows(
 
 def _step_time(
     setting: Setting,
-    layouts: LayoutTable,
     keys: RowKeys,
     tiers: TierTable,
-    work: LayoutTable,
     blocks: BlockRows,
     stages: StageRows,
     owner: Owner,
-) -> tuple[dict[str, FloatArray], dict[str, FloatArray]]:
-    """Times on the keys of pace and states, gathered into the rows: parts with step_s in their order, and what is hidden.
+) -> StepTime:
+    """Times on the keys of pace and states.
 
-    `work`, `blocks` and `stages` are over the keys of the work, `owner` over those of the stage contents."""
+    `blocks` and `stages` are over the keys of the work, `owner` over those of the stage contents.
+    """
     model, job, cluster, runtime = setting.model, setting.job, setting.cluster, setting.runtime
-    paced, of_work = layouts.take(keys.pace.first), keys.work.of_row[keys.pace.first]
-    batches = micro_batches(setting, paced)
-    pace = pipeline_pace(model, cluster, paced, runtime, blocks.take(of_work), stages.take(of_work), batches)
-    transfers_s = pipeline_transfers_s(model, job, work, runtime, tiers, micro_batches(setting, work))
-    held, contents = layouts.take(keys.states.first), keys.contents.of_row
-    time, hidden = step_time(
-        job,
-        cluster,
-        runtime,
-        paced_times(paced, runtime, pace, transfers_s[of_work], owner.take(contents[of_work]), batches),
-        held_times(
-            model,
-            job,
-            cluster,
-            held,
-            runtime,
-            tiers,
-            owner.take(contents[keys.work.of_row[keys.states.first]]),
-        ),
-        keys.pace.of_row,
-        keys.states.of_row,
+    of, batches = keys.work_of_pace, micro_batches(setting, keys.pace)
+    pace = pipeline_pace(model, cluster, keys.pace, runtime, blocks.take(of), stages.take(of), batches)
+    transfers_s = pipeline_transfers_s(model, job, keys.work, runtime, tiers, micro_batches(setting, keys.work))
+    paced = paced_times(
+        keys.pace, runtime, pace, transfers_s.take(of), owner.take(keys.contents_of_work.take(of)), batches
     )
-    zero = np.zeros(len(layouts))
-    return (
-        {part: time.get(part, zero) for part in (*TIME_PARTS, "step_s")},
-        {axis: hidden.get(axis, zero) for axis in HIDDEN_AXES},
+    owner = owner.take(keys.contents_of_work.take(keys.work_of_states))
+    held = held_times(model, job, cluster, keys.states, runtime, tiers, owner)
+    return StepTime(
+        job=job,
+        cluster=cluster,
+        runtime=runtime,
+        paced=paced,
+        held=held,
+        pace_of=keys.pace_of,
+        states_of=keys.states_of,
     )
 
 

@@ -18,23 +18,6 @@ IntArray = NDArray[np.int64]
 Number = TypeVar("Number", np.int64, np.float64)
 Column = TypeVar("Column")
 
-TIME_PARTS = (
-    "compute_s",
-    "recompute_s",
-    "tp_exposed_s",
-    "cp_exposed_s",
-    "ep_exposed_s",
-    "dp_exposed_s",
-    "pp_exposed_s",
-    "bubble_s",
-    "offload_exposed_s",
-    "optimizer_s",
-    "host_s",
-)
-"""They add up to step_s."""
-HIDDEN_AXES = ("tp_s", "cp_s", "dp_s", "offload_s")
-"""Seconds of communication that hide behind compute."""
-
 DEFAULT_HEADROOM = 0.05
 TIME_BAND = 0.08
 """Half-width of the step-time band, relative: an uncalibrated machine of a known type."""
@@ -46,20 +29,22 @@ GUESS_BAND = 0.04
 
 @dataclass(frozen=True, kw_only=True)
 class Estimates:
-    """Answers for N layouts; columns of shape (N,), memory of shape (N, S) for S stages, gathered when it is read."""
+    """Answers for N layouts; columns of shape (N,), memory of shape (N, S) for S stages.
+
+    Much of it is gathered from tables of fewer keys whenever it is read: keep what is needed more than once.
+    """
 
     layouts: LayoutTable
     time: Mapping[str, FloatArray]
-    """Seconds per step by part (TIME_PARTS) and `step_s`."""
+    """Seconds per step by part (`step_time.TIME_PARTS`) and `step_s`."""
     hidden: Mapping[str, FloatArray]
     """Communication seconds hidden behind compute, by axis; not in step_s."""
     peaks: Mapping[str, FloatArray]
     """Bytes of the fullest stage: allocated, reserved, device."""
     stages: Mapping[str, FloatArray]
-    """Bytes by part and stage, (N, S): parameters, gradients, optimizer, activations, buffers, allocated, slack, device, host. Made
-    whenever a part is read: keep what is needed more than once."""
+    """Bytes by part and stage, (N, S): parameters, gradients, optimizer, activations, buffers, allocated, slack, device, host."""
     contents: Mapping[str, IntArray]
-    """`stage_index` and `stage_layer_counts`, (N, S), made whenever they are read."""
+    """`stage_index` and `stage_layer_counts`, (N, S)."""
     context_bytes: float
     capacity_bytes: float
     host_bytes: FloatArray
@@ -128,7 +113,7 @@ class Estimates:
             self,
             layouts=self.layouts.take(rows),
             time={name: column[rows] for name, column in self.time.items()},
-            hidden={name: column[rows] for name, column in self.hidden.items()},
+            hidden=_each(self.hidden, lambda found: found[rows]),
             peaks={name: column[rows] for name, column in self.peaks.items()},
             stages=_each(self.stages, lambda found: found[rows]),
             contents=_each(self.contents, lambda found: found[rows]),
@@ -153,8 +138,8 @@ def joined(pieces: Sequence[Estimates], layouts: LayoutTable) -> Estimates:
     return replace(
         pieces[0],
         layouts=layouts,
-        time=_stacked([piece.time for piece in pieces]),
-        hidden=_stacked([piece.hidden for piece in pieces]),
+        time=_stacked_when_read([piece.time for piece in pieces]),
+        hidden=_stacked_when_read([piece.hidden for piece in pieces]),
         peaks=_stacked([piece.peaks for piece in pieces]),
         stages=_stacked_when_read([piece.stages for piece in pieces]),
         contents=_stacked_when_read([piece.contents for piece in pieces]),

@@ -234,7 +234,7 @@ class LayoutTable:
     @property
     def v_placed(self) -> NDArray[np.bool_]:
         """Rows whose pipeline places two chunks in a V, (N,)."""
-        return (self.pp > 1) & np.isin(self.schedule, [SCHEDULES.index(name) for name in V_PLACED])
+        return (self.pp > 1) & np.asarray([name in V_PLACED for name in SCHEDULES]).take(self.schedule)
 
     @property
     def zero_ranks(self) -> IntArray:
@@ -251,7 +251,8 @@ class LayoutTable:
 
     def take(self, rows: NDArray[np.integer] | NDArray[np.bool_]) -> LayoutTable:
         """The rows at `rows` (indices or a mask)."""
-        return LayoutTable(**{name: column[rows] for name, column in self.columns().items()}, splits=self.splits)
+        at = np.flatnonzero(rows) if rows.dtype == np.bool_ else rows
+        return LayoutTable(**{name: column.take(at) for name, column in self.columns().items()}, splits=self.splits)
 
     def slice(self, start: int, stop: int) -> LayoutTable:
         """The rows from `start` up to `stop`, not copied."""

@@ -38,11 +38,18 @@ GPIPE, ONE_F_ONE_B, INTERLEAVED, LOOPED_BFS, ZERO_BUBBLE, ZERO_BUBBLE_V, DUALPIP
 WORST_STAGES = 4
 
 
+def _any_of(code: FloatArray, *schedules: int) -> bool:
+    """Whether some row has one of the schedules: what none has is not computed."""
+    return any(bool((code == one).any()) for one in schedules)
+
+
 def bubble_hops(schedule: ArrayLike, pp: ArrayLike, micro_batches: ArrayLike, virtual_stages: ArrayLike) -> FloatArray:
     """Hops that a pipeline of `pp` ranks fills and drains for (table above), shapes broadcast; `schedule` is the code."""
     code, p, m, v = np.broadcast_arrays(
         *(np.asarray(x, dtype=np.float64) for x in (schedule, pp, micro_batches, virtual_stages))
     )
+    if not _any_of(code, INTERLEAVED, LOOPED_BFS, ZERO_BUBBLE, ZERO_BUBBLE_V):
+        return p - 1.0
     missing = np.maximum(p - m, 0.0)
     extra = np.where((code == INTERLEAVED) | (code == LOOPED_BFS), (v - 1.0) * missing, 0.0)
     extra = np.where(code == ZERO_BUBBLE, missing, extra)
@@ -57,6 +64,8 @@ def hop_share(
     code, f, i, w = np.broadcast_arrays(
         *(np.asarray(x, dtype=np.float64) for x in (schedule, forward_s, input_grad_s, weight_grad_s))
     )
+    if not _any_of(code, ZERO_BUBBLE, ZERO_BUBBLE_V, DUALPIPE_V):
+        return np.ones(code.shape)
     whole = f + i + w
     longer = np.maximum(f, i)
     halved = np.maximum(longer, f + i - w)
@@ -97,9 +106,10 @@ def in_flight(
     longest = np.ceil(m / np.maximum(np.floor(m / p), 1.0))
     chunked = (code == INTERLEAVED) & (v > 1)
     held = np.where(chunked, (2.0 * (p - i - 1.0) + (v - 1.0) * longest + 1.0) / v, p - i)
-    held = np.where(code == ZERO_BUBBLE, p, held)
-    held = np.where(code == ZERO_BUBBLE_V, np.minimum(p, (m + i + 1.0) / 2.0), held)
-    held = np.where(code == DUALPIPE_V, p + 0.5, held)
+    if _any_of(code, ZERO_BUBBLE, ZERO_BUBBLE_V, DUALPIPE_V):
+        held = np.where(code == ZERO_BUBBLE, p, held)
+        held = np.where(code == ZERO_BUBBLE_V, np.minimum(p, (m + i + 1.0) / 2.0), held)
+        held = np.where(code == DUALPIPE_V, p + 0.5, held)
     return np.where((code == GPIPE) | (code == LOOPED_BFS), m, np.minimum(m, held))
 
 

@@ -10,12 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.costmodel.job import Job
-from shardplan.costmodel.keys import LazyColumns
+from shardplan.costmodel.keys import ROWS_IN_CACHE, LazyColumns
 from shardplan.costmodel.layout import LayoutTable
 from shardplan.costmodel.memory import activation_bytes, stage_states
 from shardplan.costmodel.model import Model
 from shardplan.costmodel.pipeline import in_flight
-from shardplan.costmodel.row_keys import ROWS_IN_CACHE
 from shardplan.costmodel.runtime import Runtime
 from shardplan.costmodel.stage_cost import BlockRows, StageParameters, StageRows
 from shardplan.hw_profiles.machine import Gpu
@@ -176,7 +175,8 @@ class StepMemory:
         lasting = np.ascontiguousarray((held.parameters + held.gradients + held.optimizer + held.buffers).T)
         passing = np.ascontiguousarray(self.activations.T)
         stepping = None if held.stepping is None else np.ascontiguousarray(held.stepping.T)
-        fullest, late = np.empty(rows), np.zeros(rows)
+        fullest = np.empty(rows)
+        allocated = fullest if held.freed is None else np.empty(rows)
         for start in range(0, rows, ROWS_IN_CACHE):
             some = slice(start, start + ROWS_IN_CACHE)
             of, at = self.states_of[some], self.work_of[some]
@@ -192,9 +192,9 @@ class StepMemory:
             fullest[some] = most
             if held.freed is not None:
                 least = np.minimum(held.gradients[of, stage], self.activations[at, stage])
-                late[some] = np.where(held.freed.take(of), least, 0.0)
+                allocated[some] = most - np.where(held.freed.take(of), least, 0.0)
         reserved = (1.0 + self.slack_fraction) * fullest
-        return {"allocated": fullest - late, "reserved": reserved, "device": reserved + self.context_bytes}
+        return {"allocated": allocated, "reserved": reserved, "device": reserved + self.context_bytes}
 
     def host_bytes(self) -> FloatArray:
         """In host memory for each GPU of the stage that keeps most there, (N,)."""

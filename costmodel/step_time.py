@@ -1,13 +1,14 @@
 """Step time of N layouts by part: the slowest stage sets the pace, the others fill and drain, the rest is added where exposed.
 
 What the step of a row is made of is computed on keys (`row_keys.RowKeys`): `PacedTimes` on those of its pace, `HeldTimes` on those of
-its states. `step_time` gathers both and lets exchanges hide behind compute, row by row.
+its states. `StepTime` gathers both and lets exchanges hide behind compute, row by row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,18 +24,33 @@ from shardplan.costmodel.data_parallel import (
 )
 from shardplan.costmodel.job import BYTES_OF, Job
 from shardplan.costmodel.kernels_time import memory_bound_s
+from shardplan.costmodel.keys import ROWS_IN_CACHE, LazyColumns
 from shardplan.costmodel.layout import LayoutTable
 from shardplan.costmodel.memory import gradient_bytes, parameter_bytes
 from shardplan.costmodel.model import Model
 from shardplan.costmodel.offload import optimizer_offload_s
-from shardplan.costmodel.row_keys import ROWS_IN_CACHE
-from shardplan.costmodel.runtime import Communication, Runtime
+from shardplan.costmodel.runtime import Runtime
 from shardplan.costmodel.stage_cost import StageParameters, StageRows
 from shardplan.hw_profiles.machine import Cluster
 from shardplan.hw_profiles.topology import TierTable
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
+
+TIME_PARTS = (
+    "compute_s",
+    "recompute_s",
+    "tp_exposed_s",
+    "cp_exposed_s",
+    "ep_exposed_s",
+    "dp_exposed_s",
+    "pp_exposed_s",
+    "bubble_s",
+    "offload_exposed_s",
+    "optimizer_s",
+    "host_s",
+)
+"""They add up to step_s."""
 
 UPDATE_BYTES = {"adamw": 30.0, "sgd": 14.0}
 """Memory traffic of the update of one parameter: fp32 master and moments read and written, gradient read, 16-bit copy written."""
@@ -173,66 +189,82 @@ def held_times(
     )
 
 
-def step_time(
-    job: Job,
-    cluster: Cluster,
-    runtime: Runtime,
-    paced: PacedTimes,
-    held: HeldTimes,
-    pace_of: IntArray,
-    states_of: IntArray,
-) -> tuple[dict[str, FloatArray], dict[str, FloatArray]]:
-    """(seconds by part with `step_s`, hidden seconds by axis), columns of shape (N,); row n has the `paced` times at `pace_of[n]` and
-    the `held` times at `states_of[n]`."""
-    rows = len(pace_of)
-    own = ("dp_exposed_s", "offload_exposed_s", "optimizer_s", "host_s", "step_s")
-    time = {name: np.empty(rows) for name in (*paced.parts, *own)}
-    hidden = {name: np.empty(rows) for name in (*paced.hidden, "dp_s", "offload_s")}
-    together = np.sum(list(paced.parts.values()), axis=0)
-    for start in range(0, rows, ROWS_IN_CACHE):
-        some = slice(start, start + ROWS_IN_CACHE)
-        at, of = pace_of[some], states_of[some]
-        for columns, filled in ((paced.parts, time), (paced.hidden, hidden)):
-            for name, column in columns.items():
-                column.take(at, out=filled[name][some], mode="clip")  # any other mode goes through a buffer
-        exposed, behind = _data_parallel(runtime.communication, paced, held, at, of)
-        exposed += runtime.execution.compute_slowdown * behind
-        offload, behind_offload = _offload(job, cluster, runtime, paced, held, at, of)
-        optimizer, host = held.optimizer_s.take(of), paced.host_s.take(at)
-        if cluster.gpu.device != "cpu":  # while a GPU waits for its links, the host launches ahead
-            host = np.maximum(host - exposed, 0.0)
-        host += runtime.execution.step_overhead_s
-        step = together.take(at) + exposed + offload + optimizer + host
-        for name, column in zip(own, (exposed, offload, optimizer, host, step), strict=True):
-            time[name][some] = column
-        hidden["dp_s"][some], hidden["offload_s"][some] = behind, behind_offload
-    return time, hidden
+@dataclass(frozen=True, kw_only=True)
+class StepTime:
+    """Step time of N layouts: row n has the `paced` times at `pace_of[n]` and the `held` times at `states_of[n]`."""
 
+    job: Job
+    cluster: Cluster
+    runtime: Runtime
+    paced: PacedTimes
+    held: HeldTimes
+    pace_of: IntArray
+    states_of: IntArray
 
-def _data_parallel(
-    communication: Communication, paced: PacedTimes, held: HeldTimes, at: IntArray, of: IntArray
-) -> tuple[FloatArray, FloatArray]:
-    """(exposed, hidden) seconds of gradient reduction and parameter gathers of the rows with keys `at` and `of`."""
-    exchange = Exchange(
-        reduce_s=held.exchange.reduce_s.take(of) * paced.exchanges.reduce_s.take(at),
-        gather_s=held.exchange.gather_s.take(of) * paced.exchanges.gather_s.take(at),
-    )
-    exposed, hidden = exposed_exchange_s(exchange, paced.windows.take(at), communication)
-    return (exposed if held.tied_s is None else exposed + held.tied_s.take(of)), hidden
+    def parts(self) -> Mapping[str, FloatArray]:
+        """Seconds by part (TIME_PARTS) and `step_s`, (N,). What a row has from its keys alone is gathered when it is read."""
+        rows, paced = len(self.pace_of), self.paced
+        own = ("dp_exposed_s", "offload_exposed_s", "host_s", "step_s")
+        time = {name: np.empty(rows) for name in own}
+        together = np.sum(list(paced.parts.values()), axis=0)
+        for start in range(0, rows, ROWS_IN_CACHE):
+            some = slice(start, start + ROWS_IN_CACHE)
+            at, of = self.pace_of[some], self.states_of[some]
+            exposed, _ = self._data_parallel(at, of)
+            offload, _ = self._offload(at, of)
+            host = paced.host_s.take(at)
+            if self.cluster.gpu.device != "cpu":  # while a GPU waits for its links, the host launches ahead
+                host = np.maximum(host - exposed, 0.0)
+            host += self.runtime.execution.step_overhead_s
+            step = together.take(at) + exposed + offload + self.held.optimizer_s.take(of) + host
+            for name, column in zip(own, (exposed, offload, host, step), strict=True):
+                time[name][some] = column
+        makers = {name: partial(self._of_pace, paced.parts.get(name)) for name in TIME_PARTS}
+        makers["optimizer_s"] = partial(self.held.optimizer_s.take, self.states_of)
+        return LazyColumns({**makers, **{name: partial(_as_it_is, column) for name, column in time.items()}})
 
-
-def _offload(
-    job: Job, cluster: Cluster, runtime: Runtime, paced: PacedTimes, held: HeldTimes, at: IntArray, of: IntArray
-) -> tuple[FloatArray, FloatArray]:
-    """(exposed, hidden) seconds of the optimizer's traffic and update on the host, for the rows that offload it."""
-    exposed, hidden = np.zeros(len(of)), np.zeros(len(of))
-    rows = np.flatnonzero(held.offloaded.take(of))
-    if len(rows):
-        exposed[rows], hidden[rows] = optimizer_offload_s(
-            cluster.node,
-            held.updated.take(of[rows]),
-            gradient_bytes=gradient_bytes(runtime, job),
-            parameter_bytes=BYTES_OF[job.precision],
-            backward_s=paced.backward_s.take(at[rows]),
+    def hidden(self) -> Mapping[str, FloatArray]:
+        """Seconds of communication that hide behind compute by axis, (N,), made when they are read."""
+        makers = {name: partial(self._of_pace, self.paced.hidden.get(name)) for name in ("tp_s", "cp_s")}
+        return LazyColumns(
+            {
+                **makers,
+                "dp_s": lambda: self._data_parallel(self.pace_of, self.states_of)[1],
+                "offload_s": lambda: self._offload(self.pace_of, self.states_of)[1],
+            }
         )
-    return exposed, hidden
+
+    def _of_pace(self, column: FloatArray | None) -> FloatArray:
+        """A column over the keys of the pace for every row; None stands for zeros."""
+        return np.zeros(len(self.pace_of)) if column is None else column.take(self.pace_of)
+
+    def _data_parallel(self, at: IntArray, of: IntArray) -> tuple[FloatArray, FloatArray]:
+        """(exposed, hidden) seconds of gradient reduction and parameter gathers of the rows with keys `at` and `of`, with the slowdown
+        of compute they hide behind."""
+        paced, held, communication = self.paced, self.held, self.runtime.communication
+        exchange = Exchange(
+            reduce_s=held.exchange.reduce_s.take(of) * paced.exchanges.reduce_s.take(at),
+            gather_s=held.exchange.gather_s.take(of) * paced.exchanges.gather_s.take(at),
+        )
+        exposed, hidden = exposed_exchange_s(exchange, paced.windows.take(at), communication)
+        if held.tied_s is not None:
+            exposed += held.tied_s.take(of)
+        return exposed + self.runtime.execution.compute_slowdown * hidden, hidden
+
+    def _offload(self, at: IntArray, of: IntArray) -> tuple[FloatArray, FloatArray]:
+        """(exposed, hidden) seconds of the optimizer's traffic and update on the host, for the rows that offload it."""
+        exposed, hidden = np.zeros(len(of)), np.zeros(len(of))
+        rows = np.flatnonzero(self.held.offloaded.take(of))
+        if len(rows):
+            exposed[rows], hidden[rows] = optimizer_offload_s(
+                self.cluster.node,
+                self.held.updated.take(of[rows]),
+                gradient_bytes=gradient_bytes(self.runtime, self.job),
+                parameter_bytes=BYTES_OF[self.job.precision],
+                backward_s=self.paced.backward_s.take(at[rows]),
+            )
+        return exposed, hidden
+
+
+def _as_it_is(column: FloatArray) -> FloatArray:
+    return column

@@ -11,13 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardplan.costmodel.collectives import collective_s, members_per_node, point_to_point_s
-from shardplan.costmodel.estimate import TIME_PARTS, Estimates, estimate
+from shardplan.costmodel.estimate import Estimates, estimate
 from shardplan.costmodel.job import Job
 from shardplan.costmodel.keys import unique_keys
 from shardplan.costmodel.layout import Layout, layout_table, parse_layout
 from shardplan.costmodel.model_config import load_model
 from shardplan.costmodel.runtime import load_runtime, runtime_names
 from shardplan.costmodel.stage_cost import block_rows
+from shardplan.costmodel.step_time import TIME_PARTS
 from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.load import load_cluster
 from shardplan.hw_profiles.topology import tier_table
