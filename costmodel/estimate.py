@@ -96,7 +96,7 @@ def _estimate_rows(
     stages = stage_rows(model, keys.work, runtime, every_stage=every_stage)
     counts = stages.layers.sum(axis=2).astype(np.int64)
     flop = _hardware_flop(model, job, keys.work, blocks, stages.recomputed_total)
-    held = stage_rows(model, keys.contents, runtime, every_stage=every_stage)
+    held = stages.take(keys.work_of_contents)
     parameters = stage_parameters(model, keys.contents, runtime, held)
     time = _step_time(setting, keys, tiers, blocks, stages, heaviest_owner(parameters, held, runtime))
     memory = StepMemory(

@@ -13,6 +13,8 @@ IntArray = NDArray[np.int64]
 Number = TypeVar("Number", np.int64, np.float64)
 Column_co = TypeVar("Column_co", covariant=True)
 
+FEW_VALUES = 8
+"""A range so small that its unused values cost less than finding the used ones."""
 ROWS_IN_CACHE = 1 << 14
 """Rows that are coded, gathered or added up together: their few columns stay in the cache of a core."""
 
@@ -27,11 +29,13 @@ class _Coded:
     count: int
 
 
-def _coded(column: IntArray) -> _Coded | None:
-    """The codes of a column's values; None where all rows have the same."""
+def _coded(column: IntArray, *, dense: bool = False) -> _Coded | None:
+    """The codes of a column's values; None where all rows have the same. A `dense` column uses nearly all values of its range."""
     low, high = int(column.min()), int(column.max())
     if low == high:
         return None
+    if dense or high - low < FEW_VALUES:
+        return _Coded(column=column, low=low, code_of=np.arange(high - low + 1), count=high - low + 1)
     if high - low > _widest(len(column)):
         values, codes = np.unique(column, return_inverse=True)
         return _Coded(column=codes.astype(np.int64), low=0, code_of=np.arange(len(values)), count=len(values))
@@ -63,15 +67,15 @@ def _added(coded: list[_Coded]) -> IntArray:
     return codes
 
 
-def unique_keys(*columns: IntArray) -> tuple[IntArray, IntArray]:
+def unique_keys(*columns: IntArray, dense: bool = False) -> tuple[IntArray, IntArray]:
     """(row, inverse) of the distinct rows of equally long columns: `column[row]` are the keys, `[inverse]` gathers.
 
-    Keys come in ascending order of (columns[0], columns[1], ...). Columns must not be empty.
+    Keys come in ascending order of (columns[0], columns[1], ...). Columns must not be empty; `dense` ones are keys themselves.
     """
     rows = len(columns[0])
     group, span = list[_Coded](), 1
     for column in columns:
-        coded = _coded(column)
+        coded = _coded(column, dense=dense)
         if coded is None:
             continue
         if span * coded.count > _widest(rows):  # before the product outgrows the rows
@@ -107,9 +111,9 @@ class Keys:
     """The key that a row has, (N,)."""
 
 
-def keys_of(*columns: IntArray) -> Keys:
+def keys_of(*columns: IntArray, dense: bool = False) -> Keys:
     """`unique_keys` by name."""
-    row, inverse = unique_keys(*columns)
+    row, inverse = unique_keys(*columns, dense=dense)
     return Keys(row=row, of_row=inverse)
 
 

@@ -100,9 +100,7 @@ def in_flight(
     less), DualPipeV p + 1/2 (deepseek-ai/DualPipe: PP + 1 chunks, PP = 2 p); none more than m. A chunk counts from its F to its
     B, or to its W where B is split.
     """
-    code, p, i, m, v = np.broadcast_arrays(
-        *(np.asarray(x, dtype=np.float64) for x in (schedule, pp, stage, micro_batches, virtual_stages))
-    )
+    code, p, i, m, v = (np.asarray(x, dtype=np.float64) for x in (schedule, pp, stage, micro_batches, virtual_stages))
     longest = np.ceil(m / np.maximum(np.floor(m / p), 1.0))
     chunked = (code == INTERLEAVED) & (v > 1)
     held = np.where(chunked, (2.0 * (p - i - 1.0) + (v - 1.0) * longest + 1.0) / v, p - i)

@@ -29,6 +29,7 @@ class RowKeys:
     contents: LayoutTable
     """What a stage holds: tp, pp, chunks and their placement, (C,)."""
     contents_of_work: IntArray
+    work_of_contents: IntArray
     pace: LayoutTable
     """The work, and what ZeRO adds to every micro-batch, (P,)."""
     pace_of: IntArray
@@ -48,10 +49,9 @@ def row_keys(layouts: LayoutTable, communication: Communication, global_batch: i
     contents = keys_of(work.tp, work.pp, work.virtual_stages, work.split, work.v_placed.astype(np.int64))
     accumulates = (global_batch > work.dp * work.micro_batch).astype(np.int64)
     ranks = keys_of(contents.of_row, work.dp, work.cp, accumulates)
-    by_pace = keys_of(
-        by_work.of_row, _exchanging(work, layouts.take(by_sharing.row), communication, by_work, by_sharing)
-    )
-    by_states = keys_of(ranks.of_row.take(by_work.of_row), by_sharing.of_row)
+    exchanging = _exchanging(work, layouts.take(by_sharing.row), communication, by_work, by_sharing)
+    by_pace = keys_of(by_work.of_row, exchanging, dense=True)
+    by_states = keys_of(ranks.of_row.take(by_work.of_row), by_sharing.of_row, dense=True)
     work_of_pace, work_of_states = by_work.of_row.take(by_pace.row), by_work.of_row.take(by_states.row)
 
     def rows(of_work: IntArray, at: IntArray) -> LayoutTable:
@@ -63,6 +63,7 @@ def row_keys(layouts: LayoutTable, communication: Communication, global_batch: i
         work_of=by_work.of_row,
         contents=work.take(contents.row),
         contents_of_work=contents.of_row,
+        work_of_contents=contents.row,
         pace=rows(work_of_pace, by_pace.row),
         pace_of=by_pace.of_row,
         work_of_pace=work_of_pace,
