@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from shardplan.costmodel.estimates import GUESS_BAND, TIME_BAND, Estimates, joined
 from shardplan.costmodel.fitted import Fitted, fitted, with_fitted_cluster, with_fitted_runtime
 from shardplan.costmodel.job import Job
-from shardplan.costmodel.keys import LazyColumns
+from shardplan.costmodel.keys import LazyColumns, in_pieces
 from shardplan.costmodel.layout import Layout, LayoutTable, layout_table
 from shardplan.costmodel.model import Model, layer_parameters
 from shardplan.costmodel.pace import pipeline_pace, pipeline_transfers_s
@@ -152,7 +152,12 @@ def _step_time(
     """
     model, job, cluster, runtime = setting.model, setting.job, setting.cluster, setting.runtime
     of, batches = keys.work_of_pace, micro_batches(setting, keys.pace)
-    pace = pipeline_pace(model, cluster, keys.pace, runtime, blocks.take(of), stages.take(of), batches)
+
+    def pace_of(some: slice) -> dict[str, FloatArray]:
+        rows, at = keys.pace.slice(some.start, some.stop), of[some]
+        return pipeline_pace(model, cluster, rows, runtime, blocks.take(at), stages.take(at), batches[some])
+
+    pace = in_pieces(len(of), pace_of)
     transfers_s = pipeline_transfers_s(model, job, keys.work, runtime, tiers, micro_batches(setting, keys.work))
     paced = paced_times(
         keys.pace, runtime, pace, transfers_s.take(of), owner.take(keys.contents_of_work.take(of)), batches

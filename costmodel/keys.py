@@ -9,6 +9,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 Number = TypeVar("Number", np.int64, np.float64)
 Column_co = TypeVar("Column_co", covariant=True)
@@ -17,6 +18,8 @@ FEW_VALUES = 8
 """A range so small that its unused values cost less than finding the used ones."""
 ROWS_IN_CACHE = 1 << 14
 """Rows that are coded, gathered or added up together: their few columns stay in the cache of a core."""
+KEYS_IN_CACHE = 1 << 13
+"""The same of keys, for formulas with many intermediate arrays over stages."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +124,12 @@ def gathered(table: NDArray[Number], rows: IntArray) -> NDArray[Number]:
     """`table[rows]` of a table (K, ...), stored with the rows next to each other: arithmetic over few stages then runs along
     many rows, not along few stages."""
     return np.take(table.T, rows, axis=-1).T
+
+
+def in_pieces(rows: int, make: Callable[[slice], Mapping[str, FloatArray]]) -> dict[str, FloatArray]:
+    """Columns (N,) of many intermediate arrays, made of as many rows at a time as keep those in the cache."""
+    pieces = [make(slice(start, start + KEYS_IN_CACHE)) for start in range(0, rows, KEYS_IN_CACHE)]
+    return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
 
 
 class LazyColumns(Mapping[str, Column_co]):

@@ -45,7 +45,7 @@ def row_keys(layouts: LayoutTable, communication: Communication, global_batch: i
     columns = layouts.columns()
     by_work = keys_of(*(column for name, column in columns.items() if name not in SHARING))
     by_sharing = keys_of(*(columns[name] for name in SHARING))
-    work = layouts.take(by_work.row)
+    work = layouts.take(by_work.row).with_constants()
     contents = keys_of(work.tp, work.pp, work.virtual_stages, work.split, work.v_placed.astype(np.int64))
     accumulates = (global_batch > work.dp * work.micro_batch).astype(np.int64)
     ranks = keys_of(contents.of_row, work.dp, work.cp, accumulates)

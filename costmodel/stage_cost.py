@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.costmodel.job import BYTES_OF, Job
-from shardplan.costmodel.keys import LazyColumns, gathered, unique_keys
+from shardplan.costmodel.keys import gathered, unique_keys
 from shardplan.costmodel.layer_cost import BlockCost, block_costs
 from shardplan.costmodel.layout import ATTENTION, CP_KINDS, LayoutTable
 from shardplan.costmodel.memory import FULL, SELECTIVE, gradient_bytes
@@ -24,13 +23,34 @@ from shardplan.hw_profiles.topology import TierTable
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
-BlockColumns = Mapping[str, FloatArray]
+
+
+class BlockColumns(Mapping[str, FloatArray]):
+    """Columns of `layer_cost.BlockCost` over its shapes, each gathered for N layouts whenever it is read."""
+
+    def __init__(self, columns: Mapping[str, FloatArray], shape_of: IntArray) -> None:
+        self._columns, self._shape_of = columns, shape_of
+
+    def __getitem__(self, name: str) -> FloatArray:
+        return self._columns[name].take(self._shape_of)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._columns)
+
+    def __len__(self) -> int:
+        return len(self._columns)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._columns
+
+    def take(self, rows: IntArray) -> BlockColumns:
+        """The rows at `rows`."""
+        return BlockColumns(self._columns, self._shape_of.take(rows))
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockRows:
-    """Columns of `layer_cost.BlockCost` for N layouts, gathered when they are read; those of context parallelism only where some
-    layout has it."""
+    """Costs of the blocks of N layouts; columns of context parallelism only where some layout has it."""
 
     layers: tuple[BlockColumns, ...]
     """One per run of layer kinds."""
@@ -45,22 +65,13 @@ class BlockRows:
     def take(self, rows: IntArray) -> BlockRows:
         """The rows at `rows`."""
         return BlockRows(
-            layers=tuple(_gathering(block, rows) for block in self.layers),
-            embedding=_gathering(self.embedding, rows),
-            head=_gathering(self.head, rows),
+            layers=tuple(block.take(rows) for block in self.layers),
+            embedding=self.embedding.take(rows),
+            head=self.head.take(rows),
             logits_bytes=self.logits_bytes.take(rows),
             selects=self.selects.take(rows),
             full_repeats=self.full_repeats.take(rows),
         )
-
-
-def _gathering(block: BlockColumns, rows: IntArray) -> BlockColumns:
-    """The rows of a block at `rows`, a column at a time when it is read."""
-    return LazyColumns({name: partial(_rows_of, block, name, rows) for name in block})
-
-
-def _rows_of(block: BlockColumns, name: str, rows: IntArray) -> FloatArray:
-    return block[name].take(rows)
 
 
 def padded_vocab(model: Model, runtime: Runtime, tp: FloatArray) -> FloatArray:
@@ -116,9 +127,9 @@ def block_rows(
         layer["selective_bytes"] -= streams * shapes.element_bytes * shapes.tokens * kind.hidden
     repeats, split = runtime.communication, layouts.sequence_parallel == 1
     return BlockRows(
-        layers=tuple(_gathering(layer, inverse) for layer in layers),
-        embedding=_gathering(embedding, inverse),
-        head=_gathering(head, inverse),
+        layers=tuple(BlockColumns(layer, inverse) for layer in layers),
+        embedding=BlockColumns(embedding, inverse),
+        head=BlockColumns(head, inverse),
         logits_bytes=logits_bytes(vocab, shapes, runtime)[inverse],
         selects=(layouts.recompute == SELECTIVE).astype(np.float64),
         full_repeats=np.where(split, repeats.full_repeats_tensor_sp, repeats.full_repeats_tensor),
