@@ -13,12 +13,8 @@ from hypothesis import strategies as st
 from shardplan.costmodel.collectives import collective_s, members_per_node, point_to_point_s
 from shardplan.costmodel.estimate import Estimates, estimate
 from shardplan.costmodel.job import Job
-from shardplan.costmodel.keys import unique_keys
-from shardplan.costmodel.layout import COLUMNS, Layout, LayoutTable, layout_table, parse_layout
+from shardplan.costmodel.layout import Layout, layout_table, parse_layout
 from shardplan.costmodel.model_config import load_model
-from shardplan.costmodel.row_keys import SHARING
-from shardplan.costmodel.rule import Rule, Setting
-from shardplan.costmodel.rules import STRUCTURAL
 from shardplan.costmodel.runtime import load_runtime, runtime_names
 from shardplan.costmodel.stage_cost import block_rows
 from shardplan.costmodel.step_time import TIME_PARTS
@@ -301,45 +297,6 @@ def test_collectives_follow_the_topology() -> None:
     assert float(point_to_point_s(tiers, 1e8, 4, 4)) == float(point_to_point_s(tiers, 1e8, 2, 8))
     # three neighbours do not tile a node of eight: some group spans two nodes
     assert float(collective_s(tiers, "all_reduce", 1e8, 3, 1)) > 3 * float(collective_s(tiers, "all_reduce", 1e8, 4, 1))
-
-
-@given(st.lists(st.tuples(st.integers(0, 9), st.integers(-3, 3), st.integers(0, 10**12)), min_size=1, max_size=60))
-def test_unique_keys_gather_back(rows: list[tuple[int, int, int]]) -> None:
-    columns = [np.array(column, dtype=np.int64) for column in zip(*rows, strict=True)]
-    first, inverse = unique_keys(*columns)
-    assert len(first) == len(set(rows))
-    for column in columns:
-        assert (column[first][inverse] == column).all()
-
-
-def test_structural_rules_read_columns_of_one_kind_of_key() -> None:
-    """A rule is asked about one layout of each key (`estimate._check_meaning`): it may not read columns of both."""
-    setting = Setting(
-        model=load_model("llama-3-8b"),
-        job=Job(seq=4096, global_batch=64),
-        cluster=load_cluster("h100-ib", gpus=64),
-        runtime=load_runtime("megatron"),
-    )
-    table = layout_table(
-        [parse_layout("dp=32 pp=2 zero=1 dp_shard=8"), parse_layout("dp=8 tp=8 cp=1 zero=3 stage_layers=32")]
-    )
-    shared = {"dp", "tp", "pp", "cp", "virtual_stages", "split"}
-    for rule in STRUCTURAL:
-        read = columns_read(rule, setting, table)
-        assert not read & set(SHARING) or read <= shared | set(SHARING), (rule.id, read)
-
-
-def columns_read(rule: Rule, setting: Setting, table: LayoutTable) -> set[str]:
-    read = set[str]()
-
-    class Watched(LayoutTable):
-        def __getattribute__(self, name: str) -> object:
-            if name in COLUMNS:
-                read.add(name)
-            return super().__getattribute__(name)
-
-    rule.broken(setting, Watched(**table.columns(), splits=table.splits))
-    return read
 
 
 words = st.builds(
