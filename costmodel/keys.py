@@ -34,6 +34,8 @@ class _Coded:
 
 def _coded(column: IntArray, *, dense: bool = False) -> _Coded | None:
     """The codes of a column's values; None where all rows have the same. A `dense` column uses nearly all values of its range."""
+    if column.strides == (0,):
+        return None
     low, high = int(column.min()), int(column.max())
     if low == high:
         return None

@@ -257,6 +257,8 @@ class LayoutTable:
 
     def with_constants(self) -> LayoutTable:
         """The same rows; columns of one value keep it once, and are not copied when rows are taken."""
+        if not len(self):
+            return self
         constant = {name: column for name, column in self.columns().items() if (column == column[0]).all()}
         return dataclasses.replace(
             self, **{name: np.broadcast_to(column[0], len(column)) for name, column in constant.items()}

@@ -116,16 +116,16 @@ def split_layers(layers: int, chunks: int, rule: StageRule) -> tuple[int, ...]:
 
     Every chunk gets at least one layer where layers >= chunks; the remainder goes to the earliest lightest chunks.
     """
-    weights = np.zeros(chunks)
     even_with_ends = rule.weigh_ends_to_divide and layers % chunks != 0 and (layers + 2) % chunks == 0
-    weights[0] += 1.0 if even_with_ends else rule.embedding_weight
-    weights[-1] += 1.0 if even_with_ends else rule.head_weight
-    counts = np.zeros(chunks, dtype=np.int64)
+    first, last = (1.0, 1.0) if even_with_ends else (rule.embedding_weight, rule.head_weight)
+    if first == last == 0:
+        each, more = divmod(layers, chunks)
+        return (each + 1,) * more + (each,) * (chunks - more)
+    weights = np.zeros(chunks)
+    weights[0] += first
+    weights[-1] += last
     base = max(int((layers + weights.sum()) // chunks - weights.max()), 1 if layers >= chunks else 0)
-    counts[:] = base
-    if not weights.any():
-        counts[: layers - base * chunks] += 1
-        return tuple(counts.tolist())
+    counts = np.full(chunks, base, dtype=np.int64)
     for _ in range(layers - base * chunks):
         counts[int(np.argmin(counts + weights))] += 1
     return tuple(int(c) for c in counts)
