@@ -74,7 +74,7 @@ def _check_meaning(setting: Setting, table: LayoutTable, keys: RowKeys) -> None:
     """InputError for the first row of `table` that has no meaning (a broken structural rule), if the piece of it with these keys has one.
 
     Rules are asked about a layout of each key. A rule reads columns of `keys.work` or of `keys.states`, none of them reads both
-    (tests/test_estimate.py), so what breaks a row breaks the row that stands for its key.
+    (tests/test_row_keys.py), so what breaks a row breaks the layout that stands for its key.
     """
     if not any(np.any(rule.broken(setting, rows)) for rule in STRUCTURAL for rows in (keys.work, keys.states)):
         return
