@@ -92,26 +92,6 @@ def _without_moments(optimizer: StateColumns, whole_at_zero_0: BytesPerParameter
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class StageMemory:
-    """Bytes by part for N layouts and S stages, each (N, S); the first five add up to allocated."""
-
-    parameters: FloatArray
-    gradients: FloatArray
-    optimizer: FloatArray
-    activations: FloatArray
-    buffers: FloatArray
-    host: FloatArray
-    """Bytes in host memory per GPU."""
-    late: FloatArray | None
-    """Gradients that appear only while activations go: not live at the peak, yet in blocks of their own; None where there are none."""
-
-    @property
-    def allocated(self) -> FloatArray:
-        """Live at the stage's peak."""
-        return self.parameters + self.gradients + self.optimizer + self.activations + self.buffers
-
-
 def stage_states(
     runtime: Runtime,
     job: Job,
