@@ -55,7 +55,7 @@ def one_exchange_s(
     reduce = collective_s(tiers, "reduce_scatter", message, shards, step)
     reduce = reduce + collective_s(tiers, "all_reduce", message / shards, replicas, step * shards)
     gather = collective_s(tiers, "all_gather", parameters * parameter_bytes / gathered, shards, step)
-    ahead = _among(layouts.zero, communication.gather_every_micro_batch)
+    ahead = gathered_ahead(layouts, communication)
     hiding = np.where(ahead, communication.prefetch_overlap, communication.gather_overlap)
     return Exchange(
         reduce_s=reduced * reduce,
@@ -75,7 +75,7 @@ def _messages(
     ranks = (layouts.dp * layouts.cp).astype(np.float64)
     bucket = np.maximum(communication.bucket_parameters, communication.bucket_parameters_per_rank * ranks)
     buckets = np.maximum(np.ceil(parameters / bucket), 1.0)
-    return buckets, np.where(_among(layouts.zero, communication.gather_every_micro_batch), gathered, buckets)
+    return buckets, np.where(gathered_ahead(layouts, communication), gathered, buckets)
 
 
 def exchange_s(
@@ -92,7 +92,7 @@ def exchange_s(
     reductions, gathers = exchange_counts(layouts, communication, micro_batches)
     # what the forward leaves whole is gathered once a micro-batch, inside such a pipeline once a step
     kept = np.where(inside_pipeline(layouts, communication), 1.0, 0.5 * gathers)
-    again = _among(layouts.zero, communication.gather_every_micro_batch)
+    again = gathered_ahead(layouts, communication)
     gathers = np.where(again, gathers + kept_share * (kept - gathers), gathers)
     released = (unit_parameters > communication.reuse_distance) & (layouts.recompute == FULL)
     gathers = np.where(again & released, 1.5 * gathers, gathers)
@@ -105,7 +105,7 @@ def exchange_counts(
     """(reductions, gathers) of each group of parameters per step, whatever the group sizes."""
     zero = layouts.zero
     reductions = np.where(reduces_often(layouts, communication), micro_batches, 1.0)
-    gathers = np.where(_among(zero, communication.gather_every_micro_batch), 2.0 * micro_batches, 1.0)
+    gathers = np.where(gathered_ahead(layouts, communication), 2.0 * micro_batches, 1.0)
     # parameters that stay whole after a backward are only gathered again after the next forward dropped them
     once = inside_pipeline(layouts, communication)
     return reductions, np.where(once & (zero == 3), micro_batches, gathers)
@@ -120,6 +120,11 @@ def reduces_often(layouts: LayoutTable, communication: Communication) -> NDArray
     """Rows that reduce gradients after every micro-batch."""
     every = _among(layouts.zero, communication.reduce_every_micro_batch)
     return every & ~inside_pipeline(layouts, communication)
+
+
+def gathered_ahead(layouts: LayoutTable, communication: Communication) -> NDArray[np.bool_]:
+    """Rows that gather the parameters of each layer for every micro-batch."""
+    return _among(layouts.zero, communication.gather_every_micro_batch)
 
 
 def _among(zero: NDArray[np.int64], stages: tuple[int, ...]) -> NDArray[np.bool_]:
@@ -158,7 +163,7 @@ def exchange_windows(
     What repeats hides behind all micro-batches, what happens once behind one of them.
     """
     reducing = np.where(reduces_often(layouts, communication), micro_batches, 1.0) * backward_s
-    every = _among(layouts.zero, communication.gather_every_micro_batch)
+    every = gathered_ahead(layouts, communication)
     gathering = np.where(every, micro_batches * (forward_s + backward_s), forward_s)
     return Windows(reducing_s=reducing, gathering_s=gathering, shared=every.astype(np.float64))
 

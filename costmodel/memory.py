@@ -74,7 +74,7 @@ def update_traffic_bytes(runtime: Runtime, job: Job) -> float:
     optimizer, parameters = float(row["optimizer"]), float(row["parameters"])
     moments = ADAM_MOMENT_BYTES
     if optimizer < MASTER_AND_MOMENTS_BYTES:  # the parameters are the master copy, of one moment's dtype
-        moments, master = optimizer, 0.5 * optimizer
+        moments, master = optimizer, min(0.5 * optimizer, parameters)
         optimizer, parameters = optimizer + master, parameters - master
     states = optimizer - (moments if job.optimizer == "sgd" else 0.0)
     return 2.0 * states + gradient_bytes(runtime, job) + parameters

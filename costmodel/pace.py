@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.costmodel.collectives import point_to_point_s
-from shardplan.costmodel.data_parallel import exchange_counts, reduces_often
+from shardplan.costmodel.data_parallel import exchange_counts, gathered_ahead, reduces_often
 from shardplan.costmodel.job import BYTES_OF, Job
 from shardplan.costmodel.layer_cost import BACKWARD_LAUNCHES
 from shardplan.costmodel.layout import LayoutTable
@@ -132,7 +132,8 @@ def _exchange_host_s(gpu: Gpu, layouts: LayoutTable, runtime: Runtime, micro_bat
     """Host seconds per layer and micro-batch that gathers and reductions of its states take, (N,)."""
     reductions, gathers = exchange_counts(layouts, runtime.communication, micro_batches)
     gathers = np.where(layouts.zero_ranks > 1, gathers, 0.0)
-    per_step = (reductions + gathers) * runtime.execution.exchange_launches * gpu.launch_s
+    each, ahead = runtime.execution.exchange_launches, gathered_ahead(layouts, runtime.communication)
+    per_step = ((reductions + gathers) * each + gathers * ahead * runtime.execution.fetch_launches) * gpu.launch_s
     return np.where(layouts.dp * layouts.cp > 1, per_step / micro_batches, 0.0)
 
 
