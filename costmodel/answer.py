@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from shardplan.costmodel.estimate import DEFAULT_HEADROOM, MEMORY_BAND, TIME_PARTS, Estimates, model_flop_per_token
+from shardplan.costmodel.estimate import model_flop_per_token
+from shardplan.costmodel.estimates import DEFAULT_HEADROOM, MEMORY_BAND, Estimates
 from shardplan.costmodel.job import Job
 from shardplan.costmodel.layout import Layout
 from shardplan.costmodel.model import Model
 from shardplan.costmodel.result import cost_assumptions, cost_document, result_document
 from shardplan.costmodel.rule import Rejection
 from shardplan.costmodel.runtime import Runtime
+from shardplan.costmodel.step_time import TIME_PARTS
 from shardplan.hw_profiles.machine import Cluster
 
 GIB = 2.0**30

@@ -29,16 +29,12 @@ FULL = RECOMPUTE.index("full")
 
 @dataclass(frozen=True, kw_only=True)
 class Exchange:
-    """Seconds for N layouts, each (N,), before overlap, and the messages of one pass over all states."""
+    """Seconds for N layouts, each (N,), before overlap, and the share of them that can hide behind compute."""
 
     reduce_s: FloatArray
     gather_s: FloatArray
-    reduce_messages: FloatArray
-    gather_messages: FloatArray
-
-    def take(self, rows: NDArray[np.integer]) -> Exchange:
-        """The rows at `rows`."""
-        return Exchange(**{name: getattr(self, name)[rows] for name in self.__dataclass_fields__})
+    reduce_share: FloatArray
+    gather_share: FloatArray
 
 
 def one_exchange_s(
@@ -59,8 +55,13 @@ def one_exchange_s(
     reduce = collective_s(tiers, "reduce_scatter", message, shards, step)
     reduce = reduce + collective_s(tiers, "all_reduce", message / shards, replicas, step * shards)
     gather = collective_s(tiers, "all_gather", parameters * parameter_bytes / gathered, shards, step)
+    ahead = gathered_ahead(layouts, communication)
+    hiding = np.where(ahead, communication.prefetch_overlap, communication.gather_overlap)
     return Exchange(
-        reduce_s=reduced * reduce, gather_s=gathered * gather, reduce_messages=reduced, gather_messages=gathered
+        reduce_s=reduced * reduce,
+        gather_s=gathered * gather,
+        reduce_share=communication.reduce_overlap * (1.0 - 1.0 / reduced),
+        gather_share=hiding * (1.0 - 1.0 / gathered),
     )
 
 
@@ -74,7 +75,7 @@ def _messages(
     ranks = (layouts.dp * layouts.cp).astype(np.float64)
     bucket = np.maximum(communication.bucket_parameters, communication.bucket_parameters_per_rank * ranks)
     buckets = np.maximum(np.ceil(parameters / bucket), 1.0)
-    return buckets, np.where(np.isin(layouts.zero, communication.gather_every_micro_batch), gathered, buckets)
+    return buckets, np.where(gathered_ahead(layouts, communication), gathered, buckets)
 
 
 def exchange_s(
@@ -91,7 +92,7 @@ def exchange_s(
     reductions, gathers = exchange_counts(layouts, communication, micro_batches)
     # what the forward leaves whole is gathered once a micro-batch, inside such a pipeline once a step
     kept = np.where(inside_pipeline(layouts, communication), 1.0, 0.5 * gathers)
-    again = np.isin(layouts.zero, communication.gather_every_micro_batch)
+    again = gathered_ahead(layouts, communication)
     gathers = np.where(again, gathers + kept_share * (kept - gathers), gathers)
     released = (unit_parameters > communication.reuse_distance) & (layouts.recompute == FULL)
     gathers = np.where(again & released, 1.5 * gathers, gathers)
@@ -104,7 +105,7 @@ def exchange_counts(
     """(reductions, gathers) of each group of parameters per step, whatever the group sizes."""
     zero = layouts.zero
     reductions = np.where(reduces_often(layouts, communication), micro_batches, 1.0)
-    gathers = np.where(np.isin(zero, communication.gather_every_micro_batch), 2.0 * micro_batches, 1.0)
+    gathers = np.where(gathered_ahead(layouts, communication), 2.0 * micro_batches, 1.0)
     # parameters that stay whole after a backward are only gathered again after the next forward dropped them
     once = inside_pipeline(layouts, communication)
     return reductions, np.where(once & (zero == 3), micro_batches, gathers)
@@ -117,34 +118,60 @@ def inside_pipeline(layouts: LayoutTable, communication: Communication) -> NDArr
 
 def reduces_often(layouts: LayoutTable, communication: Communication) -> NDArray[np.bool_]:
     """Rows that reduce gradients after every micro-batch."""
-    every = np.isin(layouts.zero, communication.reduce_every_micro_batch)
+    every = _among(layouts.zero, communication.reduce_every_micro_batch)
     return every & ~inside_pipeline(layouts, communication)
 
 
-def exposed_exchange_s(
-    exchange: Exchange,
+def gathered_ahead(layouts: LayoutTable, communication: Communication) -> NDArray[np.bool_]:
+    """Rows that gather the parameters of each layer for every micro-batch."""
+    return _among(layouts.zero, communication.gather_every_micro_batch)
+
+
+def _among(zero: NDArray[np.int64], stages: tuple[int, ...]) -> NDArray[np.bool_]:
+    """Rows whose ZeRO stage is one of `stages`."""
+    return np.asarray([stage in stages for stage in range(4)]).take(zero)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Windows:
+    """Compute of a step that exchanges can hide behind, (N,)."""
+
+    reducing_s: FloatArray
+    gathering_s: FloatArray
+    shared: FloatArray
+    """1 where gathers and reductions both repeat: they share the same backward compute."""
+
+    def take(self, rows: NDArray[np.integer]) -> Windows:
+        """The rows at `rows`."""
+        return Windows(
+            reducing_s=self.reducing_s.take(rows),
+            gathering_s=self.gathering_s.take(rows),
+            shared=self.shared.take(rows),
+        )
+
+
+def exchange_windows(
     layouts: LayoutTable,
     communication: Communication,
     *,
     micro_batches: FloatArray,
     forward_s: FloatArray,
     backward_s: FloatArray,
-) -> tuple[FloatArray, FloatArray]:
-    """(exposed, hidden) seconds per step; `forward_s` and `backward_s` are compute of one micro-batch that can hide it.
+) -> Windows:
+    """What hides exchanges; `forward_s` and `backward_s` are compute of one micro-batch that can.
 
-    What repeats hides behind all micro-batches, what happens once behind one of them; the overlap share is the runtime's, of all
-    messages of a pass but one.
+    What repeats hides behind all micro-batches, what happens once behind one of them.
     """
-    zero = layouts.zero
     reducing = np.where(reduces_often(layouts, communication), micro_batches, 1.0) * backward_s
-    every = np.isin(zero, communication.gather_every_micro_batch)
+    every = gathered_ahead(layouts, communication)
     gathering = np.where(every, micro_batches * (forward_s + backward_s), forward_s)
-    behind = communication.reduce_overlap * (1.0 - 1.0 / exchange.reduce_messages)
-    hidden_reduce = np.minimum(behind * exchange.reduce_s, reducing)
-    # gathers and reductions that both repeat share the same backward compute
-    left = np.maximum(gathering - np.where(every, hidden_reduce, 0.0), 0.0)
-    share = np.where(every, communication.prefetch_overlap, communication.gather_overlap)
-    share = share * (1.0 - 1.0 / exchange.gather_messages)
-    hidden_gather = np.minimum(share * exchange.gather_s, left)
+    return Windows(reducing_s=reducing, gathering_s=gathering, shared=every.astype(np.float64))
+
+
+def exposed_exchange_s(exchange: Exchange, windows: Windows) -> tuple[FloatArray, FloatArray]:
+    """(exposed, hidden) seconds per step."""
+    hidden_reduce = np.minimum(exchange.reduce_share * exchange.reduce_s, windows.reducing_s)
+    left = np.maximum(windows.gathering_s - windows.shared * hidden_reduce, 0.0)
+    hidden_gather = np.minimum(exchange.gather_share * exchange.gather_s, left)
     hidden = hidden_reduce + hidden_gather
     return exchange.reduce_s + exchange.gather_s - hidden, hidden

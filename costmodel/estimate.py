@@ -5,120 +5,34 @@ step = m t_max + (sum_i t_i - t_max) / v + exposed communication + optimizer + h
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from shardplan.costmodel.estimates import GUESS_BAND, TIME_BAND, Estimates, joined
 from shardplan.costmodel.fitted import Fitted, fitted, with_fitted_cluster, with_fitted_runtime
 from shardplan.costmodel.job import Job
+from shardplan.costmodel.keys import LazyColumns, in_pieces
 from shardplan.costmodel.layout import Layout, LayoutTable, layout_table
 from shardplan.costmodel.model import Model, layer_parameters
+from shardplan.costmodel.pace import pipeline_pace, pipeline_transfers_s
+from shardplan.costmodel.row_keys import RowKeys, row_keys
 from shardplan.costmodel.rule import Setting
+from shardplan.costmodel.rule_parts import micro_batches
 from shardplan.costmodel.rules import STRUCTURAL
 from shardplan.costmodel.runtime import Runtime, load_runtime, without_overlap
-from shardplan.costmodel.stage_cost import BlockRows, block_rows, stage_parameters, stage_rows
-from shardplan.costmodel.step_memory import stage_activations, stage_memory
-from shardplan.costmodel.step_time import pace_keys, pipeline_pace, step_time
+from shardplan.costmodel.stage_cost import BlockRows, StageRows, block_rows, stage_parameters, stage_rows
+from shardplan.costmodel.step_memory import StepMemory, held_bytes, stage_activations
+from shardplan.costmodel.step_time import Owner, StepTime, heaviest_owner, held_times, paced_times
 from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.machine import Cluster
 from shardplan.hw_profiles.topology import TierTable, tier_table
 
 FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.int64]
 
-ROWS_AT_ONCE = 1 << 17
+ROWS_AT_ONCE = 1 << 18
 """Rows of one pass: enough to share what unique keys cost, few enough to bound memory (about 0.2 GB)."""
-
-TIME_PARTS = (
-    "compute_s",
-    "recompute_s",
-    "tp_exposed_s",
-    "cp_exposed_s",
-    "ep_exposed_s",
-    "dp_exposed_s",
-    "pp_exposed_s",
-    "bubble_s",
-    "offload_exposed_s",
-    "optimizer_s",
-    "host_s",
-)
-"""They add up to step_s."""
-
-DEFAULT_HEADROOM = 0.05
-TIME_BAND = 0.08
-"""Half-width of the step-time band, relative: an uncalibrated machine of a known type."""
-MEMORY_BAND = 0.08
-"""Half-width of the device-memory band, relative."""
-GUESS_BAND = 0.04
-"""Added to the time band when the machine's profile contains guesses that enter step time."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Estimates:
-    """Answers for N layouts; columns of shape (N,), memory of shape (N, S) for S stages."""
-
-    layouts: LayoutTable
-    time: Mapping[str, FloatArray]
-    """Seconds per step by part (TIME_PARTS) and `step_s`."""
-    hidden: Mapping[str, FloatArray]
-    """Communication seconds hidden behind compute, by axis; not in step_s."""
-    stages: Mapping[str, FloatArray]
-    """Bytes by part and stage, (N, S): parameters, gradients, optimizer, activations, buffers, allocated, slack, device, host."""
-    stage_index: IntArray
-    stage_layer_counts: IntArray
-    context_bytes: float
-    capacity_bytes: float
-    host_bytes: FloatArray
-    """Host memory per node."""
-    host_capacity_bytes: float
-    tokens_per_step: int
-    model_flop_per_step: float
-    """6 FLOP per matrix parameter and token plus full (not halved) attention; no recompute."""
-    hardware_flop_per_step: FloatArray
-    """The same with recomputed operators."""
-    peak_flop_per_s: float
-    time_band: float
-
-    def __len__(self) -> int:
-        return len(self.layouts)
-
-    @property
-    def step_s(self) -> FloatArray:
-        """Seconds per optimizer step."""
-        return self.time["step_s"]
-
-    @property
-    def device_peak_bytes(self) -> FloatArray:
-        """What nvidia-smi would show on the fullest stage."""
-        return self.stages["device"].max(axis=1)
-
-    @property
-    def mfu(self) -> FloatArray:
-        """Model FLOP utilisation of the dense peak."""
-        return self.model_flop_per_step / (self.step_s * self.layouts.gpus * self.peak_flop_per_s)
-
-    @property
-    def hfu(self) -> FloatArray:
-        """Hardware FLOP utilisation: recomputed operators counted."""
-        return self.hardware_flop_per_step / (self.step_s * self.layouts.gpus * self.peak_flop_per_s)
-
-    @property
-    def tokens_per_s(self) -> FloatArray:
-        """Training throughput of all GPUs."""
-        return self.tokens_per_step / self.step_s
-
-    def fits_likely(self) -> NDArray[np.bool_]:
-        """The point estimate fits GPU and host memory."""
-        on_host = self.host_bytes <= self.host_capacity_bytes
-        return (self.device_peak_bytes <= self.capacity_bytes) & on_host
-
-    def fits(self, headroom: float = DEFAULT_HEADROOM) -> NDArray[np.bool_]:
-        """The upper edge of the memory band stays `headroom` below the capacity."""
-        usable = self.capacity_bytes * (1.0 - headroom)
-        on_host = self.host_bytes <= self.host_capacity_bytes * (1.0 - headroom)
-        return (self.device_peak_bytes * (1.0 + MEMORY_BAND) <= usable) & on_host
 
 
 def estimate(
@@ -144,27 +58,26 @@ def estimate(
     if cluster.gpu.device == "cpu":
         chosen = without_overlap(chosen)
     every = isinstance(layouts, Layout) if every_stage is None else every_stage
-    _check_meaning(Setting(model=model, job=job, cluster=cluster, runtime=chosen), table)
-    tiers = tier_table(cluster)
-    pieces = [
-        _estimate_rows(
-            model,
-            job,
-            cluster,
-            table.slice(start, start + ROWS_AT_ONCE),
-            chosen,
-            tiers,
-            every,
-        )
-        for start in range(0, max(len(table), 1), ROWS_AT_ONCE)
-    ]
-    return pieces[0] if len(pieces) == 1 else _join(pieces, table)
-
-
-def _check_meaning(setting: Setting, table: LayoutTable) -> None:
-    """InputError for an empty table or the first row that has no meaning (a broken structural rule)."""
     if not len(table):
         raise InputError("no layouts to estimate", place="layouts", remedy="give at least one")
+    setting, tiers = Setting(model=model, job=job, cluster=cluster, runtime=chosen), tier_table(cluster)
+    starts = range(0, len(table), ROWS_AT_ONCE)
+    pieces = [table.slice(start, start + ROWS_AT_ONCE) if len(starts) > 1 else table for start in starts]
+    keys = [row_keys(piece, chosen.communication, job.global_batch) for piece in pieces]
+    for its in keys:
+        _check_meaning(setting, table, its)
+    found = [_estimate_rows(setting, one, its, tiers, every_stage=every) for one, its in zip(pieces, keys, strict=True)]
+    return joined(found, table)
+
+
+def _check_meaning(setting: Setting, table: LayoutTable, keys: RowKeys) -> None:
+    """InputError for the first row of `table` that has no meaning (a broken structural rule), if the piece of it with these keys has one.
+
+    Rules are asked about a layout of each key. A rule reads columns of `keys.work` or of `keys.states`, none of them reads both
+    (tests/test_row_keys.py), so what breaks a row breaks the layout that stands for its key.
+    """
+    if not any(np.any(rule.broken(setting, rows)) for rule in STRUCTURAL for rows in (keys.work, keys.states)):
+        return
     for rule in STRUCTURAL:
         broken = np.flatnonzero(np.broadcast_to(rule.broken(setting, table), len(table)))
         if len(broken):
@@ -175,56 +88,90 @@ def _check_meaning(setting: Setting, table: LayoutTable) -> None:
 
 
 def _estimate_rows(
-    model: Model,
-    job: Job,
-    cluster: Cluster,
-    layouts: LayoutTable,
-    runtime: Runtime,
-    tiers: TierTable,
-    every_stage: bool,
+    setting: Setting, layouts: LayoutTable, keys: RowKeys, tiers: TierTable, *, every_stage: bool
 ) -> Estimates:
-    micro_batches = job.global_batch / (layouts.dp * layouts.micro_batch)
-    first, inverse = pace_keys(layouts, runtime)
-    keys, batches = layouts.take(first), micro_batches[first]
-    blocks = block_rows(model, job, cluster, keys, runtime, tiers)
-    stages = stage_rows(model, keys, runtime, every_stage=every_stage)
-    parameters = stage_parameters(model, keys, runtime, stages)
-    pace = pipeline_pace(model, job, cluster, keys, runtime, tiers, blocks, stages, parameters, batches)
-    activations = stage_activations(model, keys, blocks, stages, batches)
-    flop = _hardware_flop(model, job, keys, blocks, stages.recomputed_total)
-    pace = {name: column[inverse] for name, column in pace.items()}
-    memory = stage_memory(job, cluster.gpu, layouts, runtime, parameters, activations, inverse, micro_batches)
-    time, hidden = step_time(model, job, cluster, layouts, runtime, tiers, pace, micro_batches)
-    allocated = memory.allocated
-    slack = runtime.allocator_slack_fraction * allocated
-    if memory.late is not None:
-        slack += (1.0 + runtime.allocator_slack_fraction) * memory.late
-    gpu = cluster.gpu
-    in_use = np.minimum(cluster.node.gpus, layouts.gpus)
+    model, job, cluster, runtime = setting.model, setting.job, setting.cluster, setting.runtime
+    batches = micro_batches(setting, keys.work)
+    blocks = block_rows(model, job, cluster, keys.work, runtime, tiers)
+    stages = stage_rows(model, keys.work, runtime, every_stage=every_stage)
+    counts = stages.layers.sum(axis=2).astype(np.int64)
+    flop = _hardware_flop(model, job, keys.work, blocks, stages.recomputed_total)
+    held = stages.take(keys.work_of_contents)
+    parameters = stage_parameters(model, keys.contents, runtime, held)
+    time = _step_time(setting, keys, tiers, blocks, stages, heaviest_owner(parameters, held, runtime))
+    memory = StepMemory(
+        held=held_bytes(
+            job,
+            cluster.gpu,
+            keys.states,
+            runtime,
+            parameters.take(keys.contents_of_work[keys.work_of_states]),
+            micro_batches(setting, keys.states),
+        ),
+        activations=stage_activations(model, keys.work, blocks, stages, batches),
+        states_of=keys.states_of,
+        work_of=keys.work_of,
+        slack_fraction=runtime.allocator_slack_fraction,
+        context_bytes=cluster.gpu.context_bytes,
+    )
     return Estimates(
         layouts=layouts,
-        time=time,
-        hidden=hidden,
-        stages={
-            **{
-                part: getattr(memory, part)
-                for part in ("parameters", "gradients", "optimizer", "activations", "buffers", "host")
-            },
-            "allocated": allocated,
-            "slack": slack,
-            "device": allocated + slack + gpu.context_bytes,
-        },
-        stage_index=stages.stage[inverse],
-        stage_layer_counts=stages.layers.sum(axis=2).astype(np.int64)[inverse],
-        context_bytes=gpu.context_bytes,
-        capacity_bytes=gpu.memory_bytes,
-        host_bytes=memory.host.max(axis=1) * in_use,
+        time=time.parts(),
+        hidden=time.hidden(),
+        peaks=memory.peaks(),
+        stages=memory.parts(),
+        contents=LazyColumns(
+            {
+                "stage_index": lambda: stages.stage[keys.work_of],
+                "stage_layer_counts": lambda: counts[keys.work_of],
+            }
+        ),
+        context_bytes=cluster.gpu.context_bytes,
+        capacity_bytes=cluster.gpu.memory_bytes,
+        host_bytes=memory.host_bytes() * min(cluster.node.gpus, cluster.gpus),
         host_capacity_bytes=cluster.node.host.ram_bytes,
         tokens_per_step=job.tokens_per_step,
         model_flop_per_step=model_flop_per_token(model, job.seq) * job.tokens_per_step,
-        hardware_flop_per_step=flop[inverse],
-        peak_flop_per_s=gpu.peak_flop_per_s[job.precision],
+        hardware_flop_per_step=flop.take(keys.work_of),
+        peak_flop_per_s=cluster.gpu.peak_flop_per_s[job.precision],
         time_band=TIME_BAND + (GUESS_BAND if timing_guesses(cluster, job.precision) else 0.0),
+    )
+
+
+def _step_time(
+    setting: Setting,
+    keys: RowKeys,
+    tiers: TierTable,
+    blocks: BlockRows,
+    stages: StageRows,
+    owner: Owner,
+) -> StepTime:
+    """Times on the keys of pace and states.
+
+    `blocks` and `stages` are over the keys of the work, `owner` over those of the stage contents.
+    """
+    model, job, cluster, runtime = setting.model, setting.job, setting.cluster, setting.runtime
+    of, batches = keys.work_of_pace, micro_batches(setting, keys.pace)
+
+    def pace_of(some: slice) -> dict[str, FloatArray]:
+        rows, at = keys.pace.slice(some.start, some.stop), of[some]
+        return pipeline_pace(model, cluster, rows, runtime, blocks.take(at), stages.take(at), batches[some])
+
+    pace = in_pieces(len(of), pace_of)
+    transfers_s = pipeline_transfers_s(model, job, keys.work, runtime, tiers, micro_batches(setting, keys.work))
+    paced = paced_times(
+        keys.pace, runtime, pace, transfers_s.take(of), owner.take(keys.contents_of_work.take(of)), batches
+    )
+    owner = owner.take(keys.contents_of_work.take(keys.work_of_states))
+    held = held_times(model, job, cluster, keys.states, runtime, tiers, owner)
+    return StepTime(
+        job=job,
+        cluster=cluster,
+        runtime=runtime,
+        paced=paced,
+        held=held,
+        pace_of=keys.pace_of,
+        states_of=keys.states_of,
     )
 
 
@@ -271,23 +218,3 @@ def _hardware_flop(
             block["selective_flop"] * blocks.selects * count,
         )
     return model_flop_per_token(model, job.seq) * job.tokens_per_step + repeated * runs
-
-
-def _join(pieces: list[Estimates], table: LayoutTable) -> Estimates:
-    """Stack the rows of several passes."""
-
-    def stack(name: str) -> dict[str, FloatArray]:
-        maps: list[Mapping[str, FloatArray]] = [getattr(piece, name) for piece in pieces]
-        return {key: np.concatenate([one[key] for one in maps]) for key in maps[0]}
-
-    return replace(
-        pieces[0],
-        layouts=table,
-        time=stack("time"),
-        hidden=stack("hidden"),
-        stages=stack("stages"),
-        stage_index=np.concatenate([p.stage_index for p in pieces]),
-        stage_layer_counts=np.concatenate([p.stage_layer_counts for p in pieces]),
-        host_bytes=np.concatenate([p.host_bytes for p in pieces]),
-        hardware_flop_per_step=np.concatenate([p.hardware_flop_per_step for p in pieces]),
-    )

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.costmodel.attention_time import AttentionShape, fused_attention_s, unfused_attention_s
-from shardplan.costmodel.collectives import collective_s
+from shardplan.costmodel.collectives import Collective, collective_s
 from shardplan.costmodel.context_parallel import RING, context_seconds, transient_bytes
 from shardplan.costmodel.job import BYTES_OF, OUTSIDE_PRODUCTS
 from shardplan.costmodel.kernels_time import gemm_s, memory_bound_s
@@ -71,8 +71,8 @@ class BlockCost:
     """Forward FLOP that full recompute repeats."""
 
 
-def block_cost(
-    ops: Sequence[Op],
+def block_costs(
+    blocks: Sequence[Sequence[Op]],
     shapes: Shapes,
     *,
     gpu: Gpu,
@@ -80,32 +80,136 @@ def block_cost(
     gradient_bytes: int,
     tiers: TierTable,
     runtime: Runtime,
+) -> list[BlockCost]:
+    """Cost of each block, given by its operators; `gradient_bytes` of one accumulated gradient element."""
+    ops = [op for block in blocks for op in block]
+    seconds = iter(_seconds_of_all(ops, shapes, gpu, precision, gradient_bytes, tiers, runtime))
+    return [
+        _block_cost([(op, next(seconds)) for op in block], shapes, gpu, precision, tiers, runtime) for block in blocks
+    ]
+
+
+@dataclass(kw_only=True)
+class _OpSeconds:
+    """Seconds of one operator, (K,)."""
+
+    forward: FloatArray
+    backward: FloatArray
+    accumulate: FloatArray
+    """Adding its weight gradient of one micro-batch to the accumulated one."""
+    tensor_forward: list[FloatArray]
+    """Of each of its tensor-parallel collectives."""
+    tensor_backward: list[FloatArray]
+
+
+def _block_cost(
+    ops: Sequence[tuple[Op, _OpSeconds]],
+    shapes: Shapes,
+    gpu: Gpu,
+    precision: str,
+    tiers: TierTable,
+    runtime: Runtime,
 ) -> BlockCost:
-    """Cost of the operators of one block; `gradient_bytes` of one accumulated gradient element."""
     zero = np.zeros_like(shapes.tokens)
     total = {name: zero.copy() for name in BlockCost.__dataclass_fields__}
-    for op in ops:
-        forward, backward = _op_seconds(op, shapes, gpu, precision, runtime)
+    launches = runtime.execution.launches_per_operator + np.where(
+        shapes.tp > 1, runtime.execution.tensor_parallel_launches, 0.0
+    )
+    exchanging = bool(np.any(shapes.cp > 1))
+    for op, seconds in ops:
         selected = _selected(op.name, shapes, runtime)
-        for name, value in _op_totals(op, forward, backward, selected, zero, precision, runtime).items():
-            total[name] = total[name] + value
-        if op.context is not None and np.any(shapes.cp > 1):
-            total.update(_context_columns(op.context, shapes, forward, backward, tiers, runtime))
+        for name, value in _op_totals(op, seconds, selected, precision, runtime).items():
+            total[name] += value
+        if op.context is not None and exchanging:
+            total.update(_context_columns(op.context, shapes, seconds.forward, seconds.backward, tiers, runtime))
             total["context_selective"] = zero + (selected > 0)
-        for phase, collectives in (("tensor_forward_s", op.forward), ("tensor_backward_s", op.backward)):
-            for kind, size in collectives:
-                seconds = collective_s(tiers, kind, size, shapes.tp, 1.0)
-                total[phase] = total[phase] + np.where(size > 0, seconds, 0.0)
-                if phase == "tensor_forward_s":
-                    again = _repeated_tensor(selected, shapes, runtime)
-                    total["tensor_selective_s"] = total["tensor_selective_s"] + np.where(size > 0, seconds * again, 0.0)
-        total["accumulate_s"] = total["accumulate_s"] + _accumulate_s(op, gpu, precision, gradient_bytes, runtime)
-        launches = runtime.execution.launches_per_operator + np.where(
-            shapes.tp > 1, runtime.execution.tensor_parallel_launches, 0.0
-        )
+        for one in seconds.tensor_forward:
+            total["tensor_forward_s"] += one
+            total["tensor_selective_s"] += one * _repeated_tensor(selected, shapes, runtime)
+        for one in seconds.tensor_backward:
+            total["tensor_backward_s"] += one
         if op.name not in TENSORS:
-            total["host_forward_s"] = total["host_forward_s"] + gpu.launch_s * launches
+            total["host_forward_s"] += gpu.launch_s * launches
     return BlockCost(**total)
+
+
+def _seconds_of_all(
+    ops: Sequence[Op],
+    shapes: Shapes,
+    gpu: Gpu,
+    precision: str,
+    gradient_bytes: int,
+    tiers: TierTable,
+    runtime: Runtime,
+) -> list[_OpSeconds]:
+    """Seconds of every operator: what is alike is timed together, since many small calls take longer than one large one.
+
+    To add a weight gradient the new one is read, the accumulated one read and written; fused into the product, which then does not
+    write the new one, only the accumulated one counts.
+    """
+    element, zero = BYTES_OF[precision], np.zeros_like(shapes.tokens)
+    added = 2 * gradient_bytes + (-element if runtime.execution.fused_accumulation else element)
+    traffic = [zero + op.traffic_bytes * runtime.execution.elementwise_traffic for op in ops]
+    moved = [*traffic, *(BACKWARD_TRAFFIC * one for one in traffic), *(zero + added * _weights(op) for op in ops)]
+    forward, backward, accumulate = memory_bound_s(gpu, np.reshape(moved, (3, len(ops), len(zero))))
+    found = [
+        _OpSeconds(forward=f, backward=b, accumulate=a, tensor_forward=[], tensor_backward=[])
+        for f, b, a in zip(forward, backward, accumulate, strict=True)
+    ]
+    _add_products(found, ops, gpu, precision, runtime)
+    for op, seconds, moves in zip(ops, found, traffic, strict=True):
+        if op.attention is not None:
+            other = OUTSIDE_PRODUCTS.get(precision, precision)
+            core = _attention_seconds(op.attention, moves, shapes, gpu, other, runtime)
+            seconds.forward, seconds.backward = core
+    _add_collectives(found, ops, shapes, tiers)
+    return found
+
+
+def _weights(op: Op) -> FloatArray | float:
+    """Parameters of an operator's products, for which a gradient is accumulated; those of attention multiply activations."""
+    return 0.0 if op.attention is not None else sum((g.k * g.n * g.count for g in op.gemms), 0.0)
+
+
+def _add_products(found: Sequence[_OpSeconds], ops: Sequence[Op], gpu: Gpu, precision: str, runtime: Runtime) -> None:
+    """Add the matrix products: backward is the input-gradient and the weight-gradient product."""
+    other = OUTSIDE_PRODUCTS.get(precision, precision)
+    for product in dict.fromkeys((precision, other)):
+        some = [
+            (seconds, g)
+            for op, seconds in zip(ops, found, strict=True)
+            if op.attention is None and product == (other if op.name in SIXTEEN_BIT else precision)
+            for g in op.gemms
+        ]
+        if not some:
+            continue
+        m, n, k, count = (np.stack([getattr(g, size) for _, g in some]) for size in ("m", "n", "k", "count"))
+        ways = gemm_s(
+            gpu, product, BYTES_OF[precision], np.stack([m, m, k]), np.stack([n, k, n]), np.stack([k, n, m]), count
+        )
+        if product == "fp8":  # both operands are cast forward, the gradient of the output backward
+            cast = np.stack([k * (m + n), m * n])
+            ways[:2] += memory_bound_s(gpu, runtime.execution.cast_bytes * count * cast)
+        for (seconds, _), forward, input_grad, weight_grad in zip(some, *ways, strict=True):
+            seconds.forward = seconds.forward + forward
+            seconds.backward = seconds.backward + input_grad + weight_grad
+
+
+def _add_collectives(found: Sequence[_OpSeconds], ops: Sequence[Op], shapes: Shapes, tiers: TierTable) -> None:
+    """Add the tensor-parallel collectives of each phase."""
+    every: list[tuple[list[FloatArray], Collective, FloatArray]] = [
+        (seconds, kind, size)
+        for op, one in zip(ops, found, strict=True)
+        for seconds, collectives in ((one.tensor_forward, op.forward), (one.tensor_backward, op.backward))
+        for kind, size in collectives
+    ]
+    kinds: list[Collective] = [kind for _, kind, _ in every]
+    for kind in dict.fromkeys(kinds):
+        some = [(seconds, size) for seconds, same, size in every if same == kind]
+        sizes = np.stack([size for _, size in some])
+        together = np.where(sizes > 0, collective_s(tiers, kind, sizes, shapes.tp, 1.0), 0.0)
+        for (seconds, _), one in zip(some, together, strict=True):
+            seconds.append(one)
 
 
 def _selected(name: str, shapes: Shapes, runtime: Runtime) -> FloatArray:
@@ -121,16 +225,6 @@ def _repeated_tensor(selected: FloatArray, shapes: Shapes, runtime: Runtime) -> 
     communication = runtime.communication
     usual = np.where(shapes.sp > 1, communication.selective_repeats_tensor_sp, communication.selective_repeats_tensor)
     return np.where(np.asarray(shapes.recompute_parts) > 0, selected, usual)
-
-
-def _accumulate_s(op: Op, gpu: Gpu, precision: str, gradient_bytes: int, runtime: Runtime) -> FloatArray | float:
-    """Seconds to add the weight gradient of one micro-batch: the new one read, the accumulated one read and written; fused into
-    the product, which then does not write the new one, only the accumulated one counts."""
-    if op.attention is not None or not op.gemms:
-        return 0.0
-    element = BYTES_OF[precision]
-    traffic = 2 * gradient_bytes + (-element if runtime.execution.fused_accumulation else element)
-    return memory_bound_s(gpu, traffic * sum(g.k * g.n * g.count for g in op.gemms))
 
 
 def _context_columns(
@@ -159,26 +253,20 @@ def _context_columns(
 
 
 def _op_totals(
-    op: Op,
-    forward: FloatArray,
-    backward: FloatArray,
-    selected: FloatArray,
-    zero: FloatArray,
-    precision: str,
-    runtime: Runtime,
-) -> dict[str, FloatArray]:
-    kept = KEPT_IN_FP8.get(op.name, 1.0) if precision == "fp8" else 1.0
-    products = sum((g.flop for g in op.gemms), zero)
-    flop = products + 2.0 * op.flash_flop
+    op: Op, seconds: _OpSeconds, selected: FloatArray, precision: str, runtime: Runtime
+) -> dict[str, FloatArray | float]:
+    kept = op.kept_bytes * (KEPT_IN_FP8.get(op.name, 1.0) if precision == "fp8" else 1.0)
+    flop = sum((g.flop for g in op.gemms), 2.0 * op.flash_flop)
     repeated = 0.0 if runtime.activations.full_stops_early and op.name in LAST_OPERATORS else 1.0
     return {
-        "forward_s": forward,
-        "backward_s": backward,
-        "selective_s": forward * selected,
-        "full_s": forward * repeated,
-        "input_bytes": zero + (op.kept_bytes if op.name == "input" else 0.0),
-        "kept_bytes": zero + op.kept_bytes * kept,
-        "selective_bytes": zero + op.kept_bytes * kept * selected,
+        "forward_s": seconds.forward,
+        "backward_s": seconds.backward,
+        "selective_s": seconds.forward * selected,
+        "full_s": seconds.forward * repeated,
+        "accumulate_s": seconds.accumulate,
+        "input_bytes": op.kept_bytes if op.name == "input" else 0.0,
+        "kept_bytes": kept,
+        "selective_bytes": kept * selected,
         "selective_flop": flop * selected,
         "full_flop": flop * repeated,
     }
@@ -188,26 +276,6 @@ SIXTEEN_BIT = ("head", "router")
 """Products that stay out of fp8 (Transformer Engine and torchao recipes)."""
 KEPT_IN_FP8 = {"attention_norm": 0.75, "mlp_norm": 0.75, "activation": 0.5}
 """What products read is kept in 8 bits: the output of a norm (its input stays in 16), of the activation."""
-
-
-def _op_seconds(op: Op, shapes: Shapes, gpu: Gpu, precision: str, runtime: Runtime) -> tuple[FloatArray, FloatArray]:
-    """(forward, backward) seconds; backward of a product is the input-gradient and the weight-gradient product."""
-    element = BYTES_OF[precision]
-    other = OUTSIDE_PRODUCTS.get(precision, precision)
-    traffic = op.traffic_bytes * runtime.execution.elementwise_traffic
-    if op.attention is not None:
-        return _attention_seconds(op.attention, np.asarray(traffic), shapes, gpu, other, runtime)
-    product = other if op.name in SIXTEEN_BIT else precision
-    forward = memory_bound_s(gpu, traffic)
-    backward = memory_bound_s(gpu, BACKWARD_TRAFFIC * traffic)
-    for g in op.gemms:
-        forward = forward + gemm_s(gpu, product, element, g.m, g.n, g.k, g.count)
-        backward = backward + gemm_s(gpu, product, element, g.m, g.k, g.n, g.count)
-        backward = backward + gemm_s(gpu, product, element, g.k, g.n, g.m, g.count)
-        if product == "fp8":
-            forward = forward + memory_bound_s(gpu, runtime.execution.cast_bytes * g.count * g.k * (g.m + g.n))
-            backward = backward + memory_bound_s(gpu, runtime.execution.cast_bytes * g.count * g.m * g.n)
-    return forward, backward
 
 
 def _attention_seconds(

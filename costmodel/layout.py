@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -234,7 +235,7 @@ class LayoutTable:
     @property
     def v_placed(self) -> NDArray[np.bool_]:
         """Rows whose pipeline places two chunks in a V, (N,)."""
-        return (self.pp > 1) & np.isin(self.schedule, [SCHEDULES.index(name) for name in V_PLACED])
+        return (self.pp > 1) & np.asarray([name in V_PLACED for name in SCHEDULES]).take(self.schedule)
 
     @property
     def zero_ranks(self) -> IntArray:
@@ -251,7 +252,17 @@ class LayoutTable:
 
     def take(self, rows: NDArray[np.integer] | NDArray[np.bool_]) -> LayoutTable:
         """The rows at `rows` (indices or a mask)."""
-        return LayoutTable(**{name: column[rows] for name, column in self.columns().items()}, splits=self.splits)
+        at = np.flatnonzero(rows) if rows.dtype == np.bool_ else rows
+        return LayoutTable(**{name: _taken(column, at) for name, column in self.columns().items()}, splits=self.splits)
+
+    def with_constants(self) -> LayoutTable:
+        """The same rows; columns of one value keep it once, and are not copied when rows are taken."""
+        if not len(self):
+            return self
+        constant = {name: column for name, column in self.columns().items() if (column == column[0]).all()}
+        return dataclasses.replace(
+            self, **{name: np.broadcast_to(column[0], len(column)) for name, column in constant.items()}
+        )
 
     def slice(self, start: int, stop: int) -> LayoutTable:
         """The rows from `start` up to `stop`, not copied."""
@@ -278,6 +289,11 @@ class LayoutTable:
             offload_optimizer=OFFLOAD[at["offload_optimizer"]],
             cp_kind=CP_KINDS[at["cp_kind"]],
         )
+
+
+def _taken(column: IntArray, rows: NDArray[Any]) -> IntArray:
+    """`column[rows]`; a column that keeps one value for all rows (stride 0) stays one."""
+    return np.broadcast_to(column[0], len(rows)) if column.strides == (0,) and len(rows) else column.take(rows)
 
 
 COLUMNS = tuple(f.name for f in dataclasses.fields(LayoutTable) if f.name != "splits")

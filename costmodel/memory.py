@@ -74,7 +74,7 @@ def update_traffic_bytes(runtime: Runtime, job: Job) -> float:
     optimizer, parameters = float(row["optimizer"]), float(row["parameters"])
     moments = ADAM_MOMENT_BYTES
     if optimizer < MASTER_AND_MOMENTS_BYTES:  # the parameters are the master copy, of one moment's dtype
-        moments, master = optimizer, 0.5 * optimizer
+        moments, master = optimizer, min(0.5 * optimizer, parameters)
         optimizer, parameters = optimizer + master, parameters - master
     states = optimizer - (moments if job.optimizer == "sgd" else 0.0)
     return 2.0 * states + gradient_bytes(runtime, job) + parameters
@@ -90,26 +90,6 @@ def _without_moments(optimizer: StateColumns, whole_at_zero_0: BytesPerParameter
     return StateColumns(
         whole=optimizer.whole * kept, sharded=optimizer.sharded * kept, stepping=optimizer.stepping * kept
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class StageMemory:
-    """Bytes by part for N layouts and S stages, each (N, S); the first five add up to allocated."""
-
-    parameters: FloatArray
-    gradients: FloatArray
-    optimizer: FloatArray
-    activations: FloatArray
-    buffers: FloatArray
-    host: FloatArray
-    """Bytes in host memory per GPU."""
-    late: FloatArray | None
-    """Gradients that appear only while activations go: not live at the peak, yet in blocks of their own; None where there are none."""
-
-    @property
-    def allocated(self) -> FloatArray:
-        """Live at the stage's peak."""
-        return self.parameters + self.gradients + self.optimizer + self.activations + self.buffers
 
 
 def stage_states(

@@ -38,11 +38,18 @@ GPIPE, ONE_F_ONE_B, INTERLEAVED, LOOPED_BFS, ZERO_BUBBLE, ZERO_BUBBLE_V, DUALPIP
 WORST_STAGES = 4
 
 
+def _any_of(code: FloatArray, *schedules: int) -> bool:
+    """Whether some row has one of the schedules: what none has is not computed."""
+    return any(bool((code == one).any()) for one in schedules)
+
+
 def bubble_hops(schedule: ArrayLike, pp: ArrayLike, micro_batches: ArrayLike, virtual_stages: ArrayLike) -> FloatArray:
     """Hops that a pipeline of `pp` ranks fills and drains for (table above), shapes broadcast; `schedule` is the code."""
     code, p, m, v = np.broadcast_arrays(
         *(np.asarray(x, dtype=np.float64) for x in (schedule, pp, micro_batches, virtual_stages))
     )
+    if not _any_of(code, INTERLEAVED, LOOPED_BFS, ZERO_BUBBLE, ZERO_BUBBLE_V):
+        return p - 1.0
     missing = np.maximum(p - m, 0.0)
     extra = np.where((code == INTERLEAVED) | (code == LOOPED_BFS), (v - 1.0) * missing, 0.0)
     extra = np.where(code == ZERO_BUBBLE, missing, extra)
@@ -57,6 +64,8 @@ def hop_share(
     code, f, i, w = np.broadcast_arrays(
         *(np.asarray(x, dtype=np.float64) for x in (schedule, forward_s, input_grad_s, weight_grad_s))
     )
+    if not _any_of(code, ZERO_BUBBLE, ZERO_BUBBLE_V, DUALPIPE_V):
+        return np.ones(code.shape)
     whole = f + i + w
     longer = np.maximum(f, i)
     halved = np.maximum(longer, f + i - w)
@@ -91,15 +100,14 @@ def in_flight(
     less), DualPipeV p + 1/2 (deepseek-ai/DualPipe: PP + 1 chunks, PP = 2 p); none more than m. A chunk counts from its F to its
     B, or to its W where B is split.
     """
-    code, p, i, m, v = np.broadcast_arrays(
-        *(np.asarray(x, dtype=np.float64) for x in (schedule, pp, stage, micro_batches, virtual_stages))
-    )
+    code, p, i, m, v = (np.asarray(x, dtype=np.float64) for x in (schedule, pp, stage, micro_batches, virtual_stages))
     longest = np.ceil(m / np.maximum(np.floor(m / p), 1.0))
     chunked = (code == INTERLEAVED) & (v > 1)
     held = np.where(chunked, (2.0 * (p - i - 1.0) + (v - 1.0) * longest + 1.0) / v, p - i)
-    held = np.where(code == ZERO_BUBBLE, p, held)
-    held = np.where(code == ZERO_BUBBLE_V, np.minimum(p, (m + i + 1.0) / 2.0), held)
-    held = np.where(code == DUALPIPE_V, p + 0.5, held)
+    if _any_of(code, ZERO_BUBBLE, ZERO_BUBBLE_V, DUALPIPE_V):
+        held = np.where(code == ZERO_BUBBLE, p, held)
+        held = np.where(code == ZERO_BUBBLE_V, np.minimum(p, (m + i + 1.0) / 2.0), held)
+        held = np.where(code == DUALPIPE_V, p + 0.5, held)
     return np.where((code == GPIPE) | (code == LOOPED_BFS), m, np.minimum(m, held))
 
 
@@ -108,13 +116,16 @@ def split_layers(layers: int, chunks: int, rule: StageRule) -> tuple[int, ...]:
 
     Every chunk gets at least one layer where layers >= chunks; the remainder goes to the earliest lightest chunks.
     """
-    weights = np.zeros(chunks)
     even_with_ends = rule.weigh_ends_to_divide and layers % chunks != 0 and (layers + 2) % chunks == 0
-    weights[0] += 1.0 if even_with_ends else rule.embedding_weight
-    weights[-1] += 1.0 if even_with_ends else rule.head_weight
-    counts = np.zeros(chunks, dtype=np.int64)
+    first, last = (1.0, 1.0) if even_with_ends else (rule.embedding_weight, rule.head_weight)
+    if first == last == 0:
+        each, more = divmod(layers, chunks)
+        return (each + 1,) * more + (each,) * (chunks - more)
+    weights = np.zeros(chunks)
+    weights[0] += first
+    weights[-1] += last
     base = max(int((layers + weights.sum()) // chunks - weights.max()), 1 if layers >= chunks else 0)
-    counts[:] = base
+    counts = np.full(chunks, base, dtype=np.int64)
     for _ in range(layers - base * chunks):
         counts[int(np.argmin(counts + weights))] += 1
     return tuple(int(c) for c in counts)
@@ -157,9 +168,10 @@ def stage_table(
     layers = np.zeros((keys, width, len(model.layers)), dtype=np.int64)
     total = np.zeros((keys, max(pp)), dtype=np.int64)
     for row, (p, v, split) in enumerate(zip(pp, virtual_stages, splits, strict=True)):
-        chunk_ranks = [_chunk_rank(chunk, p, v_placed=v_placed[row]) for chunk in range(p * v)]
         chunk_layers = split or split_layers(model.layer_count, p * v, rule)
-        content = _stage_content(kinds, chunk_layers, chunk_ranks, p, len(model.layers))
+        rank_of_layer = np.repeat(_chunk_ranks(p, v, v_placed=v_placed[row]), chunk_layers)
+        filled = np.bincount(rank_of_layer * len(model.layers) + kinds, minlength=p * len(model.layers))
+        content = filled.reshape(p, len(model.layers))
         total[row, :p] = content.sum(axis=1)
         heaviest = np.flatnonzero(total[row, :p] == total[row, :p].max())
         # ZB-V keeps more micro-batches in flight the later the rank, the others the earlier
@@ -177,19 +189,7 @@ def stage_table(
     )
 
 
-def _chunk_rank(chunk: int, pp: int, *, v_placed: bool) -> int:
-    """Rank of a chunk in model order: c % pp looped; down and up again in V placement."""
-    turn, at = divmod(chunk, pp)
-    return pp - 1 - at if v_placed and turn % 2 else at
-
-
-def _stage_content(
-    kinds: IntArray, chunk_layers: Sequence[int], chunk_ranks: Sequence[int], pp: int, kind_count: int
-) -> IntArray:
-    """Layers by kind of each stage, (pp, kinds)."""
-    content = np.zeros((pp, kind_count), dtype=np.int64)
-    start = 0
-    for rank, number in zip(chunk_ranks, chunk_layers, strict=True):
-        content[rank] += np.bincount(kinds[start : start + number], minlength=kind_count)
-        start += number
-    return content
+def _chunk_ranks(pp: int, virtual_stages: int, *, v_placed: bool) -> IntArray:
+    """Rank of each chunk in model order: c % pp looped; down and up again in V placement."""
+    turn, at = np.divmod(np.arange(pp * virtual_stages), pp)
+    return np.where(turn % 2 == 1, pp - 1 - at, at) if v_placed else at

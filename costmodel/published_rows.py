@@ -201,8 +201,6 @@ def _refuse_uncovered(row: Row) -> None:
         raise RefusedRowError("parameter offload is not modelled yet")
     if row["offload_optimizer"] not in ("", "none", "cpu"):
         raise RefusedRowError(f"optimizer offload to {row['offload_optimizer']} is not modelled yet")
-    if row["recompute"] == "partial":
-        raise RefusedRowError("recompute=partial does not say how many layers")
 
 
 def _runtime(row: Row) -> tuple[Runtime, Mapping[str, Any]]:
@@ -212,6 +210,10 @@ def _runtime(row: Row) -> tuple[Runtime, Mapping[str, Any]]:
         if entry["contains"] in framework:
             return load_runtime(entry["runtime"]), entry
     raise RefusedRowError(f"framework {row['framework']!r} has no runtime yet")
+
+
+UNSAID_VOCABULARY = {True: 32_000, False: 50_257}
+"""Tokens where the row does not say, by whether the MLP is gated: Llama 2's and GPT-2's."""
 
 
 def _model(row: Row) -> Model:
@@ -237,7 +239,7 @@ def _model(row: Row) -> Model:
         name=row["model"],
         family="llama" if gated else "gpt2",
         layers=((kind, whole(row, "layers")),),
-        vocab=whole(row, "vocab"),
+        vocab=whole(row, "vocab", UNSAID_VOCABULARY[gated]),
         tied_embeddings=flag(row, "tied_embeddings"),
         learned_positions=0 if gated else whole(row, "seq"),
         source=row["citation"],
@@ -265,13 +267,20 @@ def _layout(row: Row, unsaid: Mapping[str, Any], runtime: Runtime) -> Layout:
             zero=stage,
             dp_shard=hpz or None,
             sequence_parallel=flag(row, "sequence_parallel"),
-            recompute=row["recompute"] or ("none" if row["attention"] == "flash" else "full"),
+            recompute=_recompute(row, pp),
             schedule="1f1b" if schedule == "none" else schedule.replace("-", "_"),
             attention=row["attention"] or "auto",
             offload_optimizer=row["offload_optimizer"] or "none",
         )
     except InputError as bad:
         raise RefusedRowError(str(bad)) from None
+
+
+def _recompute(row: Row, pp: int) -> str:
+    """The row's word; `partial` does not say how many layers: half of a stage is taken (every second layer)."""
+    if row["recompute"] == "partial":
+        return f"full:{max(whole(row, 'layers') // (2 * pp), 1)}"
+    return row["recompute"] or ("none" if row["attention"] == "flash" else "full")
 
 
 def _cluster(row: Row) -> Cluster:

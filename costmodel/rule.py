@@ -42,6 +42,7 @@ class Rule:
     """The values that break it."""
     remedy: Callable[[Setting, Layout], str]
     structural: bool = False
+    """Its predicate reads columns of `row_keys.RowKeys.work`, or of `.states`, not of both: it is asked about one layout of each key."""
     evidence: str = ""
     """Where the rule is from, when it is not arithmetic."""
 

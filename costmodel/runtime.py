@@ -155,6 +155,8 @@ class Execution(_FromFile):
     """Extra host time per tensor-parallel operator (dispatch of distributed tensors), in launches."""
     exchange_launches: float
     """Host time to gather or reduce the states of one layer (hooks, copies in and out), in launches."""
+    fetch_launches: float = 0.0
+    """More for a gather ahead of a layer (hooks of every module that track its parameters), in launches."""
     fused_accumulation: bool
     """Products of weight gradients add to the accumulated gradient themselves; else that is a pass over both of its own."""
     step_overhead_s: float

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.costmodel.job import BYTES_OF, Job
-from shardplan.costmodel.keys import unique_keys
-from shardplan.costmodel.layer_cost import BlockCost, block_cost
+from shardplan.costmodel.keys import gathered, unique_keys
+from shardplan.costmodel.layer_cost import BlockCost, block_costs
 from shardplan.costmodel.layout import ATTENTION, CP_KINDS, LayoutTable
 from shardplan.costmodel.memory import FULL, SELECTIVE, gradient_bytes
 from shardplan.costmodel.model import LayerKind, Model, layer_parameters
-from shardplan.costmodel.operators import Op, Shapes, embedding_ops, head_ops, layer_ops, logits_bytes
+from shardplan.costmodel.operators import Shapes, embedding_ops, head_ops, layer_ops, logits_bytes
 from shardplan.costmodel.pipeline import stage_table
 from shardplan.costmodel.recompute import ALL_LAYERS
 from shardplan.costmodel.runtime import Runtime
@@ -23,12 +23,34 @@ from shardplan.hw_profiles.topology import TierTable
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
-BlockColumns = Mapping[str, FloatArray]
+
+
+class BlockColumns(Mapping[str, FloatArray]):
+    """Columns of `layer_cost.BlockCost` over its shapes, each gathered for N layouts whenever it is read."""
+
+    def __init__(self, columns: Mapping[str, FloatArray], shape_of: IntArray) -> None:
+        self._columns, self._shape_of = columns, shape_of
+
+    def __getitem__(self, name: str) -> FloatArray:
+        return self._columns[name].take(self._shape_of)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._columns)
+
+    def __len__(self) -> int:
+        return len(self._columns)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._columns
+
+    def take(self, rows: IntArray) -> BlockColumns:
+        """The rows at `rows`."""
+        return BlockColumns(self._columns, self._shape_of.take(rows))
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockRows:
-    """Columns of `layer_cost.BlockCost` gathered for N layouts; those of context parallelism only where some layout has it."""
+    """Costs of the blocks of N layouts; columns of context parallelism only where some layout has it."""
 
     layers: tuple[BlockColumns, ...]
     """One per run of layer kinds."""
@@ -39,6 +61,17 @@ class BlockRows:
     """1 where recompute is selective."""
     full_repeats: FloatArray
     """Share of the forward tensor-parallel communication that full recompute repeats."""
+
+    def take(self, rows: IntArray) -> BlockRows:
+        """The rows at `rows`."""
+        return BlockRows(
+            layers=tuple(block.take(rows) for block in self.layers),
+            embedding=self.embedding.take(rows),
+            head=self.head.take(rows),
+            logits_bytes=self.logits_bytes.take(rows),
+            selects=self.selects.take(rows),
+            full_repeats=self.full_repeats.take(rows),
+        )
 
 
 def padded_vocab(model: Model, runtime: Runtime, tp: FloatArray) -> FloatArray:
@@ -75,34 +108,28 @@ def block_rows(
     alone = bool((layouts.cp == 1).all())
     names = [name for name in BlockCost.__dataclass_fields__ if not (alone and name.startswith("context_"))]
 
-    def gathered(block: BlockCost) -> BlockColumns:
-        return {name: getattr(block, name)[inverse] for name in names}
-
-    def layer_cost(kind: LayerKind) -> BlockColumns:
-        """A layer; what `selective` keeps in exchange is taken off what it drops."""
-        block = cost(layer_ops(kind, shapes, runtime))
-        streams = np.where(shapes.recompute_parts == 0, runtime.activations.selective_streams, 0.0)
-        exchanged = streams * shapes.element_bytes * shapes.tokens * kind.hidden
-        return {**block, "selective_bytes": block["selective_bytes"] - exchanged[inverse]}
-
-    def cost(ops: tuple[Op, ...]) -> BlockColumns:
-        return gathered(
-            block_cost(
-                ops,
-                shapes,
-                gpu=cluster.gpu,
-                precision=job.precision,
-                gradient_bytes=gradient_bytes(runtime, job),
-                tiers=tiers,
-                runtime=runtime,
-            )
-        )
-
+    costs = block_costs(
+        (
+            *(layer_ops(kind, shapes, runtime) for kind, _ in model.layers),
+            embedding_ops(model.hidden, dropout, shapes),
+            head_ops(model.hidden, model.norm, vocab, shapes, runtime),
+        ),
+        shapes,
+        gpu=cluster.gpu,
+        precision=job.precision,
+        gradient_bytes=gradient_bytes(runtime, job),
+        tiers=tiers,
+        runtime=runtime,
+    )
+    *layers, embedding, head = ({name: getattr(cost, name) for name in names} for cost in costs)
+    streams = np.where(shapes.recompute_parts == 0, runtime.activations.selective_streams, 0.0)
+    for (kind, _), layer in zip(model.layers, layers, strict=True):  # what `selective` keeps in exchange is not dropped
+        layer["selective_bytes"] -= streams * shapes.element_bytes * shapes.tokens * kind.hidden
     repeats, split = runtime.communication, layouts.sequence_parallel == 1
     return BlockRows(
-        layers=tuple(layer_cost(kind) for kind, _ in model.layers),
-        embedding=cost(embedding_ops(model.hidden, dropout, shapes)),
-        head=cost(head_ops(model.hidden, model.norm, vocab, shapes, runtime)),
+        layers=tuple(BlockColumns(layer, inverse) for layer in layers),
+        embedding=BlockColumns(embedding, inverse),
+        head=BlockColumns(head, inverse),
         logits_bytes=logits_bytes(vocab, shapes, runtime)[inverse],
         selects=(layouts.recompute == SELECTIVE).astype(np.float64),
         full_repeats=np.where(split, repeats.full_repeats_tensor_sp, repeats.full_repeats_tensor),
@@ -111,7 +138,7 @@ def block_rows(
 
 @dataclass(frozen=True, kw_only=True)
 class StageRows:
-    """What S stages of each of N layouts hold."""
+    """What S stages of each of N layouts hold; arrays as `keys.gathered` stores them."""
 
     stage: IntArray
     """Stage index, (N, S)."""
@@ -123,6 +150,17 @@ class StageRows:
     """Layers under full recompute in the whole pipeline, (N,)."""
     embedding: FloatArray
     head: FloatArray
+
+    def take(self, rows: IntArray) -> StageRows:
+        """The rows at `rows`."""
+        return StageRows(
+            stage=gathered(self.stage, rows),
+            layers=gathered(self.layers, rows),
+            recomputed=gathered(self.recomputed, rows),
+            recomputed_total=self.recomputed_total.take(rows),
+            embedding=gathered(self.embedding, rows),
+            head=gathered(self.head, rows),
+        )
 
 
 def stage_rows(model: Model, layouts: LayoutTable, runtime: Runtime, *, every_stage: bool) -> StageRows:
@@ -138,18 +176,18 @@ def stage_rows(model: Model, layouts: LayoutTable, runtime: Runtime, *, every_st
         v_placed=v_placed[first].tolist(),
         every_stage=every_stage,
     )
-    layers = table.layers.astype(np.float64)[inverse]
+    layers = gathered(table.layers.astype(np.float64), inverse)
     depth = np.where(layouts.recompute_layers == ALL_LAYERS, model.layer_count, layouts.recompute_layers)
     depth = np.where(layouts.recompute == FULL, depth, 0)
     at, back = unique_keys(inverse, depth)
     totals = np.minimum(table.total_layers[inverse[at]], depth[at][:, None]).sum(axis=1).astype(np.float64)
     return StageRows(
-        stage=table.stage[inverse],
+        stage=gathered(table.stage, inverse),
         layers=layers,
         recomputed=np.minimum(layers.sum(axis=2), depth[:, None]),
         recomputed_total=totals[back],
-        embedding=table.embedding.astype(np.float64)[inverse],
-        head=table.head.astype(np.float64)[inverse],
+        embedding=gathered(table.embedding.astype(np.float64), inverse),
+        head=gathered(table.head.astype(np.float64), inverse),
     )
 
 
@@ -165,10 +203,13 @@ class StageParameters:
     root: FloatArray
     """Embedding, positions, final norm and head."""
 
-    def take(self, rows: NDArray[np.integer]) -> StageParameters:
+    def take(self, rows: IntArray) -> StageParameters:
         """The rows at `rows`."""
         return StageParameters(
-            stage=self.stage[rows], layer=self.layer[rows], matrix=self.matrix[rows], root=self.root[rows]
+            stage=gathered(self.stage, rows),
+            layer=gathered(self.layer, rows),
+            matrix=gathered(self.matrix, rows),
+            root=gathered(self.root, rows),
         )
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
 import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.costmodel.job import Job
-from shardplan.costmodel.keys import unique_keys
+from shardplan.costmodel.keys import ROWS_IN_CACHE, LazyColumns
 from shardplan.costmodel.layout import LayoutTable
-from shardplan.costmodel.memory import StageMemory, activation_bytes, stage_states
+from shardplan.costmodel.memory import activation_bytes, stage_states
 from shardplan.costmodel.model import Model
 from shardplan.costmodel.pipeline import in_flight
 from shardplan.costmodel.runtime import Runtime
@@ -16,6 +20,7 @@ from shardplan.costmodel.stage_cost import BlockRows, StageParameters, StageRows
 from shardplan.hw_profiles.machine import Gpu
 
 FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
 
 
 def stage_activations(
@@ -52,50 +57,145 @@ def stage_activations(
     return activations
 
 
-def stage_memory(
+@dataclass(frozen=True, kw_only=True)
+class HeldBytes:
+    """Bytes of a stage besides activations, on the K keys of the states, each (K, S)."""
+
+    parameters: FloatArray
+    gradients: FloatArray
+    """All of them; see `freed`."""
+    optimizer: FloatArray
+    """Between steps; see `stepping`."""
+    stepping: FloatArray | None
+    """What the optimizer step makes when activations are gone: adds to the peak what it takes beyond them; None where nothing."""
+    buffers: FloatArray
+    host: FloatArray
+    """Bytes in host memory per GPU."""
+    freed: NDArray[np.bool_] | None
+    """Keys, (K,), whose gradients appear only while activations go: not live at the peak, yet in blocks of their own; None where
+    there are none."""
+
+
+def held_bytes(
     job: Job,
     gpu: Gpu,
     layouts: LayoutTable,
     runtime: Runtime,
     parameters: StageParameters,
-    activations: FloatArray,
-    content_rows: NDArray[np.int64],
     micro_batches: FloatArray,
-) -> StageMemory:
-    """Bytes by part, (N, S). Row n has the `parameters` and `activations` (K, S) at `content_rows[n]`; states are computed once per
-    unique key."""
+) -> HeldBytes:
+    """States and buffers of each key."""
     accumulates = micro_batches > 1
-    content = (layouts.pp, layouts.virtual_stages, layouts.split, layouts.v_placed.astype(np.int64))
-    sharing = (layouts.zero, layouts.zero_ranks, layouts.offload_optimizer, accumulates.astype(np.int64))
-    first, inverse = unique_keys(layouts.tp, *content, *sharing)
-    keys, held = layouts.take(first), parameters.take(content_rows[first])
     states = stage_states(
         runtime,
         job,
-        keys,
-        accumulates=accumulates[first],
-        stage_parameters=held.stage,
-        layer_parameters=held.layer,
-        root_parameters=held.root,
-        offloaded=keys.offload_optimizer > 0,
+        layouts,
+        accumulates=accumulates,
+        stage_parameters=parameters.stage,
+        layer_parameters=parameters.layer,
+        root_parameters=parameters.root,
+        offloaded=layouts.offload_optimizer > 0,
     )
     on_gpu = gpu.device == "cuda"  # NCCL channels and GPU workspaces; gloo keeps next to nothing
     buffers = np.where((layouts.gpus > 1) & on_gpu, runtime.working_set.buffer_bytes, 0.0)[:, None]
-    added = (runtime.working_set.matrix_gradient_bytes * parameters.matrix)[content_rows]
-    gradients, optimizer, kept = states["gradients"][inverse], states["optimizer"][inverse], activations[content_rows]
-    late = None
-    if runtime.working_set.gradients_freed:
-        freed = ~accumulates & ((layouts.zero > 0) | (layouts.dp * layouts.cp == 1))
-        late = np.where(freed[:, None], np.minimum(gradients, kept), 0.0)
-        gradients = gradients - late
-    if states["stepping"].any():
-        optimizer = optimizer + np.maximum(states["stepping"][inverse] - kept, 0.0)
-    return StageMemory(
-        parameters=states["parameters"][inverse],
-        gradients=gradients,
-        optimizer=optimizer,
-        activations=kept,
-        buffers=buffers + added,
-        host=states["host"][inverse],
-        late=late,
+    freed = ~accumulates & ((layouts.zero > 0) | (layouts.dp * layouts.cp == 1))
+    return HeldBytes(
+        parameters=states["parameters"],
+        gradients=states["gradients"],
+        optimizer=states["optimizer"],
+        stepping=states["stepping"] if states["stepping"].any() else None,
+        buffers=buffers + runtime.working_set.matrix_gradient_bytes * parameters.matrix,
+        host=states["host"],
+        freed=freed if runtime.working_set.gradients_freed and freed.any() else None,
     )
+
+
+MEMORY_PARTS = (
+    "parameters",
+    "gradients",
+    "optimizer",
+    "activations",
+    "buffers",
+    "host",
+    "allocated",
+    "slack",
+    "device",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepMemory:
+    """Memory of N layouts on their keys: row n has `held` bytes at `states_of[n]` and `activations` at `work_of[n]`."""
+
+    held: HeldBytes
+    activations: FloatArray
+    """(W, S)."""
+    states_of: IntArray
+    work_of: IntArray
+    slack_fraction: float
+    """Reserved beyond allocated, relative to allocated."""
+    context_bytes: float
+    """On the device beside the framework's allocator."""
+
+    def parts(self) -> Mapping[str, FloatArray]:
+        """Bytes by part, (N, S): the first five of MEMORY_PARTS add up to `allocated`, with `slack` and the context to `device`."""
+        return LazyColumns({part: partial(self._part, part) for part in MEMORY_PARTS})
+
+    def _part(self, part: str) -> FloatArray:
+        held, of = self.held, self.states_of
+        if part == "activations":
+            return self.activations[self.work_of]
+        if part == "gradients":
+            return held.gradients[of] - self._late()
+        if part == "optimizer" and held.stepping is not None:
+            return held.optimizer[of] + np.maximum(held.stepping[of] - self.activations[self.work_of], 0.0)
+        if part in ("parameters", "optimizer", "buffers", "host"):
+            found: FloatArray = getattr(held, part)[of]
+            return found
+        allocated = sum((self._part(name) for name in MEMORY_PARTS[1:5]), self._part(MEMORY_PARTS[0]))
+        if part == "allocated":
+            return allocated
+        slack = self.slack_fraction * allocated + (1.0 + self.slack_fraction) * self._late()
+        return slack if part == "slack" else allocated + slack + self.context_bytes
+
+    def _late(self) -> FloatArray | float:
+        """Gradients that are not live at the peak, (N, S)."""
+        if self.held.freed is None:
+            return 0.0
+        least = np.minimum(self.held.gradients[self.states_of], self.activations[self.work_of])
+        return np.where(self.held.freed[self.states_of][:, None], least, 0.0)
+
+    def peaks(self) -> dict[str, FloatArray]:
+        """`allocated`, `reserved` and `device` bytes of the fullest stage, (N,).
+
+        What gradients free for activations stays in blocks of its own, so a stage reserves (1 + slack) (states + buffers + the
+        larger of activations and what the optimizer step makes), whether they are freed or not.
+        """
+        held, rows = self.held, len(self.states_of)
+        lasting = np.ascontiguousarray((held.parameters + held.gradients + held.optimizer + held.buffers).T)
+        passing = np.ascontiguousarray(self.activations.T)
+        stepping = None if held.stepping is None else np.ascontiguousarray(held.stepping.T)
+        fullest = np.empty(rows)
+        allocated = fullest if held.freed is None else np.empty(rows)
+        for start in range(0, rows, ROWS_IN_CACHE):
+            some = slice(start, start + ROWS_IN_CACHE)
+            of, at = self.states_of[some], self.work_of[some]
+            most, stage = np.zeros(len(of)), np.zeros(len(of), dtype=np.int64)
+            for index in range(len(lasting)):
+                live = passing[index].take(at)
+                if stepping is not None:
+                    np.maximum(live, stepping[index].take(of), out=live)
+                live += lasting[index].take(of)
+                if held.freed is not None:
+                    stage[live > most] = index
+                np.maximum(most, live, out=most)
+            fullest[some] = most
+            if held.freed is not None:
+                least = np.minimum(held.gradients[of, stage], self.activations[at, stage])
+                allocated[some] = most - np.where(held.freed.take(of), least, 0.0)
+        reserved = (1.0 + self.slack_fraction) * fullest
+        return {"allocated": allocated, "reserved": reserved, "device": reserved + self.context_bytes}
+
+    def host_bytes(self) -> FloatArray:
+        """In host memory for each GPU of the stage that keeps most there, (N,)."""
+        return self.held.host.max(axis=1).take(self.states_of)

@@ -14,7 +14,8 @@ group as one leaf. Traffic from rail to rail is taken to change rails inside a n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -136,26 +137,13 @@ def tier_table(cluster: Cluster) -> TierTable:
     Bandwidth is the largest flow out of a full tier over its GPUs; latency is the shortest way to the next such tier.
     """
     node, network = cluster.node, cluster.network
-    graph = cluster_graph(_representative(cluster))
-    names = ["node"]
-    gpus, bandwidth, latency = [node.gpus], [_node_bandwidth(cluster)], [node.intra.latency_s]
-    if cluster.nodes > 1 and network.leaf_nodes > 1:
-        names.append("leaf")
-        gpus.append(min(network.leaf_nodes, cluster.nodes) * node.gpus)
-        bandwidth.append(_flow(graph, _gpu_names(graph, (0,)), ["leaf0"]) / node.gpus)
-        latency.append(_way(graph, "node0/gpu0", "node1/gpu0"))
-    if cluster.nodes > network.leaf_nodes:
-        leaf = _gpu_names(graph, range(min(network.leaf_nodes, 2)))
-        names.append("spine")
-        gpus.append(cluster.gpus)
-        bandwidth.append(_flow(graph, leaf, ["spine"]) / len(leaf))
-        latency.append(_way(graph, "node0/gpu0", f"node{min(network.leaf_nodes, 2)}/gpu0"))
-    outer = len(names) - 1
+    tiers = _tiers(_Wiring(numbers=_wiring_numbers(cluster), cluster=cluster))
+    outer = len(tiers) - 1
     return TierTable(
-        names=tuple(names),
-        gpus=np.asarray(gpus, dtype=np.int64),
-        bandwidth_bytes_per_s=np.asarray(bandwidth),
-        latency_s=np.asarray(latency),
+        names=tuple(tier.name for tier in tiers),
+        gpus=np.asarray([tier.gpus for tier in tiers], dtype=np.int64),
+        bandwidth_bytes_per_s=np.asarray([tier.bandwidth_bytes_per_s for tier in tiers]),
+        latency_s=np.asarray([tier.latency_s for tier in tiers]),
         efficiency=(node.intra.efficiency, *[network.efficiency] * outer),
         all_reduce_efficiency=(
             node.intra.all_reduce_efficiency or node.intra.efficiency,
@@ -166,6 +154,62 @@ def tier_table(cluster: Cluster) -> TierTable:
         ),
         is_switched=np.asarray([node.intra.kind != "mesh", *[True] * outer]),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Tier:
+    """What the graph says of one tier."""
+
+    name: str
+    gpus: int
+    bandwidth_bytes_per_s: float
+    latency_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Wiring:
+    """A homogeneous cluster as far as its graph goes: equal where `numbers` are, whatever the efficiency curves."""
+
+    numbers: tuple[float | str, ...]
+    cluster: Cluster = field(compare=False)
+
+
+def _wiring_numbers(cluster: Cluster) -> tuple[float | str, ...]:
+    """Everything that vertices and edges of `cluster_graph` are made of."""
+    node, network = cluster.node, cluster.network
+    inside = (node.gpus, node.intra.kind, node.intra.bandwidth_bytes_per_s, node.intra.latency_s)
+    outside = (network.nics_per_node, network.nic_bytes_per_s, network.leaf_nodes, network.oversubscription)
+    return (cluster.nodes, *inside, *outside, network.latency_s, network.spine_latency_s)
+
+
+@lru_cache(maxsize=256)
+def _tiers(wiring: _Wiring) -> tuple[_Tier, ...]:
+    """Tiers by flow and shortest way, nearest first. Kept, since the graph takes longer than the estimate of a layout."""
+    cluster = wiring.cluster
+    node, network = cluster.node, cluster.network
+    graph = cluster_graph(_representative(cluster))
+    inside = _node_bandwidth(cluster)
+    tiers = [_Tier(name="node", gpus=node.gpus, bandwidth_bytes_per_s=inside, latency_s=node.intra.latency_s)]
+    if cluster.nodes > 1 and network.leaf_nodes > 1:
+        tiers.append(
+            _Tier(
+                name="leaf",
+                gpus=min(network.leaf_nodes, cluster.nodes) * node.gpus,
+                bandwidth_bytes_per_s=_flow(graph, _gpu_names(graph, (0,)), ["leaf0"]) / node.gpus,
+                latency_s=_way(graph, "node0/gpu0", "node1/gpu0"),
+            )
+        )
+    if cluster.nodes > network.leaf_nodes:
+        leaf = _gpu_names(graph, range(min(network.leaf_nodes, 2)))
+        tiers.append(
+            _Tier(
+                name="spine",
+                gpus=cluster.gpus,
+                bandwidth_bytes_per_s=_flow(graph, leaf, ["spine"]) / len(leaf),
+                latency_s=_way(graph, "node0/gpu0", f"node{min(network.leaf_nodes, 2)}/gpu0"),
+            )
+        )
+    return tuple(tiers)
 
 
 def _representative(cluster: Cluster) -> Cluster:

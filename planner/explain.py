@@ -7,11 +7,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from shardplan.costmodel.answer import GIB, memory_remedy
-from shardplan.costmodel.estimate import DEFAULT_HEADROOM, TIME_PARTS
+from shardplan.costmodel.estimates import DEFAULT_HEADROOM
 from shardplan.costmodel.job import PRECISIONS, Job
 from shardplan.costmodel.layout import layout_from_document, parse_layout
 from shardplan.costmodel.model import Model
 from shardplan.costmodel.runtime import Runtime, load_runtime
+from shardplan.costmodel.step_time import TIME_PARTS
 from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.load import cluster_from_document
 from shardplan.hw_profiles.machine import Cluster

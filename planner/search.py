@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.costmodel.answer import answer
-from shardplan.costmodel.estimate import DEFAULT_HEADROOM, Estimates, estimate
+from shardplan.costmodel.estimate import estimate
+from shardplan.costmodel.estimates import DEFAULT_HEADROOM, Estimates
 from shardplan.costmodel.job import Job
 from shardplan.costmodel.layout import COLUMNS, Layout, LayoutTable
 from shardplan.costmodel.model import Model
@@ -137,9 +138,9 @@ def _search_one(
         misfits = int((~fits).sum())
         order = _order(estimates, np.flatnonzero(fits), objective)
         if len(order):
-            ranked = rows_of(estimates, order)
+            ranked = estimates.take(order)
         else:
-            closest = rows_of(estimates, np.asarray([int(estimates.device_peak_bytes.argmin())]))
+            closest = estimates.take(np.asarray([int(estimates.device_peak_bytes.argmin())]))
     return SearchResult(
         cluster=cluster,
         ranked=ranked,
@@ -187,23 +188,6 @@ def _order(estimates: Estimates, rows: NDArray[np.intp], objective: Objective) -
         first, second = second, first
     columns = [getattr(estimates.layouts, name)[rows] for name in reversed(COLUMNS)]
     return rows[np.lexsort((*columns, second, first))]
-
-
-def rows_of(estimates: Estimates, rows: NDArray[np.intp]) -> Estimates:
-    """The estimates of `rows`, in that order."""
-    from dataclasses import replace
-
-    return replace(
-        estimates,
-        layouts=estimates.layouts.take(rows),
-        time={key: column[rows] for key, column in estimates.time.items()},
-        hidden={key: column[rows] for key, column in estimates.hidden.items()},
-        stages={key: column[rows] for key, column in estimates.stages.items()},
-        stage_index=estimates.stage_index[rows],
-        stage_layer_counts=estimates.stage_layer_counts[rows],
-        host_bytes=estimates.host_bytes[rows],
-        hardware_flop_per_step=estimates.hardware_flop_per_step[rows],
-    )
 
 
 def summary_rows(estimates: Estimates, top: int, *, capacity_bytes: float) -> list[dict[str, Any]]:

@@ -100,7 +100,7 @@ def join_tables(pieces: Sequence[LayoutTable], wishes: Wishes) -> LayoutTable:
     """Rows of all pieces of one space, in order."""
     empty = layout_table([wishes.fixed]).take(np.zeros(0, dtype=np.int64))
     columns = {name: np.concatenate([getattr(piece, name) for piece in (empty, *pieces)]) for name in COLUMNS}
-    return LayoutTable(**columns, splits=empty.splits)
+    return LayoutTable(**columns, splits=empty.splits).with_constants()
 
 
 def space_pieces(

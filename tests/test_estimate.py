@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardplan.costmodel.collectives import collective_s, members_per_node, point_to_point_s
-from shardplan.costmodel.estimate import TIME_PARTS, Estimates, estimate
+from shardplan.costmodel.estimate import Estimates, estimate
 from shardplan.costmodel.job import Job
-from shardplan.costmodel.keys import unique_keys
 from shardplan.costmodel.layout import Layout, layout_table, parse_layout
 from shardplan.costmodel.model_config import load_model
 from shardplan.costmodel.runtime import load_runtime, runtime_names
 from shardplan.costmodel.stage_cost import block_rows
+from shardplan.costmodel.step_time import TIME_PARTS
 from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.load import load_cluster
 from shardplan.hw_profiles.topology import tier_table
@@ -297,15 +297,6 @@ def test_collectives_follow_the_topology() -> None:
     assert float(point_to_point_s(tiers, 1e8, 4, 4)) == float(point_to_point_s(tiers, 1e8, 2, 8))
     # three neighbours do not tile a node of eight: some group spans two nodes
     assert float(collective_s(tiers, "all_reduce", 1e8, 3, 1)) > 3 * float(collective_s(tiers, "all_reduce", 1e8, 4, 1))
-
-
-@given(st.lists(st.tuples(st.integers(0, 9), st.integers(-3, 3), st.integers(0, 10**12)), min_size=1, max_size=60))
-def test_unique_keys_gather_back(rows: list[tuple[int, int, int]]) -> None:
-    columns = [np.array(column, dtype=np.int64) for column in zip(*rows, strict=True)]
-    first, inverse = unique_keys(*columns)
-    assert len(first) == len(set(rows))
-    for column in columns:
-        assert (column[first][inverse] == column).all()
 
 
 words = st.builds(

@@ -43,16 +43,19 @@ def by_source_in_fp8(outcomes: list[Outcome]) -> dict[str, dict[str, Any]]:
 
 
 WORST_MEAN_ERROR = {
-    "all": 6.9,
+    "all": 6.0,
     "Megatron-LM SC21 Table 1": 3.5,
-    "Korthikanti Table 5": 4.8,
+    "Korthikanti Table 5": 3.0,
     "SimuMax B200 Megatron runs": 3.5,
-    "BLOOM topology sweep": 4.6,
-    "MosaicML llm-foundry MPT": 5.0,
+    "BLOOM topology sweep": 4.2,
+    "MosaicML llm-foundry MPT": 4.2,
+    "Megatron-LM README Sep-2020": 5.0,
+    "DeepSpeed on Azure": 6.0,
+    "ZeRO++ blog figures": 6.0,
     "torchtitan A100 docs": 3.0,
-    "torchtitan H100 2024-12": 4.5,
+    "torchtitan H100 2024-12": 3.5,
     "TorchTitan paper v1": 5.0,
-    "vTrain multi-node measurements": 8.0,
+    "vTrain multi-node measurements": 7.2,
 }
 """Percent of step time; a little above what is reached, so that a change for the worse fails."""
 
@@ -65,7 +68,7 @@ def test_step_times_do_not_get_worse(by_source: dict[str, dict[str, Any]], sourc
 @pytest.mark.parametrize(
     ("source", "worst"),
     [
-        ("all", 7.6),
+        ("all", 6.8),
         ("NeMo / Megatron-Bridge performance summary", 7.0),
         ("NeMo Framework Launcher README", 6.5),
     ],
@@ -100,7 +103,7 @@ def test_peaks_of_memory_do_not_get_worse(
 def test_layouts_stay_in_order(by_source: dict[str, dict[str, Any]]) -> None:
     right, pairs = by_source["all"]["pairs_3"]
     assert right >= 0.85 * pairs
-    assert by_source["all"]["best_choice_loss"] <= 2.5
+    assert by_source["all"]["best_choice_loss"] <= 1.8
 
 
 def test_few_rows_are_refused(outcomes: list[Outcome]) -> None:

@@ -42,7 +42,8 @@ def estimate(
     slow, fast = rate["calculon_layouts_per_s"]
     typer.echo(
         f"{rate['layouts']:,} layouts of {rate['model']} on {rate['gpus']} GPUs in {rate['seconds']:.3f} s "
-        f"(median of {rate['repeats']}): {rate['layouts_per_s']:,.0f} layouts/s; "
+        f"(median of {rate['repeats']}): {rate['layouts_per_s']:,.0f} layouts/s, "
+        "tables, every time part and the memory of the fullest stage included; "
         f"whole search of {rate['space']:,} in {rate['search_s']:.2f} s"
     )
     typer.echo(
@@ -52,6 +53,6 @@ def estimate(
     if not streamed:
         return
     typer.echo(
-        f"{rate['streamed']:,} layouts in {rate['streamed_s']:.1f} s, step time and peak memory kept: "
+        f"{rate['streamed']:,} layouts in {rate['streamed_s']:.1f} s the same way, step time and peak memory kept: "
         f"at most {rate['peak_gib']:.2f} GiB of the process"
     )

@@ -1,0 +1,159 @@
+"""`Estimates`: what the cost model answers for N layouts, and what follows from it: throughput, utilisation, whether it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardplan.costmodel.keys import LazyColumns
+from shardplan.costmodel.layout import LayoutTable
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+Number = TypeVar("Number", np.int64, np.float64)
+Column = TypeVar("Column")
+
+DEFAULT_HEADROOM = 0.05
+TIME_BAND = 0.08
+"""Half-width of the step-time band, relative: an uncalibrated machine of a known type."""
+MEMORY_BAND = 0.08
+"""Half-width of the device-memory band, relative."""
+GUESS_BAND = 0.04
+"""Added to the time band when the machine's profile contains guesses that enter step time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimates:
+    """Answers for N layouts; columns of shape (N,), memory of shape (N, S) for S stages.
+
+    Much of it is gathered from tables of fewer keys whenever it is read: keep what is needed more than once.
+    """
+
+    layouts: LayoutTable
+    time: Mapping[str, FloatArray]
+    """Seconds per step by part (`step_time.TIME_PARTS`) and `step_s`."""
+    hidden: Mapping[str, FloatArray]
+    """Communication seconds hidden behind compute, by axis; not in step_s."""
+    peaks: Mapping[str, FloatArray]
+    """Bytes of the fullest stage: allocated, reserved, device."""
+    stages: Mapping[str, FloatArray]
+    """Bytes by part and stage, (N, S): parameters, gradients, optimizer, activations, buffers, allocated, slack, device, host."""
+    contents: Mapping[str, IntArray]
+    """`stage_index` and `stage_layer_counts`, (N, S)."""
+    context_bytes: float
+    capacity_bytes: float
+    host_bytes: FloatArray
+    """Host memory per node."""
+    host_capacity_bytes: float
+    tokens_per_step: int
+    model_flop_per_step: float
+    """6 FLOP per matrix parameter and token plus full (not halved) attention; no recompute."""
+    hardware_flop_per_step: FloatArray
+    """The same with recomputed operators."""
+    peak_flop_per_s: float
+    time_band: float
+
+    def __len__(self) -> int:
+        return len(self.layouts)
+
+    @property
+    def step_s(self) -> FloatArray:
+        """Seconds per optimizer step."""
+        return self.time["step_s"]
+
+    @property
+    def device_peak_bytes(self) -> FloatArray:
+        """What nvidia-smi would show on the fullest stage."""
+        return self.peaks["device"]
+
+    @property
+    def stage_index(self) -> IntArray:
+        """Pipeline stage that each column of `stages` stands for, (N, S)."""
+        return self.contents["stage_index"]
+
+    @property
+    def stage_layer_counts(self) -> IntArray:
+        """Layers of those stages, (N, S)."""
+        return self.contents["stage_layer_counts"]
+
+    @property
+    def mfu(self) -> FloatArray:
+        """Model FLOP utilisation of the dense peak."""
+        return self.model_flop_per_step / (self.step_s * self.layouts.gpus * self.peak_flop_per_s)
+
+    @property
+    def hfu(self) -> FloatArray:
+        """Hardware FLOP utilisation: recomputed operators counted."""
+        return self.hardware_flop_per_step / (self.step_s * self.layouts.gpus * self.peak_flop_per_s)
+
+    @property
+    def tokens_per_s(self) -> FloatArray:
+        """Training throughput of all GPUs."""
+        return self.tokens_per_step / self.step_s
+
+    def fits_likely(self) -> NDArray[np.bool_]:
+        """The point estimate fits GPU and host memory."""
+        on_host = self.host_bytes <= self.host_capacity_bytes
+        return (self.device_peak_bytes <= self.capacity_bytes) & on_host
+
+    def fits(self, headroom: float = DEFAULT_HEADROOM) -> NDArray[np.bool_]:
+        """The upper edge of the memory band stays `headroom` below the capacity."""
+        usable = self.capacity_bytes * (1.0 - headroom)
+        on_host = self.host_bytes <= self.host_capacity_bytes * (1.0 - headroom)
+        return (self.device_peak_bytes * (1.0 + MEMORY_BAND) <= usable) & on_host
+
+    def take(self, rows: NDArray[np.integer]) -> Estimates:
+        """The estimates of `rows`, in that order."""
+        return replace(
+            self,
+            layouts=self.layouts.take(rows),
+            time={name: column[rows] for name, column in self.time.items()},
+            hidden=_each(self.hidden, lambda found: found[rows]),
+            peaks={name: column[rows] for name, column in self.peaks.items()},
+            stages=_each(self.stages, lambda found: found[rows]),
+            contents=_each(self.contents, lambda found: found[rows]),
+            host_bytes=self.host_bytes[rows],
+            hardware_flop_per_step=self.hardware_flop_per_step[rows],
+        )
+
+
+def _each(columns: Mapping[str, Column], change: Callable[[Column], Column]) -> Mapping[str, Column]:
+    """The columns, changed when they are read."""
+    return LazyColumns({name: partial(_changed, columns, name, change) for name in columns})
+
+
+def _changed(columns: Mapping[str, Column], name: str, change: Callable[[Column], Column]) -> Column:
+    return change(columns[name])
+
+
+def joined(pieces: Sequence[Estimates], layouts: LayoutTable) -> Estimates:
+    """The estimates of consecutive pieces of `layouts` as one."""
+    if len(pieces) == 1:
+        return pieces[0]
+    return replace(
+        pieces[0],
+        layouts=layouts,
+        time=_stacked_when_read([piece.time for piece in pieces]),
+        hidden=_stacked_when_read([piece.hidden for piece in pieces]),
+        peaks=_stacked([piece.peaks for piece in pieces]),
+        stages=_stacked_when_read([piece.stages for piece in pieces]),
+        contents=_stacked_when_read([piece.contents for piece in pieces]),
+        host_bytes=np.concatenate([piece.host_bytes for piece in pieces]),
+        hardware_flop_per_step=np.concatenate([piece.hardware_flop_per_step for piece in pieces]),
+    )
+
+
+def _stacked(maps: Sequence[Mapping[str, NDArray[Number]]]) -> dict[str, NDArray[Number]]:
+    return {name: np.concatenate([one[name] for one in maps]) for name in maps[0]}
+
+
+def _stacked_when_read(maps: Sequence[Mapping[str, NDArray[Number]]]) -> Mapping[str, NDArray[Number]]:
+    def stack(name: str) -> NDArray[Number]:
+        return np.concatenate([one[name] for one in maps])
+
+    return LazyColumns({name: partial(stack, name) for name in maps[0]})

@@ -1,0 +1,223 @@
+"""What one micro-batch takes on the slowest stage of N layouts, and what the pipeline adds: fill and drain, transfers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardplan.costmodel.collectives import point_to_point_s
+from shardplan.costmodel.data_parallel import exchange_counts, gathered_ahead, reduces_often
+from shardplan.costmodel.job import BYTES_OF, Job
+from shardplan.costmodel.layer_cost import BACKWARD_LAUNCHES
+from shardplan.costmodel.layout import LayoutTable
+from shardplan.costmodel.memory import FULL
+from shardplan.costmodel.model import Model
+from shardplan.costmodel.pipeline import bubble_hops, hop_share
+from shardplan.costmodel.recompute import ALL_LAYERS
+from shardplan.costmodel.runtime import Runtime
+from shardplan.costmodel.stage_cost import BlockColumns, BlockRows, StageRows
+from shardplan.hw_profiles.machine import Cluster, Gpu
+from shardplan.hw_profiles.topology import TierTable
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+Share = FloatArray | float
+
+PACE_PARTS = ("forward", "backward", "recompute", "tensor_exposed", "context_exposed", "host")
+"""They add up to the seconds of one micro-batch on a stage."""
+
+
+def pipeline_pace(
+    model: Model,
+    cluster: Cluster,
+    layouts: LayoutTable,
+    runtime: Runtime,
+    blocks: BlockRows,
+    stages: StageRows,
+    micro_batches: FloatArray,
+) -> dict[str, FloatArray]:
+    """Seconds of one micro-batch on the slowest stage by part, and the `bubble` of a step; columns of shape (N,)."""
+    gpu = cluster.gpu
+    each_micro_batch = {
+        "exchanging": _exchange_host_s(gpu, layouts, runtime, micro_batches),
+        "accumulating": _accumulating(layouts, runtime, micro_batches),
+        "showing": _tensor_showing(layouts, runtime, cluster.node.gpus),
+    }
+    share = _recomputed_share(layouts, stages)
+    paces = _block_paces(gpu, runtime, blocks, share, each_micro_batch)
+    counts = [*np.moveaxis(stages.layers, 2, 0), stages.embedding, stages.head]
+    total = _over_blocks(counts, [_busy(pace) for pace in paces])
+    slowest = total.argmax(axis=1)
+    there = [_at_stage(count, slowest) for count in counts]
+    worst = {part: _over_blocks(there, [_at_stage(pace[part], slowest) for pace in paces]) for part in paces[0]}
+    if share.shape[1] > 1:  # the pipeline as a whole recomputes another share than any of its stages
+        paces = _block_paces(
+            gpu, runtime, blocks, (stages.recomputed_total / model.layer_count)[:, None], each_micro_batch
+        )
+    whole = _over_blocks(
+        [*(float(count) for _, count in model.layers), 1.0, 1.0], [_busy(pace)[:, 0] for pace in paces]
+    )
+    return {**worst, "bubble": _bubble_s(layouts, micro_batches, whole - _at_stage(total, slowest), worst)}
+
+
+def _recomputed_share(layouts: LayoutTable, stages: StageRows) -> FloatArray:
+    """Share of a stage's layers under full recompute, (N, S), or (N, 1) where all stages of every layout have the same."""
+    if (layouts.recompute_layers == ALL_LAYERS).all():
+        return (layouts.recompute == FULL).astype(np.float64)[:, None]
+    total = stages.layers.sum(axis=2)
+    return np.divide(stages.recomputed, total, out=np.zeros_like(total), where=total > 0)
+
+
+def _over_blocks(counts: Sequence[FloatArray | float], seconds: Sequence[FloatArray]) -> FloatArray:
+    """Seconds of all blocks, each as often as it is there."""
+    total = counts[0] * seconds[0]
+    for count, one in zip(counts[1:], seconds[1:], strict=True):
+        total = total + count * one
+    return total
+
+
+def _busy(pace: dict[str, FloatArray]) -> FloatArray:
+    """Seconds of one block and micro-batch."""
+    total = pace[PACE_PARTS[0]]
+    for part in PACE_PARTS[1:]:
+        if part in pace:
+            total = total + pace[part]
+    return total
+
+
+def _at_stage(values: FloatArray, stage: NDArray[np.intp]) -> FloatArray:
+    """Entry `stage[n]` of each row n of (N, S) or (N, 1), (N,)."""
+    return values[:, 0] if values.shape[1] == 1 else values[np.arange(len(values)), stage]
+
+
+def _bubble_s(
+    layouts: LayoutTable, micro_batches: FloatArray, fill: FloatArray, worst: dict[str, FloatArray]
+) -> FloatArray:
+    """Seconds of fill and drain, (N,): `fill` = one micro-batch through the other stages, by the schedule's closed form.
+
+    Half of the backward operators are taken for the gradient of the weights; recompute comes before the gradient of the input;
+    launches are spread over F, I and W alike.
+    """
+    around = 0.5 * (worst["tensor_exposed"] + worst.get("context_exposed", 0.0))
+    launching = worst["host"] / (1.0 + BACKWARD_LAUNCHES)
+    weight_grad = 0.5 * worst["backward"]
+    share = hop_share(
+        layouts.schedule,
+        worst["forward"] + around + launching,
+        weight_grad + worst["recompute"] + around + launching,
+        weight_grad + launching,
+    )
+    hops = bubble_hops(layouts.schedule, layouts.pp, micro_batches, layouts.virtual_stages)
+    filled = fill / layouts.virtual_stages * share * (hops / np.maximum(layouts.pp - 1, 1))
+    return np.where(layouts.pp > 1, filled, 0.0)
+
+
+def _accumulating(layouts: LayoutTable, runtime: Runtime, micro_batches: FloatArray) -> FloatArray:
+    """Share of its gradients that a rank adds up per micro-batch, (N,): all, or its shard where every micro-batch reduces."""
+    share = np.where(reduces_often(layouts, runtime.communication), 1.0 / layouts.zero_ranks, 1.0)
+    return share * (1.0 - 1.0 / micro_batches)
+
+
+def _tensor_showing(layouts: LayoutTable, runtime: Runtime, node_gpus: int) -> FloatArray:
+    """Share of tensor-parallel communication that nothing hides, (N,): async tensor parallelism cuts the gathers and reductions of
+    sequence parallelism into pieces between those of the products, over the links of one node."""
+    cut = (layouts.sequence_parallel == 1) & (layouts.tp <= node_gpus)
+    communication = runtime.communication
+    return (1.0 - communication.tensor_overlap) * np.where(cut, 1.0 - communication.async_tensor_overlap, 1.0)
+
+
+def _exchange_host_s(gpu: Gpu, layouts: LayoutTable, runtime: Runtime, micro_batches: FloatArray) -> FloatArray:
+    """Host seconds per layer and micro-batch that gathers and reductions of its states take, (N,)."""
+    reductions, gathers = exchange_counts(layouts, runtime.communication, micro_batches)
+    gathers = np.where(layouts.zero_ranks > 1, gathers, 0.0)
+    each, ahead = runtime.execution.exchange_launches, gathered_ahead(layouts, runtime.communication)
+    per_step = ((reductions + gathers) * each + gathers * ahead * runtime.execution.fetch_launches) * gpu.launch_s
+    return np.where(layouts.dp * layouts.cp > 1, per_step / micro_batches, 0.0)
+
+
+def _block_paces(
+    gpu: Gpu, runtime: Runtime, blocks: BlockRows, share: FloatArray, each_micro_batch: dict[str, FloatArray]
+) -> list[dict[str, FloatArray]]:
+    """Seconds of one micro-batch by part of one layer of each run, of the embedding and of the head, shape of `share`."""
+    wide = {name: column[:, None] for name, column in each_micro_batch.items()}
+    repeats, selects = share * blocks.full_repeats[:, None], blocks.selects[:, None]
+
+    def pace(block: BlockColumns, recomputed: Share, selected: Share, repeated: Share) -> dict[str, FloatArray]:
+        return _block_pace(gpu, runtime, block, recomputed=recomputed, selects=selected, repeated=repeated, **wide)
+
+    layers = [pace(block, share, selects, repeats) for block in blocks.layers]
+    return [*layers, pace(blocks.embedding, 0.0, 0.0, 0.0), pace(blocks.head, 0.0, 0.0, 0.0)]
+
+
+def _block_pace(
+    gpu: Gpu,
+    runtime: Runtime,
+    block: BlockColumns,
+    *,
+    recomputed: Share,
+    selects: Share,
+    repeated: Share,
+    exchanging: FloatArray,
+    accumulating: FloatArray,
+    showing: FloatArray,
+) -> dict[str, FloatArray]:
+    """Seconds of one block and micro-batch; `recomputed` is the share of it under full recompute, `repeated` the share of its
+    forward tensor-parallel communication that full recompute repeats, `showing` the share of that communication nothing hides."""
+
+    def of(name: str) -> FloatArray:
+        return block[name][:, None]
+
+    forward = of("forward_s")
+    recompute = recomputed * of("full_s") + selects * of("selective_s")
+    tensor = of("tensor_forward_s") * (1.0 + repeated) + of("tensor_backward_s")
+    tensor = tensor + selects * of("tensor_selective_s")
+    exposed = tensor * showing
+    backward = of("backward_s") + accumulating * of("accumulate_s")
+    busy = forward + backward + recompute + exposed
+    context = _context_pace(block, recomputed, selects)
+    if context:
+        busy = busy + context["context_exposed"]
+    launching = of("host_forward_s") * (1.0 + BACKWARD_LAUNCHES + recomputed) + exchanging
+    # a CPU runs the operation it dispatches, a GPU only idles when launches come too slowly
+    host = launching if gpu.device == "cpu" else np.maximum(launching - busy, 0.0)
+    return {
+        "forward": forward,
+        "backward": backward,
+        "recompute": recompute,
+        "tensor": tensor,
+        "tensor_exposed": exposed,
+        "host": host,
+        **context,
+    }
+
+
+def _context_pace(block: BlockColumns, recomputed: Share, selects: Share) -> dict[str, FloatArray]:
+    """Seconds of context-parallel exchanges of one block and micro-batch, exposed and hidden; none where no layout has any.
+
+    Recomputing attention repeats the exchanges of its forward.
+    """
+    if "context_forward_exposed_s" not in block:
+        return {}
+    again = 1.0 + recomputed + selects * block["context_selective"][:, None]
+    return {
+        f"context_{what}": block[f"context_forward_{what}_s"][:, None] * again
+        + block[f"context_backward_{what}_s"][:, None]
+        for what in ("exposed", "hidden")
+    }
+
+
+def pipeline_transfers_s(
+    model: Model, job: Job, layouts: LayoutTable, runtime: Runtime, tiers: TierTable, micro_batches: FloatArray
+) -> FloatArray:
+    """Seconds per step, (N,), of the boundary tensors of m micro-batches, forward and backward, v times each, less the share the
+    runtime hides."""
+    split = layouts.sequence_parallel == 1
+    if runtime.communication.pipeline_scatter:
+        split = split | (layouts.tp > 1)
+    size = BYTES_OF[job.precision] * layouts.micro_batch * job.seq / layouts.cp * model.hidden
+    size = size / np.where(split, layouts.tp, 1)
+    one = point_to_point_s(tiers, size, layouts.pp, layouts.tp * layouts.cp * layouts.dp)
+    exposed = 2.0 * layouts.virtual_stages * (micro_batches + layouts.pp - 1.0) * one
+    return np.where(layouts.pp > 1, exposed * (1.0 - runtime.communication.pipeline_overlap), 0.0)
