@@ -207,7 +207,7 @@ def test_people_read_it_in_four_lines(call):
     _, out, _ = call("estimate", "llama-3-8b", "--cluster", "aws-p5", *WORDS, "--tokens", "15e12")
     text = " ".join(out.split())
     assert "USD per million tokens," in text
-    assert "15 T tokens: " in text
+    assert "15T tokens: " in text
     assert " with failures (goodput 99." in text
     assert "to restart; a checkpoint of 112 GB in" in text
     assert "Wh at full power" in text

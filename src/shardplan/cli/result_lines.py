@@ -31,6 +31,14 @@ def _digits(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def _tokens(count: float) -> str:
+    """As model cards write it: 15T tokens, 300B tokens."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if count >= size:
+            return f"{count / size:.4g}{letter} tokens"
+    return f"{count:,.0f} tokens"
+
+
 def usd(value: float) -> str:
     """Dollars: cents below a thousand."""
     return f"{value:,.2f} USD" if value < 1000 else f"{value:,.0f} USD"
@@ -50,7 +58,7 @@ def cost_lines(prediction: Mapping[str, Any]) -> list[str]:
 def _result_lines(result: Mapping[str, Any]) -> list[str]:
     """What a token budget takes: days, checkpoints and failures, money and energy."""
     days, longer, goodput = result["days"], result["days_with_failures"], result["goodput"]
-    lines = [f"{amount(result['tokens'], '')} tokens: {span(days * DAY_S)} of steps"]
+    lines = [f"{_tokens(result['tokens'])}: {span(days * DAY_S)} of steps"]
     if goodput is None:
         lines[0] += "; goodput unknown: the profile has neither [storage] write_gb_per_s nor [node.nvme]"
     elif longer is None:
