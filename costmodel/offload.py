@@ -16,15 +16,15 @@ def optimizer_offload_s(
     *,
     gradient_bytes: float,
     parameter_bytes: float,
-    backward_s: ArrayLike,
+    window_s: ArrayLike,
 ) -> tuple[FloatArray, FloatArray]:
     """(exposed, hidden) seconds of one step for ranks that update `parameters` parameters each.
 
-    T = max(0, D2H - backward) + CPU update + H2D. Gradients go down while the backward runs, the updated parameters come up
-    after; all GPUs of the node share its memory bandwidth, which bounds the update.
+    T = max(0, D2H - window) + CPU update + H2D. Gradients go down while the last backward runs and waits, the updated parameters
+    come up after; all GPUs of the node share its memory bandwidth, which bounds the update.
     """
     updated = np.asarray(parameters, dtype=np.float64)
-    window = np.asarray(backward_s, dtype=np.float64)
+    window = np.asarray(window_s, dtype=np.float64)
     host = node.host
     down = gradient_bytes * updated / host.pcie_bytes_per_s
     up = parameter_bytes * updated / host.pcie_bytes_per_s

@@ -208,7 +208,7 @@ class StepTime:
             some = slice(start, start + ROWS_IN_CACHE)
             at, of = self.pace_of[some], self.states_of[some]
             exposed, _ = self._data_parallel(at, of)
-            offload, _ = self._offload(at, of)
+            offload, _ = self._offload(at, of, exposed)
             host = paced.host_s.take(at)
             if self.cluster.gpu.device != "cpu":  # while a GPU waits for its links, the host launches ahead
                 host = np.maximum(host - exposed, 0.0)
@@ -227,7 +227,9 @@ class StepTime:
             {
                 **makers,
                 "dp_s": lambda: self._data_parallel(self.pace_of, self.states_of)[1],
-                "offload_s": lambda: self._offload(self.pace_of, self.states_of)[1],
+                "offload_s": lambda: self._offload(
+                    self.pace_of, self.states_of, self._data_parallel(self.pace_of, self.states_of)[0]
+                )[1],
             }
         )
 
@@ -250,8 +252,9 @@ class StepTime:
             exposed += held.tied_s.take(of)
         return exposed + self.runtime.execution.compute_slowdown * hidden, hidden
 
-    def _offload(self, at: IntArray, of: IntArray) -> tuple[FloatArray, FloatArray]:
-        """(exposed, hidden) seconds of the optimizer's traffic and update on the host, for the rows that offload it."""
+    def _offload(self, at: IntArray, of: IntArray, exchange_s: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """(exposed, hidden) seconds of the optimizer's traffic and update on the host, for the rows that offload it. Gradients go down
+        while later layers are computed, or while the step waits `exchange_s` for their reduction over another link."""
         exposed, hidden = np.zeros(len(of)), np.zeros(len(of))
         rows = np.flatnonzero(self.held.offloaded.take(of))
         if len(rows):
@@ -260,7 +263,7 @@ class StepTime:
                 self.held.updated.take(of[rows]),
                 gradient_bytes=gradient_bytes(self.runtime, self.job),
                 parameter_bytes=BYTES_OF[self.job.precision],
-                backward_s=self.paced.backward_s.take(at[rows]),
+                window_s=self.paced.backward_s.take(at[rows]) + exchange_s[rows],
             )
         return exposed, hidden
 

@@ -197,7 +197,7 @@ def test_pcie_traffic_of_zero_offload() -> None:
     fast = replace(node, host=replace(node.host, memory_bandwidth_bytes_per_s=1e30))
     for backward_s in (0.0, 0.01, 100.0):
         exposed, hidden = optimizer_offload_s(
-            fast, psi / ranks, gradient_bytes=2, parameter_bytes=2, backward_s=backward_s
+            fast, psi / ranks, gradient_bytes=2, parameter_bytes=2, window_s=backward_s
         )
         assert float(exposed + hidden) * fast.host.pcie_bytes_per_s * ranks == pytest.approx(4 * psi)
     assert float(hidden) * fast.host.pcie_bytes_per_s * ranks == pytest.approx(2 * psi)
@@ -215,7 +215,7 @@ def test_adam_on_the_host_is_as_fast_as_its_memory() -> None:
         pcie_bytes_per_s=1e30,
     )
     exposed, _ = optimizer_offload_s(
-        replace(node, host=host, gpus=1), 11.6e9, gradient_bytes=2, parameter_bytes=2, backward_s=0.0
+        replace(node, host=host, gpus=1), 11.6e9, gradient_bytes=2, parameter_bytes=2, window_s=0.0
     )
     assert float(exposed) == pytest.approx(8.2, rel=0.01)
 
