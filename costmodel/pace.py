@@ -59,7 +59,8 @@ def pipeline_pace(
     whole = _over_blocks(
         [*(float(count) for _, count in model.layers), 1.0, 1.0], [_busy(pace)[:, 0] for pace in paces]
     )
-    return {**worst, "bubble": _bubble_s(layouts, micro_batches, whole - _at_stage(total, slowest), worst)}
+    recomputed = np.broadcast_to(stages.recomputed_total / model.layer_count, whole.shape)
+    return {**worst, "bubble": _bubble_s(layouts, micro_batches, whole - _at_stage(total, slowest), recomputed)}
 
 
 def _recomputed_share(layouts: LayoutTable, stages: StageRows) -> FloatArray:
@@ -92,23 +93,14 @@ def _at_stage(values: FloatArray, stage: NDArray[np.intp]) -> FloatArray:
     return values[:, 0] if values.shape[1] == 1 else values[np.arange(len(values)), stage]
 
 
-def _bubble_s(
-    layouts: LayoutTable, micro_batches: FloatArray, fill: FloatArray, worst: dict[str, FloatArray]
-) -> FloatArray:
+def _bubble_s(layouts: LayoutTable, micro_batches: FloatArray, fill: FloatArray, recomputed: FloatArray) -> FloatArray:
     """Seconds of fill and drain, (N,): `fill` = one micro-batch through the other stages, by the schedule's closed form.
 
-    Half of the backward operators are taken for the gradient of the weights; recompute comes before the gradient of the input;
-    launches are spread over F, I and W alike.
+    Where B is split, a forward, the gradients of its input and those of its weights count alike, as in arXiv 2401.10241, and a
+    recomputed forward with the gradients of the input. Times of one machine are not taken for it: a GPU that shortens only W would
+    lengthen the bubble.
     """
-    around = 0.5 * (worst["tensor_exposed"] + worst.get("context_exposed", 0.0))
-    launching = worst["host"] / (1.0 + BACKWARD_LAUNCHES)
-    weight_grad = 0.5 * worst["backward"]
-    share = hop_share(
-        layouts.schedule,
-        worst["forward"] + around + launching,
-        weight_grad + worst["recompute"] + around + launching,
-        weight_grad + launching,
-    )
+    share = hop_share(layouts.schedule, 1.0, 1.0 + recomputed, 1.0)
     hops = bubble_hops(layouts.schedule, layouts.pp, micro_batches, layouts.virtual_stages)
     filled = fill / layouts.virtual_stages * share * (hops / np.maximum(layouts.pp - 1, 1))
     return np.where(layouts.pp > 1, filled, 0.0)
