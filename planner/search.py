@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from shardplan.costmodel.rules import RULES, broken_rules, rejections
 from shardplan.costmodel.runtime import Runtime, load_runtime
 from shardplan.hw_profiles.errors import InputError, nearest
 from shardplan.hw_profiles.machine import Cluster
+from shardplan.planner.shortlist import distinct, memory_front
 from shardplan.planner.space import Wishes, join_tables, space_pieces
 
 Objective = Literal["throughput", "cost", "gpus", "memory"]
@@ -190,34 +191,47 @@ def _order(estimates: Estimates, rows: NDArray[np.intp], objective: Objective) -
     return rows[np.lexsort((*columns, second, first))]
 
 
-def summary_rows(estimates: Estimates, top: int, *, capacity_bytes: float) -> list[dict[str, Any]]:
-    """The first `top` ranked layouts as plain values for tables and plan files."""
+def summary_rows(estimates: Estimates, rows: NDArray[np.intp], *, capacity_bytes: float) -> list[dict[str, Any]]:
+    """The ranked layouts at `rows` as plain values for tables and plan files; `rank` counts all layouts."""
     gpus = estimates.layouts.gpus
     return [
         {
-            "rank": i + 1,
-            "layout": estimates.layouts.row(i).words(),
+            "rank": int(i) + 1,
+            "layout": estimates.layouts.row(int(i)).words(),
             "step_s": float(estimates.step_s[i]),
             "tokens_per_s_per_gpu": float(estimates.tokens_per_s[i] / gpus[i]),
             "mfu": float(estimates.mfu[i]),
             "device_peak_bytes": float(estimates.device_peak_bytes[i]),
             "headroom_fraction": float(1.0 - estimates.device_peak_bytes[i] / capacity_bytes),
         }
-        for i in range(min(top, len(estimates)))
+        for i in rows
     ]
 
 
 def search_document(result: SearchResult, top: int) -> dict[str, Any]:
-    """The account of a search as plain JSON values."""
-    ranked: Sequence[Mapping[str, Any]] = ()
-    if result.ranked is not None:
-        ranked = summary_rows(result.ranked, top, capacity_bytes=result.ranked.capacity_bytes)
+    """The account of a search as plain JSON values: the best layout of each of the `top` best ideas, and the front of time and memory."""
+    ranked: list[dict[str, Any]] = []
+    front: list[dict[str, Any]] = []
+    ideas = 0
+    if result.ranked is not None and top:
+        capacity = result.ranked.capacity_bytes
+        first, variants = distinct(result.ranked.layouts)
+        ideas = len(first)
+        ranked = [
+            {**row, "variants": int(count)}
+            for row, count in zip(
+                summary_rows(result.ranked, first[:top], capacity_bytes=capacity), variants[:top], strict=True
+            )
+        ]
+        front = summary_rows(result.ranked, memory_front(result.ranked), capacity_bytes=capacity)
     return {
         "looked_at": result.looked_at,
         "refused": {r.rule: {"count": r.count, "reason": r.example} for r in result.refused},
         "does_not_fit": result.does_not_fit,
         "seconds": result.seconds,
-        "ranked": list(ranked),
+        "ideas": ideas,
+        "ranked": ranked,
+        "memory_front": front,
     }
 
 

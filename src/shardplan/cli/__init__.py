@@ -7,7 +7,20 @@ from typing import Annotated
 
 import typer
 
-from shardplan.cli import bench, calibrate, estimate, explain, hardware, models, plan, report, run, validate
+from shardplan.cli import (
+    bench,
+    calibrate,
+    diff,
+    estimate,
+    explain,
+    hardware,
+    models,
+    plan,
+    report,
+    run,
+    sweep,
+    validate,
+)
 
 app = typer.Typer(
     name="shardplan",
@@ -21,6 +34,8 @@ app = typer.Typer(
 app.command("plan")(plan.plan)
 app.command("estimate")(estimate.estimate)
 app.command("explain")(explain.explain)
+app.command("diff")(diff.diff)
+app.command("sweep")(sweep.sweep)
 app.command("run")(run.run)
 app.command("calibrate")(calibrate.calibrate)
 app.command("report")(report.report)

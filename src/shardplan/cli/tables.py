@@ -27,7 +27,8 @@ def seconds(value: float) -> str:
     return f"{value:.3g} s" if value >= 1 else f"{value * 1e3:.3g} ms"
 
 
-def _table(title: str, *columns: tuple[str, str]) -> Table:
+def new_table(title: str, *columns: tuple[str, str]) -> Table:
+    """A table without lines; columns as (heading, side)."""
     table = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=None, pad_edge=False)
     for name, side in columns:
         table.add_column(name, justify="right" if side == "right" else "left", overflow="fold")
@@ -45,6 +46,7 @@ def print_plan(document: Mapping[str, Any], *, written_to: str | None) -> None:
     )
     print_ranking(console, search["ranked"])
     console.print()
+    print_front(console, search["memory_front"])
     print_breakdown(console, best)
     console.print()
     print_account(console, search)
@@ -54,17 +56,18 @@ def print_plan(document: Mapping[str, Any], *, written_to: str | None) -> None:
 
 
 def print_ranking(console: Console, ranked: Sequence[Mapping[str, Any]]) -> None:
-    """Rank, layout, step time, tokens/s/GPU, MFU, peak memory, headroom."""
+    """The best layout of each idea: step time, tokens/s/GPU, MFU, peak memory, headroom, how many variants fit and which rank it has."""
     right = "right"
-    table = _table(
-        "Layouts that fit, best first",
-        ("#", right),
+    table = new_table(
+        "The best layout of each idea (degrees, ZeRO stage, offload, full recompute)",
+        ("rank", right),
         ("layout", "left"),
         ("step", right),
         ("tokens/s/GPU", right),
         ("MFU", right),
         ("peak GiB", right),
         ("headroom", right),
+        ("variants", right),
     )
     for row in ranked:
         table.add_row(
@@ -75,9 +78,25 @@ def print_ranking(console: Console, ranked: Sequence[Mapping[str, Any]]) -> None
             f"{row['mfu']:.1%}",
             gib(row["device_peak_bytes"]),
             f"{row['headroom_fraction']:.0%}",
+            f"{row['variants']:,}",
             style="bold" if row["rank"] == 1 else None,
         )
     console.print(table)
+
+
+FRONT_ROWS = 8
+
+
+def print_front(console: Console, front: Sequence[Mapping[str, Any]]) -> None:
+    """What less memory costs in time: nothing where the fastest layout also needs least."""
+    if len(front) < 2:
+        return
+    table = new_table("Less memory for more time", ("peak GiB", "right"), ("step", "right"), ("layout", "left"))
+    at = sorted({round(i * (len(front) - 1) / (FRONT_ROWS - 1)) for i in range(FRONT_ROWS)})
+    for row in (front[i] for i in at):
+        table.add_row(gib(row["device_peak_bytes"]), seconds(row["step_s"]), escape(row["layout"]))
+    console.print(table)
+    console.print()
 
 
 def print_breakdown(console: Console, prediction: Mapping[str, Any]) -> None:
@@ -87,7 +106,7 @@ def print_breakdown(console: Console, prediction: Mapping[str, Any]) -> None:
 
     time = prediction["time"]
     low, high = prediction["error_band"]["step_s"]
-    table = _table(
+    table = new_table(
         f"Step time {seconds(time['step_s'])} (band {seconds(low)} to {seconds(high)})",
         ("part", "left"),
         ("time", "right"),
@@ -116,7 +135,7 @@ def print_breakdown(console: Console, prediction: Mapping[str, Any]) -> None:
 def _print_stages(console: Console, memory: Mapping[str, Any]) -> None:
     right = "right"
     names = ("parameters", "gradients", "optimizer", "activations", "buffers")
-    table = _table(
+    table = new_table(
         f"Memory per GPU in GiB, capacity {gib(memory['capacity_bytes'])}",
         ("stage", right),
         ("layers", right),

@@ -1,0 +1,42 @@
+"""From a ranking to a shortlist: the best layout of each idea, and what less memory costs in time."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardplan.costmodel.estimates import Estimates
+from shardplan.costmodel.layout import LayoutTable
+from shardplan.costmodel.memory import FULL
+
+IDEA_COLUMNS = ("dp", "tp", "pp", "cp", "ep", "zero", "offload_optimizer")
+"""Two layouts that agree in these, and in whether they recompute whole layers, are one idea; micro-batch, schedule, virtual stages,
+sequence parallelism, hybrid sharding and what selective recompute keeps are its variants."""
+LEAST_SAVING = 0.05
+"""Of memory, from one layout of the front to the next."""
+
+IndexArray = NDArray[np.intp]
+
+
+def distinct(layouts: LayoutTable) -> tuple[IndexArray, IndexArray]:
+    """(row of the best variant, number of variants) of each idea in a ranking of N layouts, best first; both of shape (ideas,)."""
+    code = np.zeros(len(layouts), dtype=np.int64)
+    for column in (*(getattr(layouts, name) for name in IDEA_COLUMNS), layouts.recompute == FULL):
+        values, index = np.unique(column, return_inverse=True)
+        code = code * len(values) + index
+    _, first, counts = np.unique(code, return_index=True, return_counts=True)
+    order = np.argsort(first)
+    return first[order], counts[order]
+
+
+def memory_front(estimates: Estimates) -> IndexArray:
+    """Rows of a ranking by time, fastest first, each of which needs at least LEAST_SAVING less device memory than the one before:
+    the Pareto front over time and memory without its small steps."""
+    by_time = np.argsort(estimates.step_s, kind="stable")
+    peak = estimates.device_peak_bytes[by_time]
+    front, least = list[int](), np.inf
+    for at in np.flatnonzero(peak <= np.minimum.accumulate(peak)):
+        if peak[at] <= (1.0 - LEAST_SAVING) * least:
+            front.append(int(by_time[at]))
+            least = float(peak[at])
+    return np.asarray(front, dtype=np.intp)

@@ -1,0 +1,186 @@
+"""Sweep: the best plan at every point of a grid of clusters, sizes, batches, sequences and network rates; deadline and cheapest."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from shardplan.costmodel.answer import GIB
+from shardplan.costmodel.estimates import DEFAULT_HEADROOM
+from shardplan.costmodel.job import Job
+from shardplan.costmodel.model import Model
+from shardplan.costmodel.result import cost_document, result_document
+from shardplan.costmodel.runtime import Runtime
+from shardplan.hw_profiles.errors import InputError
+from shardplan.hw_profiles.machine import Cluster
+from shardplan.planner.search import SearchResult, gpu_counts, search
+from shardplan.planner.space import Wishes
+
+COLUMNS = (
+    "cluster",
+    "gpu",
+    "gpus",
+    "network_gbps_per_gpu",
+    "global_batch",
+    "seq",
+    "fits",
+    "step_s",
+    "tokens_per_s",
+    "tokens_per_s_per_gpu",
+    "mfu",
+    "device_peak_gib",
+    "usd_per_million_tokens",
+    "joules_per_token",
+    "days",
+    "days_with_failures",
+    "usd",
+    "layout",
+    "reason",
+)
+SIZES_BETWEEN = 7
+"""Sizes tried between the last that misses a deadline and the first that meets it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """What is varied; every combination is a point. An empty sequence leaves a cluster as its profile says."""
+
+    machines: Sequence[tuple[Cluster, Job]]
+    """Clusters, each with the job whose precision it takes."""
+    global_batches: Sequence[int]
+    seqs: Sequence[int]
+    gpus: Sequence[int] = ()
+    """Empty: parts of a node, doubling nodes, the whole cluster."""
+    network_gbps_per_gpu: Sequence[float] = ()
+
+    def lines(self) -> Iterator[tuple[Cluster, Job]]:
+        """(cluster at its network rate, job) of all points that differ in nothing but the number of GPUs."""
+        for (cluster, job), rate in itertools.product(self.machines, self.network_gbps_per_gpu or (None,)):
+            machine = cluster if rate is None else with_network_rate(cluster, rate)
+            for batch, seq in itertools.product(self.global_batches, self.seqs):
+                yield machine, replace(job, global_batch=batch, seq=seq)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """What stays the same at every point."""
+
+    model: Model
+    runtime: Runtime
+    wishes: Wishes
+    headroom: float = DEFAULT_HEADROOM
+
+    def rows(self, grid: Grid, days: float | None = None) -> Iterator[dict[str, Any]]:
+        """One row of COLUMNS a point, made as it is asked for; what has no answer there is None, `reason` says why nothing fits.
+
+        With a deadline of `days` for the jobs' token budget, more sizes are tried between the last that misses it and the first that
+        meets it.
+        """
+        for machine, job in grid.lines():
+            tried: list[dict[str, Any]] = []
+            for gpus in grid.gpus or gpu_counts(machine):
+                tried.append(self.row(machine, gpus, job))
+                yield tried[-1]
+            for gpus in [] if days is None else _sizes_between(machine, tried, days):
+                yield self.row(machine, gpus, job)
+
+    def row(self, cluster: Cluster, gpus: int, job: Job) -> dict[str, Any]:
+        """The best plan of one point."""
+        row: dict[str, Any] = dict.fromkeys(COLUMNS)
+        row |= {"cluster": cluster.name, "gpu": cluster.gpu.name, "gpus": gpus, "fits": False}
+        row |= {"global_batch": job.global_batch, "seq": job.seq}
+        row |= {"network_gbps_per_gpu": network_gbps_per_gpu(cluster)}
+        try:
+            machine = cluster.with_gpus(gpus)
+        except InputError as bad:
+            return {**row, "reason": bad.problem}
+        found = search(
+            model=self.model,
+            job=job,
+            cluster=machine,
+            runtime=self.runtime,
+            wishes=self.wishes,
+            headroom=self.headroom,
+        )
+        if found.ranked is None:
+            return {**row, "reason": _why_nothing(found)}
+        best, step_s = found.ranked.layouts.row(0), float(found.ranked.step_s[0])
+        result = result_document(
+            model=self.model, job=job, cluster=machine, runtime=self.runtime, layout=best, step_s=step_s
+        )
+        cost = cost_document(machine, job, step_s)
+        return {
+            **row,
+            "fits": True,
+            "layout": best.words(),
+            "step_s": step_s,
+            "tokens_per_s": float(found.ranked.tokens_per_s[0]),
+            "tokens_per_s_per_gpu": float(found.ranked.tokens_per_s[0]) / gpus,
+            "mfu": float(found.ranked.mfu[0]),
+            "device_peak_gib": float(found.ranked.device_peak_bytes[0]) / GIB,
+            "usd_per_million_tokens": cost["usd_per_million_tokens"],
+            "joules_per_token": cost["joules_per_token"],
+            **({name: result[name] for name in ("days", "days_with_failures", "usd")} if result else {}),
+        }
+
+
+def days_of(row: Mapping[str, Any]) -> float | None:
+    """Days to the token budget, with failures where goodput is known; None where nothing fits or no budget is given."""
+    return row["days"] if row["days_with_failures"] is None else row["days_with_failures"]
+
+
+def answers(rows: Sequence[Mapping[str, Any]], days: float | None) -> dict[str, Mapping[str, Any] | None]:
+    """`fastest`, `cheapest` per token and, with a deadline, `fewest` GPUs and `cheapest` among those within `days`; None = no row."""
+    fitting = [row for row in rows if row["fits"]]
+    within = [row for row in fitting if days is None or (days_of(row) or 0.0) <= days]
+    priced = [row for row in within if row["usd_per_million_tokens"] is not None]
+    found: dict[str, Mapping[str, Any] | None] = {
+        "fastest": max(fitting, key=lambda row: row["tokens_per_s"], default=None),
+        "cheapest": min(priced, key=lambda row: row["usd_per_million_tokens"], default=None),
+    }
+    if days is not None:
+        found["fewest"] = min(within, key=lambda row: (row["gpus"], row["step_s"]), default=None)
+    return found
+
+
+def with_network_rate(cluster: Cluster, gbps_per_gpu: float) -> Cluster:
+    """The cluster with NICs that give each GPU of a node this many Gbit/s, one direction. Raises InputError without a network."""
+    network = cluster.network
+    if not 0.0 < gbps_per_gpu < float("inf"):
+        raise InputError(
+            f"{gbps_per_gpu:g} is not a positive rate", place="--network-gbps", remedy="give Gbit/s per GPU"
+        )
+    if not network.nics_per_node:
+        raise InputError(
+            f"cluster {cluster.name!r} has no network between nodes", place="--network-gbps", remedy="leave it out"
+        )
+    rate = gbps_per_gpu * 1e9 / 8.0 * cluster.node.gpus / network.nics_per_node
+    return replace(cluster, network=network.at_rate(rate))
+
+
+def network_gbps_per_gpu(cluster: Cluster) -> float | None:
+    """Gbit/s between full nodes, one direction; None without a network."""
+    network = cluster.network
+    if not network.nics_per_node:
+        return None
+    return round(8.0 * network.nics_per_node * network.nic_bytes_per_s / cluster.node.gpus / 1e9, 6)
+
+
+def _sizes_between(cluster: Cluster, rows: Sequence[Mapping[str, Any]], days: float) -> list[int]:
+    """Whole nodes, evenly between the two sizes, at most SIZES_BETWEEN."""
+    met = sorted(row["gpus"] for row in rows if row["fits"] and (days_of(row) or 0.0) <= days)
+    if not met:
+        return []
+    node = cluster.node.gpus
+    missed = max((row["gpus"] for row in rows if row["gpus"] < met[0]), default=0)
+    between = range(missed // node * node + node, met[0], node)
+    step = -(-len(between) // SIZES_BETWEEN) if between else 1
+    return list(between[::step])
+
+
+def _why_nothing(found: SearchResult) -> str:
+    if found.does_not_fit:
+        return f"{found.does_not_fit:,} valid layouts, none fits in memory"
+    return found.refused[0].example if found.refused else "the GPUs have no factorisation that divides the batch"
