@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from shardplan.costmodel.estimates import DEFAULT_HEADROOM
@@ -25,9 +25,13 @@ def make_plan(
     cluster_document: Mapping[str, Any],
     top: int = 10,
     headroom: float = DEFAULT_HEADROOM,
+    fix: str = "",
+    forbid: Sequence[str] = (),
+    objective: str = "throughput",
     version: str,
 ) -> Plan:
-    """The best layout of a search that found one, as a plan; `runtime_name` is what loads the runtime again."""
+    """The best layout of a search that found one, as a plan; `runtime_name` is what loads the runtime again, `fix`, `forbid` and
+    `objective` are the words that the search was asked with."""
     if result.ranked is None:
         raise ValueError("the search found no layout that fits")
     layout = result.ranked.layouts.row(0)
@@ -42,7 +46,13 @@ def make_plan(
         runtime=runtime_name,
         layout=layout,
         prediction=prediction,
-        search={**search_document(result, top), "headroom": headroom},
+        search={
+            **search_document(result, top),
+            "headroom": headroom,
+            "fix": fix,
+            "forbid": list(forbid),
+            "objective": objective,
+        },
         digests={
             "model": model_digest(model),
             "cluster": digest(dict(cluster_document)),

@@ -18,7 +18,8 @@ from shardplan.hw_profiles.load import cluster_from_document
 from shardplan.hw_profiles.machine import Cluster
 from shardplan.planner.plan import Plan, digest
 from shardplan.planner.search import SearchResult, judge, search, search_document
-from shardplan.planner.space import Wishes
+from shardplan.planner.sensitivity import Question, network_needed, one_change
+from shardplan.planner.space import Wishes, parse_wishes
 
 RUNNERS_UP = 3
 MOST_DOUBLINGS = 6
@@ -41,10 +42,20 @@ def explain_plan(plan: Plan) -> dict[str, Any]:
     compared = [
         _compared(row["layout"], prediction, plan.model, plan.job, cluster, runtime, headroom) for row in runners
     ]
+    question = Question(
+        model=plan.model,
+        job=plan.job,
+        cluster=cluster,
+        runtime=runtime,
+        wishes=parse_wishes(str(plan.search.get("fix", "")), plan.search.get("forbid", ())),
+        headroom=headroom,
+    )
     return {
         **prediction,
         "subject": {"model": plan.model.name, "cluster": cluster.name, "job": dataclasses.asdict(plan.job)},
         "binds": what_binds(prediction),
+        "one_change": one_change(question),
+        "network_needed": network_needed(question, plan.layout),
         "runners_up": [row for row in compared if row],
         "search": dict(plan.search),
         "notes": notes,
@@ -61,11 +72,14 @@ def explain_layout(
     headroom: float = DEFAULT_HEADROOM,
 ) -> dict[str, Any]:
     """The user's own layout against the best of the whole space."""
-    result = search(model=model, job=job, cluster=cluster, runtime=runtime, headroom=headroom)
+    question = Question(model=model, job=job, cluster=cluster, runtime=runtime, wishes=Wishes(), headroom=headroom)
+    result = question.search()
     document: dict[str, Any] = {
         **answer,
         "subject": {"model": model.name, "cluster": cluster.name, "job": dataclasses.asdict(job)},
         "binds": what_binds(answer) if answer["time"] else [],
+        "one_change": [],
+        "network_needed": network_needed(question, layout_from_document(answer["layout"])) if answer["time"] else None,
         "runners_up": [],
         "search": search_document(result, 5),
         "notes": [],
@@ -126,9 +140,22 @@ def what_binds(prediction: Mapping[str, Any]) -> list[str]:
         f"memory: stage {stage['stage']} is fullest with {stage['device_bytes'] / GIB:.1f} of "
         f"{memory['capacity_bytes'] / GIB:.1f} GiB, most of it {largest} ({sizes[largest] / GIB:.1f} GiB)",
         f"if it runs out of memory: {memory_remedy(largest, layout_from_document(prediction['layout']))}",
+        *_allocator_line(stage),
     ]
 
 
+def _allocator_line(stage: Mapping[str, Any]) -> list[str]:
+    """The allocator setting to try where the estimate counts more slack than torchtitan's eight published peaks show with it."""
+    slack = stage["allocator_slack_bytes"] / stage["allocated_bytes"] if stage["allocated_bytes"] else 0.0
+    if slack <= EXPANDABLE_SLACK:
+        return []
+    return [
+        f"allocator: {stage['allocator_slack_bytes'] / GIB:.1f} GiB are slack ({slack:.0%}); PYTORCH_ALLOC_CONF="
+        f"expandable_segments:True leaves about {EXPANDABLE_SLACK:.0%} (as torchtitan starts; its published peaks)"
+    ]
+
+
+EXPANDABLE_SLACK = 0.01
 TIME_WORDS = {
     "compute_s": "compute",
     "recompute_s": "recompute",

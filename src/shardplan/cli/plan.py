@@ -66,7 +66,8 @@ def plan(
     if result.ranked is None:
         _nothing_fits(inputs, result, fix, forbid or [], headroom, as_json=as_json)
         raise typer.Exit(1)
-    best = _best_plan(inputs, result, runtime, top, headroom)
+    asked: dict[str, Any] = {"fix": fix, "forbid": forbid or [], "objective": objective.lower()}
+    best = _best_plan(inputs, result, runtime, top, headroom, asked)
     if output:
         best.write(output)
     if as_json:
@@ -100,7 +101,9 @@ def _search(inputs: options.Inputs, fix: str, forbid: list[str], objective: str,
     )
 
 
-def _best_plan(inputs: options.Inputs, result: SearchResult, runtime: str, top: int, headroom: float) -> Plan:
+def _best_plan(
+    inputs: options.Inputs, result: SearchResult, runtime: str, top: int, headroom: float, asked: dict[str, Any]
+) -> Plan:
     from shardplan import __version__
     from shardplan.planner.choose import make_plan
 
@@ -114,6 +117,7 @@ def _best_plan(inputs: options.Inputs, result: SearchResult, runtime: str, top: 
         top=top,
         headroom=headroom,
         version=__version__,
+        **asked,
     )
 
 

@@ -215,8 +215,30 @@ def print_explanation(document: Mapping[str, Any]) -> None:
             if abs(difference) >= 5e-4 * other["step_s"]:
                 sign = "+" if difference > 0 else "-"
                 console.print(f"    {sign}{seconds(abs(difference)):>8}  {TIME_WORDS[part]}")
+    _print_changes(console, document)
     console.print()
     print_account(console, document["search"])
+
+
+def _print_changes(console: Console, document: Mapping[str, Any]) -> None:
+    """What one change would do, and how much network the layout needs."""
+    if document["one_change"]:
+        console.print()
+        table = new_table(
+            "One change, planned again",
+            ("", "left"),
+            ("tokens/s/GPU", "right"),
+            ("layout, where another is best", "left"),
+        )
+        for row in document["one_change"]:
+            table.add_row(row["change"], f"{row['gain_fraction']:+.1%}", escape(row["layout"] or ""))
+        console.print(table)
+    need = document["network_needed"]
+    if need:
+        console.print(
+            f"\nnetwork: {need['gbps_per_gpu']:.3g} of {need['now_gbps_per_gpu']:g} Gbit/s per GPU between nodes keep this layout "
+            "within 5% of its step time"
+        )
 
 
 def print_nothing_fits(document: Mapping[str, Any]) -> None:

@@ -1,0 +1,93 @@
+"""What one change would do, and how much network a layout needs."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from shardplan.costmodel.estimate import estimate
+from shardplan.costmodel.job import Job
+from shardplan.costmodel.layout import Layout
+from shardplan.costmodel.model_config import load_model
+from shardplan.costmodel.runtime import load_runtime
+from shardplan.hw_profiles.load import load_cluster
+from shardplan.planner.explain import what_binds
+from shardplan.planner.search import judge
+from shardplan.planner.sensitivity import NEAR, RATES, Question, network_needed, one_change
+from shardplan.planner.space import Wishes, parse_wishes
+from shardplan.planner.sweep import with_network_rate
+
+
+def question(gpus: int = 32, *, model: str = "llama-3-8b", wishes: Wishes | None = None) -> Question:
+    return Question(
+        model=load_model(model),
+        job=Job(seq=4096, global_batch=128),
+        cluster=load_cluster("selene", gpus=gpus),
+        runtime=load_runtime("megatron"),
+        wishes=wishes or Wishes(),
+        headroom=0.05,
+    )
+
+
+def best(asked: Question) -> tuple[Layout, float]:
+    found = asked.search().ranked
+    assert found is not None
+    return found.layouts.row(0), float(found.step_s[0])
+
+
+def test_one_change_is_a_search_with_that_change() -> None:
+    asked = question()
+    rows = {row["change"]: row for row in one_change(asked)}
+    assert set(RATES) < set(rows)
+    assert {"twice the GPUs", "half the GPUs", "10 % more GPU memory", "twice the global batch"} < set(rows)
+    layout, step_s = best(asked)
+    for change, faster in RATES.items():
+        after, after_s = best(dataclasses.replace(asked, cluster=faster(asked.cluster)))
+        assert rows[change]["gain_fraction"] == pytest.approx(step_s / after_s - 1.0)
+        assert rows[change]["layout"] == (None if after == layout else after.words())
+    assert all(rows[change]["gain_fraction"] >= 0 for change in (*RATES, "10 % more GPU memory"))
+    _, half_s = best(dataclasses.replace(asked, cluster=asked.cluster.with_gpus(16)))
+    assert rows["half the GPUs"]["gain_fraction"] == pytest.approx(2.0 * step_s / half_s - 1.0)
+    gains = [row["gain_fraction"] for row in one_change(asked)]
+    assert gains == sorted(gains, reverse=True)
+
+
+def test_one_change_keeps_what_was_fixed_and_answers_nothing_when_nothing_fits() -> None:
+    rows = one_change(question(wishes=parse_wishes("tp=8")))
+    assert all("tp=8" in row["layout"] for row in rows if row["layout"])
+    assert one_change(question(1, model="gpt3-175b")) == []
+
+
+def test_one_node_has_no_network_to_change() -> None:
+    asked = question(8)
+    assert "10 % faster network between nodes" not in {row["change"] for row in one_change(asked)}
+    assert network_needed(asked, best(asked)[0]) is None
+
+
+def test_the_network_needed_is_the_least_that_keeps_the_step_time() -> None:
+    asked = question()
+    layout, step_s = best(asked)
+
+    def slowed(gbps: float) -> float:
+        cluster = with_network_rate(asked.cluster, gbps)
+        found = estimate(model=asked.model, job=asked.job, cluster=cluster, layouts=layout, runtime=asked.runtime)
+        return float(found.step_s[0]) / step_s
+
+    need = network_needed(asked, layout)
+    assert need is not None
+    assert need["now_gbps_per_gpu"] == 200.0
+    assert slowed(need["gbps_per_gpu"]) <= NEAR < slowed(need["gbps_per_gpu"] / 1.03)
+
+
+def test_the_allocator_setting_is_named_where_slack_is_counted() -> None:
+    for runtime, told in (("megatron", True), ("fsdp2", False)):
+        answer = judge(
+            Layout(dp=32, zero=1),
+            model=load_model("llama-3-8b"),
+            job=Job(seq=4096, global_batch=128),
+            cluster=load_cluster("selene", gpus=32),
+            runtime=load_runtime(runtime),
+        )
+        assert isinstance(answer, dict)
+        assert any("expandable_segments" in line for line in what_binds(answer)) is told
