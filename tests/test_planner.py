@@ -273,7 +273,7 @@ def test_plan_file_round_trip(tmp_path: Path) -> None:
     explained = explain_plan(again)
     assert explained["notes"] == []
     assert explained["time"]["step_s"] == pytest.approx(plan.prediction["time"]["step_s"])
-    assert len(explained["binds"]) == 3
+    assert len(explained["binds"]) == 4
     assert all("device_peak_bytes" in row for row in explained["runners_up"])
 
 
