@@ -21,6 +21,7 @@ from shardplan.costmodel.rules import RULES, broken_rules, rejections
 from shardplan.costmodel.runtime import Runtime, load_runtime
 from shardplan.hw_profiles.errors import InputError, nearest
 from shardplan.hw_profiles.machine import Cluster
+from shardplan.planner.partial_recompute import partly_recomputed
 from shardplan.planner.shortlist import distinct, memory_front
 from shardplan.planner.space import Wishes, join_tables, space_pieces
 
@@ -130,13 +131,21 @@ def _search_one(
 ) -> SearchResult:
     start = time.perf_counter()
     setting = Setting(model=model, job=job, cluster=cluster, runtime=runtime)
-    looked_at, valid, refused = _sift_space(setting, wishes or Wishes())
+    wanted = wishes or Wishes()
+    looked_at, valid, refused = _sift_space(setting, wanted)
     ranked = closest = None
     misfits = 0
     if len(valid):
         estimates = estimate(model=model, job=job, cluster=cluster, layouts=valid, runtime=runtime)
         fits = estimates.fits(headroom)
-        misfits = int((~fits).sum())
+        more, tried = partly_recomputed(setting, estimates, wanted, headroom)
+        if more is not None and len(more):
+            looked_at += tried
+            misfits = tried - len(more)
+            valid = join_tables([valid, more], wanted)
+            estimates = estimate(model=model, job=job, cluster=cluster, layouts=valid, runtime=runtime)
+            fits = estimates.fits(headroom)
+        misfits += int((~fits).sum())
         order = _order(estimates, np.flatnonzero(fits), objective)
         if len(order):
             ranked = estimates.take(order)

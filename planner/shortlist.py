@@ -7,11 +7,12 @@ from numpy.typing import NDArray
 
 from shardplan.costmodel.estimates import Estimates
 from shardplan.costmodel.layout import LayoutTable
-from shardplan.costmodel.memory import FULL
+from shardplan.costmodel.recompute import ALL_LAYERS, RECOMPUTE
 
 IDEA_COLUMNS = ("dp", "tp", "pp", "cp", "ep", "zero", "offload_optimizer")
-"""Two layouts that agree in these, and in whether they recompute whole layers, are one idea; micro-batch, schedule, virtual stages,
-sequence parallelism, hybrid sharding and what selective recompute keeps are its variants."""
+"""Two layouts that agree in these, and in whether they recompute every layer, are one idea; micro-batch, schedule, virtual stages,
+sequence parallelism, hybrid sharding and recompute of some layers or operators are its variants."""
+FULL = RECOMPUTE.index("full")
 LEAST_SAVING = 0.05
 """Of memory, from one layout of the front to the next."""
 
@@ -21,12 +22,16 @@ IndexArray = NDArray[np.intp]
 def distinct(layouts: LayoutTable) -> tuple[IndexArray, IndexArray]:
     """(row of the best variant, number of variants) of each idea in a ranking of N layouts, best first; both of shape (ideas,)."""
     code = np.zeros(len(layouts), dtype=np.int64)
-    for column in (*(getattr(layouts, name) for name in IDEA_COLUMNS), layouts.recompute == FULL):
+    for column in (*(getattr(layouts, name) for name in IDEA_COLUMNS), _recomputes_all(layouts)):
         values, index = np.unique(column, return_inverse=True)
         code = code * len(values) + index
     _, first, counts = np.unique(code, return_index=True, return_counts=True)
     order = np.argsort(first)
     return first[order], counts[order]
+
+
+def _recomputes_all(layouts: LayoutTable) -> NDArray[np.bool_]:
+    return (layouts.recompute == FULL) & (layouts.recompute_layers == ALL_LAYERS)
 
 
 def memory_front(estimates: Estimates) -> IndexArray:

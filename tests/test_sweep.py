@@ -15,6 +15,7 @@ from shardplan.cli.sweep_table import answer_lines
 from shardplan.costmodel.job import Job
 from shardplan.costmodel.memory import FULL
 from shardplan.costmodel.model_config import load_model
+from shardplan.costmodel.recompute import ALL_LAYERS
 from shardplan.costmodel.runtime import load_runtime
 from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.load import cluster_document, load_cluster
@@ -58,7 +59,8 @@ def test_each_idea_comes_once_with_its_best_variant() -> None:
     ranked = found().ranked
     assert ranked is not None
     first, variants = distinct(ranked.layouts)
-    columns = np.stack([*(getattr(ranked.layouts, name) for name in IDEA_COLUMNS), ranked.layouts.recompute == FULL], 1)
+    every_layer = (ranked.layouts.recompute == FULL) & (ranked.layouts.recompute_layers == ALL_LAYERS)
+    columns = np.stack([*(getattr(ranked.layouts, name) for name in IDEA_COLUMNS), every_layer], 1)
     seen: dict[tuple[int, ...], list[int]] = {}
     for at, idea in enumerate(columns.tolist()):
         seen.setdefault(tuple(idea), []).append(at)
