@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from shardplan.cli.models import app
 from shardplan.costmodel.model import LayerKind, Model, layer_parameters, parameter_counts
 from shardplan.costmodel.model_config import load_model
+from shardplan.costmodel.model_families import FAMILIES
 from shardplan.costmodel.presets import all_presets, find_preset, preset_words
 from shardplan.hw_profiles.errors import InputError
 
@@ -78,8 +79,9 @@ def test_megatron_table_and_its_formula(name):
     assert f"{total(name) / 1e9:.1f}" == printed
 
 
-def test_every_preset_is_in_one_of_the_tables_above():
-    assert set(all_presets()) == {*EXACT, *MEGATRON, "gpt3-175b"}
+def test_every_preset_has_a_file_of_its_family_and_a_printed_total():
+    assert {*EXACT, *MEGATRON, "gpt3-175b"} <= set(all_presets())
+    assert {load_model(name).family for name in all_presets()} == set(FAMILIES)
     assert f"{total('gpt3-175b') / 1e9:.1f}" == "174.6"
 
 
