@@ -68,6 +68,16 @@ CONTEXT_RULES: tuple[Rule, ...] = (
         remedy=lambda s, x: f"drop cp_kind (that is {CP_KINDS[0]}) or raise cp",
     ),
     Rule(
+        id="cp-window-not-modelled",
+        broken=lambda s, t: (t.cp > 1) & any(0 < kind.window < s.job.seq for kind in s.kinds),
+        detail=lambda s, x: (
+            f"cp={x.cp} with layers that see {min(kind.window for kind in s.kinds if kind.window)} of {s.job.seq} tokens is not "
+            "modelled: ranks would exchange only the keys inside the window, and share its work unevenly"
+        ),
+        remedy=lambda s, x: "use cp=1",
+        structural=True,
+    ),
+    Rule(
         id="runtime-context-parallel",
         broken=lambda s, t: (t.cp > 1) & ~np.isin(t.cp_kind, codes(s.runtime.abilities.context_parallel, CP_KINDS)),
         detail=_lacks,

@@ -5,8 +5,6 @@ step = m t_max + (sum_i t_i - t_max) / v + exposed communication + optimizer + h
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -15,7 +13,7 @@ from shardplan.costmodel.fitted import Fitted, fitted, with_fitted_cluster, with
 from shardplan.costmodel.job import Job
 from shardplan.costmodel.keys import LazyColumns, in_pieces
 from shardplan.costmodel.layout import Layout, LayoutTable, layout_table
-from shardplan.costmodel.model import Model, layer_parameters
+from shardplan.costmodel.model import Model, attended_tokens, matrix_parameters
 from shardplan.costmodel.pace import pipeline_pace, pipeline_transfers_s
 from shardplan.costmodel.row_keys import RowKeys, row_keys
 from shardplan.costmodel.rule import Setting
@@ -193,14 +191,13 @@ def timing_guesses(cluster: Cluster, precision: str) -> tuple[str, ...]:
 def model_flop_per_token(model: Model, seq: int) -> float:
     """Forward and backward FLOP of one token: 6 per matrix parameter it meets (head included, look-ups not) + 12 s H D per layer.
 
-    Attention is counted in full, as in Korthikanti et al. (arXiv 2205.05198, 72 B s l h^2 (1 + s/6h + V/12lh)), PaLM and torchtitan.
+    D is the mean width of keys and values, s at most the window. Attention is counted in full, as in Korthikanti et al. (arXiv
+    2205.05198, 72 B s l h^2 (1 + s/6h + V/12lh)), PaLM and torchtitan. A multi-token prediction module is one more layer and head.
     """
-    flop = 6.0 * model.vocab * model.hidden
-    for kind, count in model.layers:
-        parts = layer_parameters(replace(kind, qkv_bias=False, attention_output_bias=False, mlp_bias=False))
-        active = kind.experts_per_token / kind.experts if kind.experts else 1.0
-        flop += 6.0 * count * (parts["attention"] + parts["router"] + parts["mlp"] * active)
-        flop += 12.0 * count * seq * kind.heads * kind.head_dim
+    flop = 6.0 * model.vocab * model.hidden * (1 + model.mtp_modules)
+    for kind, count in model.runs:
+        flop += 6.0 * count * matrix_parameters(kind)
+        flop += 12.0 * count * attended_tokens(kind, seq) * kind.heads * kind.attention_dim
     return flop
 
 
@@ -210,8 +207,8 @@ def _hardware_flop(
     """Model FLOP plus the operators that recompute repeats, over all ranks and micro-batches of a step."""
     runs = job.global_batch / layouts.micro_batch * layouts.tp * layouts.cp
     repeated = np.zeros(len(layouts))
-    total = model.layer_count
-    for block, (_, count) in zip(blocks.layers, model.layers, strict=True):
+    total = sum(count for _, count in model.runs)
+    for block, (_, count) in zip(blocks.layers, model.runs, strict=True):
         repeated += np.where(
             recomputed_layers > 0,
             block["full_flop"] * recomputed_layers * count / total,

@@ -1,7 +1,7 @@
 """Models from outside: preset names, Hugging Face `config.json` files, and the description a plan file embeds.
 
-Defaults and key names are those of transformers' LlamaConfig, GPT2Config and MixtralConfig (4.x and 5.x): a
-config.json may omit every key that equals its default. Keys that change no shape (rope_theta, dtype, ...) are ignored.
+Defaults and key names are those of transformers' config classes (4.x and 5.x): a config.json may omit every key that equals its
+default. Keys that change no shape (rope_theta, dtype, ...) are ignored.
 """
 
 from __future__ import annotations
@@ -11,14 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
-from shardplan.costmodel.model import LayerKind, Model
-from shardplan.costmodel.model_document import (
-    MOST_LAYERS,
-    check_size,
-    model_digest,
-    model_document,
-    model_from_document,
-)
+from shardplan.costmodel.family import Family
+from shardplan.costmodel.model import Model, runs_of
+from shardplan.costmodel.model_document import check_size, model_digest, model_document, model_from_document
+from shardplan.costmodel.model_families import FAMILIES, NOT_READ, TEXT_TYPES
 from shardplan.costmodel.model_fields import Fields, json_object, shown
 from shardplan.costmodel.presets import find_preset, preset_words
 from shardplan.hw_profiles.errors import InputError, nearest
@@ -27,61 +23,9 @@ __all__ = ["load_model", "model_digest", "model_document", "model_from_config", 
 
 _MOST_FILE_BYTES = 10_000_000
 _ACCEPTED = "give a preset name (`shardplan models list`), a config.json or a folder with one"
-
-_DEFAULTS: Mapping[str, Mapping[str, object]] = {
-    "llama": {
-        "vocab_size": 32000,
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": None,
-        "head_dim": None,
-        "max_position_embeddings": 2048,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "attention_dropout": 0.0,
-        "tie_word_embeddings": False,
-    },
-    "gpt2": {
-        "vocab_size": 50257,
-        "n_positions": 1024,
-        "n_embd": 768,
-        "n_layer": 12,
-        "n_head": 12,
-        "n_inner": None,
-        "resid_pdrop": 0.1,
-        "embd_pdrop": 0.1,
-        "attn_pdrop": 0.1,
-        "tie_word_embeddings": True,
-    },
-    "mixtral": {
-        "vocab_size": 32000,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": None,
-        "max_position_embeddings": 4096 * 32,
-        "num_local_experts": 8,
-        "num_experts_per_tok": 2,
-        "attention_dropout": 0.0,
-        "tie_word_embeddings": False,
-    },
-}
-_OTHER_SPELLING: Mapping[str, Mapping[str, str]] = {
-    "llama": {},
-    "gpt2": {
-        "n_positions": "max_position_embeddings",
-        "n_embd": "hidden_size",
-        "n_layer": "num_hidden_layers",
-        "n_head": "num_attention_heads",
-    },
-    "mixtral": {"num_local_experts": "num_experts"},
-}
-_LANGUAGE_MODEL = {"llama": "LlamaForCausalLM", "gpt2": "GPT2LMHeadModel", "mixtral": "MixtralForCausalLM"}
 _NOT_MODELLED = ("quantization_config", "pruned_heads", "add_cross_attention", "is_encoder_decoder")
+_STORED_QUANTIZED = ("fp8", "mxfp4")
+"""quant_method of weights published in fewer bits, of models that are trained in more: shapes are the same."""
 
 
 def load_model(name_or_path: str | Path) -> Model:
@@ -147,39 +91,85 @@ def _read_json(path: Path) -> object:
         raise InputError("is not a JSON text file", remedy=_ACCEPTED, place=place) from error
 
 
-def model_from_config(config: object, *, name: str, source: str = "", place: str = "config.json") -> Model:
-    """The model a Hugging Face config describes; `config` is the parsed JSON, `place` names it in errors."""
+def model_from_config(
+    config: object,
+    *,
+    name: str,
+    source: str = "",
+    place: str = "config.json",
+    families: Mapping[str, Family] = FAMILIES,
+) -> Model:
+    """The model a Hugging Face config describes; `config` is the parsed JSON, `place` names it in errors.
+
+    Of a config with a `text_config` (images, sound) that is the model; `source` then says so.
+    """
     given = json_object(config, place, 'write a Hugging Face config such as {"model_type": "llama", ...}')
-    known = ", ".join(_DEFAULTS)
+    known = ", ".join(families)
     if "model_type" not in given:
         raise InputError("model_type is missing", remedy=f"add model_type, one of: {known}", place=place)
     model_type = given["model_type"]
-    if not isinstance(model_type, str) or model_type not in _DEFAULTS:
-        problem = f"model_type={shown(model_type)} cannot be read"
-        raise InputError(problem, remedy=f"model types that can be read: {known}", place=place)
-    spelled = _spellings(given, model_type, place)
-    values = Fields(place=place, given=given, defaults=_DEFAULTS[model_type], spelled=spelled)
-    _refuse_other_shapes(values, model_type)
-    gpt2 = model_type == "gpt2"
-    kind = _gpt2_layer(values) if gpt2 else _llama_layer(values, moe=model_type == "mixtral")
-    positions = values.count("n_positions" if gpt2 else "max_position_embeddings")
+    if isinstance(model_type, str) and model_type not in families and isinstance(given.get("text_config"), Mapping):
+        text = _text_config(given, model_type, place)
+        source = f"{source + '; ' if source else ''}the text model of a {model_type}, without what reads other inputs"
+        place = f"{place}: text_config"
+        return model_from_config(text, name=name, source=source, place=place, families=families)
+    if not isinstance(model_type, str) or model_type not in families:
+        raise _cannot_be_read(model_type, families, place)
+    family = families[model_type]
+    spelled = _spellings(given, family, place)
+    values = Fields(place=place, given=given, defaults=family.defaults, spelled=spelled)
+    _refuse_other_shapes(values, family, model_type)
+    layers, pattern = runs_of(family.layers(values))
+    positions = values.count(family.positions)
+    softcap = "final_logit_softcapping" in family.defaults and values.value("final_logit_softcapping") is not None
     model = Model(
         name=name,
         family=model_type,
-        layers=((kind, values.count("n_layer" if gpt2 else "num_hidden_layers", most=MOST_LAYERS)),),
+        layers=layers,
         vocab=values.count("vocab_size"),
         tied_embeddings=values.flag("tie_word_embeddings"),
-        learned_positions=positions if gpt2 else 0,
+        learned_positions=positions if family.learned_positions else 0,
         max_positions=positions,
         source=source,
+        pattern=pattern,
+        mtp_modules=values.count(family.mtp, least=0, most=100) if family.mtp else 0,
+        head_bias=family.head_bias,
+        logit_softcap=softcap,
     )
     return check_size(model, place)
 
 
-def _spellings(given: Mapping[str, object], model_type: str, place: str) -> Mapping[str, str]:
+def _cannot_be_read(model_type: object, families: Mapping[str, Family], place: str) -> InputError:
+    """The error that names a type that is unknown, or known and refused, with the nearest ones."""
+    problem = f"model_type={shown(model_type)} cannot be read"
+    remedy = f"model types that can be read: {', '.join(families)}"
+    if isinstance(model_type, str):
+        near = nearest(model_type, families)
+        if model_type in NOT_READ:
+            problem += f": {NOT_READ[model_type]}"
+        elif near.startswith("did you mean"):
+            remedy = f"{near} {remedy}"
+    return InputError(problem, remedy=remedy, place=place)
+
+
+def _text_config(given: Mapping[str, object], outer: str, place: str) -> Mapping[str, object]:
+    """The nested description of the language model, with its type and whether embeddings are tied where only the outer one says so."""
+    text = dict(json_object(given["text_config"], place, "write the text model's config"))
+    if "model_type" not in text and outer in TEXT_TYPES:
+        text["model_type"] = TEXT_TYPES[outer]
+    tied, inner = given.get("tie_word_embeddings"), text.get("tie_word_embeddings")
+    if tied is not None:
+        if inner is not None and inner != tied:
+            problem = f"tie_word_embeddings={shown(tied)} contradicts {shown(inner)} in text_config"
+            raise InputError(problem, remedy="they mean the same: keep one", place=place)
+        text["tie_word_embeddings"] = tied
+    return text
+
+
+def _spellings(given: Mapping[str, object], family: Family, place: str) -> Mapping[str, str]:
     """The words the file uses where transformers knows two for one field; two different values are refused."""
     used: dict[str, str] = {}
-    for key, other in _OTHER_SPELLING[model_type].items():
+    for key, other in family.spellings.items():
         if other not in given:
             continue
         if key in given and given[key] != given[other]:
@@ -189,16 +179,18 @@ def _spellings(given: Mapping[str, object], model_type: str, place: str) -> Mapp
     return used
 
 
-def _refuse_other_shapes(values: Fields, model_type: str) -> None:
+def _refuse_other_shapes(values: Fields, family: Family, model_type: str) -> None:
     """Refuse by name what would change shapes in a way that is not modelled."""
     given = values.given
-    refused = [key for key in _NOT_MODELLED if given.get(key)]
-    if model_type == "mixtral" and given.get("sliding_window") is not None:
-        refused.append("sliding_window")
+    refused = [key for key in _NOT_MODELLED if given.get(key) and not _only_stored(given[key])]
     if refused:
         remedy = "set it to null, or use the config.json of a model without it"
         raise values.bad(refused[0], "is not modelled", remedy)
-    expected = _LANGUAGE_MODEL[model_type]
+    for key, modelled in family.only.items():
+        if key in given and given[key] not in modelled:
+            remedy = f"leave it out, or write {' or '.join(shown(value) for value in modelled)}"
+            raise values.bad(key, f"is not modelled for {model_type}", remedy)
+    expected = family.architecture
     named = given.get("architectures") or [expected]
     words = cast("list[object]", named) if isinstance(named, list) else [named]
     if expected.lower() not in [str(word).lower() for word in words]:
@@ -206,52 +198,6 @@ def _refuse_other_shapes(values: Fields, model_type: str) -> None:
         raise values.bad("architectures", "is not modelled", remedy)
 
 
-def _llama_layer(values: Fields, *, moe: bool) -> LayerKind:
-    """One layer of LlamaForCausalLM or MixtralForCausalLM; `attention_bias` is on q, k, v and the output."""
-    hidden, heads = values.count("hidden_size"), values.count("num_attention_heads")
-    if values.value("head_dim") is None:
-        values.check_divides("num_attention_heads", heads, "hidden_size", hidden, "give head_dim, or ")
-    kv_heads = values.count_or("num_key_value_heads", heads)
-    values.check_divides("num_key_value_heads", kv_heads, "num_attention_heads", heads)
-    head_dim = values.count_or("head_dim", hidden // heads)
-    if head_dim % 2:
-        raise values.bad(
-            "head_dim", f"gives heads {head_dim} wide, odd, which rotary embedding cannot pair", "make it even"
-        )
-    experts = values.count("num_local_experts") if moe else 0
-    bias = False if moe else values.flag("attention_bias")
-    return LayerKind(
-        hidden=hidden,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        ffn=values.count("intermediate_size"),
-        gated_mlp=True,
-        norm="rmsnorm",
-        qkv_bias=bias,
-        attention_output_bias=bias,
-        mlp_bias=False if moe else values.flag("mlp_bias"),
-        dropout=values.probability("attention_dropout") > 0,
-        experts=experts,
-        experts_per_token=values.at_most("num_experts_per_tok", "num_local_experts") if moe else 0,
-    )
-
-
-def _gpt2_layer(values: Fields) -> LayerKind:
-    """One layer of GPT2LMHeadModel: biases everywhere, two MLP matrices, learned positions."""
-    hidden, heads = values.count("n_embd"), values.count("n_head")
-    values.check_divides("n_head", heads, "n_embd", hidden)
-    return LayerKind(
-        hidden=hidden,
-        heads=heads,
-        kv_heads=heads,
-        head_dim=hidden // heads,
-        ffn=values.count_or("n_inner", 4 * hidden),
-        gated_mlp=False,
-        norm="layernorm",
-        qkv_bias=True,
-        attention_output_bias=True,
-        mlp_bias=True,
-        rotary=False,
-        dropout=max(values.probability(key) for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop")) > 0,
-    )
+def _only_stored(value: object) -> bool:
+    """Whether a quantization_config tells how weights are published, not how the model is trained."""
+    return isinstance(value, Mapping) and cast("Mapping[str, object]", value).get("quant_method") in _STORED_QUANTIZED

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, fields
 from itertools import groupby
 from typing import Literal, cast
 
-from shardplan.costmodel.model import LayerKind, Model, parameter_counts
+from shardplan.costmodel.model import LayerKind, Model, layer_order, parameter_counts
 from shardplan.costmodel.model_fields import Fields, json_object, shown
 from shardplan.hw_profiles.errors import InputError, nearest
 
@@ -18,10 +18,27 @@ MOST_PARAMETERS = 10**15
 """Likewise for parameters (and every count stays exact in 64-bit arrays)."""
 
 
+_ALWAYS_WRITTEN = {
+    *("name", "family", "layers", "vocab", "tied_embeddings", "learned_positions", "max_positions", "source"),
+    *("hidden", "heads", "kv_heads", "head_dim", "ffn", "gated_mlp", "norm", "qkv_bias", "attention_output_bias"),
+    *("mlp_bias", "rotary", "dropout", "experts", "experts_per_token"),
+}
+"""Other fields are written where they differ from their default: a new one leaves documents and digests of older models as they are."""
+
+
+def _written(described: Model | LayerKind) -> dict[str, object]:
+    """The fields of a model or layer kind that its document holds."""
+    return {
+        item.name: getattr(described, item.name)
+        for item in fields(described)
+        if item.name in _ALWAYS_WRITTEN or getattr(described, item.name) != item.default
+    }
+
+
 def model_document(model: Model) -> dict[str, object]:
     """Everything about the model as JSON values; `model_from_document` gives back an equal model."""
-    document: dict[str, object] = {item.name: getattr(model, item.name) for item in fields(Model)}
-    document["layers"] = [{"count": count, **asdict(kind)} for kind, count in model.layers]
+    document = _written(model)
+    document["layers"] = [{"count": count, **_written(kind)} for kind, count in model.layers]
     return document
 
 
@@ -51,8 +68,28 @@ def model_from_document(document: object, *, place: str = "model") -> Model:
         learned_positions=values.count("learned_positions", least=0),
         max_positions=None if values.value("max_positions") is None else values.count("max_positions"),
         source=values.text("source", may_be_empty=True),
+        pattern=_pattern(values, [number for _, number in layers]),
+        mtp_modules=values.count("mtp_modules", least=0, most=MOST_LAYERS),
+        head_bias=values.flag("head_bias"),
+        logit_softcap=values.flag("logit_softcap"),
     )
     return check_size(model, place)
+
+
+def _pattern(values: Fields, counts: list[int]) -> tuple[int, ...]:
+    """The order of the layers, which has to give each run of `layers` as many layers as it says."""
+    value = values.value("pattern")
+    listed = cast("list[object] | tuple[object, ...]", value) if isinstance(value, list | tuple) else (None,)
+    indices = [index for index in listed if type(index) is int and 0 <= index < len(counts)]
+    if len(indices) != len(listed):
+        raise values.bad("pattern", "is not a list of places in layers", f"write numbers from 0 to {len(counts) - 1}")
+    if indices:
+        repeated = [indices[i % len(indices)] for i in range(sum(counts))]
+        found = [repeated.count(index) for index in range(len(counts))]
+        if found != counts:
+            problem = f"gives {', '.join(map(str, found))} layers of each kind"
+            raise values.bad("pattern", problem, f"layers says {', '.join(map(str, counts))}")
+    return tuple(indices)
 
 
 def _layer_run(document: object, place: str) -> tuple[LayerKind, int]:
@@ -62,29 +99,42 @@ def _layer_run(document: object, place: str) -> tuple[LayerKind, int]:
     values.check_divides("kv_heads", kv_heads, "heads", heads)
     if not experts and values.count("experts_per_token", least=0):
         raise values.bad("experts_per_token", f"needs experts, but {values.show('experts')}", "write 0 for a dense MLP")
+    numbers = {word: values.count(word, least=0) for word in _NUMBERS}
+    numbers["norms"] = values.count("norms", least=1, most=4)
+    if numbers["qk_rope_head_dim"] > values.count("head_dim"):
+        raise values.bad("qk_rope_head_dim", f"is more than {values.show('head_dim')}", "it is a part of head_dim")
+    for word in ("q_lora_rank", "qk_rope_head_dim", "v_head_dim"):
+        if numbers[word] and not numbers["kv_lora_rank"]:
+            raise values.bad(word, "needs latent attention, but kv_lora_rank=0", "give kv_lora_rank or write 0")
+    if numbers["shared_ffn"] and not experts:
+        raise values.bad("shared_ffn", f"needs experts, but {values.show('experts')}", "write 0 for a dense MLP")
     kind = LayerKind(
         hidden=values.count("hidden"),
         heads=heads,
         kv_heads=kv_heads,
         head_dim=values.count("head_dim"),
         ffn=values.count("ffn"),
-        gated_mlp=values.flag("gated_mlp"),
         norm=cast("Literal['rmsnorm', 'layernorm']", values.text("norm", ("rmsnorm", "layernorm"))),
-        qkv_bias=values.flag("qkv_bias"),
-        attention_output_bias=values.flag("attention_output_bias"),
-        mlp_bias=values.flag("mlp_bias"),
-        rotary=values.flag("rotary"),
-        dropout=values.flag("dropout"),
         experts=experts,
         experts_per_token=values.at_most("experts_per_token", "experts") if experts else 0,
+        **numbers,
+        **{word: values.flag(word) for word in _FLAGS},
     )
     return kind, values.count("count", most=MOST_LAYERS)
+
+
+_NUMBERS = ("shared_ffn", "window", "kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "v_head_dim")
+_FLAGS = (
+    *("gated_mlp", "qkv_bias", "attention_output_bias", "mlp_bias", "rotary", "dropout"),
+    *("shared_gate", "router_bias", "parallel", "qk_norm", "sinks", "gelu_gate"),
+)
+"""Fields of LayerKind that are counts from 0, and that are yes or no."""
 
 
 def _fields_of(document: object, kind: type[Model] | type[LayerKind], place: str, also: tuple[str, ...] = ()) -> Fields:
     """The document's fields with the dataclass's own defaults; unknown words are refused."""
     given = json_object(document, place, "write what `model_document` gives")
-    known = [*also, *(item.name for item in fields(kind))]
+    known = [*also, *(item.name for item in fields(kind) if item.name != "mtp")]  # that follows from mtp_modules
     for word, value in given.items():
         if word not in known:
             raise InputError(f"{word}={shown(value)} is unknown", remedy=nearest(word, known), place=place)
@@ -104,12 +154,13 @@ def check_size(model: Model, place: str) -> Model:
 def model_digest(model: Model) -> str:
     """SHA-256 (hex) of the shapes as canonical JSON: equal for equal shapes, whatever their name, family or source.
 
-    Neighbouring runs of equal layers count as one run.
+    Layers count in their order, neighbouring equal ones as one run.
     """
     shapes = model_document(model)
     for word in ("name", "family", "source"):
         del shapes[word]
-    runs = groupby(model.layers, key=lambda run: run[0])
-    shapes["layers"] = [{"count": sum(count for _, count in run), **asdict(kind)} for kind, run in runs]
+    kinds = [model.layers[index][0] for index in layer_order(model)]
+    shapes["layers"] = [{"count": len(list(run)), **_written(kind)} for kind, run in groupby(kinds)]
+    shapes.pop("pattern", None)
     canonical = json.dumps(shapes, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()

@@ -52,14 +52,11 @@ def pipeline_pace(
     slowest = total.argmax(axis=1)
     there = [_at_stage(count, slowest) for count in counts]
     worst = {part: _over_blocks(there, [_at_stage(pace[part], slowest) for pace in paces]) for part in paces[0]}
+    model_layers = sum(count for _, count in model.runs)
     if share.shape[1] > 1:  # the pipeline as a whole recomputes another share than any of its stages
-        paces = _block_paces(
-            gpu, runtime, blocks, (stages.recomputed_total / model.layer_count)[:, None], each_micro_batch
-        )
-    whole = _over_blocks(
-        [*(float(count) for _, count in model.layers), 1.0, 1.0], [_busy(pace)[:, 0] for pace in paces]
-    )
-    recomputed = np.broadcast_to(stages.recomputed_total / model.layer_count, whole.shape)
+        paces = _block_paces(gpu, runtime, blocks, (stages.recomputed_total / model_layers)[:, None], each_micro_batch)
+    whole = _over_blocks([*(float(count) for _, count in model.runs), 1.0, 1.0], [_busy(pace)[:, 0] for pace in paces])
+    recomputed = np.broadcast_to(stages.recomputed_total / model_layers, whole.shape)
     return {**worst, "bubble": _bubble_s(layouts, micro_batches, whole - _at_stage(total, slowest), recomputed)}
 
 

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from shardplan.costmodel.layout import SCHEDULES
-from shardplan.costmodel.model import Model
+from shardplan.costmodel.model import Model, attended_tokens, layer_order, matrix_parameters
 from shardplan.costmodel.runtime import StageRule
 
 FloatArray = NDArray[np.float64]
@@ -161,32 +161,47 @@ def stage_table(
 
     `v_placed` keys hold chunks r and 2 pp - 1 - r, so that stage 0 has the head beside the embedding.
     """
-    kinds = np.repeat(np.arange(len(model.layers)), [count for _, count in model.layers])
+    kinds = np.asarray(layer_order(model), dtype=np.int64)
     width = max(pp) if every_stage else WORST_STAGES
     keys = len(pp)
     stage = np.zeros((keys, width), dtype=np.int64)
-    layers = np.zeros((keys, width, len(model.layers)), dtype=np.int64)
+    runs = model.runs
+    work = _relative_work(model)
+    layers = np.zeros((keys, width, len(runs)), dtype=np.int64)
     total = np.zeros((keys, max(pp)), dtype=np.int64)
+    last = np.where(np.asarray(v_placed, dtype=np.bool_), 0, np.asarray(pp, dtype=np.int64) - 1)
     for row, (p, v, split) in enumerate(zip(pp, virtual_stages, splits, strict=True)):
         chunk_layers = split or split_layers(model.layer_count, p * v, rule)
         rank_of_layer = np.repeat(_chunk_ranks(p, v, v_placed=v_placed[row]), chunk_layers)
-        filled = np.bincount(rank_of_layer * len(model.layers) + kinds, minlength=p * len(model.layers))
-        content = filled.reshape(p, len(model.layers))
+        content = np.bincount(rank_of_layer * len(runs) + kinds, minlength=p * len(runs)).reshape(p, len(runs))
+        content[last[row], len(model.layers) :] += model.mtp_modules
         total[row, :p] = content.sum(axis=1)
-        heaviest = np.flatnonzero(total[row, :p] == total[row, :p].max())
+        weight = total[row, :p] + content @ work
+        heaviest = np.flatnonzero(weight == weight.max())
         # ZB-V keeps more micro-batches in flight the later the rank, the others the earlier
         second = int(heaviest[-1]) if v_placed[row] else min(1, p - 1)
         worst = (0, second, int(heaviest[0]), p - 1)
         stage[row] = [min(s, p - 1) for s in range(width)] if every_stage else worst
         layers[row] = content[stage[row]]
-    last = np.where(np.asarray(v_placed, dtype=np.bool_), 0, np.asarray(pp, dtype=np.int64) - 1)[:, None]
     return StageTable(
         stage=stage,
         layers=layers,
         embedding=(stage == 0).astype(np.int64),
-        head=(stage == last).astype(np.int64),
+        head=(stage == last[:, None]).astype(np.int64),
         total_layers=total,
     )
+
+
+def _relative_work(model: Model) -> FloatArray:
+    """Matrix products and attention of one layer of each run, all together a hundredth of a layer: ranks stages that have as many."""
+    seq = model.max_positions or 0
+    work = np.array(
+        [
+            matrix_parameters(kind) + 2 * attended_tokens(kind, seq) * kind.heads * kind.attention_dim
+            for kind, _ in model.runs
+        ]
+    )
+    return work / work.max() / (100.0 * sum(count for _, count in model.runs))
 
 
 def _chunk_ranks(pp: int, virtual_stages: int, *, v_placed: bool) -> IntArray:

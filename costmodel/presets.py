@@ -1,4 +1,7 @@
-"""Known models by name: TOML tables in the folder `presets/`, each with its source and its published size."""
+"""Known models by name: TOML tables in the folder `presets/`, each with its source and its published size.
+
+`null` lists keys of the config that are null, for which TOML has no word.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,7 @@ def all_presets() -> Mapping[str, Preset]:
             found[name] = Preset(
                 name=name,
                 aliases=tuple(table["aliases"]),
-                config=MappingProxyType(table["config"]),
+                config=MappingProxyType({**table["config"], **dict.fromkeys(table.get("null", ()))}),
                 published_parameters=table["parameters"],
                 source=table.get("source", file_source),
             )

@@ -28,8 +28,8 @@ class Setting:
 
     @property
     def kinds(self) -> tuple[LayerKind, ...]:
-        """The layer kinds of the model."""
-        return tuple(kind for kind, _ in self.model.layers)
+        """The layer kinds of the model, prediction modules included."""
+        return tuple(kind for kind, _ in self.model.runs)
 
 
 @dataclass(frozen=True, kw_only=True)

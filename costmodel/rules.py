@@ -16,12 +16,12 @@ from shardplan.costmodel.layout import (
     LayoutTable,
     layout_table,
 )
+from shardplan.costmodel.model_rules import MODEL_RULES, missing_parts
 from shardplan.costmodel.recompute import ALL_LAYERS, PART_BITS, RECOMPUTE, split_recompute
 from shardplan.costmodel.rule import BoolArray, Rejection, Rule, Setting
 from shardplan.costmodel.rule_parts import (
     can,
     codes,
-    divides,
     divisors,
     gradient_dtypes,
     not_in,
@@ -95,55 +95,23 @@ STRUCTURE: tuple[Rule, ...] = (
     ),
 )
 
-SHAPES: tuple[Rule, ...] = (
+LAYER_RULES: tuple[Rule, ...] = (
     Rule(
-        id="tp-divides-heads",
-        broken=divides(lambda kind: kind.heads),
-        detail=lambda s, x: f"tp={x.tp} does not divide heads={s.kinds[0].heads}",
-        remedy=use_divisors(lambda s: s.kinds[0].heads),
+        id="runtime-experts",
+        broken=lambda s, t: np.full(len(t), any(k.experts for k in s.kinds) and not can(s, "experts")),
+        detail=runtime_lacks("mixture-of-experts layers"),
+        remedy=lambda s, x: "choose another --runtime",
     ),
     Rule(
-        id="tp-divides-kv-heads",
-        broken=divides(lambda kind: kind.kv_heads),
-        detail=lambda s, x: f"tp={x.tp} does not divide kv_heads={s.kinds[0].kv_heads}",
-        remedy=use_divisors(lambda s: s.kinds[0].kv_heads),
-        evidence="Megatron-Core: num_query_groups % tp == 0; local head counts of DTensor column splits",
-    ),
-    Rule(
-        id="tp-divides-ffn",
-        broken=divides(lambda kind: kind.ffn),
-        detail=lambda s, x: f"tp={x.tp} does not divide ffn={s.kinds[0].ffn}",
-        remedy=use_divisors(lambda s: s.kinds[0].ffn),
-    ),
-    Rule(
-        id="sp-needs-tp",
-        broken=lambda s, t: (t.sequence_parallel == 1) & (t.tp == 1),
-        detail=lambda s, x: "sequence_parallel=true with tp=1 splits nothing",
-        remedy=lambda s, x: "drop sequence_parallel or raise tp",
-        evidence="Megatron-LM silently switches it off",
-    ),
-    Rule(
-        id="sp-divides-seq",
-        broken=lambda s, t: (t.sequence_parallel == 1) & (s.job.seq % (t.tp * t.cp) != 0),
-        detail=lambda s, x: f"tp*cp = {x.tp}*{x.cp} does not divide seq={s.job.seq}",
-        remedy=lambda s, x: f"use a sequence length that is a multiple of {x.tp * x.cp}",
-    ),
-    Rule(
-        id="seq-within-positions",
-        broken=lambda s, t: np.full(len(t), 0 < s.model.learned_positions < s.job.seq),
+        id="runtime-layer-parts",
+        broken=lambda s, t: np.full(len(t), bool(missing_parts(s))),
         detail=lambda s, x: (
-            f"seq={s.job.seq} is longer than the {s.model.learned_positions} learned positions of {s.model.name}"
+            f"runtime {s.runtime.name!r} ({s.runtime.version}) has no {' and no '.join(missing_parts(s))} ({s.model.name})"
         ),
-        remedy=lambda s, x: f"use --seq {s.model.learned_positions} or less",
-    ),
-    Rule(
-        id="ep-not-modelled",
-        broken=lambda s, t: t.ep > 1,
-        detail=lambda s, x: f"ep={x.ep}: expert parallelism is not modelled yet",
-        remedy=lambda s, x: "use ep=1 (every rank holds all experts)",
-        structural=True,
+        remedy=lambda s, x: "choose another --runtime or model",
     ),
 )
+"""What no layout helps against; first, so that a search that finds nothing says so."""
 
 RUNTIME_RULES: tuple[Rule, ...] = (
     Rule(
@@ -187,12 +155,6 @@ RUNTIME_RULES: tuple[Rule, ...] = (
         broken=lambda s, t: (t.pp > 1) & (not can(s, "pipeline_parallel")),
         detail=runtime_lacks("pipeline parallelism"),
         remedy=other_runtime,
-    ),
-    Rule(
-        id="runtime-experts",
-        broken=lambda s, t: np.full(len(t), any(k.experts for k in s.kinds) and not can(s, "experts")),
-        detail=runtime_lacks("mixture-of-experts layers"),
-        remedy=lambda s, x: "choose another --runtime",
     ),
     Rule(
         id="runtime-recompute",
@@ -280,7 +242,7 @@ RUNTIME_RULES: tuple[Rule, ...] = (
     ),
 )
 
-RULES: tuple[Rule, ...] = (*STRUCTURE, *SHAPES, *CONTEXT_RULES, *SCHEDULE_RULES, *RUNTIME_RULES)
+RULES: tuple[Rule, ...] = (*LAYER_RULES, *STRUCTURE, *MODEL_RULES, *CONTEXT_RULES, *SCHEDULE_RULES, *RUNTIME_RULES)
 STRUCTURAL: tuple[Rule, ...] = tuple(rule for rule in RULES if rule.structural)
 
 

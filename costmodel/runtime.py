@@ -13,6 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
+from shardplan.costmodel.model import PART_NAMES, LayerPart
 from shardplan.costmodel.recompute import Part
 from shardplan.hw_profiles.errors import InputError, nearest
 from shardplan.hw_profiles.machine import AttentionKernel
@@ -43,6 +44,8 @@ class Abilities(_FromFile):
     pipeline_parallel: bool
     experts: bool
     """Mixture-of-experts layers."""
+    layer_parts: tuple[LayerPart, ...] = tuple(PART_NAMES)
+    """What it runs of what layers of Llama, GPT-2 and Mixtral do not have."""
     tied_embeddings_across_stages: bool
     uneven_stages: bool
     micro_batches_cover_stages: bool

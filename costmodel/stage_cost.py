@@ -13,7 +13,7 @@ from shardplan.costmodel.keys import gathered, unique_keys
 from shardplan.costmodel.layer_cost import BlockCost, block_costs
 from shardplan.costmodel.layout import ATTENTION, CP_KINDS, LayoutTable
 from shardplan.costmodel.memory import FULL, SELECTIVE, gradient_bytes
-from shardplan.costmodel.model import LayerKind, Model, layer_parameters
+from shardplan.costmodel.model import LayerKind, Model, split_parameters
 from shardplan.costmodel.operators import Shapes, embedding_ops, head_ops, layer_ops, logits_bytes
 from shardplan.costmodel.pipeline import stage_table
 from shardplan.costmodel.recompute import ALL_LAYERS
@@ -103,16 +103,19 @@ def block_rows(
         element_bytes=BYTES_OF[job.precision],
     )
     vocab = padded_vocab(model, runtime, tp)
-    dropout = model.layers[0][0].dropout
+    dropout, heads = (
+        model.layers[0][0].dropout,
+        1 + model.mtp_modules,
+    )  # every prediction has logits and a loss of its own
 
     alone = bool((layouts.cp == 1).all())
     names = [name for name in BlockCost.__dataclass_fields__ if not (alone and name.startswith("context_"))]
 
     costs = block_costs(
         (
-            *(layer_ops(kind, shapes, runtime) for kind, _ in model.layers),
+            *(layer_ops(kind, shapes, runtime) for kind, _ in model.runs),
             embedding_ops(model.hidden, dropout, shapes),
-            head_ops(model.hidden, model.norm, vocab, shapes, runtime),
+            head_ops(model.hidden, model.norm, vocab, shapes, runtime, softcap=model.logit_softcap) * heads,
         ),
         shapes,
         gpu=cluster.gpu,
@@ -123,14 +126,14 @@ def block_rows(
     )
     *layers, embedding, head = ({name: getattr(cost, name) for name in names} for cost in costs)
     streams = np.where(shapes.recompute_parts == 0, runtime.activations.selective_streams, 0.0)
-    for (kind, _), layer in zip(model.layers, layers, strict=True):  # what `selective` keeps in exchange is not dropped
+    for (kind, _), layer in zip(model.runs, layers, strict=True):  # what `selective` keeps in exchange is not dropped
         layer["selective_bytes"] -= streams * shapes.element_bytes * shapes.tokens * kind.hidden
     repeats, split = runtime.communication, layouts.sequence_parallel == 1
     return BlockRows(
         layers=tuple(BlockColumns(layer, inverse) for layer in layers),
         embedding=BlockColumns(embedding, inverse),
         head=BlockColumns(head, inverse),
-        logits_bytes=logits_bytes(vocab, shapes, runtime)[inverse],
+        logits_bytes=heads * logits_bytes(vocab, shapes, runtime, softcap=model.logit_softcap)[inverse],
         selects=(layouts.recompute == SELECTIVE).astype(np.float64),
         full_repeats=np.where(split, repeats.full_repeats_tensor_sp, repeats.full_repeats_tensor),
     )
@@ -214,23 +217,29 @@ class StageParameters:
 
 
 def stage_parameters(model: Model, layouts: LayoutTable, runtime: Runtime, stages: StageRows) -> StageParameters:
-    """Matrices are divided by tp, norms are not; a tied embedding on another stage than the head is held twice."""
+    """Matrices are divided by tp, norms and MLA's latents are not. An embedding that the last stage needs too, as the head or for
+    prediction modules, is held twice where it is another stage than the first."""
     tp = layouts.tp.astype(np.float64)
-    kinds = [layer_parameters(kind) for kind, _ in model.layers]
-    by_kind = np.stack([(k["attention"] + k["mlp"] + k["router"]) / tp + k["norms"] for k in kinds], axis=-1)
+    split = [split_parameters(kind) for kind, _ in model.runs]
+    by_kind = np.stack([divided / tp + whole for divided, whole in split], axis=-1)
     table = padded_vocab(model, runtime, tp) * model.hidden / tp
-    norm = model.hidden * (2 if model.norm == "layernorm" else 1)
+    norm = model.hidden * (2 if model.norm == "layernorm" else 1) + (model.vocab if model.head_bias else 0)
     root = stages.embedding * (table + model.learned_positions * model.hidden)[:, None]
-    owns_head = ((layouts.pp > 1) & ~layouts.v_placed) | (not model.tied_embeddings)
-    root = root + stages.head * (np.where(owns_head, table, 0.0) + norm)[:, None]
+    apart = (layouts.pp > 1) & ~layouts.v_placed
+    tables = (apart | (not model.tied_embeddings)) + 1.0 * (
+        apart & (model.mtp_modules > 0 and not model.tied_embeddings)
+    )
+    root = root + stages.head * (tables * table + norm)[:, None]
     body = (stages.layers * by_kind[:, None, :]).sum(axis=2)
     largest = np.where(stages.layers > 0, by_kind[:, None, :], 0.0).max(axis=2)
-    matrices = np.array([largest_matrix(kind) for kind, _ in model.layers], dtype=np.float64)
+    matrices = np.array([largest_matrix(kind) for kind, _ in model.runs], dtype=np.float64)
     matrix = np.where(stages.layers > 0, matrices, 0.0).max(axis=2) / tp[:, None]
     return StageParameters(stage=body + root, layer=largest, matrix=matrix, root=root)
 
 
 def largest_matrix(kind: LayerKind) -> int:
     """Parameters of the widest product of a layer: queries, keys and values, or the input of the MLP with its gate."""
-    projection = (kind.heads + 2 * kind.kv_heads) * kind.head_dim
-    return kind.hidden * max(projection, kind.ffn * (2 if kind.gated_mlp else 1))
+    mlp = kind.hidden * max(kind.ffn, kind.shared_ffn) * (2 if kind.gated_mlp else 1)
+    if kind.kv_lora_rank:
+        return max((kind.q_lora_rank or kind.hidden) * kind.heads * kind.head_dim, mlp)
+    return max(kind.hidden * (kind.heads + 2 * kind.kv_heads) * kind.head_dim, mlp)

@@ -37,7 +37,7 @@ def stage_activations(
     flying = np.where(layouts.pp[:, None] > 1, flying, 1.0)
     total = stages.layers.sum(axis=2)
     activations = np.zeros_like(total)
-    for index in range(len(model.layers)):
+    for index in range(len(model.runs)):
         block = blocks.layers[index]
         layers = stages.layers[:, :, index]
         share = np.divide(layers, total, out=np.zeros_like(layers), where=total > 0)

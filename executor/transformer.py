@@ -1,4 +1,4 @@
-"""The reference decoder for Llama and GPT-2 shapes, built from a `Model`; it does not know how it is spread.
+"""The reference decoder for layers as in Llama and GPT-2, built from a `Model`; it does not know how it is spread.
 
 Shape suffixes: B sequences, S positions, H hidden, N query heads, K key/value heads, D head size, V vocabulary.
 Head counts are read off the tensors (`view(..., -1, D)`): under tensor parallelism a rank sees only its own heads.
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from shardplan.costmodel.model import LayerKind, Model
+from shardplan.costmodel.model import LayerKind, Model, layer_order
 
 ROTARY_BASE = 10_000.0
 NORM_EPSILON = 1e-5
@@ -39,7 +39,7 @@ def whole(model: Model) -> Part:
 
 def layer_kinds(model: Model) -> list[LayerKind]:
     """The kind of every decoder layer in order."""
-    return [kind for kind, count in model.layers for _ in range(count)]
+    return [model.layers[index][0] for index in layer_order(model)]
 
 
 def make_norm(kind: LayerKind) -> nn.Module:

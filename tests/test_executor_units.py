@@ -97,7 +97,7 @@ def test_chunks_follow_the_layout_then_the_prediction_then_the_default():
     assert (last.first, last.end, last.embedding, last.head) == (4, 7, False, True)
 
 
-@pytest.mark.parametrize("name", ["tiny", "gpt2"])
+@pytest.mark.parametrize("name", ["tiny", "gpt2", "qwen2.5-0.5b", "mistral-nemo-12b", "phi-3-mini"])
 def test_built_model_has_the_parameters_the_cost_model_counts(name):
     torch = pytest.importorskip("torch")
     from shardplan.executor.transformer import Transformer, whole

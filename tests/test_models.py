@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from shardplan.cli.models import app
 from shardplan.costmodel.model import LayerKind, Model, layer_parameters, parameter_counts
 from shardplan.costmodel.model_config import load_model
+from shardplan.costmodel.model_families import FAMILIES
 from shardplan.costmodel.presets import all_presets, find_preset, preset_words
 from shardplan.hw_profiles.errors import InputError
 
@@ -78,8 +79,9 @@ def test_megatron_table_and_its_formula(name):
     assert f"{total(name) / 1e9:.1f}" == printed
 
 
-def test_every_preset_is_in_one_of_the_tables_above():
-    assert set(all_presets()) == {*EXACT, *MEGATRON, "gpt3-175b"}
+def test_every_preset_has_a_file_of_its_family_and_a_printed_total():
+    assert {*EXACT, *MEGATRON, "gpt3-175b"} <= set(all_presets())
+    assert {load_model(name).family for name in all_presets()} == set(FAMILIES)
     assert f"{total('gpt3-175b') / 1e9:.1f}" == "174.6"
 
 
@@ -190,9 +192,30 @@ def test_cli_list_names_every_preset():
 def test_cli_show_prints_parts_and_source():
     result = run_cli("show", "Mixtral-8x7B")
     assert result.exit_code == 0
-    for word in ("46,702,792,704", "12,879,925,248", "router", "arXiv 2401.04088"):
+    for word in ("46,702,792,704", "12,879,925,248", "router", "arXiv 2401.04088", "not in shardplan: experts"):
         assert word in result.stdout.replace("\n", " ")
     assert "91,653,632" in run_cli("show", "baby-llama2-92m").stdout
+
+
+def test_cli_list_is_grouped_by_family_and_says_what_layers_have():
+    lines = [line.strip() for line in run_cli("list").stdout.splitlines()]
+    assert [line for line in lines if line in FAMILIES and line != "gpt2"] == [
+        name for name in FAMILIES if name != "gpt2"
+    ]
+    assert any(line.startswith("deepseek-v3 ") and "256 experts, 8 a token, latent attention" in line for line in lines)
+    assert any(line.startswith("gpt-oss-20b") and "window 128 in 12" in line for line in lines)
+
+
+def test_cli_show_tells_kinds_of_layers_their_order_and_modules():
+    shown = run_cli("show", "gemma-3-27b").stdout
+    assert "52 layers     10 layers" in shown
+    assert "order of the layers: 5 of the 52, 1 of the 10, and so on" in shown
+    shown = " ".join(run_cli("show", "deepseek-v3-mtp").stdout.split())
+    for words in ("3 layers 58 layers 1 prediction module", "queries 1,536, keys and values 512", "mtp 11,610,068,224"):
+        assert words in shown
+    answer = json.loads(run_cli("show", "deepseek-v3-mtp", "--json").stdout)
+    assert answer["published_parameters"] == "683 B"
+    assert answer["runtimes_lack"]["nanotron"] == ["latent attention", "multi-token prediction"]
 
 
 def test_cli_show_json_is_json_only():

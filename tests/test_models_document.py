@@ -63,10 +63,37 @@ def test_presets_round_trip(name):
     assert model_from_document(model_document(load_model(name))) == load_model(name)
 
 
-def test_the_document_holds_every_field():
+def test_the_document_holds_every_field_that_differs_from_its_default():
+    models = [load_model(name) for name in all_presets()]
+    unused = {"mtp"}  # follows from mtp_modules
+    for kind, described in ((Model, models), (LayerKind, [kind for model in models for kind, _ in model.layers])):
+        seen: set[str] = set()
+        for item in described:
+            document = model_document(item) if isinstance(item, Model) else layer_document(item)
+            differing = {field.name for field in fields(kind) if getattr(item, field.name) != field.default}
+            assert differing <= set(document)
+            seen |= set(document)
+        assert seen == {field.name for field in fields(kind)} - unused
+
+
+def layer_document(kind: LayerKind) -> dict[str, object]:
+    document = model_document(replace(load_model("tiny"), layers=((kind, 1),)))["layers"][0]
+    return {key: value for key, value in document.items() if key != "count"}
+
+
+def test_documents_and_digests_of_older_models_are_as_they_were():
+    """Plan files hold them: a new field must not change what they say of a model that does not have it."""
+    assert model_digest(load_model("llama-3-8b")) == "ed0ec2b8d8b8e47f8d5ffd02f50311c750b4b54b2007500efc50b603db09f8a5"
+    assert (
+        model_digest(load_model("mixtral-8x7b")) == "f4d1cd65bbfa84b8ae8a28a51f425e57977fa10b7f07b1e78e1f9a88394d81e7"
+    )
+
+
+def test_a_document_cannot_call_a_layer_a_prediction_module():
     document = model_document(load_model("tiny"))
-    assert set(document) == {item.name for item in fields(Model)}
-    assert set(document["layers"][0]) == {"count", *(item.name for item in fields(LayerKind))}
+    document["layers"][0]["mtp"] = True
+    with pytest.raises(InputError, match="mtp=true is unknown"):
+        model_from_document(document)
 
 
 def test_fields_with_a_default_may_be_left_out():
