@@ -105,15 +105,19 @@ def memory_rejections(estimates: Estimates, row: int, *, cluster: Cluster, headr
                 ),
             )
         )
-    host, host_usable = float(estimates.host_bytes[row]), estimates.host_capacity_bytes * (1.0 - headroom)
-    if host > host_usable:
-        told.append(
-            Rejection(
-                rule="host-memory",
-                detail=f"offload needs {host / GIB:.0f} GiB of host memory per node, {host_usable / GIB:.0f} GiB are usable",
-                remedy="shard over more nodes or drop the offload",
+    for rule, what, need, capacity in (
+        ("host-memory", "host memory", float(estimates.host_bytes[row]), estimates.host_capacity_bytes),
+        ("nvme-capacity", "local flash", float(estimates.nvme_bytes[row]), estimates.nvme_capacity_bytes),
+    ):
+        usable = capacity * (1.0 - headroom)
+        if need > usable:
+            told.append(
+                Rejection(
+                    rule=rule,
+                    detail=f"offload needs {need / GIB:.0f} GiB of {what} per node, {usable / GIB:.0f} GiB are usable",
+                    remedy="shard over more nodes or offload less",
+                )
             )
-        )
     return told
 
 
@@ -140,7 +144,7 @@ def _memory(estimates: Estimates, row: int) -> dict[str, Any]:
         "reserved_peak_bytes": float(stages["allocated"][peak] + stages["slack"][peak]),
         "device_peak_bytes": float(stages["device"][peak]),
         "host_bytes": float(estimates.host_bytes[row]),
-        "nvme_bytes": 0.0,
+        "nvme_bytes": float(estimates.nvme_bytes[row]),
         "stages": [
             {
                 "stage": int(estimates.stage_index[row, s]),

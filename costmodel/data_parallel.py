@@ -21,6 +21,8 @@ from shardplan.costmodel.collectives import collective_s
 from shardplan.costmodel.layout import LayoutTable
 from shardplan.costmodel.recompute import RECOMPUTE
 from shardplan.costmodel.runtime import Communication
+from shardplan.costmodel.zeropp import gather_s, reduce_s, uses_zeropp
+from shardplan.hw_profiles.machine import Gpu
 from shardplan.hw_profiles.topology import TierTable
 
 FloatArray = NDArray[np.float64]
@@ -46,6 +48,7 @@ def one_exchange_s(
     units: FloatArray,
     gradient_bytes: int,
     parameter_bytes: int,
+    gpu: Gpu,
 ) -> Exchange:
     """One reduction and one gather of all states of a rank that owns `parameters` parameters in `units` equal groups (layers)."""
     step, shards = layouts.tp.astype(np.float64), layouts.zero_ranks.astype(np.float64)
@@ -55,11 +58,23 @@ def one_exchange_s(
     reduce = collective_s(tiers, "reduce_scatter", message, shards, step)
     reduce = reduce + collective_s(tiers, "all_reduce", message / shards, replicas, step * shards)
     gather = collective_s(tiers, "all_gather", parameters * parameter_bytes / gathered, shards, step)
+    reduce, gather = reduced * reduce, gathered * gather
+    if uses_zeropp(layouts):
+        reduce = reduce_s(tiers, gpu, layouts, parameters=parameters, messages=reduced, plain_s=reduce)
+        gather = gather_s(
+            tiers,
+            gpu,
+            layouts,
+            parameters=parameters,
+            messages=gathered,
+            element_bytes=parameter_bytes,
+            plain_s=gather,
+        )
     ahead = gathered_ahead(layouts, communication)
     hiding = np.where(ahead, communication.prefetch_overlap, communication.gather_overlap)
     return Exchange(
-        reduce_s=reduced * reduce,
-        gather_s=gathered * gather,
+        reduce_s=reduce,
+        gather_s=gather,
         reduce_share=communication.reduce_overlap * (1.0 - 1.0 / reduced),
         gather_share=hiding * (1.0 - 1.0 / gathered),
     )

@@ -14,6 +14,7 @@ from shardplan.costmodel.job import Job
 from shardplan.costmodel.keys import LazyColumns, in_pieces
 from shardplan.costmodel.layout import Layout, LayoutTable, layout_table
 from shardplan.costmodel.model import Model, attended_tokens, matrix_parameters
+from shardplan.costmodel.offload import activation_copies_s
 from shardplan.costmodel.pace import pipeline_pace, pipeline_transfers_s
 from shardplan.costmodel.row_keys import RowKeys, row_keys
 from shardplan.costmodel.rule import Setting
@@ -21,8 +22,21 @@ from shardplan.costmodel.rule_parts import micro_batches
 from shardplan.costmodel.rules import STRUCTURAL
 from shardplan.costmodel.runtime import Runtime, load_runtime, without_overlap
 from shardplan.costmodel.stage_cost import BlockRows, StageRows, block_rows, stage_parameters, stage_rows
-from shardplan.costmodel.step_memory import StepMemory, held_bytes, stage_activations
-from shardplan.costmodel.step_time import Owner, StepTime, heaviest_owner, held_times, paced_times
+from shardplan.costmodel.step_memory import (
+    StepMemory,
+    checkpoint_bytes,
+    held_bytes,
+    micro_batches_in_flight,
+    parked_activations,
+    stage_activations,
+)
+from shardplan.costmodel.step_time import (
+    Owner,
+    StepTime,
+    heaviest_owner,
+    held_times,
+    paced_times,
+)
 from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.machine import Cluster
 from shardplan.hw_profiles.topology import TierTable, tier_table
@@ -97,6 +111,9 @@ def _estimate_rows(
     held = stages.take(keys.work_of_contents)
     parameters = stage_parameters(model, keys.contents, runtime, held)
     time = _step_time(setting, keys, tiers, blocks, stages, heaviest_owner(parameters, held, runtime))
+    flying = micro_batches_in_flight(keys.work, stages, batches)
+    activations = stage_activations(model, blocks, stages, keys.work, flying)
+    parked = parked_activations(model, keys.work, blocks, stages, flying)
     memory = StepMemory(
         held=held_bytes(
             job,
@@ -106,7 +123,8 @@ def _estimate_rows(
             parameters.take(keys.contents_of_work[keys.work_of_states]),
             micro_batches(setting, keys.states),
         ),
-        activations=stage_activations(model, keys.work, blocks, stages, batches),
+        activations=activations if parked is None else activations - parked,
+        parked=parked,
         states_of=keys.states_of,
         work_of=keys.work_of,
         slack_fraction=runtime.allocator_slack_fraction,
@@ -127,7 +145,9 @@ def _estimate_rows(
         context_bytes=cluster.gpu.context_bytes,
         capacity_bytes=cluster.gpu.memory_bytes,
         host_bytes=memory.host_bytes() * min(cluster.node.gpus, cluster.gpus),
+        nvme_bytes=memory.nvme_bytes() * min(cluster.node.gpus, cluster.gpus),
         host_capacity_bytes=cluster.node.host.ram_bytes,
+        nvme_capacity_bytes=cluster.node.nvme.capacity_bytes if cluster.node.nvme else 0.0,
         tokens_per_step=job.tokens_per_step,
         model_flop_per_step=model_flop_per_token(model, job.seq) * job.tokens_per_step,
         hardware_flop_per_step=flop.take(keys.work_of),
@@ -156,9 +176,19 @@ def _step_time(
         return pipeline_pace(model, cluster, rows, runtime, blocks.take(at), stages.take(at), batches[some])
 
     pace = in_pieces(len(of), pace_of)
+    copies = None
+    if keys.work.offload_activations.any():
+        moved = np.where(keys.work.offload_activations > 0, checkpoint_bytes(model, blocks, stages).max(axis=1), 0.0)
+        copies = activation_copies_s(
+            cluster.node,
+            runtime.offload,
+            moved.take(of),
+            forward_s=pace["forward"],
+            backward_s=pace["backward"] + pace["recompute"],
+        )
     transfers_s = pipeline_transfers_s(model, job, keys.work, runtime, tiers, micro_batches(setting, keys.work))
     paced = paced_times(
-        keys.pace, runtime, pace, transfers_s.take(of), owner.take(keys.contents_of_work.take(of)), batches
+        keys.pace, runtime, pace, transfers_s.take(of), owner.take(keys.contents_of_work.take(of)), batches, copies
     )
     owner = owner.take(keys.contents_of_work.take(keys.work_of_states))
     held = held_times(model, job, cluster, keys.states, runtime, tiers, owner)

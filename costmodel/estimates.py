@@ -50,6 +50,9 @@ class Estimates:
     host_bytes: FloatArray
     """Host memory per node."""
     host_capacity_bytes: float
+    nvme_bytes: FloatArray
+    """Local flash per node."""
+    nvme_capacity_bytes: float
     tokens_per_step: int
     model_flop_per_step: float
     """6 FLOP per matrix parameter and token plus full (not halved) attention; no recompute."""
@@ -98,14 +101,17 @@ class Estimates:
 
     def fits_likely(self) -> NDArray[np.bool_]:
         """The point estimate fits GPU and host memory."""
-        on_host = self.host_bytes <= self.host_capacity_bytes
-        return (self.device_peak_bytes <= self.capacity_bytes) & on_host
+        return (self.device_peak_bytes <= self.capacity_bytes) & self._fits_below_gpu(0.0)
 
     def fits(self, headroom: float = DEFAULT_HEADROOM) -> NDArray[np.bool_]:
         """The upper edge of the memory band stays `headroom` below the capacity."""
         usable = self.capacity_bytes * (1.0 - headroom)
+        return (self.device_peak_bytes * (1.0 + MEMORY_BAND) <= usable) & self._fits_below_gpu(headroom)
+
+    def _fits_below_gpu(self, headroom: float) -> NDArray[np.bool_]:
+        """Host memory and flash hold what is offloaded, `headroom` of each left free."""
         on_host = self.host_bytes <= self.host_capacity_bytes * (1.0 - headroom)
-        return (self.device_peak_bytes * (1.0 + MEMORY_BAND) <= usable) & on_host
+        return on_host & (self.nvme_bytes <= self.nvme_capacity_bytes * (1.0 - headroom))
 
     def take(self, rows: NDArray[np.integer]) -> Estimates:
         """The estimates of `rows`, in that order."""
@@ -118,6 +124,7 @@ class Estimates:
             stages=_each(self.stages, lambda found: found[rows]),
             contents=_each(self.contents, lambda found: found[rows]),
             host_bytes=self.host_bytes[rows],
+            nvme_bytes=self.nvme_bytes[rows],
             hardware_flop_per_step=self.hardware_flop_per_step[rows],
         )
 
@@ -144,6 +151,7 @@ def joined(pieces: Sequence[Estimates], layouts: LayoutTable) -> Estimates:
         stages=_stacked_when_read([piece.stages for piece in pieces]),
         contents=_stacked_when_read([piece.contents for piece in pieces]),
         host_bytes=np.concatenate([piece.host_bytes for piece in pieces]),
+        nvme_bytes=np.concatenate([piece.nvme_bytes for piece in pieces]),
         hardware_flop_per_step=np.concatenate([piece.hardware_flop_per_step for piece in pieces]),
     )
 

@@ -30,10 +30,27 @@ V_PLACED = ("zero_bubble_v", "dualpipe_v")
 SPLIT_BACKWARD = ("zero_bubble", "zero_bubble_v", "dualpipe_v")
 """Schedules that compute the gradient of the input and, later, that of the weights."""
 ATTENTION = ("auto", "flash", "unfused")
-OFFLOAD = ("none", "cpu")
+OFFLOAD = ("none", "cpu", "nvme")
+"""Where states live: the GPU, host memory, local flash."""
+OFFLOAD_ACTIVATIONS = ("none", "cpu")
+RATIO_STEPS = 1000
+"""A share is stored as so many parts of one."""
 CP_KINDS = ("ring", "ulysses", "all_gather")
 """How context-parallel ranks meet the keys of the others: ring (zig-zag blocks), all-to-all of heads, gathered keys and values."""
-TEXT_WORDS = ("recompute", "schedule", "attention", "offload_optimizer", "cp_kind")
+CODES = {
+    "schedule": SCHEDULES,
+    "attention": ATTENTION,
+    "offload_optimizer": OFFLOAD,
+    "offload_params": OFFLOAD,
+    "offload_activations": OFFLOAD_ACTIVATIONS,
+    "cp_kind": CP_KINDS,
+}
+"""Words of a closed vocabulary: a column stores the index into it."""
+YES_OR_NO = ("sequence_parallel", "qwz", "qgz")
+"""Words that are true or false."""
+COUNTS = ("dp", "tp", "pp", "cp", "ep", "micro_batch", "zero", "virtual_stages", "hpz")
+"""Words whose column is their value."""
+TEXT_WORDS = ("recompute", *CODES)
 """Words whose value is a word."""
 
 
@@ -70,27 +87,36 @@ class Layout:
     attention: str = "auto"
     """flash, unfused or auto (the runtime's own)."""
     offload_optimizer: str = "none"
-    """Where optimizer states live: none (the GPU) or cpu."""
+    """Where optimizer states live: none (the GPU), cpu or nvme."""
+    offload_params: str = "none"
+    """Where the shards of 16-bit parameters live: none (the GPU), cpu or nvme."""
+    offload_activations: str = "none"
+    """Where the inputs of recomputed layers wait for the backward: none (the GPU) or cpu."""
+    offload_ratio: float = 1.0
+    """Share of the optimizer states that is offloaded (Twin-Flow); without meaning when offload_optimizer=none."""
     cp_kind: str = "ring"
     """ring, ulysses, all_gather; without meaning when cp = 1."""
+    hpz: int = 1
+    """ZeRO++: ranks that share a second copy of the parameters for the backward; 1 = none."""
+    qwz: bool = False
+    """ZeRO++: parameters are gathered in 8 bits."""
+    qgz: bool = False
+    """ZeRO++: gradients are reduced in 4 bits."""
 
     def __post_init__(self) -> None:
-        for name in ("dp", "tp", "pp", "cp", "ep", "micro_batch", "virtual_stages"):
+        for name in ("dp", "tp", "pp", "cp", "ep", "micro_batch", "virtual_stages", "hpz"):
             _positive(name, getattr(self, name))
         if self.dp_shard is not None:
             _positive("dp_shard", self.dp_shard)
-        if not isinstance(self.sequence_parallel, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise InputError(f"sequence_parallel={self.sequence_parallel!r} is not true or false", place="layout")
+        for name in YES_OR_NO:
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name}={getattr(self, name)!r} is not true or false", place="layout")
         if type(self.zero) is not int or self.zero not in (0, 1, 2, 3):
             raise InputError(f"zero={self.zero} is not a ZeRO stage", place="layout", remedy="use 0, 1, 2 or 3")
         split_recompute(self.recompute)
-        for name, known in (
-            ("schedule", SCHEDULES),
-            ("attention", ATTENTION),
-            ("offload_optimizer", OFFLOAD),
-            ("cp_kind", CP_KINDS),
-        ):
+        for name, known in CODES.items():
             _known(name, getattr(self, name), known)
+        _ratio("offload_ratio", self.offload_ratio)
         for layers in self.stage_layers or ():
             _positive("stage_layers", layers)
 
@@ -128,6 +154,15 @@ FIELD_NAMES = tuple(f.name for f in dataclasses.fields(Layout))
 def _positive(name: str, value: object) -> None:
     if type(value) is not int or not 1 <= value <= LARGEST:
         raise InputError(f"{name}={value} is not a positive whole number", place="layout", remedy="use 1 or more")
+
+
+def _ratio(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value <= 1.0:
+        raise InputError(f"{name}={value} is not a share", place="layout", remedy="use more than 0, up to 1")
+    if abs(value * RATIO_STEPS - round(value * RATIO_STEPS)) > 1e-6:
+        raise InputError(
+            f"{name}={value} is finer than steps of 1/{RATIO_STEPS}", place="layout", remedy="use three decimals"
+        )
 
 
 def _known(name: str, word: str, known: Sequence[str]) -> None:
@@ -171,11 +206,14 @@ def _value(name: str, raw: str) -> object:
             return tuple(int(part) for part in raw.split(","))
         if name in TEXT_WORDS:
             return raw.lower()
-        if name == "sequence_parallel":
+        if name == "offload_ratio":
+            return float(raw)
+        if name in YES_OR_NO:
             return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[raw.lower()]
         return int(raw)
     except (ValueError, KeyError):
-        kind = {"sequence_parallel": "true or false", "stage_layers": "numbers such as 10,12,12,10"}
+        kind = dict.fromkeys(YES_OR_NO, "true or false")
+        kind |= {"stage_layers": "numbers such as 10,12,12,10", "offload_ratio": "a share such as 0.4"}
         remedy = f"use {kind.get(name, 'a whole number')}" if "=" not in raw else "separate words with spaces"
         raise InputError(f"{name}={raw!r} is malformed", place="layout", remedy=remedy) from None
 
@@ -197,7 +235,7 @@ def layout_from_document(document: Mapping[str, object]) -> Layout:
 
 @dataclass(frozen=True, kw_only=True)
 class LayoutTable:
-    """N layouts as columns. Words are stored as codes: indices into RECOMPUTE, SCHEDULES, ATTENTION, OFFLOAD, CP_KINDS."""
+    """N layouts as columns. Words are stored as codes: indices into RECOMPUTE and CODES, shares in RATIO_STEPS."""
 
     dp: IntArray
     tp: IntArray
@@ -221,6 +259,12 @@ class LayoutTable:
     attention: IntArray
     offload_optimizer: IntArray
     cp_kind: IntArray
+    offload_params: IntArray
+    offload_activations: IntArray
+    offload_ratio: IntArray
+    hpz: IntArray
+    qwz: IntArray
+    qgz: IntArray
     splits: tuple[tuple[int, ...] | None, ...] = (None,)
     """Explicit `stage_layers` in use; entry 0 is None, the runtime's rule."""
 
@@ -271,23 +315,17 @@ class LayoutTable:
     def row(self, index: int) -> Layout:
         """One layout back as words."""
         at = {name: int(column[index]) for name, column in self.columns().items()}
+        values: dict[str, Any] = {
+            **{name: at[name] for name in COUNTS},
+            **{name: bool(at[name]) for name in YES_OR_NO},
+            **{word: known[at[word]] for word, known in CODES.items()},
+        }
         return Layout(
-            dp=at["dp"],
-            tp=at["tp"],
-            pp=at["pp"],
-            cp=at["cp"],
-            ep=at["ep"],
-            micro_batch=at["micro_batch"],
-            zero=at["zero"],
+            **values,
             dp_shard=None if at["dp_shard"] == at["dp"] else at["dp_shard"],
-            sequence_parallel=bool(at["sequence_parallel"]),
             recompute=Recompute(RECOMPUTE[at["recompute"]], at["recompute_layers"], at["recompute_parts"]).word(),
-            schedule=SCHEDULES[at["schedule"]],
-            virtual_stages=at["virtual_stages"],
             stage_layers=self.splits[at["split"]],
-            attention=ATTENTION[at["attention"]],
-            offload_optimizer=OFFLOAD[at["offload_optimizer"]],
-            cp_kind=CP_KINDS[at["cp_kind"]],
+            offload_ratio=at["offload_ratio"] / RATIO_STEPS,
         )
 
 
@@ -308,18 +346,14 @@ def layout_table(layouts: Sequence[Layout]) -> LayoutTable:
             splits.append(one.stage_layers)
         recompute = split_recompute(one.recompute)
         row = {
-            **{name: getattr(one, name) for name in ("dp", "tp", "pp", "cp", "ep", "micro_batch", "zero")},
+            **{name: int(getattr(one, name)) for name in (*COUNTS, *YES_OR_NO)},
             "dp_shard": one.dp_shard or one.dp,
-            "sequence_parallel": int(one.sequence_parallel),
             "recompute": RECOMPUTE.index(recompute.kind),
             "recompute_layers": recompute.layers,
             "recompute_parts": recompute.parts,
-            "schedule": SCHEDULES.index(one.schedule),
-            "virtual_stages": one.virtual_stages,
             "split": splits.index(one.stage_layers),
-            "attention": ATTENTION.index(one.attention),
-            "offload_optimizer": OFFLOAD.index(one.offload_optimizer),
-            "cp_kind": CP_KINDS.index(one.cp_kind),
+            "offload_ratio": round(one.offload_ratio * RATIO_STEPS),
+            **{word: known.index(getattr(one, word)) for word, known in CODES.items()},
         }
         rows.append(tuple(row[name] for name in COLUMNS))
     matrix = np.asarray(rows, dtype=np.int64).reshape(len(rows), len(COLUMNS))

@@ -10,8 +10,10 @@ from numpy.typing import NDArray
 
 from shardplan.costmodel.job import BYTES_OF, GATHERED_BYTES, Job
 from shardplan.costmodel.layout import LayoutTable
+from shardplan.costmodel.offload import NVME, READ_STATE_BYTES, optimizer_share
 from shardplan.costmodel.recompute import RECOMPUTE
 from shardplan.costmodel.runtime import BytesPerParameter, Runtime
+from shardplan.costmodel.zeropp import secondary_bytes
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -101,9 +103,9 @@ def stage_states(
     stage_parameters: FloatArray,
     layer_parameters: FloatArray,
     root_parameters: FloatArray,
-    offloaded: NDArray[np.bool_],
 ) -> dict[str, FloatArray]:
-    """Bytes of parameters, gradients, optimizer, host memory and of what the optimizer step makes (`stepping`), each (N, S).
+    """Bytes of parameters, gradients, optimizer, in host memory, on flash (`nvme`), and of what the optimizer step makes (`stepping`),
+    each (N, S).
 
     `stage_parameters` (N, S), the largest layer's `layer_parameters` (N, S) and `root_parameters` (N, S: embedding, final norm,
     head) are per rank, that is after the tensor-parallel split. Under ZeRO-3 the gathered layers are added to the parameters,
@@ -111,15 +113,21 @@ def stage_states(
     """
     shards = layouts.zero_ranks.astype(np.float64)[:, None]
     states = state_columns(runtime, job, layouts.zero, accumulates=accumulates)
-    moved, stepping = np.zeros_like(stage_parameters), np.zeros_like(stage_parameters)
+    stepping = np.zeros_like(stage_parameters)
+    tiers = {"host": np.zeros_like(stage_parameters), "nvme": np.zeros_like(stage_parameters)}
+    share = optimizer_share(layouts)[:, None]
+    parked = layouts.offload_params[:, None]
     parts: dict[str, FloatArray] = {}
     for part, column in states.items():
         sharded = stage_parameters * column.sharded[:, None] / shards
         if part in runtime.working_set.offload_moves:
-            moved += np.where(offloaded[:, None], sharded, 0.0)
-            sharded = np.where(offloaded[:, None], 0.0, sharded)
+            _park(tiers, share * sharded, layouts.offload_optimizer[:, None])
+            sharded = (1.0 - share) * sharded
+        elif part == "parameters":
+            _park(tiers, np.where(parked > 0, sharded, 0.0), parked)
+            sharded = np.where(parked > 0, 0.0, sharded)
         parts[part] = stage_parameters * column.whole[:, None] + sharded
-        stepping += np.where(offloaded[:, None], 0.0, stage_parameters * column.stepping[:, None] / shards)
+        stepping += (1.0 - share) * (stage_parameters * column.stepping[:, None] / shards)
     held = _held_whole(runtime, layouts)
     parts["gradients"] = parts["gradients"] + stage_parameters * (held * gradient_bytes(runtime, job))[:, None]
     parts["parameters"] = (
@@ -130,10 +138,26 @@ def stage_states(
         runtime, job, layouts, states["gradients"].whole == 0, layer_parameters, root_parameters, stage_parameters
     )
     parts["parameters"] = parts["parameters"] + gathered
+    if (layouts.hpz > 1).any():
+        parts["parameters"] += secondary_bytes(layouts, stage_parameters, BYTES_OF[job.precision])
     parts["gradients"] = parts["gradients"] + waiting
-    parts["host"] = moved
+    parts["host"] = tiers["host"] + _flash_buffers(runtime, layouts, share * stage_parameters / shards)
+    parts["nvme"] = tiers["nvme"]
     parts["stepping"] = stepping
     return parts
+
+
+def _park(tiers: dict[str, FloatArray], moved: FloatArray, tier: IntArray) -> None:
+    """Add what was `moved` off the GPU, (N, S), to the memory that `tier` (codes of OFFLOAD) names."""
+    tiers["nvme"] += np.where(tier == NVME, moved, 0.0)
+    tiers["host"] += np.where(tier == NVME, 0.0, moved)
+
+
+def _flash_buffers(runtime: Runtime, layouts: LayoutTable, updated: FloatArray) -> FloatArray:
+    """Host memory that states pass through between flash and CPU or GPU, bytes per GPU."""
+    group = np.minimum(updated, runtime.offload.nvme_group_parameters)
+    states = np.where(layouts.offload_optimizer[:, None] == NVME, READ_STATE_BYTES * group, 0.0)
+    return states + np.where(layouts.offload_params[:, None] == NVME, runtime.offload.nvme_parameter_buffer_bytes, 0.0)
 
 
 def _held_whole(runtime: Runtime, layouts: LayoutTable) -> FloatArray:
@@ -154,10 +178,11 @@ def _working_set(
     """(gathered parameters and autocast's copies under ZeRO-3, gradients awaiting reduction in the rows that keep none whole) in bytes."""
     work = runtime.working_set
     element = parameter_bytes(runtime, job, sent=False)
-    spread = (layouts.zero_ranks > 1) & (_held_whole(runtime, layouts) == 0)
+    away = (layouts.offload_optimizer > 0) & ("gradients" in work.offload_moves)  # gradients on their way to the host
+    spread = ((layouts.zero_ranks > 1) | (layouts.offload_params > 0)) & (_held_whole(runtime, layouts) == 0)
     gathered = work.gathered_layers * layer + (root if work.root_stays_gathered else 0.0)
     gathered = np.where(((layouts.zero == 3) & spread)[:, None], np.minimum(gathered, stage), 0.0)
-    waiting = np.where((waits & spread)[:, None], np.minimum(work.gradient_layers * layer, stage), 0.0)
+    waiting = np.where((waits & (spread | away))[:, None], np.minimum(work.gradient_layers * layer, stage), 0.0)
     cached = BYTES_OF[job.precision] * np.where((layouts.zero == 3)[:, None] & work.autocast_copies, stage, 0.0)
     return element * gathered + cached, BYTES_OF[job.precision] * waiting
 

@@ -197,18 +197,21 @@ def _refuse_uncovered(row: Row) -> None:
         raise RefusedRowError(f"precision {row['precision']} is not modelled yet")
     if row["experts"]:
         raise RefusedRowError("mixture-of-experts layers are not modelled yet")
-    if row["offload_params"] not in ("", "none"):
-        raise RefusedRowError("parameter offload is not modelled yet")
-    if row["offload_optimizer"] not in ("", "none", "cpu"):
-        raise RefusedRowError(f"optimizer offload to {row['offload_optimizer']} is not modelled yet")
+
+
+def _remarks(row: Row) -> list[Mapping[str, Any]]:
+    """What model and notes say that no column does: layout words and switches."""
+    text = f"{row['model']} {row['notes']}".lower()
+    return [remark for remark in _names()["remarks"] if remark["contains"] in text]
 
 
 def _runtime(row: Row) -> tuple[Runtime, Mapping[str, Any]]:
-    """(runtime, its entry of `frameworks`, which says what is meant when the row does not)."""
+    """(runtime with the switches that remarks name, its entry of `frameworks`, which says what is meant when the row does not)."""
     framework = row["framework"].lower()
     for entry in _names()["frameworks"]:
         if entry["contains"] in framework:
-            return load_runtime(entry["runtime"]), entry
+            switches = [name for remark in _remarks(row) for name in remark.get("switches", ())]
+            return load_runtime("+".join([entry["runtime"], *switches])), entry
     raise RefusedRowError(f"framework {row['framework']!r} has no runtime yet")
 
 
@@ -249,8 +252,6 @@ def _model(row: Row) -> Model:
 def _layout(row: Row, unsaid: Mapping[str, Any], runtime: Runtime) -> Layout:
     hpz = whole(row, "hpz", 0)
     dp, stage = whole(row, "dp"), whole(row, "zero", unsaid["zero"], least=0)
-    if hpz and not runtime.abilities.hsdp:
-        raise RefusedRowError(f"hpz={hpz}: a secondary partition of parameters (ZeRO++) is not modelled yet")
     tp, pp, micro_batch = (whole(row, name) for name in ("tp", "pp", "micro_batch"))
     finest = whole(row, "layers") // pp if pp > 1 and unsaid.get("interleaves") else 1
     cp, ep, virtual_stages = whole(row, "cp", 1), whole(row, "ep", 1), whole(row, "virtual_stages", max(finest, 1))
@@ -265,12 +266,14 @@ def _layout(row: Row, unsaid: Mapping[str, Any], runtime: Runtime) -> Layout:
             micro_batch=micro_batch,
             virtual_stages=virtual_stages,
             zero=stage,
-            dp_shard=hpz or None,
+            **{"hpz" if runtime.abilities.zeropp else "dp_shard": hpz} if hpz else {},
             sequence_parallel=flag(row, "sequence_parallel"),
             recompute=_recompute(row, pp),
             schedule="1f1b" if schedule == "none" else schedule.replace("-", "_"),
             attention=row["attention"] or "auto",
             offload_optimizer=row["offload_optimizer"] or "none",
+            offload_params=row["offload_params"] or "none",
+            **{word: value for remark in _remarks(row) for word, value in remark.get("layout", {}).items()},
         )
     except InputError as bad:
         raise RefusedRowError(str(bad)) from None

@@ -13,7 +13,7 @@ from shardplan.costmodel.runtime import Communication
 
 IntArray = NDArray[np.int64]
 
-SHARING = ("zero", "dp_shard", "offload_optimizer", "ep")
+SHARING = ("zero", "dp_shard", "offload_optimizer", "offload_params", "offload_ratio", "hpz", "qwz", "qgz", "ep")
 """Columns that say how states are spread and kept; all others say what a micro-batch computes and keeps."""
 
 

@@ -11,12 +11,12 @@ import numpy as np
 from shardplan.costmodel.context_rules import CONTEXT_RULES
 from shardplan.costmodel.layout import (
     ATTENTION,
-    OFFLOAD,
     Layout,
     LayoutTable,
     layout_table,
 )
 from shardplan.costmodel.model_rules import MODEL_RULES, missing_parts
+from shardplan.costmodel.offload_rules import OFFLOAD_RULES
 from shardplan.costmodel.recompute import ALL_LAYERS, PART_BITS, RECOMPUTE, split_recompute
 from shardplan.costmodel.rule import BoolArray, Rejection, Rule, Setting
 from shardplan.costmodel.rule_parts import (
@@ -33,6 +33,7 @@ from shardplan.costmodel.rule_parts import (
     use_divisors,
 )
 from shardplan.costmodel.schedule_rules import SCHEDULE_RULES
+from shardplan.costmodel.zeropp_rules import ZEROPP_RULES
 
 STRUCTURE: tuple[Rule, ...] = (
     Rule(
@@ -185,22 +186,6 @@ RUNTIME_RULES: tuple[Rule, ...] = (
         remedy=options(lambda r: r.abilities.attention),
     ),
     Rule(
-        id="runtime-offload",
-        broken=lambda s, t: ~np.isin(t.offload_optimizer, codes(s.runtime.abilities.offload_optimizer, OFFLOAD)),
-        detail=lambda s, x: f"runtime {s.runtime.name!r} has no offload_optimizer={x.offload_optimizer}",
-        remedy=options(lambda r: r.abilities.offload_optimizer),
-    ),
-    Rule(
-        id="offload-zero",
-        broken=lambda s, t: (t.offload_optimizer > 0) & ~np.isin(t.zero, s.runtime.abilities.offload_zero),
-        detail=lambda s, x: (
-            f"offload_optimizer={x.offload_optimizer} does not go with zero={x.zero} in {s.runtime.name!r}"
-        ),
-        remedy=lambda s, x: (
-            f"use zero={' or '.join(map(str, s.runtime.abilities.offload_zero)) or 'with another --runtime'}"
-        ),
-    ),
-    Rule(
         id="tp-divides-vocab",
         broken=lambda s, t: (s.model.vocab % t.tp != 0) & (not can(s, "pads_vocabulary")),
         detail=lambda s, x: f"tp={x.tp} does not divide vocab={s.model.vocab}, which {s.runtime.name!r} does not pad",
@@ -242,7 +227,16 @@ RUNTIME_RULES: tuple[Rule, ...] = (
     ),
 )
 
-RULES: tuple[Rule, ...] = (*LAYER_RULES, *STRUCTURE, *MODEL_RULES, *CONTEXT_RULES, *SCHEDULE_RULES, *RUNTIME_RULES)
+RULES: tuple[Rule, ...] = (
+    *LAYER_RULES,
+    *STRUCTURE,
+    *MODEL_RULES,
+    *CONTEXT_RULES,
+    *SCHEDULE_RULES,
+    *RUNTIME_RULES,
+    *OFFLOAD_RULES,
+    *ZEROPP_RULES,
+)
 STRUCTURAL: tuple[Rule, ...] = tuple(rule for rule in RULES if rule.structural)
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from shardplan.costmodel.model import PART_NAMES, LayerPart
 from shardplan.costmodel.recompute import Part
+from shardplan.costmodel.runtime_offload import Offloading
 from shardplan.hw_profiles.errors import InputError, nearest
 from shardplan.hw_profiles.machine import AttentionKernel
 
@@ -39,6 +40,8 @@ class Abilities(_FromFile):
     zero_with_pipeline: tuple[int, ...]
     hsdp: bool
     """ZeRO sharding over fewer ranks than dp."""
+    zeropp: bool
+    """ZeRO++: `hpz`, `qwz` and `qgz`."""
     tensor_parallel: bool
     sequence_parallel: bool
     pipeline_parallel: bool
@@ -252,6 +255,7 @@ class Runtime(_FromFile):
     """Vocabulary is padded to this times tp."""
     allocator_slack_fraction: float
     """Reserved beyond allocated, relative to allocated."""
+    offload: Offloading = field(default_factory=Offloading)
     switched: Mapping[str, float] = field(default_factory=dict[str, float])
     """Numbers that switches changed, relative to before; fitted constants are changed alike."""
 

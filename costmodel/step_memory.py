@@ -23,10 +23,8 @@ FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
 
-def stage_activations(
-    model: Model, layouts: LayoutTable, blocks: BlockRows, stages: StageRows, micro_batches: FloatArray
-) -> FloatArray:
-    """Bytes of activations, logits and loss, (N, S), at the peak of each stage: the backward of the oldest micro-batch in flight."""
+def micro_batches_in_flight(layouts: LayoutTable, stages: StageRows, micro_batches: FloatArray) -> FloatArray:
+    """Micro-batches whose activations each stage keeps at its peak, (N, S)."""
     flying = in_flight(
         layouts.schedule[:, None],
         layouts.pp[:, None],
@@ -34,7 +32,41 @@ def stage_activations(
         micro_batches[:, None],
         layouts.virtual_stages[:, None],
     )
-    flying = np.where(layouts.pp[:, None] > 1, flying, 1.0)
+    return np.where(layouts.pp[:, None] > 1, flying, 1.0)
+
+
+def checkpoint_bytes(model: Model, blocks: BlockRows, stages: StageRows) -> FloatArray:
+    """Bytes that one micro-batch keeps as inputs of recomputed layers, (N, S): what `offload_activations` moves."""
+    total = stages.layers.sum(axis=2)
+    kept = np.zeros_like(total)
+    for index in range(len(model.runs)):
+        share = np.divide(stages.layers[:, :, index], total, out=np.zeros_like(total), where=total > 0)
+        kept += stages.recomputed * share * blocks.layers[index]["input_bytes"][:, None]
+    return kept
+
+
+CHECKPOINTS_ON_GPU = 2.0
+"""Inputs of recomputed layers on the GPU at once when they are offloaded: of the layer that runs and of the one on its way."""
+
+
+def parked_activations(
+    model: Model, layouts: LayoutTable, blocks: BlockRows, stages: StageRows, flying: FloatArray
+) -> FloatArray | None:
+    """Bytes of activations in host memory, (N, S); None where no layout offloads them."""
+    away = layouts.offload_activations > 0
+    if not away.any():
+        return None
+    recomputed = stages.recomputed
+    still = np.divide(CHECKPOINTS_ON_GPU, recomputed, out=np.ones_like(recomputed), where=recomputed > 0)
+    kept = flying * checkpoint_bytes(model, blocks, stages)
+    return np.where(away[:, None], np.maximum(1.0 - still / flying, 0.0) * kept, 0.0)
+
+
+def stage_activations(
+    model: Model, blocks: BlockRows, stages: StageRows, layouts: LayoutTable, flying: FloatArray
+) -> FloatArray:
+    """Bytes of activations, logits and loss, (N, S), at the peak of each stage: the backward of the oldest of the `flying`
+    micro-batches."""
     total = stages.layers.sum(axis=2)
     activations = np.zeros_like(total)
     for index in range(len(model.runs)):
@@ -71,6 +103,8 @@ class HeldBytes:
     buffers: FloatArray
     host: FloatArray
     """Bytes in host memory per GPU."""
+    nvme: FloatArray | None
+    """Bytes on flash per GPU; None where nothing is."""
     freed: NDArray[np.bool_] | None
     """Keys, (K,), whose gradients appear only while activations go: not live at the peak, yet in blocks of their own; None where
     there are none."""
@@ -94,7 +128,6 @@ def held_bytes(
         stage_parameters=parameters.stage,
         layer_parameters=parameters.layer,
         root_parameters=parameters.root,
-        offloaded=layouts.offload_optimizer > 0,
     )
     on_gpu = gpu.device == "cuda"  # NCCL channels and GPU workspaces; gloo keeps next to nothing
     buffers = np.where((layouts.gpus > 1) & on_gpu, runtime.working_set.buffer_bytes, 0.0)[:, None]
@@ -106,6 +139,7 @@ def held_bytes(
         stepping=states["stepping"] if states["stepping"].any() else None,
         buffers=buffers + runtime.working_set.matrix_gradient_bytes * parameters.matrix,
         host=states["host"],
+        nvme=states["nvme"] if states["nvme"].any() else None,
         freed=freed if runtime.working_set.gradients_freed and freed.any() else None,
     )
 
@@ -129,7 +163,9 @@ class StepMemory:
 
     held: HeldBytes
     activations: FloatArray
-    """(W, S)."""
+    """On the GPU, (W, S)."""
+    parked: FloatArray | None
+    """Activations in host memory, (W, S); None where none are."""
     states_of: IntArray
     work_of: IntArray
     slack_fraction: float
@@ -145,18 +181,24 @@ class StepMemory:
         held, of = self.held, self.states_of
         if part == "activations":
             return self.activations[self.work_of]
-        if part == "gradients":
-            return held.gradients[of] - self._late()
-        if part == "optimizer" and held.stepping is not None:
-            return held.optimizer[of] + np.maximum(held.stepping[of] - self.activations[self.work_of], 0.0)
-        if part in ("parameters", "optimizer", "buffers", "host"):
+        if part in ("parameters", "gradients", "optimizer", "buffers", "host"):
             found: FloatArray = getattr(held, part)[of]
-            return found
+            return found + self._besides(part)
         allocated = sum((self._part(name) for name in MEMORY_PARTS[1:5]), self._part(MEMORY_PARTS[0]))
         if part == "allocated":
             return allocated
         slack = self.slack_fraction * allocated + (1.0 + self.slack_fraction) * self._late()
         return slack if part == "slack" else allocated + slack + self.context_bytes
+
+    def _besides(self, part: str) -> FloatArray | float:
+        """What the activations add to a part of the states or take from it, (N, S)."""
+        if part == "gradients":
+            return -self._late()
+        if part == "optimizer" and self.held.stepping is not None:
+            return np.maximum(self.held.stepping[self.states_of] - self.activations[self.work_of], 0.0)
+        if part == "host" and self.parked is not None:
+            return self.parked[self.work_of]
+        return 0.0
 
     def _late(self) -> FloatArray | float:
         """Gradients that are not live at the peak, (N, S)."""
@@ -198,4 +240,12 @@ class StepMemory:
 
     def host_bytes(self) -> FloatArray:
         """In host memory for each GPU of the stage that keeps most there, (N,)."""
+        if self.parked is not None:
+            return self._part("host").max(axis=1)
         return self.held.host.max(axis=1).take(self.states_of)
+
+    def nvme_bytes(self) -> FloatArray:
+        """The same on flash."""
+        if self.held.nvme is None:
+            return np.zeros(len(self.states_of))
+        return self.held.nvme.max(axis=1).take(self.states_of)

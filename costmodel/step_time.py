@@ -28,7 +28,13 @@ from shardplan.costmodel.keys import ROWS_IN_CACHE, LazyColumns
 from shardplan.costmodel.layout import LayoutTable
 from shardplan.costmodel.memory import gradient_bytes, parameter_bytes, update_traffic_bytes
 from shardplan.costmodel.model import Model
-from shardplan.costmodel.offload import optimizer_offload_s
+from shardplan.costmodel.offload import (
+    StepWindows,
+    TierTimes,
+    exposed_tiers_s,
+    optimizer_share,
+    tier_times,
+)
 from shardplan.costmodel.runtime import Runtime
 from shardplan.costmodel.stage_cost import StageParameters, StageRows
 from shardplan.hw_profiles.machine import Cluster
@@ -88,13 +94,13 @@ class PacedTimes:
     parts: Mapping[str, FloatArray]
     """Seconds per step of parts of TIME_PARTS."""
     hidden: Mapping[str, FloatArray]
-    backward_s: FloatArray
-    """Of one micro-batch."""
     host_s: FloatArray
     """That launches take beyond compute."""
     exchanges: Exchange
     """How often the states of a rank are reduced and gathered in a step."""
     windows: Windows
+    offload: tuple[FloatArray, FloatArray] | None = None
+    """(exposed, hidden) seconds of activations on their way to and from host memory; None where none are."""
 
 
 def paced_times(
@@ -104,8 +110,13 @@ def paced_times(
     transfers_s: FloatArray,
     owner: Owner,
     micro_batches: FloatArray,
+    copies: tuple[FloatArray, FloatArray, FloatArray] | None = None,
 ) -> PacedTimes:
-    """The columns of `pace.pipeline_pace` over the micro-batches of a step."""
+    """The columns of `pace.pipeline_pace` over the micro-batches of a step; `copies` of activations are `offload.activation_copies_s`."""
+    down, up, hidden_copies = copies or (0.0, 0.0, 0.0)
+    ring = pace.get(
+        "context_exposed", 0.0
+    )  # while it waits for keys, other exchanges go on, a third of it in the forward
     once = np.ones(len(layouts))
     tensor_exposed = micro_batches * pace["tensor_exposed"]
     parts = {
@@ -122,7 +133,6 @@ def paced_times(
     return PacedTimes(
         parts=parts,
         hidden=hidden,
-        backward_s=pace["backward"],
         host_s=micro_batches * pace["host"],
         exchanges=exchange_s(
             Exchange(reduce_s=once, gather_s=once, reduce_share=once, gather_share=once),
@@ -136,9 +146,10 @@ def paced_times(
             layouts,
             runtime.communication,
             micro_batches=micro_batches,
-            forward_s=pace["forward"],
-            backward_s=pace["backward"] + pace["recompute"],
+            forward_s=pace["forward"] + down + ring / 3.0,
+            backward_s=pace["backward"] + pace["recompute"] + up + ring / 1.5,
         ),
+        offload=(micro_batches * (down + up), micro_batches * hidden_copies) if copies else None,
     )
 
 
@@ -151,10 +162,9 @@ class HeldTimes:
     tied_s: FloatArray | None
     """All-reduce between the two copies of a tied embedding; None where the model ties none."""
     optimizer_s: FloatArray
-    """Of an update on the GPU; 0 where the optimizer is offloaded."""
-    updated: FloatArray
-    """Parameters that a rank updates."""
-    offloaded: NDArray[np.bool_]
+    """Of the update on the GPU: of what is not offloaded."""
+    tiers: TierTimes | None
+    """Of states outside the GPU; None where no key has any."""
 
 
 def held_times(
@@ -162,7 +172,9 @@ def held_times(
 ) -> HeldTimes:
     """Exchange and update of the states of each key."""
     element = gradient_bytes(runtime, job)
-    updated, offloaded = owner.parameters / layouts.zero_ranks, layouts.offload_optimizer > 0
+    updated, share = owner.parameters / layouts.zero_ranks, optimizer_share(layouts)
+    traffic = update_traffic_bytes(runtime, job) * updated * np.where(share < 1, 1.0 - share, 1.0)
+    tiers_used = bool((share > 0).any() or layouts.offload_params.any())
     tied = None
     if model.tied_embeddings:
         table = element * model.vocab * model.hidden / layouts.tp
@@ -178,11 +190,20 @@ def held_times(
             units=owner.units,
             gradient_bytes=element,
             parameter_bytes=parameter_bytes(runtime, job, sent=True),
+            gpu=cluster.gpu,
         ),
         tied_s=tied,
-        optimizer_s=np.where(offloaded, 0.0, memory_bound_s(cluster.gpu, update_traffic_bytes(runtime, job) * updated)),
-        updated=updated,
-        offloaded=offloaded,
+        optimizer_s=np.where(share < 1, memory_bound_s(cluster.gpu, traffic), 0.0),
+        tiers=tier_times(
+            cluster.node,
+            runtime.offload,
+            layouts,
+            updated,
+            gradient_bytes=element,
+            parameter_bytes=BYTES_OF[job.precision],
+        )
+        if tiers_used
+        else None,
     )
 
 
@@ -211,7 +232,7 @@ class StepTime:
             offload, _ = self._offload(at, of, exposed)
             host = paced.host_s.take(at)
             if self.cluster.gpu.device != "cpu":  # while a GPU waits for its links, the host launches ahead
-                host = np.maximum(host - exposed, 0.0)
+                host = np.maximum(host - exposed - offload, 0.0)
             host += self.runtime.execution.step_overhead_s
             step = together.take(at) + exposed + offload + self.held.optimizer_s.take(of) + host
             for name, column in zip(own, (exposed, offload, host, step), strict=True):
@@ -253,18 +274,28 @@ class StepTime:
         return exposed + self.runtime.execution.compute_slowdown * hidden, hidden
 
     def _offload(self, at: IntArray, of: IntArray, exchange_s: FloatArray) -> tuple[FloatArray, FloatArray]:
-        """(exposed, hidden) seconds of the optimizer's traffic and update on the host, for the rows that offload it. Gradients go down
-        while later layers are computed, or while the step waits `exchange_s` for their reduction over another link."""
+        """(exposed, hidden) seconds of what lives outside the GPU, of the rows with keys `at` and `of`, beside the `exchange_s` that
+        the step waits for data parallelism."""
+        paced, held = self.paced, self.held
         exposed, hidden = np.zeros(len(of)), np.zeros(len(of))
-        rows = np.flatnonzero(self.held.offloaded.take(of))
-        if len(rows):
-            exposed[rows], hidden[rows] = optimizer_offload_s(
-                self.cluster.node,
-                self.held.updated.take(of[rows]),
-                gradient_bytes=gradient_bytes(self.runtime, self.job),
-                parameter_bytes=BYTES_OF[self.job.precision],
-                window_s=self.paced.backward_s.take(at[rows]) + exchange_s[rows],
+        if paced.offload is not None:
+            exposed, hidden = paced.offload[0].take(at), paced.offload[1].take(at)
+        if held.tiers is not None:
+            windows = StepWindows(
+                reductions=paced.exchanges.reduce_s.take(at),
+                gathers=paced.exchanges.gather_s.take(at),
+                backward_s=paced.windows.reducing_s.take(at),
+                compute_s=(paced.parts["compute_s"] + paced.parts["recompute_s"]).take(at),
+                waiting_s=exchange_s + exposed,
+                on_gpu_s=held.optimizer_s.take(of),
             )
+            of_tiers, behind = exposed_tiers_s(
+                held.tiers.take(of),
+                windows,
+                self.runtime.offload,
+                gradient_overlap=self.runtime.communication.reduce_overlap,
+            )
+            exposed, hidden = exposed + of_tiers, hidden + behind
         return exposed, hidden
 
 

@@ -27,6 +27,8 @@ class Outcome:
     case_id: str
     source: str
     precision: str
+    digitised: bool
+    """Read off a figure."""
     group: tuple[str, ...]
     """Rows of one group are the same work on the same machine in another layout: model, GPU, count, batch."""
     measured_step_s: float | None
@@ -114,6 +116,7 @@ def _outcome(row: Row) -> Outcome:
         case_id=row["case_id"],
         source=row["source"],
         precision=row["precision"],
+        digitised=row["quality"] == "digitised",
         group=tuple(
             row[name]
             for name in (*SHAPE, "source", "model", "gpu", "gpus", "seq", "global_batch", "precision", "framework")
@@ -267,14 +270,13 @@ def summary(name: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 
 def summaries(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
-    """One summary per source, in order of appearance, one each over rows in fp8 and the others where there are both, and one over
-    all."""
+    """One summary per source, in order of appearance, one over each kind of row where there are several (read off figures, in fp8, the
+    rest), and one over all."""
     sources = dict.fromkeys(one.source for one in outcomes)
     lines = [summary(name, [one for one in outcomes if one.source == name]) for name in sources]
-    eight = [one for one in outcomes if one.precision == "fp8"]
-    if 0 < len(eight) < len(outcomes):
-        lines += [
-            summary("all in fp8", eight),
-            summary("all but fp8", [one for one in outcomes if one.precision != "fp8"]),
-        ]
-    return [*lines, summary("all", outcomes)]
+    kinds: dict[str, list[Outcome]] = {"all read off figures": [], "all in fp8": [], "all others": []}
+    for one in outcomes:
+        kind = "all read off figures" if one.digitised else "all in fp8" if one.precision == "fp8" else "all others"
+        kinds[kind].append(one)
+    several = {name: rows for name, rows in kinds.items() if rows and len(rows) < len(outcomes)}
+    return [*lines, *(summary(name, rows) for name, rows in several.items()), summary("all", outcomes)]

@@ -221,6 +221,7 @@ def _node(part: schema.NodePart, gpu: Gpu) -> Node:
             memory_efficiency=host.memory_efficiency.value,
             pcie_bytes_per_s=host.pcie_gb_per_s.value * GIGA,
             adam_bytes_per_parameter=host.adam_bytes_per_parameter.value,
+            pcie_node_bytes_per_s=host.pcie_node_gb_per_s.value * GIGA if host.pcie_node_gb_per_s else None,
         ),
         nvme=Nvme(
             read_bytes_per_s=nvme.read_gb_per_s.value * GIGA,

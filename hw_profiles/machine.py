@@ -168,6 +168,8 @@ class Host:
     """Pinned host-device copy, per GPU, one direction."""
     adam_bytes_per_parameter: float
     """DRAM traffic of one CPU Adam update of one parameter."""
+    pcie_node_bytes_per_s: float | None = None
+    """What all GPUs of the node copy at once, one direction; None: each at `pcie_bytes_per_s`."""
 
 
 @dataclass(frozen=True, kw_only=True)

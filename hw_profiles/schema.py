@@ -164,6 +164,7 @@ class HostPart(Part):
     memory_bandwidth_gb_per_s: Positive
     memory_efficiency: Fraction
     pcie_gb_per_s: Positive
+    pcie_node_gb_per_s: Positive | None = None
     adam_bytes_per_parameter: Positive
 
 

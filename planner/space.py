@@ -31,7 +31,8 @@ IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
 
 FORBIDDABLE = {
-    "offload": ("offload_optimizer",),
+    "offload": ("offload_optimizer", "offload_params", "offload_activations"),
+    "zeropp": ("hpz", "qwz", "qgz"),
     "tensor": ("tp",),
     "pipeline": ("pp",),
     "hsdp": ("dp_shard",),

@@ -38,7 +38,6 @@ def states(
     root: float = 0.0,
     precision: str = "bf16",
     grad_dtype: str | None = None,
-    offloaded: bool = False,
 ) -> dict[str, float]:
     """Bytes by part of a rank with `parameters` parameters, its largest layer `layer`, embedding and head `root`."""
     found = stage_states(
@@ -49,7 +48,6 @@ def states(
         stage_parameters=np.array([[float(parameters)]]),
         layer_parameters=np.array([[layer]]),
         root_parameters=np.array([[root]]),
-        offloaded=np.array([offloaded]),
     )
     return {part: float(values[0, 0]) for part, values in found.items()}
 
@@ -129,7 +127,7 @@ def test_zero_offload(ranks: int) -> None:
     """ZeRO-Offload (arXiv 2101.06840): 2 P of fp16 parameters on the GPU, 2 P of gradients and 12 P of master and Adam on the
     host, over the ranks. DeepSpeed keeps fp32 gradients there too, 4 P."""
     psi = 10e9
-    held = states("deepspeed", f"dp={ranks} zero=2 offload_optimizer=cpu", psi, precision="fp16", offloaded=True)
+    held = states("deepspeed", f"dp={ranks} zero=2 offload_optimizer=cpu", psi, precision="fp16")
     assert [held[part] for part in ("parameters", "gradients", "optimizer")] == [2 * psi, 0, 0]
     assert held["host"] - 4 * psi / ranks == 14 * psi / ranks
 

@@ -37,6 +37,14 @@ SLACK = 1e-9
 MODELS = ("llama-3-8b", "llama-2-13b", "llama-3-70b", "gpt3-175b", "megatron-39b")
 CLUSTERS = ("h100-ib", "selene", "jean-zay", "b200-ib", "dgx2-edr", "h200-ib", "mi325x-ib", "a100-40gb-ib")
 RARE = ("schedule=looped_bfs", "schedule=zero_bubble", "schedule=zero_bubble_v", "schedule=dualpipe_v")
+TIERS = (
+    ("deepspeed", "zero=3 offload_optimizer=cpu offload_params=cpu"),
+    ("deepspeed", "zero=3 offload_optimizer=nvme offload_params=nvme"),
+    ("deepspeed", "zero=3 offload_optimizer=cpu offload_ratio=0.4"),
+    ("deepspeed+delayed_update", "zero=2 offload_optimizer=cpu"),
+    ("megatron-deepspeed", "zero=3 offload_optimizer=cpu offload_activations=cpu recompute=full"),
+    ("deepspeed", "zero=3 hpz=8 qwz=true qgz=true"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,10 +103,10 @@ def _space(model: str, cluster: str, nodes: int, runtime: str, seq: int, batch: 
 
 @cache
 def _runtimes_and_wishes() -> tuple[tuple[str, str], ...]:
-    """Every runtime with the schedules a search looks at, and with each of the others that it has."""
+    """Every runtime with the schedules a search looks at, with each of the others that it has, and with other tiers of memory."""
     usual = [(name, "") for name in runtime_names()]
     rare = [(name, f) for name in runtime_names() for f in RARE if f[9:] in load_runtime(name).abilities.schedules]
-    return (*usual, *rare)
+    return (*usual, *rare, *TIERS)
 
 
 @st.composite

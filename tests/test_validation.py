@@ -43,7 +43,13 @@ def by_source_in_fp8(outcomes: list[Outcome]) -> dict[str, dict[str, Any]]:
 
 
 WORST_MEAN_ERROR = {
-    "all": 6.0,
+    "all others": 6.0,
+    "all read off figures": 14.0,
+    "ZeRO-Infinity Fig 5a": 6.0,
+    "ZeRO-Infinity Fig 5c": 10.0,
+    "ZeRO-Offload Fig 8": 13.0,
+    "ZeRO-Offload Fig 9": 15.0,
+    "ZeRO-Offload Fig 10": 16.0,
     "Megatron-LM SC21 Table 1": 3.5,
     "Korthikanti Table 5": 3.0,
     "SimuMax B200 Megatron runs": 3.5,
@@ -81,7 +87,8 @@ def test_step_times_in_fp8_do_not_get_worse(
 
 def test_rows_in_fp8_have_a_line_of_their_own(outcomes: list[Outcome]) -> None:
     lines = {one["source"]: one["rows"] for one in summaries(outcomes)}
-    assert lines["all in fp8"] + lines["all but fp8"] == lines["all"] == len(outcomes)
+    kinds = ("all in fp8", "all read off figures", "all others")
+    assert sum(lines[name] for name in kinds) == lines["all"] == len(outcomes)
 
 
 @pytest.mark.parametrize(
