@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from shardplan.costmodel.adapters import trainable_parameters
 from shardplan.costmodel.estimate import model_flop_per_token
 from shardplan.costmodel.estimates import DEFAULT_HEADROOM, MEMORY_BAND, Estimates
 from shardplan.costmodel.job import Job
@@ -183,8 +184,8 @@ def assumptions(
     peak = cluster.gpu.peak_flop_per_s[job.precision] / 1e12
     lines = [
         f"runtime {runtime.name}: {runtime.version}; {attention} attention; gradients in {gradient}",
-        f"MFU counts 6 FLOP per matrix parameter and token plus full attention, no recompute, of {peak:g} dense "
-        f"{job.precision} TFLOP/s ({cluster.gpu.name})",
+        f"MFU counts {'6' if job.adapters is None else '4 (frozen)'} FLOP per matrix parameter and token plus full attention, no "
+        f"recompute, of {peak:g} dense {job.precision} TFLOP/s ({cluster.gpu.name})",
         f"ranks are placed tp, then cp, then dp, then pp; `fits` keeps {headroom:.0%} headroom below the upper edge of the memory band",
     ]
     once = job.global_batch == layout.dp * layout.micro_batch
@@ -192,13 +193,18 @@ def assumptions(
         lines.append(
             "gradients take the place of activations as the backward goes: not allocated at the peak, counted as slack"
         )
+    if job.adapters is not None:
+        lines.append(
+            f"{job.method}: adapters of rank {job.lora_rank} on {'all products' if job.lora_targets == 'all' else job.lora_targets}, "
+            f"{trainable_parameters(model, job):,.0f} trainable parameters; no dropout in them"
+        )
     if job.precision == "fp8":
         lines.append(
             "fp8: products of layers only; attention, head, activations and states as in bf16, parameters gathered in 8 bits"
         )
     if model.max_positions and job.seq > model.max_positions:
         lines.append(f"seq {job.seq} exceeds the {model.max_positions} positions {model.name} was made for")
-    attention_share = 1.0 - model_flop_per_token(model, 0) / model_flop_per_token(model, job.seq)
+    attention_share = 1.0 - model_flop_per_token(model, 0) / model_flop_per_token(model, job.attended)
     if attention_share > 0.3:
         lines.append(
             f"{attention_share:.0%} of the counted FLOP is attention, of which a causal fused kernel computes half: MFU and HFU "

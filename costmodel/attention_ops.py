@@ -125,10 +125,13 @@ def _attention_core(kind: LayerKind, shapes: Shapes, heads: FloatArray, kv_heads
     copied = np.where(cp_kind == ULYSSES, np.maximum(kv_heads, cp), kv_heads)
     queries, own, exchanged = (e * tokens * width * n for n in (heads, 2 * kv_heads, 2 * copied))
     extra = kept_bytes(cp_kind, cp, e * tokens * kind.value_dim * heads, own, exchanged)
-    pairs = shapes.micro_batch * heads
-    unfused = ~shapes.flash
+    sequences, unfused = shapes.micro_batch, ~shapes.flash
+    if shapes.document is not None:  # as many more, shorter sequences
+        sequences, scores = sequences * seq / shapes.document, scores * shapes.document / keys
+        seq = keys = np.full_like(seq, shapes.document)
+    pairs = sequences * heads
     counted = np.minimum(keys, kind.window) if kind.window else keys
-    flop = shapes.micro_batch * flash_attention_flop(seq, counted, heads, width)
+    flop = sequences * flash_attention_flop(seq, counted, heads, width)
     products = tuple(
         Gemm(m=seq, n=n, k=k, count=np.where(unfused, pairs, 0.0))
         for n, k in ((keys, kind.head_dim * np.ones_like(seq)), (kind.value_dim * np.ones_like(seq), keys))

@@ -45,22 +45,26 @@ def one_exchange_s(
     communication: Communication,
     *,
     parameters: FloatArray,
+    trained: FloatArray,
     units: FloatArray,
     gradient_bytes: int,
     parameter_bytes: int,
     gpu: Gpu,
 ) -> Exchange:
-    """One reduction and one gather of all states of a rank that owns `parameters` parameters in `units` equal groups (layers)."""
+    """One reduction and one gather of all states of a rank that owns `parameters` parameters in `units` equal groups (layers), of which
+    it has `trained`: only those are reduced, and gathered after an update; all are gathered ahead of their layers."""
+    ahead = gathered_ahead(layouts, communication)
+    parameters = np.where(ahead, parameters, trained)
     step, shards = layouts.tp.astype(np.float64), layouts.zero_ranks.astype(np.float64)
     replicas = layouts.dp * layouts.cp / shards
-    reduced, gathered = _messages(layouts, communication, parameters, units)
-    message = parameters * gradient_bytes / reduced
+    reduced, gathered = _messages(layouts, communication, parameters, trained, units)
+    message = trained * gradient_bytes / reduced
     reduce = collective_s(tiers, "reduce_scatter", message, shards, step)
     reduce = reduce + collective_s(tiers, "all_reduce", message / shards, replicas, step * shards)
     gather = collective_s(tiers, "all_gather", parameters * parameter_bytes / gathered, shards, step)
     reduce, gather = reduced * reduce, gathered * gather
     if uses_zeropp(layouts):
-        reduce = reduce_s(tiers, gpu, layouts, parameters=parameters, messages=reduced, plain_s=reduce)
+        reduce = reduce_s(tiers, gpu, layouts, parameters=trained, messages=reduced, plain_s=reduce)
         gather = gather_s(
             tiers,
             gpu,
@@ -70,7 +74,6 @@ def one_exchange_s(
             element_bytes=parameter_bytes,
             plain_s=gather,
         )
-    ahead = gathered_ahead(layouts, communication)
     hiding = np.where(ahead, communication.prefetch_overlap, communication.gather_overlap)
     return Exchange(
         reduce_s=reduce,
@@ -81,7 +84,11 @@ def one_exchange_s(
 
 
 def _messages(
-    layouts: LayoutTable, communication: Communication, parameters: FloatArray, units: FloatArray
+    layouts: LayoutTable,
+    communication: Communication,
+    parameters: FloatArray,
+    trained: FloatArray,
+    units: FloatArray,
 ) -> tuple[FloatArray, FloatArray]:
     """(reductions, gathers) that all states of a rank take: by buckets, or so many for each layer."""
     reduced, gathered = units * communication.reduce_messages, units * communication.gather_messages
@@ -89,8 +96,8 @@ def _messages(
         return reduced, gathered
     ranks = (layouts.dp * layouts.cp).astype(np.float64)
     bucket = np.maximum(communication.bucket_parameters, communication.bucket_parameters_per_rank * ranks)
-    buckets = np.maximum(np.ceil(parameters / bucket), 1.0)
-    return buckets, np.where(gathered_ahead(layouts, communication), gathered, buckets)
+    reduced, buckets = (np.maximum(np.ceil(count / bucket), 1.0) for count in (trained, parameters))
+    return reduced, np.where(gathered_ahead(layouts, communication), gathered, buckets)
 
 
 def exchange_s(

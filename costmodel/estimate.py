@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from shardplan.costmodel.adapters import trainable_parameters
 from shardplan.costmodel.estimates import GUESS_BAND, TIME_BAND, Estimates, joined
 from shardplan.costmodel.fitted import Fitted, fitted, with_fitted_cluster, with_fitted_runtime
 from shardplan.costmodel.job import Job
@@ -109,11 +110,13 @@ def _estimate_rows(
     counts = stages.layers.sum(axis=2).astype(np.int64)
     flop = _hardware_flop(model, job, keys.work, blocks, stages.recomputed_total)
     held = stages.take(keys.work_of_contents)
-    parameters = stage_parameters(model, keys.contents, runtime, held)
-    time = _step_time(setting, keys, tiers, blocks, stages, heaviest_owner(parameters, held, runtime))
+    parameters = stage_parameters(model, job, keys.contents, runtime, held)
+    time = _step_time(setting, keys, tiers, blocks, stages, heaviest_owner(parameters, held, job, runtime))
     flying = micro_batches_in_flight(keys.work, stages, batches)
-    activations = stage_activations(model, blocks, stages, keys.work, flying)
+    activations = stage_activations(model, blocks, stages, keys.work, flying, frees_loss=runtime.activations.frees_loss)
     parked = parked_activations(model, keys.work, blocks, stages, flying)
+    outside = runtime.working_set.outside_bytes if cluster.gpus > 1 and cluster.gpu.device == "cuda" else 0.0
+    context_bytes = cluster.gpu.context_bytes + outside
     memory = StepMemory(
         held=held_bytes(
             job,
@@ -128,7 +131,7 @@ def _estimate_rows(
         states_of=keys.states_of,
         work_of=keys.work_of,
         slack_fraction=runtime.allocator_slack_fraction,
-        context_bytes=cluster.gpu.context_bytes,
+        context_bytes=context_bytes,
     )
     return Estimates(
         layouts=layouts,
@@ -142,14 +145,14 @@ def _estimate_rows(
                 "stage_layer_counts": lambda: counts[keys.work_of],
             }
         ),
-        context_bytes=cluster.gpu.context_bytes,
+        context_bytes=context_bytes,
         capacity_bytes=cluster.gpu.memory_bytes,
         host_bytes=memory.host_bytes() * min(cluster.node.gpus, cluster.gpus),
         nvme_bytes=memory.nvme_bytes() * min(cluster.node.gpus, cluster.gpus),
         host_capacity_bytes=cluster.node.host.ram_bytes,
         nvme_capacity_bytes=cluster.node.nvme.capacity_bytes if cluster.node.nvme else 0.0,
         tokens_per_step=job.tokens_per_step,
-        model_flop_per_step=model_flop_per_token(model, job.seq) * job.tokens_per_step,
+        model_flop_per_step=job_flop_per_token(model, job) * job.tokens_per_step,
         hardware_flop_per_step=flop.take(keys.work_of),
         peak_flop_per_s=cluster.gpu.peak_flop_per_s[job.precision],
         time_band=TIME_BAND + (GUESS_BAND if timing_guesses(cluster, job.precision) else 0.0),
@@ -231,6 +234,16 @@ def model_flop_per_token(model: Model, seq: int) -> float:
     return flop
 
 
+def job_flop_per_token(model: Model, job: Job) -> float:
+    """`model_flop_per_token` of a job: attention within documents; where the matrices are frozen 4 per parameter (no gradient of
+    theirs) and 6 per parameter of an adapter."""
+    flop = model_flop_per_token(model, job.attended)
+    if job.adapters is None:
+        return flop
+    attention = flop - model_flop_per_token(model, 0)
+    return attention + (flop - attention) * 4.0 / 6.0 + 6.0 * trainable_parameters(model, job)
+
+
 def _hardware_flop(
     model: Model, job: Job, layouts: LayoutTable, blocks: BlockRows, recomputed_layers: FloatArray
 ) -> FloatArray:
@@ -244,4 +257,4 @@ def _hardware_flop(
             block["full_flop"] * recomputed_layers * count / total,
             block["selective_flop"] * blocks.selects * count,
         )
-    return model_flop_per_token(model, job.seq) * job.tokens_per_step + repeated * runs
+    return job_flop_per_token(model, job) * job.tokens_per_step + repeated * runs

@@ -7,9 +7,19 @@ from dataclasses import dataclass
 from shardplan.hw_profiles.errors import InputError, nearest
 
 PRECISIONS = ("bf16", "fp16", "fp32", "fp8")
-OPTIMIZERS = ("adamw", "sgd")
+OPTIMIZERS = ("adamw", "adamw16bit", "adamw8bit", "sgd")
+"""adamw16bit and adamw8bit keep their moments in 16 and in 8 bits."""
 GRAD_DTYPES = ("fp32", "bf16", "fp16")
+METHODS = ("full", "lora", "qlora")
+"""What is trained: every parameter, or adapters beside frozen matrices in 16 bits, or in 4 (adapters.py)."""
+LORA_TARGETS = {
+    "all": ("q", "k", "v", "o", "up", "down"),
+    "attention": ("q", "k", "v", "o"),
+    "qv": ("q", "v"),
+}
+"""Products of a layer that get an adapter."""
 NOT_MODELLED = ("fp4",)
+MOST_RANK = 4096
 LARGEST = 10**9
 """No sequence or batch is longer."""
 BYTES_OF = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2}
@@ -18,6 +28,17 @@ GATHERED_BYTES = {**BYTES_OF, "fp8": 1}
 """Of a gathered parameter: torchao's enable_fsdp_float8_all_gather and Transformer Engine's fp8 parameters send 8 bits."""
 OUTSIDE_PRODUCTS = {"fp8": "bf16"}
 """Precision of attention, embedding and head where it is another one than the job's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapters:
+    """Low-rank adapters of a job."""
+
+    rank: int
+    targets: str
+    """A key of LORA_TARGETS."""
+    quantised: bool
+    """The base lies in 4 bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +56,14 @@ class Job:
     """Of gradient accumulation and reduction; None = the runtime's own for this precision."""
     tokens: float | None = None
     """Token budget of the whole training, if one was given; recorded in the plan."""
+    method: str = "full"
+    """full, lora or qlora."""
+    lora_rank: int = 16
+    """Without meaning when method = full."""
+    lora_targets: str = "all"
+    """all, attention (queries, keys, values, output) or qv; without meaning when method = full."""
+    document_tokens: int | None = None
+    """Tokens of one document when several are packed into a sequence and attend to themselves only; None = one document a sequence."""
 
     def __post_init__(self) -> None:
         for name, value in (("seq", self.seq), ("global_batch", self.global_batch)):
@@ -49,7 +78,20 @@ class Job:
         words: list[tuple[str, str, tuple[str, ...]]] = [
             ("precision", self.precision, PRECISIONS),
             ("optimizer", self.optimizer, OPTIMIZERS),
+            ("method", self.method, METHODS),
+            ("lora_targets", self.lora_targets, tuple(LORA_TARGETS)),
         ]
+        if type(self.lora_rank) is not int or not 1 <= self.lora_rank <= MOST_RANK:
+            raise InputError(
+                f"lora_rank={self.lora_rank} is not a rank", place="--lora-rank", remedy=f"use 1 to {MOST_RANK}"
+            )
+        document = self.document_tokens
+        if document is not None and (type(document) is not int or not 1 <= document <= self.seq):
+            raise InputError(
+                f"document_tokens={document} is not a length within a sequence of {self.seq}",
+                place="--document-tokens",
+                remedy=f"use 1 to {self.seq}, or leave it out for one document a sequence",
+            )
         if self.grad_dtype is not None:
             words.append(("grad_dtype", self.grad_dtype, GRAD_DTYPES))
         for name, word, known in words:
@@ -67,6 +109,18 @@ class Job:
                 place="--tokens",
                 remedy="give the tokens of the whole training, for instance 15e12",
             )
+
+    @property
+    def adapters(self) -> Adapters | None:
+        """None where every parameter is trained."""
+        if self.method == "full":
+            return None
+        return Adapters(rank=self.lora_rank, targets=self.lora_targets, quantised=self.method == "qlora")
+
+    @property
+    def attended(self) -> int:
+        """Tokens of one document."""
+        return self.document_tokens or self.seq
 
     @property
     def tokens_per_step(self) -> int:

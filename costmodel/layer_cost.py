@@ -168,31 +168,31 @@ def _seconds_of_all(
 
 def _weights(op: Op) -> FloatArray | float:
     """Parameters of an operator's products, for which a gradient is accumulated; those of attention multiply activations."""
-    return 0.0 if op.attention is not None else sum((g.k * g.n * g.count for g in op.gemms), 0.0)
+    return 0.0 if op.attention is not None or op.frozen else sum((g.k * g.n * g.count for g in op.gemms), 0.0)
 
 
 def _add_products(found: Sequence[_OpSeconds], ops: Sequence[Op], gpu: Gpu, precision: str, runtime: Runtime) -> None:
-    """Add the matrix products: backward is the input-gradient and the weight-gradient product."""
+    """Add the matrix products: backward is the input-gradient and, unless frozen, the weight-gradient product."""
     other = OUTSIDE_PRODUCTS.get(precision, precision)
     for product in dict.fromkeys((precision, other)):
         some = [
-            (seconds, g)
+            (seconds, g, 0.0 if op.frozen else 1.0)
             for op, seconds in zip(ops, found, strict=True)
             if op.attention is None and product == (other if op.name in SIXTEEN_BIT else precision)
             for g in op.gemms
         ]
         if not some:
             continue
-        m, n, k, count = (np.stack([getattr(g, size) for _, g in some]) for size in ("m", "n", "k", "count"))
+        m, n, k, count = (np.stack([getattr(g, size) for _, g, _ in some]) for size in ("m", "n", "k", "count"))
         ways = gemm_s(
             gpu, product, BYTES_OF[precision], np.stack([m, m, k]), np.stack([n, k, n]), np.stack([k, n, m]), count
         )
         if product == "fp8":  # both operands are cast forward, the gradient of the output backward
             cast = np.stack([k * (m + n), m * n])
             ways[:2] += memory_bound_s(gpu, runtime.execution.cast_bytes * count * cast)
-        for (seconds, _), forward, input_grad, weight_grad in zip(some, *ways, strict=True):
+        for (seconds, _, trained), forward, input_grad, weight_grad in zip(some, *ways, strict=True):
             seconds.forward = seconds.forward + forward
-            seconds.backward = seconds.backward + input_grad + weight_grad
+            seconds.backward = seconds.backward + input_grad + trained * weight_grad
 
 
 def _add_collectives(found: Sequence[_OpSeconds], ops: Sequence[Op], shapes: Shapes, tiers: TierTable) -> None:

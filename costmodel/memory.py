@@ -62,15 +62,18 @@ def state_columns(
             sharded=column([row.sharded for row in rows], part),
             stepping=column([row.stepping for row in rows], part),
         )
-    if job.optimizer == "sgd":
-        columns["optimizer"] = _without_moments(columns["optimizer"], rows[0].whole["optimizer"])
+    if job.optimizer != "adamw":
+        columns["optimizer"] = _with_moments(
+            columns["optimizer"], rows[0].whole["optimizer"], MOMENT_BYTES[job.optimizer]
+        )
     return columns
 
 
 def update_traffic_bytes(runtime: Runtime, job: Job) -> float:
     """Bytes read and written to update one parameter: states read and written, gradient read, the compute copy written.
 
-    For fp32 masters and moments with 16-bit copies 30, for states all in bf16 14; without moments (sgd) 16 and 8 less.
+    For fp32 masters and moments with 16-bit copies 30, for states all in bf16 14; without moments (sgd) 16 and 8 less, with moments in
+    8 bits 12 and 4 less.
     """
     row = runtime.states[job.precision].zero[0].whole
     optimizer, parameters = float(row["optimizer"]), float(row["parameters"])
@@ -78,17 +81,22 @@ def update_traffic_bytes(runtime: Runtime, job: Job) -> float:
     if optimizer < MASTER_AND_MOMENTS_BYTES:  # the parameters are the master copy, of one moment's dtype
         moments, master = optimizer, min(0.5 * optimizer, parameters)
         optimizer, parameters = optimizer + master, parameters - master
-    states = optimizer - (moments if job.optimizer == "sgd" else 0.0)
+    states = optimizer - moments + min(MOMENT_BYTES[job.optimizer], moments)
     return 2.0 * states + gradient_bytes(runtime, job) + parameters
 
 
-ADAM_MOMENT_BYTES = 8.0
+MOMENT_BYTES = {"adamw": 8.0, "adamw16bit": 4.0, "adamw8bit": 2.0, "sgd": 0.0}
+"""Both moments of a parameter: fp32; 16 bits (Megatron-Core's precision-aware optimizer); 8 bits (arXiv 2110.02861), whose constants of
+blocks of 2,048 are left out; none."""
+ADAM_MOMENT_BYTES = MOMENT_BYTES["adamw"]
 MASTER_AND_MOMENTS_BYTES = 12.0
 
 
-def _without_moments(optimizer: StateColumns, whole_at_zero_0: BytesPerParameter) -> StateColumns:
-    """Plain SGD keeps no moments: the optimizer part shrinks by Adam's two fp32 moments."""
-    kept = max(float(whole_at_zero_0) - ADAM_MOMENT_BYTES, 0.0) / float(whole_at_zero_0)
+def _with_moments(optimizer: StateColumns, whole_at_zero_0: BytesPerParameter, moments: float) -> StateColumns:
+    """The optimizer part with `moments` bytes of moments instead of Adam's in fp32, or of the runtime's own where those are fewer."""
+    whole = float(whole_at_zero_0)
+    rest = max(whole - ADAM_MOMENT_BYTES, 0.0)
+    kept = (rest + min(moments, whole - rest)) / whole
     return StateColumns(
         whole=optimizer.whole * kept, sharded=optimizer.sharded * kept, stepping=optimizer.stepping * kept
     )
@@ -147,6 +155,47 @@ def stage_states(
     return parts
 
 
+def frozen_bytes(
+    runtime: Runtime,
+    job: Job,
+    layouts: LayoutTable,
+    *,
+    stage_parameters: FloatArray,
+    layer_parameters: FloatArray,
+    root_parameters: FloatArray,
+) -> tuple[FloatArray, FloatArray]:
+    """(on the GPU, in host memory) bytes of parameters that are not trained, each (N, S): whole, or under ZeRO-3 a shard, which may be
+    offloaded, and the gathered layers, as they are stored."""
+    work = runtime.working_set
+    of_layers, of_root = frozen_element_bytes(runtime, job)
+    whole = of_layers * (stage_parameters - root_parameters) + of_root * root_parameters
+    gathered = work.gathered_layers * of_layers * layer_parameters
+    gathered = np.minimum(gathered + (of_root * root_parameters if work.root_stays_gathered else 0.0), whole)
+    shards = layouts.zero_ranks.astype(np.float64)[:, None]
+    sharded = (layouts.zero == 3)[:, None] & ((shards > 1) | (layouts.offload_params > 0)[:, None])
+    away = sharded & (layouts.offload_params > 0)[:, None]
+    cached = BYTES_OF[job.precision] * np.where(
+        (layouts.zero == 3)[:, None] & work.autocast_copies, stage_parameters, 0.0
+    )
+    on_gpu = np.where(away, 0.0, whole / shards) + gathered + cached
+    return np.where(sharded, on_gpu, whole + cached), np.where(away, whole / shards, 0.0)
+
+
+def frozen_element_bytes(runtime: Runtime, job: Job) -> tuple[float, float]:
+    """Bytes of a frozen parameter: (of the matrices of layers, of everything else)."""
+    usual = float(parameter_bytes(runtime, job, sent=False))
+    return (NF4_BYTES if job.method == "qlora" else usual), usual
+
+
+NF4_BYTES = (4.0 + 0.127) / 8.0
+"""Of a parameter in NF4 with double quantisation: 4 bits and 0.127 of constants (arXiv 2305.14314, section 3)."""
+
+
+def dequantised_bytes(job: Job, matrix: FloatArray) -> FloatArray | float:
+    """Bytes of the widest `matrix` of a layer, dequantised, while it is multiplied; 0 without a 4-bit base."""
+    return BYTES_OF[job.precision] * matrix if job.method == "qlora" else 0.0
+
+
 def _park(tiers: dict[str, FloatArray], moved: FloatArray, tier: IntArray) -> None:
     """Add what was `moved` off the GPU, (N, S), to the memory that `tier` (codes of OFFLOAD) names."""
     tiers["nvme"] += np.where(tier == NVME, moved, 0.0)
@@ -196,15 +245,15 @@ def activation_bytes(
     kept: FloatArray,
     selective: FloatArray,
     entering: FloatArray,
-) -> FloatArray:
-    """Activations of the decoder layers of N layouts and S stages, (N, S).
+) -> tuple[FloatArray, FloatArray]:
+    """(stored, rebuilt) activations of the decoder layers of N layouts and S stages, each (N, S).
 
     Of `layers` layers `full_layers` keep only their input (`entering` bytes each), the others `kept` bytes (less `selective`
-    bytes under selective recompute), for `flying` micro-batches; plus what one layer rebuilds while it runs backward.
+    bytes under selective recompute), for `flying` micro-batches; one layer at a time is rebuilt while it runs backward.
     """
     chosen = (recompute == SELECTIVE)[:, None]
     per_layer = kept[:, None] - np.where(chosen, selective[:, None], 0.0)
     rebuilt = np.where(chosen, np.maximum(selective, 0.0)[:, None], 0.0)
     rebuilt = np.where(full_layers > 0, (kept - entering)[:, None], rebuilt)
     stored = (layers - full_layers) * per_layer + full_layers * entering[:, None]
-    return flying * stored + np.where(layers > 0, rebuilt, 0.0)
+    return flying * stored, np.where(layers > 0, rebuilt, 0.0)

@@ -22,6 +22,9 @@ NVME = OFFLOAD.index("nvme")
 
 ADAM_PER_CORE_PER_S = 0.15e9
 """Parameters that one core updates in a second with a vectorised Adam: 0.30e9 on two threads (ISEEKYAN/mbridge#188)."""
+FP32_UPDATE_BYTES = 30.0
+"""Traffic of an update with fp32 masters, moments and gradient, as `adam_bytes_per_parameter` of a node counts it; states in fewer bits
+take their share of the time."""
 READ_STATE_BYTES, WRITTEN_STATE_BYTES = 16.0, 12.0
 """Of one parameter per update on flash: fp32 master, both moments and gradient read; all but the gradient written back
 (arXiv 2104.07857 section 3 counts 16)."""
@@ -90,13 +93,14 @@ def tier_times(
     *,
     gradient_bytes: float,
     parameter_bytes: float,
+    update_bytes: float = FP32_UPDATE_BYTES,
 ) -> TierTimes:
     """Times of ranks that own `parameters` parameters each (their 1/N), (N,), on the tiers that `layouts` names."""
     rates = node_rates(node, offload)
     moved = optimizer_share(layouts) * np.asarray(parameters, dtype=np.float64)
     flash, parked = layouts.offload_optimizer == NVME, layouts.offload_params
     write = np.where(flash, rates.write_bytes_per_s, rates.link_bytes_per_s)
-    adam = moved / rates.adam_parameters_per_s
+    adam = moved / rates.adam_parameters_per_s * (update_bytes / FP32_UPDATE_BYTES)
     io = np.where(flash, moved, 0.0)
     if flash.any():  # one set of drives reads or writes at a time
         io = io * (READ_STATE_BYTES / rates.read_bytes_per_s + WRITTEN_STATE_BYTES / rates.write_bytes_per_s)

@@ -34,6 +34,8 @@ class Shapes:
     """Sum of `recompute.PART_BITS`; 0 = what the runtime selects."""
     element_bytes: int
     """Of activations."""
+    document: float | None = None
+    """Tokens that attend to each other where several documents are packed into a sequence."""
 
     @property
     def tokens(self) -> FloatArray:
@@ -66,6 +68,8 @@ class Op:
     """Forward FLOP of fused causal attention."""
     attention: AttentionShape | None = None
     """Makes this the attention core: its time follows from this shape, `gemms` and `flash_flop` only count its FLOP."""
+    frozen: bool = False
+    """No gradient of the weights of its products is taken."""
     traffic_bytes: Amount = 0.0
     """Element-wise bytes read and written, forward, fully fused."""
     kept_bytes: Amount = 0.0

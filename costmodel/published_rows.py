@@ -181,6 +181,8 @@ def row_case(row: Row) -> Case:
             global_batch=batch,
             precision=row["precision"],
             grad_dtype=row["grad_dtype"] or None,
+            **_adapters(row, unsaid),
+            **{word: value for remark in _remarks(row) for word, value in remark.get("job", {}).items()},
         )
     except InputError as bad:
         raise RefusedRowError(str(bad)) from None
@@ -190,13 +192,32 @@ def row_case(row: Row) -> Case:
 
 def _refuse_uncovered(row: Row) -> None:
     """RefusedRowError for what the cost model does not know yet."""
-    fine_tuned = f"{row['model']} {row['notes']}".lower()
-    if re.search(r"\bq?lora\b", fine_tuned):
-        raise RefusedRowError("LoRA and QLoRA fine-tuning is not modelled yet")
     if row["precision"] == "fp4":
         raise RefusedRowError(f"precision {row['precision']} is not modelled yet")
     if row["experts"]:
         raise RefusedRowError("mixture-of-experts layers are not modelled yet")
+
+
+def names_adapters(row: Row) -> bool:
+    """Whether model or notes name LoRA or QLoRA."""
+    return re.search(r"\bq?lora\b", f"{row['model']} {row['notes']}".lower()) is not None
+
+
+def _adapters(row: Row, unsaid: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Method, rank and targets of a row whose model or notes name LoRA or QLoRA, or a 4-bit base (nf4); the software's own rank and
+    targets where the notes say none."""
+    text = f"{row['model']} {row['notes']}".lower()
+    if not names_adapters(row):
+        return {}
+    quantised = re.search(r"\bqlora\b|nf4", text)
+    usual = {"lora_rank": 16, "lora_targets": "all", **unsaid.get("adapters", {})}
+    rank = re.search(r"\blora r=(\d+)", text)
+    targets = "attention" if "on q,k,v,o" in text else usual["lora_targets"]
+    return {
+        "method": "qlora" if quantised else "lora",
+        "lora_rank": int(rank.group(1)) if rank else usual["lora_rank"],
+        "lora_targets": targets,
+    }
 
 
 def _remarks(row: Row) -> list[Mapping[str, Any]]:
@@ -268,7 +289,7 @@ def _layout(row: Row, unsaid: Mapping[str, Any], runtime: Runtime) -> Layout:
             zero=stage,
             **{"hpz" if runtime.abilities.zeropp else "dp_shard": hpz} if hpz else {},
             sequence_parallel=flag(row, "sequence_parallel"),
-            recompute=_recompute(row, pp),
+            recompute=_recompute(row, pp, unsaid.get("recompute_sharded", "") if stage == 3 else ""),
             schedule="1f1b" if schedule == "none" else schedule.replace("-", "_"),
             attention=row["attention"] or "auto",
             offload_optimizer=row["offload_optimizer"] or "none",
@@ -279,11 +300,11 @@ def _layout(row: Row, unsaid: Mapping[str, Any], runtime: Runtime) -> Layout:
         raise RefusedRowError(str(bad)) from None
 
 
-def _recompute(row: Row, pp: int) -> str:
-    """The row's word; `partial` does not say how many layers: half of a stage is taken (every second layer)."""
+def _recompute(row: Row, pp: int, usual: str) -> str:
+    """The row's word, or what is `usual`; `partial` does not say how many layers: half of a stage is taken (every second layer)."""
     if row["recompute"] == "partial":
         return f"full:{max(whole(row, 'layers') // (2 * pp), 1)}"
-    return row["recompute"] or ("none" if row["attention"] == "flash" else "full")
+    return row["recompute"] or usual or ("none" if row["attention"] == "flash" else "full")
 
 
 def _cluster(row: Row) -> Cluster:

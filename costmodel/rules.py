@@ -200,6 +200,36 @@ RUNTIME_RULES: tuple[Rule, ...] = (
         remedy=lambda s, x: "use a model with a larger vocabulary or another --runtime",
     ),
     Rule(
+        id="runtime-method",
+        broken=lambda s, t: np.full(len(t), s.job.method not in s.runtime.abilities.methods),
+        detail=lambda s, x: f"runtime {s.runtime.name!r} has no method {s.job.method}",
+        remedy=options(lambda r: r.abilities.methods),
+        structural=True,
+    ),
+    Rule(
+        id="adapters-dense",
+        broken=lambda s, t: np.full(
+            len(t), s.job.adapters is not None and any(k.experts or k.kv_lora_rank for k in s.kinds)
+        ),
+        detail=lambda s, x: f"adapters of experts and of latent attention ({s.model.name}) are not estimated",
+        remedy=lambda s, x: "use --method full, or a dense model",
+        structural=True,
+    ),
+    Rule(
+        id="qlora-tensor-parallel",
+        broken=lambda s, t: (t.tp > 1) & (s.job.method == "qlora"),
+        detail=lambda s, x: f"tp={x.tp} would cut blocks of a 4-bit base",
+        remedy=lambda s, x: "use tp=1, or --method lora",
+        evidence="bitsandbytes Params4bit are flat blocks: transformers refuses tensor parallelism for them",
+    ),
+    Rule(
+        id="documents-context-parallel",
+        broken=lambda s, t: (t.cp > 1) & (s.job.document_tokens is not None),
+        detail=lambda s, x: f"cp={x.cp} with documents of {s.job.document_tokens} tokens is not estimated",
+        remedy=lambda s, x: "use cp=1, or leave --document-tokens out",
+        structural=True,
+    ),
+    Rule(
         id="runtime-optimizer",
         broken=lambda s, t: np.full(len(t), s.job.optimizer not in s.runtime.abilities.optimizers),
         detail=lambda s, x: f"runtime {s.runtime.name!r} has no optimizer {s.job.optimizer}",

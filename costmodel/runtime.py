@@ -63,6 +63,8 @@ class Abilities(_FromFile):
     """First is what `auto` means."""
     precisions: tuple[str, ...]
     optimizers: tuple[str, ...]
+    methods: tuple[str, ...]
+    """What can be trained: full, lora, qlora."""
     smallest_vocabulary: int
     """Token ids the training data uses."""
     pads_vocabulary: bool
@@ -120,6 +122,8 @@ class WorkingSet(_FromFile):
     """ZeRO-3: embedding, final norm and head stay whole through forward and backward."""
     buffer_bytes: float
     """Communication buckets and workspaces of a GPU rank that has any peer."""
+    outside_bytes: float = 0.0
+    """Of such a rank outside torch's allocator, beside the context of the device: NCCL channels."""
     offload_moves: tuple[str, ...]
     """Parts whose sharded bytes live in host memory when the optimizer is offloaded: parameters, gradients, optimizer."""
     gradients_freed: bool = False
@@ -147,6 +151,8 @@ class Activations(_FromFile):
     """Bytes per element of a norm's saved input; 0 = the compute dtype."""
     logit_bytes: float
     """Bytes per logit alive at the peak of the loss (logits, softmax, gradient)."""
+    frees_loss: bool = False
+    """The training loop drops logits before the backward, so that they are gone when a layer is rebuilt."""
 
 
 @dataclass(frozen=True, kw_only=True)

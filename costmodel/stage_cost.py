@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from shardplan.costmodel.adapters import adapter_parameters, with_adapters
 from shardplan.costmodel.job import BYTES_OF, Job
 from shardplan.costmodel.keys import gathered, unique_keys
 from shardplan.costmodel.layer_cost import BlockCost, block_costs
 from shardplan.costmodel.layout import ATTENTION, CP_KINDS, LayoutTable
 from shardplan.costmodel.memory import FULL, SELECTIVE, gradient_bytes
 from shardplan.costmodel.model import LayerKind, Model, split_parameters
+from shardplan.costmodel.op import Op
 from shardplan.costmodel.operators import Shapes, embedding_ops, head_ops, layer_ops, logits_bytes
 from shardplan.costmodel.pipeline import stage_table
 from shardplan.costmodel.recompute import ALL_LAYERS
@@ -101,6 +103,7 @@ def block_rows(
         flash=attention[first] == ATTENTION.index("flash"),
         recompute_parts=layouts.recompute_parts[first],
         element_bytes=BYTES_OF[job.precision],
+        document=job.document_tokens,
     )
     vocab = padded_vocab(model, runtime, tp)
     dropout, heads = (
@@ -113,9 +116,10 @@ def block_rows(
 
     costs = block_costs(
         (
-            *(layer_ops(kind, shapes, runtime) for kind, _ in model.runs),
+            *(_layer(kind, shapes, job, runtime) for kind, _ in model.runs),
             embedding_ops(model.hidden, dropout, shapes),
-            head_ops(model.hidden, model.norm, vocab, shapes, runtime, softcap=model.logit_softcap) * heads,
+            _trained(head_ops(model.hidden, model.norm, vocab, shapes, runtime, softcap=model.logit_softcap), job)
+            * heads,
         ),
         shapes,
         gpu=cluster.gpu,
@@ -137,6 +141,17 @@ def block_rows(
         selects=(layouts.recompute == SELECTIVE).astype(np.float64),
         full_repeats=np.where(split, repeats.full_repeats_tensor_sp, repeats.full_repeats_tensor),
     )
+
+
+def _layer(kind: LayerKind, shapes: Shapes, job: Job, runtime: Runtime) -> tuple[Op, ...]:
+    """The operators of a layer, with adapters where the job trains those."""
+    ops = layer_ops(kind, shapes, runtime)
+    return ops if job.adapters is None else with_adapters(ops, kind, shapes, job.adapters)
+
+
+def _trained(ops: tuple[Op, ...], job: Job) -> tuple[Op, ...]:
+    """The operators as they are, or frozen."""
+    return ops if job.adapters is None else tuple(replace(op, frozen=True) for op in ops)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,6 +220,8 @@ class StageParameters:
     """Of the largest matrix of a layer (the two input products of a gated MLP are one)."""
     root: FloatArray
     """Embedding, positions, final norm and head."""
+    adapters: FloatArray | None = None
+    """Trainable parameters where the others are frozen; None where every one is trained."""
 
     def take(self, rows: IntArray) -> StageParameters:
         """The rows at `rows`."""
@@ -213,10 +230,13 @@ class StageParameters:
             layer=gathered(self.layer, rows),
             matrix=gathered(self.matrix, rows),
             root=gathered(self.root, rows),
+            adapters=None if self.adapters is None else gathered(self.adapters, rows),
         )
 
 
-def stage_parameters(model: Model, layouts: LayoutTable, runtime: Runtime, stages: StageRows) -> StageParameters:
+def stage_parameters(
+    model: Model, job: Job, layouts: LayoutTable, runtime: Runtime, stages: StageRows
+) -> StageParameters:
     """Matrices are divided by tp, norms and MLA's latents are not. An embedding that the last stage needs too, as the head or for
     prediction modules, is held twice where it is another stage than the first."""
     tp = layouts.tp.astype(np.float64)
@@ -234,7 +254,11 @@ def stage_parameters(model: Model, layouts: LayoutTable, runtime: Runtime, stage
     largest = np.where(stages.layers > 0, by_kind[:, None, :], 0.0).max(axis=2)
     matrices = np.array([largest_matrix(kind) for kind, _ in model.runs], dtype=np.float64)
     matrix = np.where(stages.layers > 0, matrices, 0.0).max(axis=2) / tp[:, None]
-    return StageParameters(stage=body + root, layer=largest, matrix=matrix, root=root)
+    trained = None
+    if job.adapters is not None:
+        each = np.stack([adapter_parameters(kind, job.adapters, tp) for kind, _ in model.runs], axis=-1)
+        trained = (stages.layers * each[:, None, :]).sum(axis=2)
+    return StageParameters(stage=body + root, layer=largest, matrix=matrix, root=root, adapters=trained)
 
 
 def largest_matrix(kind: LayerKind) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from shardplan.costmodel.job import Job
 from shardplan.costmodel.keys import ROWS_IN_CACHE, LazyColumns
 from shardplan.costmodel.layout import LayoutTable
-from shardplan.costmodel.memory import activation_bytes, stage_states
+from shardplan.costmodel.memory import activation_bytes, dequantised_bytes, frozen_bytes, stage_states
 from shardplan.costmodel.model import Model
 from shardplan.costmodel.pipeline import in_flight
 from shardplan.costmodel.runtime import Runtime
@@ -63,17 +63,17 @@ def parked_activations(
 
 
 def stage_activations(
-    model: Model, blocks: BlockRows, stages: StageRows, layouts: LayoutTable, flying: FloatArray
+    model: Model, blocks: BlockRows, stages: StageRows, layouts: LayoutTable, flying: FloatArray, *, frees_loss: bool
 ) -> FloatArray:
     """Bytes of activations, logits and loss, (N, S), at the peak of each stage: the backward of the oldest of the `flying`
-    micro-batches."""
+    micro-batches. With `frees_loss` logits are gone when a layer is rebuilt."""
     total = stages.layers.sum(axis=2)
-    activations = np.zeros_like(total)
+    activations, transient = np.zeros_like(total), np.zeros_like(total)
     for index in range(len(model.runs)):
         block = blocks.layers[index]
         layers = stages.layers[:, :, index]
         share = np.divide(layers, total, out=np.zeros_like(layers), where=total > 0)
-        activations += activation_bytes(
+        stored, rebuilt = activation_bytes(
             recompute=layouts.recompute,
             full_layers=stages.recomputed * share,
             layers=layers,
@@ -82,11 +82,16 @@ def stage_activations(
             selective=block["selective_bytes"],
             entering=block["input_bytes"],
         )
+        activations += stored
+        if frees_loss:
+            transient = np.maximum(transient, rebuilt)
+        else:
+            activations += rebuilt
         if "context_transient_bytes" in block:
             activations += np.where(layers > 0, block["context_transient_bytes"][:, None], 0.0)
     activations += flying * stages.embedding * blocks.embedding["kept_bytes"][:, None]
-    activations += stages.head * (flying * blocks.head["kept_bytes"][:, None] + blocks.logits_bytes[:, None])
-    return activations
+    activations += stages.head * flying * blocks.head["kept_bytes"][:, None]
+    return activations + np.maximum(transient, stages.head * blocks.logits_bytes[:, None])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,15 +125,27 @@ def held_bytes(
 ) -> HeldBytes:
     """States and buffers of each key."""
     accumulates = micro_batches > 1
+    trained = parameters if parameters.adapters is None else _adapters_alone(parameters, parameters.adapters)
     states = stage_states(
         runtime,
         job,
         layouts,
         accumulates=accumulates,
-        stage_parameters=parameters.stage,
-        layer_parameters=parameters.layer,
-        root_parameters=parameters.root,
+        stage_parameters=trained.stage,
+        layer_parameters=trained.layer,
+        root_parameters=trained.root,
     )
+    if parameters.adapters is not None:
+        on_gpu, parked = frozen_bytes(
+            runtime,
+            job,
+            layouts,
+            stage_parameters=parameters.stage,
+            layer_parameters=parameters.layer,
+            root_parameters=parameters.root,
+        )
+        states["parameters"] = states["parameters"] + on_gpu + dequantised_bytes(job, parameters.matrix)
+        states["host"] = states["host"] + parked
     on_gpu = gpu.device == "cuda"  # NCCL channels and GPU workspaces; gloo keeps next to nothing
     buffers = np.where((layouts.gpus > 1) & on_gpu, runtime.working_set.buffer_bytes, 0.0)[:, None]
     freed = ~accumulates & ((layouts.zero > 0) | (layouts.dp * layouts.cp == 1))
@@ -142,6 +159,12 @@ def held_bytes(
         nvme=states["nvme"] if states["nvme"].any() else None,
         freed=freed if runtime.working_set.gradients_freed and freed.any() else None,
     )
+
+
+def _adapters_alone(parameters: StageParameters, adapters: FloatArray) -> StageParameters:
+    """What has gradients and optimizer states where everything else is frozen; no layer of it is worth gathering ahead."""
+    none = np.zeros_like(adapters)
+    return replace(parameters, stage=adapters, layer=none, root=none)
 
 
 MEMORY_PARTS = (

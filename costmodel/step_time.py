@@ -26,7 +26,7 @@ from shardplan.costmodel.job import BYTES_OF, Job
 from shardplan.costmodel.kernels_time import memory_bound_s
 from shardplan.costmodel.keys import ROWS_IN_CACHE, LazyColumns
 from shardplan.costmodel.layout import LayoutTable
-from shardplan.costmodel.memory import gradient_bytes, parameter_bytes, update_traffic_bytes
+from shardplan.costmodel.memory import frozen_element_bytes, gradient_bytes, parameter_bytes, update_traffic_bytes
 from shardplan.costmodel.model import Model
 from shardplan.costmodel.offload import (
     StepWindows,
@@ -64,6 +64,10 @@ class Owner:
     """The stage with most parameters, (K,): it exchanges and updates most."""
 
     parameters: FloatArray
+    trained: FloatArray
+    """Parameters with gradients: all of them, or those of adapters."""
+    gathered: FloatArray
+    """Parameters as they are gathered ahead of layers, in 16-bit equivalents."""
     units: FloatArray
     """Groups of parameters that are exchanged together: layers, embedding, head."""
     kept_share: FloatArray
@@ -72,19 +76,27 @@ class Owner:
     def take(self, rows: IntArray) -> Owner:
         """The rows at `rows`."""
         return Owner(
-            parameters=self.parameters.take(rows), units=self.units.take(rows), kept_share=self.kept_share.take(rows)
+            parameters=self.parameters.take(rows),
+            trained=self.trained.take(rows),
+            gathered=self.gathered.take(rows),
+            units=self.units.take(rows),
+            kept_share=self.kept_share.take(rows),
         )
 
 
-def heaviest_owner(parameters: StageParameters, stages: StageRows, runtime: Runtime) -> Owner:
+def heaviest_owner(parameters: StageParameters, stages: StageRows, job: Job, runtime: Runtime) -> Owner:
     """The stage with most parameters of each key."""
     heaviest = parameters.stage.argmax(axis=1)[:, None]
     units = stages.layers.sum(axis=2) + stages.embedding + stages.head
-    owned, root, groups = (
-        np.take_along_axis(values, heaviest, axis=1)[:, 0] for values in (parameters.stage, parameters.root, units)
+    adapters = parameters.stage if parameters.adapters is None else parameters.adapters
+    owned, root, groups, trained = (
+        np.take_along_axis(values, heaviest, axis=1)[:, 0]
+        for values in (parameters.stage, parameters.root, units, adapters)
     )
     kept_share = root / owned if runtime.working_set.root_stays_gathered else np.zeros_like(owned)
-    return Owner(parameters=owned, units=groups, kept_share=kept_share)
+    of_layers, usual = frozen_element_bytes(runtime, job)
+    gathered = owned if of_layers == usual else root + (owned - root) * of_layers / usual
+    return Owner(parameters=owned, trained=trained, gathered=gathered, units=groups, kept_share=kept_share)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +184,7 @@ def held_times(
 ) -> HeldTimes:
     """Exchange and update of the states of each key."""
     element = gradient_bytes(runtime, job)
-    updated, share = owner.parameters / layouts.zero_ranks, optimizer_share(layouts)
+    updated, share = owner.trained / layouts.zero_ranks, optimizer_share(layouts)
     traffic = update_traffic_bytes(runtime, job) * updated * np.where(share < 1, 1.0 - share, 1.0)
     tiers_used = bool((share > 0).any() or layouts.offload_params.any())
     tied = None
@@ -186,7 +198,8 @@ def held_times(
             tiers,
             layouts,
             runtime.communication,
-            parameters=owner.parameters,
+            parameters=owner.gathered,
+            trained=owner.trained,
             units=owner.units,
             gradient_bytes=element,
             parameter_bytes=parameter_bytes(runtime, job, sent=True),
@@ -201,6 +214,7 @@ def held_times(
             updated,
             gradient_bytes=element,
             parameter_bytes=BYTES_OF[job.precision],
+            update_bytes=update_traffic_bytes(runtime, job),
         )
         if tiers_used
         else None,

@@ -12,7 +12,7 @@ import numpy as np
 from shardplan.costmodel.estimate import Estimates, estimate
 from shardplan.costmodel.fitted import Fitted
 from shardplan.costmodel.layout import Layout, LayoutTable, layout_table
-from shardplan.costmodel.published_rows import Case, RefusedRowError, Row, flag, number, row_case
+from shardplan.costmodel.published_rows import Case, RefusedRowError, Row, flag, names_adapters, number, row_case
 from shardplan.hw_profiles.errors import InputError, nearest
 
 GIB = 2.0**30
@@ -27,6 +27,8 @@ class Outcome:
     case_id: str
     source: str
     precision: str
+    fine_tuned: bool
+    """LoRA or QLoRA."""
     digitised: bool
     """Read off a figure."""
     group: tuple[str, ...]
@@ -116,6 +118,7 @@ def _outcome(row: Row) -> Outcome:
         case_id=row["case_id"],
         source=row["source"],
         precision=row["precision"],
+        fine_tuned=names_adapters(row),
         digitised=row["quality"] == "digitised",
         group=tuple(
             row[name]
@@ -269,14 +272,25 @@ def summary(name: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     }
 
 
+KINDS = ("all read off figures", "all LoRA and QLoRA", "all in fp8", "all others")
+
+
+def _kind(one: Outcome) -> str:
+    """One of KINDS."""
+    if one.digitised:
+        return KINDS[0]
+    if one.fine_tuned:
+        return KINDS[1]
+    return KINDS[2] if one.precision == "fp8" else KINDS[3]
+
+
 def summaries(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
-    """One summary per source, in order of appearance, one over each kind of row where there are several (read off figures, in fp8, the
-    rest), and one over all."""
+    """One summary per source, in order of appearance, one over each kind of row where there are several (read off figures, LoRA and
+    QLoRA, in fp8, the rest), and one over all."""
     sources = dict.fromkeys(one.source for one in outcomes)
     lines = [summary(name, [one for one in outcomes if one.source == name]) for name in sources]
-    kinds: dict[str, list[Outcome]] = {"all read off figures": [], "all in fp8": [], "all others": []}
+    kinds: dict[str, list[Outcome]] = {name: [] for name in KINDS}
     for one in outcomes:
-        kind = "all read off figures" if one.digitised else "all in fp8" if one.precision == "fp8" else "all others"
-        kinds[kind].append(one)
+        kinds[_kind(one)].append(one)
     several = {name: rows for name, rows in kinds.items() if rows and len(rows) < len(outcomes)}
     return [*lines, *(summary(name, rows) for name, rows in several.items()), summary("all", outcomes)]

@@ -155,7 +155,7 @@ def _allocator_line(stage: Mapping[str, Any]) -> list[str]:
     ]
 
 
-EXPANDABLE_SLACK = 0.01
+EXPANDABLE_SLACK = 0.045
 TIME_WORDS = {
     "compute_s": "compute",
     "recompute_s": "recompute",

@@ -79,6 +79,9 @@ def _checked(words: str) -> None:
         raise InputError(bad.problem, place="--forbid", remedy=bad.remedy) from None
 
 
+NONE, CPU, NVME = (OFFLOAD.index(tier) for tier in ("none", "cpu", "nvme"))
+TIERS = [(NONE, NONE), (CPU, NONE), (CPU, CPU), (NVME, NVME)]
+"""(optimizer, parameters) off the GPU: nothing, the optimizer, both in host memory (ZeRO-Infinity, FSDP), both on flash."""
 RECOMPUTE_COLUMNS = ("recompute", "recompute_layers", "recompute_parts")
 """Columns that the word `recompute` fills."""
 ROWS_OF_A_PIECE = 200_000
@@ -162,7 +165,7 @@ def _block(
         (("sequence_parallel",), [(0,), (1,)] if tp > 1 else [(0,)]),
         (("schedule", "virtual_stages"), _schedules(model, pp, wishes.fixed.schedule)),
         (RECOMPUTE_COLUMNS, [(code, ALL_LAYERS, 0) for code in range(len(RECOMPUTE))]),
-        (("offload_optimizer",), [(code,) for code in range(len(OFFLOAD))]),
+        (("offload_optimizer", "offload_params"), TIERS),
         (("cp_kind",), [(CP_KINDS.index(kind),) for kind in cp_kinds if cp > 1] or [(0,)]),
     )
     chosen = [(names, _restricted(names, options, wishes)) for names, options in groups]

@@ -49,6 +49,7 @@ def traffic(
         layouts,
         runtime.communication,
         parameters=np.array([parameters]),
+        trained=np.array([parameters]),
         units=np.array([units]),
         gradient_bytes=1,
         parameter_bytes=1,

@@ -138,7 +138,7 @@ def ordered(least: NDArray[np.float64], most: NDArray[np.float64], rows: LayoutT
 @FEW
 @given(cases())
 def test_parts_add_up(case: Case) -> None:
-    got, context = case.estimates(), case.setting.cluster.gpu.context_bytes
+    got, context = case.estimates(), case.estimates().context_bytes
     assert all((got.time[part] >= 0).all() for part in TIME_PARTS)
     assert sum(got.time[part] for part in TIME_PARTS) == pytest.approx(got.step_s, rel=SLACK)
     parts = ("parameters", "gradients", "optimizer", "activations", "buffers")
@@ -349,7 +349,10 @@ def test_layers_and_parameters_add_up_to_the_model(case: Case) -> None:
     stages = stage_rows(model, table, runtime, every_stage=True)
     there = np.arange(stages.stage.shape[1])[None, :] < table.pp[:, None]
     assert (np.where(there, stages.layers.sum(axis=2), 0).sum(axis=1) == model.layer_count).all()
-    held = np.where(there, stage_parameters(model, table, runtime, stages).stage, 0.0).sum(axis=1) * table.tp
+    held = (
+        np.where(there, stage_parameters(model, case.setting.job, table, runtime, stages).stage, 0.0).sum(axis=1)
+        * table.tp
+    )
     assert held == pytest.approx(_expected_parameters(model, case), rel=1e-12)
 
 

@@ -43,6 +43,17 @@ FailureOption = Annotated[
         help="GPU-hours of training per failure; default: the profile's, or Llama 3's 50,700.",
     ),
 ]
+MethodOption = Annotated[str, typer.Option("--method", help="What is trained: full, lora or qlora (4-bit base).")]
+LoraRankOption = Annotated[int, typer.Option("--lora-rank", help="With lora and qlora: rank of the adapters.")]
+LoraTargetsOption = Annotated[
+    str, typer.Option("--lora-targets", help="With lora and qlora: products with adapters: all, attention or qv.")
+]
+DocumentOption = Annotated[
+    int | None,
+    typer.Option(
+        "--document-tokens", help="Packed sequences: mean tokens of a document, which attends to itself only."
+    ),
+]
 HeadroomOption = Annotated[float, typer.Option("--headroom", help="Fraction of GPU memory to keep free.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Write JSON and nothing else to stdout.")]
 
@@ -70,6 +81,10 @@ def read_inputs(
     optimizer: str,
     grad_dtype: str | None,
     tokens: float | None,
+    method: str = "full",
+    lora_rank: int = 16,
+    lora_targets: str = "all",
+    document_tokens: int | None = None,
     price: float | None = None,
     gpu_hours_per_failure: float | None = None,
 ) -> Inputs:
@@ -89,6 +104,10 @@ def read_inputs(
         optimizer=optimizer.lower(),
         grad_dtype=grad_dtype.lower() if grad_dtype else None,
         tokens=tokens,
+        method=method.lower(),
+        lora_rank=lora_rank,
+        lora_targets=lora_targets.lower(),
+        document_tokens=document_tokens,
     )
     return Inputs(model=shapes, job=job, cluster=machine, cluster_document=document, runtime=software)
 

@@ -38,6 +38,10 @@ def sweep(
     optimizer: options.OptimizerOption = "adamw",
     grad_dtype: options.GradDtypeOption = None,
     tokens: options.TokensOption = None,
+    method: options.MethodOption = "full",
+    lora_rank: options.LoraRankOption = 16,
+    lora_targets: options.LoraTargetsOption = "all",
+    document_tokens: options.DocumentOption = None,
     days: Annotated[
         float | None,
         typer.Option("--days", help="Deadline for --tokens: the fewest GPUs and the cheapest that meet it."),
@@ -75,6 +79,10 @@ def sweep(
         "optimizer": optimizer,
         "grad_dtype": grad_dtype,
         "tokens": tokens,
+        "method": method,
+        "lora_rank": lora_rank,
+        "lora_targets": lora_targets,
+        "document_tokens": document_tokens,
         "price": price,
     }
     one, grid = _read(model, cluster, global_batch, seq, gpus, network_gbps, fix, forbid or [], headroom, shared)
