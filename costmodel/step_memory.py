@@ -128,6 +128,7 @@ def held_bytes(
         stage_parameters=parameters.stage,
         layer_parameters=parameters.layer,
         root_parameters=parameters.root,
+        expert_parameters=parameters.experts,
     )
     on_gpu = gpu.device == "cuda"  # NCCL channels and GPU workspaces; gloo keeps next to nothing
     buffers = np.where((layouts.gpus > 1) & on_gpu, runtime.working_set.buffer_bytes, 0.0)[:, None]

@@ -68,11 +68,16 @@ class Owner:
     """Groups of parameters that are exchanged together: layers, embedding, head."""
     kept_share: FloatArray
     """Share of the parameters that stays gathered after the forward under ZeRO-3."""
+    experts: FloatArray | None = None
+    """Those of `parameters` in experts that tokens are dispatched to; None where there are none."""
 
     def take(self, rows: IntArray) -> Owner:
         """The rows at `rows`."""
         return Owner(
-            parameters=self.parameters.take(rows), units=self.units.take(rows), kept_share=self.kept_share.take(rows)
+            parameters=self.parameters.take(rows),
+            units=self.units.take(rows),
+            kept_share=self.kept_share.take(rows),
+            experts=None if self.experts is None else self.experts.take(rows),
         )
 
 
@@ -84,7 +89,9 @@ def heaviest_owner(parameters: StageParameters, stages: StageRows, runtime: Runt
         np.take_along_axis(values, heaviest, axis=1)[:, 0] for values in (parameters.stage, parameters.root, units)
     )
     kept_share = root / owned if runtime.working_set.root_stays_gathered else np.zeros_like(owned)
-    return Owner(parameters=owned, units=groups, kept_share=kept_share)
+    spread = parameters.experts
+    experts = None if spread is None else np.take_along_axis(spread, heaviest, axis=1)[:, 0]
+    return Owner(parameters=owned, units=groups, kept_share=kept_share, experts=experts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +137,9 @@ def paced_times(
     if "context_exposed" in pace:
         parts["cp_exposed_s"] = micro_batches * pace["context_exposed"]
         hidden["cp_s"] = micro_batches * pace["context_hidden"]
+    if "expert_exposed" in pace:
+        parts["ep_exposed_s"] = micro_batches * pace["expert_exposed"]
+        hidden["ep_s"] = micro_batches * pace["expert_hidden"]
     return PacedTimes(
         parts=parts,
         hidden=hidden,
@@ -173,6 +183,8 @@ def held_times(
     """Exchange and update of the states of each key."""
     element = gradient_bytes(runtime, job)
     updated, share = owner.parameters / layouts.zero_ranks, optimizer_share(layouts)
+    if owner.experts is not None:
+        updated = updated + owner.experts * (1.0 / layouts.expert_zero_ranks - 1.0 / layouts.zero_ranks)
     traffic = update_traffic_bytes(runtime, job) * updated * np.where(share < 1, 1.0 - share, 1.0)
     tiers_used = bool((share > 0).any() or layouts.offload_params.any())
     tied = None
@@ -187,6 +199,7 @@ def held_times(
             layouts,
             runtime.communication,
             parameters=owner.parameters,
+            experts=owner.experts,
             units=owner.units,
             gradient_bytes=element,
             parameter_bytes=parameter_bytes(runtime, job, sent=True),
@@ -243,7 +256,7 @@ class StepTime:
 
     def hidden(self) -> Mapping[str, FloatArray]:
         """Seconds of communication that hide behind compute by axis, (N,), made when they are read."""
-        makers = {name: partial(self._of_pace, self.paced.hidden.get(name)) for name in ("tp_s", "cp_s")}
+        makers = {name: partial(self._of_pace, self.paced.hidden.get(name)) for name in ("tp_s", "cp_s", "ep_s")}
         return LazyColumns(
             {
                 **makers,

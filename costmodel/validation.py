@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
@@ -29,6 +29,8 @@ class Outcome:
     precision: str
     digitised: bool
     """Read off a figure."""
+    experts: bool
+    """The model has experts."""
     group: tuple[str, ...]
     """Rows of one group are the same work on the same machine in another layout: model, GPU, count, batch."""
     measured_step_s: float | None
@@ -117,6 +119,7 @@ def _outcome(row: Row) -> Outcome:
         source=row["source"],
         precision=row["precision"],
         digitised=row["quality"] == "digitised",
+        experts=bool(row["experts"].strip()),
         group=tuple(
             row[name]
             for name in (*SHAPE, "source", "model", "gpu", "gpus", "seq", "global_batch", "precision", "framework")
@@ -269,14 +272,21 @@ def summary(name: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     }
 
 
+KINDS: Mapping[str, Callable[[Outcome], bool]] = {
+    "all with experts": lambda one: one.experts,
+    "all read off figures": lambda one: one.digitised,
+    "all in fp8": lambda one: one.precision == "fp8",
+}
+"""Lines over rows of all sources; a row is in the first that it belongs to."""
+
+
 def summaries(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
-    """One summary per source, in order of appearance, one over each kind of row where there are several (read off figures, in fp8, the
-    rest), and one over all."""
+    """One summary per source, in order of appearance, one over each kind of row where there are several (with experts, read off figures,
+    in fp8, the rest), and one over all."""
     sources = dict.fromkeys(one.source for one in outcomes)
     lines = [summary(name, [one for one in outcomes if one.source == name]) for name in sources]
-    kinds: dict[str, list[Outcome]] = {"all read off figures": [], "all in fp8": [], "all others": []}
+    kinds: dict[str, list[Outcome]] = {name: [] for name in (*KINDS, "all others")}
     for one in outcomes:
-        kind = "all read off figures" if one.digitised else "all in fp8" if one.precision == "fp8" else "all others"
-        kinds[kind].append(one)
+        kinds[next((name for name, belongs in KINDS.items() if belongs(one)), "all others")].append(one)
     several = {name: rows for name, rows in kinds.items() if rows and len(rows) < len(outcomes)}
     return [*lines, *(summary(name, rows) for name, rows in several.items()), summary("all", outcomes)]

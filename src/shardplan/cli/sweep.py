@@ -37,6 +37,8 @@ def sweep(
     precision: options.PrecisionOption = None,
     optimizer: options.OptimizerOption = "adamw",
     grad_dtype: options.GradDtypeOption = None,
+    expert_imbalance: options.ImbalanceOption = 1.0,
+    capacity_factor: options.CapacityOption = None,
     tokens: options.TokensOption = None,
     days: Annotated[
         float | None,
@@ -74,6 +76,8 @@ def sweep(
         "precision": precision,
         "optimizer": optimizer,
         "grad_dtype": grad_dtype,
+        "expert_imbalance": expert_imbalance,
+        "capacity_factor": capacity_factor,
         "tokens": tokens,
         "price": price,
     }
