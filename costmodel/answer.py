@@ -175,6 +175,18 @@ def _throughput(estimates: Estimates, row: int, gpus: int) -> dict[str, float]:
     }
 
 
+def _experts_in_words(job: Job, layout: Layout) -> str:
+    """How many tokens the busiest experts are taken to get."""
+    if job.capacity_factor is not None:
+        return f"every expert computes {job.capacity_factor:g} times its even share of the tokens (dropped or padded)"
+    if job.expert_imbalance > 1 and layout.ep > 1:
+        load = min(job.expert_imbalance, layout.ep)
+        return f"the busiest of {layout.ep} expert-parallel ranks gets {load:g} times the mean: time and memory are its"
+    return (
+        "experts get equal shares of the tokens; --expert-imbalance says by how much the busiest rank exceeds the mean"
+    )
+
+
 def assumptions(
     model: Model, job: Job, cluster: Cluster, runtime: Runtime, layout: Layout, headroom: float
 ) -> list[str]:
@@ -198,6 +210,8 @@ def assumptions(
             f"{job.method}: adapters of rank {job.lora_rank} on {'all products' if job.lora_targets == 'all' else job.lora_targets}, "
             f"{trainable_parameters(model, job):,.0f} trainable parameters; no dropout in them"
         )
+    if any(kind.experts for kind, _ in model.runs):
+        lines.append(_experts_in_words(job, layout))
     if job.precision == "fp8":
         lines.append(
             "fp8: products of layers only; attention, head, activations and states as in bf16, parameters gathered in 8 bits"

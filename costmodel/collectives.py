@@ -82,7 +82,7 @@ def collective_s(
     `size_bytes` is the reduced or gathered buffer, for an all-to-all what one rank holds.
     """
     if collective == "all_to_all":
-        return _all_to_all_s(tiers, size_bytes, ranks, stride)
+        return all_to_all_s(tiers, size_bytes, ranks, stride)
     size, n, step = np.broadcast_arrays(*(np.asarray(x, dtype=np.float64) for x in (size_bytes, ranks, stride)))
     inside = members_per_node(tiers, n, step)
     tier = _outer_tier(tiers, n * step)
@@ -97,21 +97,33 @@ def collective_s(
     return np.where(n > 1, np.maximum(seconds, _latency_s(tiers, collective, n, inside, tier)), 0.0)
 
 
-def _all_to_all_s(tiers: TierTable, size_bytes: ArrayLike, ranks: ArrayLike, stride: ArrayLike) -> FloatArray:
+def all_to_all_s(
+    tiers: TierTable, size_bytes: ArrayLike, ranks: ArrayLike, stride: ArrayLike, copies: ArrayLike = 1.0
+) -> FloatArray:
     """Seconds of an all-to-all of `size_bytes` a rank: every one of n ranks keeps 1/n, sends the shares of its node over the link
     inside, the (n - k)/n of others over its NIC share, both at once; all messages start together, so one latency.
 
     Between many nodes the rate per rank approaches n/(n - k) of the NIC share (NVIDIA/nccl-tests, busbw of all-to-all).
+    Where the buffer holds `copies` copies of each token for ranks drawn at random, and those for one rank, and over the network those
+    for one node, are sent once (deepseek-ai/DeepEP), near and far bytes shrink as `sent_once` says.
     """
     size, n, step = np.broadcast_arrays(*(np.asarray(x, dtype=np.float64) for x in (size_bytes, ranks, stride)))
     k = members_per_node(tiers, n, step)
     tier = _outer_tier(tiers, n * step)
     k = np.where(tier == 0, n, k)
-    near, far = size * (k - 1.0) / n, size * (n - k) / n
+    near = size * (k - 1.0) / n * sent_once(n, copies)
+    far = size * (n - k) / n * sent_once(n / k, copies)
     links = _in_node(tiers, size * k / n, tiers.efficiency) * _links_used(tiers, k)
     inside = near / links
     outside = far / _between_nodes(tiers, tier, far * float(tiers.gpus[0]))
     return np.where(n > 1, np.maximum(inside, outside) + tiers.latency_s[tier], 0.0)
+
+
+def sent_once(places: FloatArray, copies: ArrayLike) -> FloatArray:
+    """Share of `copies` copies of a token, each for one of m `places` drawn at random, that is left when those for one place go as
+    one: m (1 - (1 - 1/m)^copies) / copies."""
+    number = np.asarray(copies, dtype=np.float64)
+    return np.where(number > 1.0, places * (1.0 - (1.0 - 1.0 / places) ** number) / number, 1.0)
 
 
 MEASURED_RANKS, MEASURED_NODES = 32.0, 4.0

@@ -50,14 +50,74 @@ def one_exchange_s(
     gradient_bytes: int,
     parameter_bytes: int,
     gpu: Gpu,
+    experts: FloatArray | None = None,
 ) -> Exchange:
     """One reduction and one gather of all states of a rank that owns `parameters` parameters in `units` equal groups (layers), of which
-    it has `trained`: only those are reduced, and gathered after an update; all are gathered ahead of their layers."""
-    ahead = gathered_ahead(layouts, communication)
-    parameters = np.where(ahead, parameters, trained)
-    step, shards = layouts.tp.astype(np.float64), layouts.zero_ranks.astype(np.float64)
-    replicas = layouts.dp * layouts.cp / shards
-    reduced, gathered = _messages(layouts, communication, parameters, trained, units)
+    it has `trained`: only those are reduced, and gathered after an update; all are gathered ahead of their layers. `experts` of them lie
+    in experts that tokens are dispatched to, and are exchanged among the fewer ranks that hold the same ones."""
+    parameters = np.where(gathered_ahead(layouts, communication), parameters, trained)
+    size = {"gradient_bytes": gradient_bytes, "parameter_bytes": parameter_bytes}
+    sent = (tiers, gpu, layouts, communication)
+    everywhere = _Group(
+        step=layouts.tp.astype(np.float64),
+        ranks=(layouts.dp * layouts.cp).astype(np.float64),
+        shards=layouts.zero_ranks.astype(np.float64),
+    )
+    if experts is None:
+        return _group_exchange_s(*sent, everywhere, parameters, trained, units, **size)
+    fewer = _Group(
+        step=(layouts.ep * layouts.expert_tp).astype(np.float64),
+        ranks=layouts.expert_replicas.astype(np.float64),
+        shards=layouts.expert_zero_ranks.astype(np.float64),
+    )
+    dense = _group_exchange_s(*sent, everywhere, parameters - experts, trained - experts, units, **size)
+    spread = _group_exchange_s(*sent, fewer, experts, experts, units, **size)
+    return _together(dense, spread, experts > 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Group:
+    """Ranks that hold the same parameters, each (N,)."""
+
+    step: FloatArray
+    """Distance of neighbours in rank order."""
+    ranks: FloatArray
+    shards: FloatArray
+    """Ranks among them over which ZeRO shards states."""
+
+
+def _together(one: Exchange, other: Exchange, both: NDArray[np.bool_]) -> Exchange:
+    """One, where `both` followed by the other; shares that hide are means by seconds."""
+    other = replace(other, reduce_s=np.where(both, other.reduce_s, 0.0), gather_s=np.where(both, other.gather_s, 0.0))
+
+    def share(first_s: FloatArray, second_s: FloatArray, first: FloatArray, second: FloatArray) -> FloatArray:
+        total = first_s + second_s
+        return np.divide(first_s * first + second_s * second, total, out=first.copy(), where=total > 0)
+
+    return Exchange(
+        reduce_s=one.reduce_s + other.reduce_s,
+        gather_s=one.gather_s + other.gather_s,
+        reduce_share=share(one.reduce_s, other.reduce_s, one.reduce_share, other.reduce_share),
+        gather_share=share(one.gather_s, other.gather_s, one.gather_share, other.gather_share),
+    )
+
+
+def _group_exchange_s(
+    tiers: TierTable,
+    gpu: Gpu,
+    layouts: LayoutTable,
+    communication: Communication,
+    group: _Group,
+    parameters: FloatArray,
+    trained: FloatArray,
+    units: FloatArray,
+    *,
+    gradient_bytes: int,
+    parameter_bytes: int,
+) -> Exchange:
+    step, shards = group.step, group.shards
+    replicas = group.ranks / shards
+    reduced, gathered = _messages(layouts, communication, group.ranks, parameters, trained, units)
     message = trained * gradient_bytes / reduced
     reduce = collective_s(tiers, "reduce_scatter", message, shards, step)
     reduce = reduce + collective_s(tiers, "all_reduce", message / shards, replicas, step * shards)
@@ -74,7 +134,9 @@ def one_exchange_s(
             element_bytes=parameter_bytes,
             plain_s=gather,
         )
-    hiding = np.where(ahead, communication.prefetch_overlap, communication.gather_overlap)
+    hiding = np.where(
+        gathered_ahead(layouts, communication), communication.prefetch_overlap, communication.gather_overlap
+    )
     return Exchange(
         reduce_s=reduce,
         gather_s=gather,
@@ -86,6 +148,7 @@ def one_exchange_s(
 def _messages(
     layouts: LayoutTable,
     communication: Communication,
+    ranks: FloatArray,
     parameters: FloatArray,
     trained: FloatArray,
     units: FloatArray,
@@ -94,7 +157,6 @@ def _messages(
     reduced, gathered = units * communication.reduce_messages, units * communication.gather_messages
     if not communication.bucket_parameters:
         return reduced, gathered
-    ranks = (layouts.dp * layouts.cp).astype(np.float64)
     bucket = np.maximum(communication.bucket_parameters, communication.bucket_parameters_per_rank * ranks)
     reduced, buckets = (np.maximum(np.ceil(count / bucket), 1.0) for count in (trained, parameters))
     return reduced, np.where(gathered_ahead(layouts, communication), gathered, buckets)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.costmodel.adapters import trainable_parameters
-from shardplan.costmodel.estimates import GUESS_BAND, TIME_BAND, Estimates, joined
+from shardplan.costmodel.estimates import EXPERT_BAND, GUESS_BAND, TIME_BAND, Estimates, joined
 from shardplan.costmodel.fitted import Fitted, fitted, with_fitted_cluster, with_fitted_runtime
 from shardplan.costmodel.job import Job
 from shardplan.costmodel.keys import LazyColumns, in_pieces
@@ -155,8 +155,15 @@ def _estimate_rows(
         model_flop_per_step=job_flop_per_token(model, job) * job.tokens_per_step,
         hardware_flop_per_step=flop.take(keys.work_of),
         peak_flop_per_s=cluster.gpu.peak_flop_per_s[job.precision],
-        time_band=TIME_BAND + (GUESS_BAND if timing_guesses(cluster, job.precision) else 0.0),
+        time_band=time_band(setting),
     )
+
+
+def time_band(setting: Setting) -> float:
+    """Half-width of the band of step time, relative."""
+    guesses = bool(timing_guesses(setting.cluster, setting.job.precision))
+    experts = any(kind.experts for kind in setting.kinds)
+    return TIME_BAND + GUESS_BAND * guesses + EXPERT_BAND * experts
 
 
 def _step_time(

@@ -64,6 +64,10 @@ class Job:
     """all, attention (queries, keys, values, output) or qv; without meaning when method = full."""
     document_tokens: int | None = None
     """Tokens of one document when several are packed into a sequence and attend to themselves only; None = one document a sequence."""
+    expert_imbalance: float = 1.0
+    """Tokens that the busiest rank's experts get, relative to the mean over expert-parallel ranks (1 = even)."""
+    capacity_factor: float | None = None
+    """Each expert computes this times its even share of the tokens, by dropping and padding; None = dropless."""
 
     def __post_init__(self) -> None:
         for name, value in (("seq", self.seq), ("global_batch", self.global_batch)):
@@ -109,6 +113,14 @@ class Job:
                 place="--tokens",
                 remedy="give the tokens of the whole training, for instance 15e12",
             )
+        if not 1 <= self.expert_imbalance < float("inf"):
+            raise InputError(
+                f"expert_imbalance={self.expert_imbalance:g} is not a number of 1 or more",
+                place="--expert-imbalance",
+                remedy="use 1 for even loads, 1.3 where the busiest rank gets 30 % more",
+            )
+        if self.capacity_factor is not None and not 0 < self.capacity_factor < float("inf"):
+            raise InputError(f"capacity_factor={self.capacity_factor:g} is not positive", place="--capacity-factor")
 
     @property
     def adapters(self) -> Adapters | None:

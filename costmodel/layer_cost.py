@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from shardplan.costmodel.attention_time import AttentionShape, fused_attention_s, unfused_attention_s
 from shardplan.costmodel.collectives import Collective, collective_s
 from shardplan.costmodel.context_parallel import RING, context_seconds, transient_bytes
+from shardplan.costmodel.expert_parallel import exchange_s
 from shardplan.costmodel.job import BYTES_OF, OUTSIDE_PRODUCTS
 from shardplan.costmodel.kernels_time import gemm_s, memory_bound_s
 from shardplan.costmodel.operators import Op, Shapes
@@ -23,7 +24,7 @@ FloatArray = NDArray[np.float64]
 
 BACKWARD_TRAFFIC = 1.5
 """Backward over forward bytes of element-wise operators: two reads and a write against a read and a write."""
-LAST_OPERATORS = ("down", "mlp_residual")
+LAST_OPERATORS = ("down", "combine", "mlp_residual")
 """Of a layer: what follows the last tensor that its backward needs."""
 TENSORS = ("input", "attention_output")
 """Entries that only stand for a kept tensor: nothing is launched for them."""
@@ -55,6 +56,8 @@ class BlockCost:
     """1 where `selective` repeats the exchanges of attention."""
     context_transient_bytes: FloatArray
     """Of context parallelism while one attention runs backward."""
+    expert_s: FloatArray
+    """Exchanges of tokens with their experts in one pass, forward or backward, before overlap."""
     accumulate_s: FloatArray
     """Adding the gradients of one micro-batch, whole, to the accumulated ones."""
     host_forward_s: FloatArray
@@ -129,7 +132,9 @@ def _block_cost(
         for one in seconds.tensor_backward:
             total["tensor_backward_s"] += one
         if op.name not in TENSORS:
-            total["host_forward_s"] += gpu.launch_s * launches
+            total["host_forward_s"] += gpu.launch_s * (launches + op.launches)
+    if any(op.experts is not None for op, _ in ops):
+        total["expert_s"] = exchange_s(tiers, [op for op, _ in ops], shapes, runtime)
     return BlockCost(**total)
 
 
@@ -150,7 +155,9 @@ def _seconds_of_all(
     element, zero = BYTES_OF[precision], np.zeros_like(shapes.tokens)
     added = 2 * gradient_bytes + (-element if runtime.execution.fused_accumulation else element)
     traffic = [zero + op.traffic_bytes * runtime.execution.elementwise_traffic for op in ops]
-    moved = [*traffic, *(BACKWARD_TRAFFIC * one for one in traffic), *(zero + added * _weights(op) for op in ops)]
+    copied = [op.copied_bytes for op in ops]
+    both = [[scale * a + b for a, b in zip(traffic, copied, strict=True)] for scale in (1.0, BACKWARD_TRAFFIC)]
+    moved = [*both[0], *both[1], *(zero + added * _weights(op) for op in ops)]
     forward, backward, accumulate = memory_bound_s(gpu, np.reshape(moved, (3, len(ops), len(zero))))
     found = [
         _OpSeconds(forward=f, backward=b, accumulate=a, tensor_forward=[], tensor_backward=[])
@@ -184,9 +191,13 @@ def _add_products(found: Sequence[_OpSeconds], ops: Sequence[Op], gpu: Gpu, prec
         if not some:
             continue
         m, n, k, count = (np.stack([getattr(g, size) for _, g, _ in some]) for size in ("m", "n", "k", "count"))
+        alone = np.array([g.separate for _, g, _ in some])[:, None]
+        together = np.where(alone, 1.0, count)
         ways = gemm_s(
-            gpu, product, BYTES_OF[precision], np.stack([m, m, k]), np.stack([n, k, n]), np.stack([k, n, m]), count
+            gpu, product, BYTES_OF[precision], np.stack([m, m, k]), np.stack([n, k, n]), np.stack([k, n, m]), together
         )
+        if alone.any():
+            ways = ways * np.where(alone, count, 1.0)
         if product == "fp8":  # both operands are cast forward, the gradient of the output backward
             cast = np.stack([k * (m + n), m * n])
             ways[:2] += memory_bound_s(gpu, runtime.execution.cast_bytes * count * cast)
@@ -274,8 +285,8 @@ def _op_totals(
 
 SIXTEEN_BIT = ("head", "router")
 """Products that stay out of fp8 (Transformer Engine and torchao recipes)."""
-KEPT_IN_FP8 = {"attention_norm": 0.75, "mlp_norm": 0.75, "activation": 0.5}
-"""What products read is kept in 8 bits: the output of a norm (its input stays in 16), of the activation."""
+KEPT_IN_FP8 = {"attention_norm": 0.75, "mlp_norm": 0.75, "dispatch": 0.5, "activation": 0.5}
+"""What products read is kept in 8 bits: the output of a norm (its input stays in 16), of the activation, dispatched tokens."""
 
 
 def _attention_seconds(

@@ -1,6 +1,6 @@
 """How a model is spread over GPUs: `Layout` (one) and `LayoutTable` (N, a column per field); axis order and rank map.
 
-    gpus = dp * tp * pp * cp          ep divides dp * cp * tp
+    gpus = dp * tp * pp * cp          ep * etp divides dp * cp * tp
 
 Words are the fields of `Layout`: "dp=8 tp=8 pp=8 micro_batch=1 zero=1 recompute=selective schedule=interleaved".
 """
@@ -67,7 +67,9 @@ class Layout:
     cp: int = 1
     """Context-parallel degree (splits the sequence)."""
     ep: int = 1
-    """Expert-parallel degree, carved out of dp * cp * tp."""
+    """Expert-parallel degree, carved out of dp * cp * tp: the experts of a layer lie on so many groups of ranks."""
+    etp: int | None = None
+    """Tensor-parallel degree of each expert; None = 1 with ep above 1, else tp (experts are cut as dense products are)."""
     micro_batch: int = 1
     """Sequences of one micro-batch of one replica."""
     zero: int = 0
@@ -106,8 +108,9 @@ class Layout:
     def __post_init__(self) -> None:
         for name in ("dp", "tp", "pp", "cp", "ep", "micro_batch", "virtual_stages", "hpz"):
             _positive(name, getattr(self, name))
-        if self.dp_shard is not None:
-            _positive("dp_shard", self.dp_shard)
+        for name in ("dp_shard", "etp"):
+            if getattr(self, name) is not None:
+                _positive(name, getattr(self, name))
         for name in YES_OR_NO:
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name}={getattr(self, name)!r} is not true or false", place="layout")
@@ -242,6 +245,8 @@ class LayoutTable:
     pp: IntArray
     cp: IntArray
     ep: IntArray
+    etp: IntArray
+    """0 where it was not given. See `expert_tp`."""
     micro_batch: IntArray
     zero: IntArray
     dp_shard: IntArray
@@ -290,6 +295,27 @@ class LayoutTable:
         """
         return np.where(self.zero > 0, self.dp_shard * self.cp, 1)
 
+    @property
+    def expert_tp(self) -> IntArray:
+        """Tensor-parallel degree of each expert, (N,): `etp`; where it was not given 1 with expert parallelism, else tp."""
+        return np.where(self.etp > 0, self.etp, np.where(self.ep > 1, 1, self.tp))
+
+    @property
+    def dispatches(self) -> NDArray[np.bool_]:
+        """Rows whose experts are spread otherwise than tensor parallelism cuts dense products, (N,): tokens travel to them."""
+        return (self.ep > 1) | ((self.etp > 0) & (self.etp != self.tp))
+
+    @property
+    def expert_replicas(self) -> IntArray:
+        """Ranks that hold the same expert parameters, (N,), at stride ep * etp inside the dp * cp * tp ranks of a stage."""
+        return np.maximum(self.dp * self.cp * self.tp // (self.ep * self.expert_tp), 1)
+
+    @property
+    def expert_zero_ranks(self) -> IntArray:
+        """Those of them over which ZeRO shards the states of experts, (N,), 1 without ZeRO (torchtitan: dp_shard * cp * tp / ep)."""
+        sharing = np.maximum(self.dp_shard * self.cp * self.tp // (self.ep * self.expert_tp), 1)
+        return np.where(self.zero > 0, sharing, 1)
+
     def columns(self) -> dict[str, IntArray]:
         """Every column by name."""
         return {name: getattr(self, name) for name in COLUMNS}
@@ -322,6 +348,7 @@ class LayoutTable:
         }
         return Layout(
             **values,
+            etp=at["etp"] or None,
             dp_shard=None if at["dp_shard"] == at["dp"] else at["dp_shard"],
             recompute=Recompute(RECOMPUTE[at["recompute"]], at["recompute_layers"], at["recompute_parts"]).word(),
             stage_layers=self.splits[at["split"]],
@@ -348,6 +375,7 @@ def layout_table(layouts: Sequence[Layout]) -> LayoutTable:
         row = {
             **{name: int(getattr(one, name)) for name in (*COUNTS, *YES_OR_NO)},
             "dp_shard": one.dp_shard or one.dp,
+            "etp": one.etp or 0,
             "recompute": RECOMPUTE.index(recompute.kind),
             "recompute_layers": recompute.layers,
             "recompute_parts": recompute.parts,

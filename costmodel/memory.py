@@ -111,15 +111,20 @@ def stage_states(
     stage_parameters: FloatArray,
     layer_parameters: FloatArray,
     root_parameters: FloatArray,
+    expert_parameters: FloatArray | None = None,
 ) -> dict[str, FloatArray]:
     """Bytes of parameters, gradients, optimizer, in host memory, on flash (`nvme`), and of what the optimizer step makes (`stepping`),
     each (N, S).
 
     `stage_parameters` (N, S), the largest layer's `layer_parameters` (N, S) and `root_parameters` (N, S: embedding, final norm,
     head) are per rank, that is after the tensor-parallel split. Under ZeRO-3 the gathered layers are added to the parameters,
-    whole gradients of layers awaiting reduction to the gradients.
+    whole gradients of layers awaiting reduction to the gradients. `expert_parameters` of the stage's lie in experts that tokens are
+    dispatched to, and are sharded over the fewer ranks that hold the same ones.
     """
     shards = layouts.zero_ranks.astype(np.float64)[:, None]
+    spread = stage_parameters
+    if expert_parameters is not None:  # as if the experts' share was spread over all `shards`
+        spread = stage_parameters + expert_parameters * (shards / layouts.expert_zero_ranks[:, None] - 1.0)
     states = state_columns(runtime, job, layouts.zero, accumulates=accumulates)
     stepping = np.zeros_like(stage_parameters)
     tiers = {"host": np.zeros_like(stage_parameters), "nvme": np.zeros_like(stage_parameters)}
@@ -127,7 +132,7 @@ def stage_states(
     parked = layouts.offload_params[:, None]
     parts: dict[str, FloatArray] = {}
     for part, column in states.items():
-        sharded = stage_parameters * column.sharded[:, None] / shards
+        sharded = spread * column.sharded[:, None] / shards
         if part in runtime.working_set.offload_moves:
             _park(tiers, share * sharded, layouts.offload_optimizer[:, None])
             sharded = (1.0 - share) * sharded
@@ -135,7 +140,7 @@ def stage_states(
             _park(tiers, np.where(parked > 0, sharded, 0.0), parked)
             sharded = np.where(parked > 0, 0.0, sharded)
         parts[part] = stage_parameters * column.whole[:, None] + sharded
-        stepping += (1.0 - share) * (stage_parameters * column.stepping[:, None] / shards)
+        stepping += (1.0 - share) * (spread * column.stepping[:, None] / shards)
     held = _held_whole(runtime, layouts)
     parts["gradients"] = parts["gradients"] + stage_parameters * (held * gradient_bytes(runtime, job))[:, None]
     parts["parameters"] = (

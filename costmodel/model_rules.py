@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from shardplan.costmodel.model import PART_NAMES, LayerKind, LayerPart, layer_parts
+from shardplan.costmodel.recompute import PART_BITS
 from shardplan.costmodel.rule import Rule, Setting
-from shardplan.costmodel.rule_parts import divides, use_divisors
+from shardplan.costmodel.rule_parts import divides, divides_ffn, use_divisors
 from shardplan.costmodel.runtime import Runtime
 
 
@@ -50,7 +51,7 @@ MODEL_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         id="tp-divides-ffn",
-        broken=divides(lambda kind: kind.ffn),
+        broken=divides_ffn,
         detail=lambda s, x: f"tp={x.tp} does not divide ffn={widths(s, lambda kind: kind.ffn)}",
         remedy=use_divisors(lambda s: common(s, lambda kind: kind.ffn)),
     ),
@@ -59,6 +60,15 @@ MODEL_RULES: tuple[Rule, ...] = (
         broken=divides(lambda kind: kind.shared_ffn),
         detail=lambda s, x: f"tp={x.tp} does not divide shared_ffn={widths(s, lambda kind: kind.shared_ffn)}",
         remedy=use_divisors(lambda s: common(s, lambda kind: kind.shared_ffn)),
+    ),
+    Rule(
+        id="mla-up-proj-needs-latents",
+        broken=lambda s, t: (
+            (t.recompute_parts & PART_BITS["mla_up_proj"] > 0) & (not any(kind.kv_lora_rank for kind in s.kinds))
+        ),
+        detail=lambda s, x: f"recompute={x.recompute}: {s.model.name} has no latent attention",
+        remedy=lambda s, x: "leave mla_up_proj out, or use qkv where the runtime has it",
+        evidence="Megatron-Core: mla_up_proj in recompute_modules needs multi_latent_attention",
     ),
     Rule(
         id="sp-needs-tp",
@@ -80,12 +90,5 @@ MODEL_RULES: tuple[Rule, ...] = (
             f"seq={s.job.seq} is longer than the {s.model.learned_positions} learned positions of {s.model.name}"
         ),
         remedy=lambda s, x: f"use --seq {s.model.learned_positions} or less",
-    ),
-    Rule(
-        id="ep-not-modelled",
-        broken=lambda s, t: t.ep > 1,
-        detail=lambda s, x: f"ep={x.ep}: expert parallelism is not modelled yet",
-        remedy=lambda s, x: "use ep=1 (every rank holds all experts)",
-        structural=True,
     ),
 )

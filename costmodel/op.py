@@ -30,12 +30,19 @@ class Shapes:
     """tp with sequence parallelism, else 1: divides what is split along the sequence."""
     flash: NDArray[np.bool_]
     """Fused attention instead of separate matrix products and softmax."""
+    ep: Amount = 1.0
+    expert_tp: Amount = 1.0
+    """Ranks each expert is cut over, where tokens are dispatched (`expert_parallel.py`)."""
+    expert_load: Amount = 1.0
+    """Tokens that the experts of the busiest rank get, relative to an even share."""
     recompute_parts: NDArray[np.int64] | int = 0
     """Sum of `recompute.PART_BITS`; 0 = what the runtime selects."""
     element_bytes: int
     """Of activations."""
     document: float | None = None
     """Tokens that attend to each other where several documents are packed into a sequence."""
+    casts: bool = False
+    """Operands of products are cast to 8 bits."""
 
     @property
     def tokens(self) -> FloatArray:
@@ -51,6 +58,8 @@ class Gemm:
     n: FloatArray
     k: FloatArray
     count: FloatArray
+    separate: bool = False
+    """Each in a kernel of its own, not all in one."""
 
     @property
     def flop(self) -> FloatArray:
@@ -72,10 +81,16 @@ class Op:
     """No gradient of the weights of its products is taken."""
     traffic_bytes: Amount = 0.0
     """Element-wise bytes read and written, forward, fully fused."""
+    copied_bytes: Amount = 0.0
+    """Bytes read and written only to order rows, by one kernel, as many backward."""
     kept_bytes: Amount = 0.0
     forward: tuple[tuple[Collective, FloatArray], ...] = ()
     """Tensor-parallel collectives of the forward pass: (kind, buffer bytes)."""
     backward: tuple[tuple[Collective, FloatArray], ...] = ()
+    experts: tuple[FloatArray, float] | None = None
+    """Tokens exchanged with experts in each pass: bytes a rank sends, and copies of each token among them."""
+    launches: Amount = 0.0
+    """Kernels launched beyond those of any operator."""
     context: tuple[FloatArray, FloatArray] | None = None
     """Of attention: bytes of queries, and of keys and values, that context-parallel ranks exchange."""
 

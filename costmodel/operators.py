@@ -16,6 +16,7 @@ import numpy as np
 from shardplan.costmodel.attention_ops import attention_ops
 from shardplan.costmodel.model import LayerKind
 from shardplan.costmodel.op import (
+    Amount,
     FloatArray,
     Gemm,
     Op,
@@ -54,8 +55,9 @@ def _mlp_ops(kind: LayerKind, shapes: Shapes, runtime: Runtime) -> tuple[Op, ...
     one = np.ones_like(tokens)
     entering, leaving = tensor_parallel_collectives(shapes, stream)
     ops = [norm_op("mlp_norm", kind.norm, stream / sp, runtime, e)] if kind.norms > 1 else []
+    copies: Amount = 0.0
     if kind.experts:
-        experts, copies = kind.experts, kind.experts_per_token
+        experts, copies = kind.experts, kind.experts_per_token * shapes.expert_load
         ops.append(
             Op(
                 name="router",
@@ -75,7 +77,7 @@ def _mlp_ops(kind: LayerKind, shapes: Shapes, runtime: Runtime) -> tuple[Op, ...
         replace(
             down,
             name="mlp_output" if kind.norms == 4 else "down",
-            kept_bytes=kind.experts_per_token * stream if kind.experts else 0.0,
+            kept_bytes=copies * stream,
             forward=leaving[0],
             backward=leaving[1],
         ),
@@ -87,7 +89,7 @@ def _mlp_ops(kind: LayerKind, shapes: Shapes, runtime: Runtime) -> tuple[Op, ...
 
 
 def _feed_forward(
-    kind: LayerKind, shapes: Shapes, runtime: Runtime, *, ffn: int, experts: int = 1, copies: int = 1
+    kind: LayerKind, shapes: Shapes, runtime: Runtime, *, ffn: int, experts: int = 1, copies: Amount = 1
 ) -> list[Op]:
     """The products and the activation of `experts` MLPs of width `ffn`, each token in `copies` of them."""
     tokens, one = shapes.tokens, np.ones_like(shapes.tokens)

@@ -25,7 +25,7 @@ FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 Share = FloatArray | float
 
-PACE_PARTS = ("forward", "backward", "recompute", "tensor_exposed", "context_exposed", "host")
+PACE_PARTS = ("forward", "backward", "recompute", "tensor_exposed", "context_exposed", "expert_exposed", "host")
 """They add up to the seconds of one micro-batch on a stage."""
 
 
@@ -168,6 +168,9 @@ def _block_pace(
     context = _context_pace(block, recomputed, selects)
     if context:
         busy = busy + context["context_exposed"]
+    experts = _expert_pace(runtime, block, recomputed, forward + backward)
+    if experts:
+        busy = busy + experts["expert_exposed"]
     launching = of("host_forward_s") * (1.0 + BACKWARD_LAUNCHES + recomputed) + exchanging
     # a CPU runs the operation it dispatches, a GPU only idles when launches come too slowly
     host = launching if gpu.device == "cpu" else np.maximum(launching - busy, 0.0)
@@ -179,6 +182,7 @@ def _block_pace(
         "tensor_exposed": exposed,
         "host": host,
         **context,
+        **experts,
     }
 
 
@@ -195,6 +199,18 @@ def _context_pace(block: BlockColumns, recomputed: Share, selects: Share) -> dic
         + block[f"context_backward_{what}_s"][:, None]
         for what in ("exposed", "hidden")
     }
+
+
+def _expert_pace(
+    runtime: Runtime, block: BlockColumns, recomputed: Share, compute: FloatArray
+) -> dict[str, FloatArray]:
+    """Seconds of the exchanges of tokens with experts of one block and micro-batch, exposed and hidden behind `compute`; none where no
+    layout has any. Full recompute repeats those of the forward."""
+    if "expert_s" not in block:
+        return {}
+    exchange = block["expert_s"][:, None] * (2.0 + recomputed)
+    hidden = np.minimum(runtime.expert_parallel.overlap * exchange, compute)
+    return {"expert_exposed": exchange - hidden, "expert_hidden": hidden}
 
 
 def pipeline_transfers_s(

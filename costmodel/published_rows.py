@@ -19,6 +19,7 @@ from typing import Any
 from shardplan.costmodel.job import Job
 from shardplan.costmodel.layout import Layout
 from shardplan.costmodel.model import LayerKind, Model
+from shardplan.costmodel.published_experts import UnknownShapeError, expert_model
 from shardplan.costmodel.runtime import Runtime, load_runtime
 from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.load import load_cluster
@@ -194,8 +195,6 @@ def _refuse_uncovered(row: Row) -> None:
     """RefusedRowError for what the cost model does not know yet."""
     if row["precision"] == "fp4":
         raise RefusedRowError(f"precision {row['precision']} is not modelled yet")
-    if row["experts"]:
-        raise RefusedRowError("mixture-of-experts layers are not modelled yet")
 
 
 def names_adapters(row: Row) -> bool:
@@ -231,7 +230,8 @@ def _runtime(row: Row) -> tuple[Runtime, Mapping[str, Any]]:
     framework = row["framework"].lower()
     for entry in _names()["frameworks"]:
         if entry["contains"] in framework:
-            switches = [name for remark in _remarks(row) for name in remark.get("switches", ())]
+            switches = [s["switch"] for s in _names()["switches"] if s["contains"] in framework]
+            switches += [name for remark in _remarks(row) for name in remark.get("switches", ())]
             return load_runtime("+".join([entry["runtime"], *switches])), entry
     raise RefusedRowError(f"framework {row['framework']!r} has no runtime yet")
 
@@ -242,6 +242,8 @@ UNSAID_VOCABULARY = {True: 32_000, False: 50_257}
 
 def _model(row: Row) -> Model:
     """Shapes of the row; position code, norms and biases follow the family that the MLP tells (gated: Llama, plain: GPT)."""
+    if row["experts"]:
+        return _expert_model(row)
     gated = flag(row, "gated_mlp")
     hidden = whole(row, "hidden")
     heads = whole(row, "heads", max(hidden // 128, 1))
@@ -268,6 +270,14 @@ def _model(row: Row) -> Model:
         learned_positions=0 if gated else whole(row, "seq"),
         source=row["citation"],
     )
+
+
+def _expert_model(row: Row) -> Model:
+    shape = tuple(whole(row, name) for name in ("hidden", "heads", "experts", "experts_per_token", "expert_ffn"))
+    try:
+        return expert_model(shape, whole(row, "layers"), whole(row, "vocab"), row["notes"])
+    except UnknownShapeError as unknown:
+        raise RefusedRowError(str(unknown)) from None
 
 
 def _layout(row: Row, unsaid: Mapping[str, Any], runtime: Runtime) -> Layout:
@@ -328,6 +338,9 @@ def _named_machine(row: Row) -> str | None:
 @cache
 def _machine(name: str, gpus: int, gpus_per_node: int, gbps_per_gpu: float) -> Cluster:
     cluster = load_cluster(name)
+    if cluster.node.tray_gpus and gpus_per_node == cluster.node.tray_gpus:  # servers of a rack that is one node
+        cluster = cluster.with_gpus(gpus)
+        gpus_per_node = cluster.node.gpus
     node, network = cluster.node, cluster.network
     size = min(gpus_per_node or node.gpus, gpus)
     node = replace(node, gpus=size)

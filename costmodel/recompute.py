@@ -1,7 +1,8 @@
 """The word `recompute`: none, selective, selective:PART+PART, full, full:N, and the operators that each part stands for.
 
-Parts carry Megatron-Core's names (`--recompute-modules`) where it has one: core_attn, layernorm, mlp. Each part can be rebuilt from
-what the others keep, so every set of them is sound (arXiv 2205.05198, section 5, chooses core_attn alone).
+Parts carry Megatron-Core's names (`--recompute-modules`) where it has one: core_attn, layernorm, mlp, and mla_up_proj, which makes the
+heads of latent attention again from the latents. Each part can be rebuilt from what the others keep, so every set of them is sound
+(arXiv 2205.05198, section 5, chooses core_attn alone).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from shardplan.hw_profiles.errors import InputError, nearest
 
 RECOMPUTE = ("none", "selective", "full")
 ALL_LAYERS = -1
-Part = Literal["core_attn", "layernorm", "qkv", "rope", "proj", "act", "mlp"]
+Part = Literal["core_attn", "layernorm", "qkv", "rope", "proj", "act", "mlp", "mla_up_proj"]
 PARTS: Mapping[Part, tuple[str, ...]] = {
     "core_attn": ("attention",),
     "layernorm": ("attention_norm", "mlp_norm"),
@@ -22,6 +23,7 @@ PARTS: Mapping[Part, tuple[str, ...]] = {
     "proj": ("projection", "attention_residual"),
     "act": ("activation",),
     "mlp": ("up", "activation", "down"),
+    "mla_up_proj": ("qkv", "rotary"),
 }
 """Operators of a layer that each part runs again in the backward pass instead of keeping what they wrote."""
 PART_BITS: Mapping[str, int] = {part: 1 << index for index, part in enumerate(PARTS)}

@@ -13,7 +13,7 @@ from shardplan.costmodel.runtime import Communication
 
 IntArray = NDArray[np.int64]
 
-SHARING = ("zero", "dp_shard", "offload_optimizer", "offload_params", "offload_ratio", "hpz", "qwz", "qgz", "ep")
+SHARING = ("zero", "dp_shard", "offload_optimizer", "offload_params", "offload_ratio", "hpz", "qwz", "qgz")
 """Columns that say how states are spread and kept; all others say what a micro-batch computes and keeps."""
 
 
@@ -27,7 +27,7 @@ class RowKeys:
     work_of: IntArray
     """Key of each row, (N,)."""
     contents: LayoutTable
-    """What a stage holds: tp, pp, chunks and their placement, (C,)."""
+    """What a stage holds: tp, ep, etp, pp, chunks and their placement, (C,)."""
     contents_of_work: IntArray
     work_of_contents: IntArray
     pace: LayoutTable
@@ -46,7 +46,8 @@ def row_keys(layouts: LayoutTable, communication: Communication, global_batch: i
     by_work = keys_of(*(column for name, column in columns.items() if name not in SHARING))
     by_sharing = keys_of(*(columns[name] for name in SHARING))
     work = layouts.take(by_work.row).with_constants()
-    contents = keys_of(work.tp, work.pp, work.virtual_stages, work.split, work.v_placed.astype(np.int64))
+    placed = work.v_placed.astype(np.int64)
+    contents = keys_of(work.tp, work.ep, work.etp, work.pp, work.virtual_stages, work.split, placed)
     accumulates = (global_batch > work.dp * work.micro_batch).astype(np.int64)
     ranks = keys_of(contents.of_row, work.dp, work.cp, accumulates)
     exchanging = _exchanging(work, layouts.take(by_sharing.row), communication, by_work, by_sharing)

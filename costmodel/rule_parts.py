@@ -27,6 +27,13 @@ def divides(number: Callable[[LayerKind], int]) -> Callable[[Setting, LayoutTabl
     return broken
 
 
+def divides_ffn(setting: Setting, table: LayoutTable) -> BoolArray:
+    """Predicate: tp does not divide the width of some MLP that it cuts, which are not those of experts that tokens travel to."""
+    dense = [kind.ffn % table.tp != 0 for kind in setting.kinds if not kind.experts]
+    experts = [(kind.ffn % table.tp != 0) & ~table.dispatches for kind in setting.kinds if kind.experts]
+    return np.any([*dense, *experts], axis=0)
+
+
 def use_divisors(number: Callable[[Setting], int]) -> Callable[[Setting, Layout], str]:
     """Remedy: the divisors of `number`."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from shardplan.costmodel.context_rules import CONTEXT_RULES
+from shardplan.costmodel.expert_rules import EXPERT_RULES
 from shardplan.costmodel.layout import (
     ATTENTION,
     Layout,
@@ -262,6 +263,7 @@ RULES: tuple[Rule, ...] = (
     *STRUCTURE,
     *MODEL_RULES,
     *CONTEXT_RULES,
+    *EXPERT_RULES,
     *SCHEDULE_RULES,
     *RUNTIME_RULES,
     *OFFLOAD_RULES,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from shardplan.costmodel.model import PART_NAMES, LayerPart
 from shardplan.costmodel.recompute import Part
+from shardplan.costmodel.runtime_experts import ExpertParallel
 from shardplan.costmodel.runtime_offload import Offloading
 from shardplan.hw_profiles.errors import InputError, nearest
 from shardplan.hw_profiles.machine import AttentionKernel
@@ -47,6 +48,14 @@ class Abilities(_FromFile):
     pipeline_parallel: bool
     experts: bool
     """Mixture-of-experts layers."""
+    expert_parallel: bool = False
+    """Experts spread over ranks (`ep`)."""
+    expert_parallel_zero: tuple[int, ...] = (0, 1, 2, 3)
+    """ZeRO stages that go with it."""
+    expert_tensor_parallel: bool = False
+    """Experts cut over another number of ranks than dense products (`etp`)."""
+    expert_parallel_splits_sequence: bool = False
+    """With tensor parallelism, experts need sequence parallelism."""
     layer_parts: tuple[LayerPart, ...] = tuple(PART_NAMES)
     """What it runs of what layers of Llama, GPT-2 and Mixtral do not have."""
     tied_embeddings_across_stages: bool
@@ -262,6 +271,7 @@ class Runtime(_FromFile):
     allocator_slack_fraction: float
     """Reserved beyond allocated, relative to allocated."""
     offload: Offloading = field(default_factory=Offloading)
+    expert_parallel: ExpertParallel = field(default_factory=ExpertParallel)
     switched: Mapping[str, float] = field(default_factory=dict[str, float])
     """Numbers that switches changed, relative to before; fitted constants are changed alike."""
 
@@ -278,7 +288,7 @@ def without_overlap(runtime: Runtime) -> Runtime:
         pipeline_overlap=0.0,
         context_overlap=0.0,
     )
-    return replace(runtime, communication=exposed)
+    return replace(runtime, communication=exposed, expert_parallel=replace(runtime.expert_parallel, overlap=0.0))
 
 
 def runtime_names() -> tuple[str, ...]:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.costmodel.adapters import adapter_parameters, with_adapters
+from shardplan.costmodel.expert_parallel import expert_load, expert_parameters, mixed, spread_layers
 from shardplan.costmodel.job import BYTES_OF, Job
 from shardplan.costmodel.keys import gathered, unique_keys
 from shardplan.costmodel.layer_cost import BlockCost, block_costs
@@ -52,7 +53,7 @@ class BlockColumns(Mapping[str, FloatArray]):
 
 @dataclass(frozen=True, kw_only=True)
 class BlockRows:
-    """Costs of the blocks of N layouts; columns of context parallelism only where some layout has it."""
+    """Costs of the blocks of N layouts; columns of context and expert parallelism only where some layout has it."""
 
     layers: tuple[BlockColumns, ...]
     """One per run of layer kinds."""
@@ -82,44 +83,53 @@ def padded_vocab(model: Model, runtime: Runtime, tp: FloatArray) -> FloatArray:
     return np.ceil(model.vocab / multiple) * multiple
 
 
+def _shapes(job: Job, at: LayoutTable, flash: NDArray[np.bool_]) -> Shapes:
+    """The keys of operators of each layout of `at`."""
+    tp = at.tp.astype(np.float64)
+    return Shapes(
+        micro_batch=at.micro_batch.astype(np.float64),
+        seq=job.seq / at.cp,
+        cp=at.cp.astype(np.float64),
+        cp_kind=at.cp_kind,
+        tp=tp,
+        sp=np.where(at.sequence_parallel == 1, tp, 1.0),
+        flash=flash,
+        ep=at.ep.astype(np.float64),
+        expert_tp=at.expert_tp.astype(np.float64),
+        expert_load=expert_load(job, at),
+        recompute_parts=at.recompute_parts,
+        element_bytes=BYTES_OF[job.precision],
+        casts=job.precision == "fp8",
+        document=job.document_tokens,
+    )
+
+
 def block_rows(
     model: Model, job: Job, cluster: Cluster, layouts: LayoutTable, runtime: Runtime, tiers: TierTable
 ) -> BlockRows:
-    """Costs of layers, embedding and head: once per unique (tp, sp, cp and its kind, micro-batch, attention, recomputed parts), then
-    gathered."""
+    """Costs of layers, embedding and head: once per unique (tp, sp, cp and its kind, ep, etp, micro-batch, attention, recomputed parts),
+    then gathered."""
     default = ATTENTION.index(runtime.abilities.attention[0])
     attention = np.where(layouts.attention == 0, default, layouts.attention)
     context = layouts.cp * len(CP_KINDS) + layouts.cp_kind
-    keys = (layouts.tp, layouts.sequence_parallel, context, layouts.micro_batch, attention, layouts.recompute_parts)
-    first, inverse = unique_keys(*keys)
-    tp = layouts.tp[first].astype(np.float64)
-    shapes = Shapes(
-        micro_batch=layouts.micro_batch[first].astype(np.float64),
-        seq=job.seq / layouts.cp[first],
-        cp=layouts.cp[first].astype(np.float64),
-        cp_kind=layouts.cp_kind[first],
-        tp=tp,
-        sp=np.where(layouts.sequence_parallel[first] == 1, tp, 1.0),
-        flash=attention[first] == ATTENTION.index("flash"),
-        recompute_parts=layouts.recompute_parts[first],
-        element_bytes=BYTES_OF[job.precision],
-        document=job.document_tokens,
-    )
-    vocab = padded_vocab(model, runtime, tp)
-    dropout, heads = (
-        model.layers[0][0].dropout,
-        1 + model.mtp_modules,
-    )  # every prediction has logits and a loss of its own
+    work = (layouts.tp, layouts.sequence_parallel, context, layouts.ep, layouts.etp, layouts.micro_batch)
+    first, inverse = unique_keys(*work, attention, layouts.recompute_parts)
+    at = layouts.take(first)
+    shapes = _shapes(job, at, attention[first] == ATTENTION.index("flash"))
+    vocab = padded_vocab(model, runtime, shapes.tp)
+    heads = 1 + model.mtp_modules  # every prediction has logits and a loss of its own
 
-    alone = bool((layouts.cp == 1).all())
-    names = [name for name in BlockCost.__dataclass_fields__ if not (alone and name.startswith("context_"))]
-
+    absent = ("context_",) * bool((layouts.cp == 1).all()) + ("expert_",) * (not at.dispatches.any())
+    names = [name for name in BlockCost.__dataclass_fields__ if not name.startswith(absent)]
+    usual = [_layer(kind, shapes, job, runtime) for kind, _ in model.runs]
+    spread = spread_layers(model, usual, shapes, runtime) if at.dispatches.any() else {}
     costs = block_costs(
         (
-            *(_layer(kind, shapes, job, runtime) for kind, _ in model.runs),
-            embedding_ops(model.hidden, dropout, shapes),
+            *usual,
+            embedding_ops(model.hidden, model.layers[0][0].dropout, shapes),
             _trained(head_ops(model.hidden, model.norm, vocab, shapes, runtime, softcap=model.logit_softcap), job)
             * heads,
+            *spread.values(),
         ),
         shapes,
         gpu=cluster.gpu,
@@ -128,7 +138,10 @@ def block_rows(
         tiers=tiers,
         runtime=runtime,
     )
-    *layers, embedding, head = ({name: getattr(cost, name) for name in names} for cost in costs)
+    columns = [{name: getattr(cost, name) for name in names} for cost in costs]
+    *layers, embedding, head = columns[: len(usual) + 2]
+    for index, cost in zip(spread, columns[len(usual) + 2 :], strict=True):
+        layers[index] = mixed(layers[index], cost, at.dispatches)
     streams = np.where(shapes.recompute_parts == 0, runtime.activations.selective_streams, 0.0)
     for (kind, _), layer in zip(model.runs, layers, strict=True):  # what `selective` keeps in exchange is not dropped
         layer["selective_bytes"] -= streams * shapes.element_bytes * shapes.tokens * kind.hidden
@@ -222,6 +235,8 @@ class StageParameters:
     """Embedding, positions, final norm and head."""
     adapters: FloatArray | None = None
     """Trainable parameters where the others are frozen; None where every one is trained."""
+    experts: FloatArray | None = None
+    """Those of `stage` in experts that tokens are dispatched to: fewer ranks hold the same ones; None where there are none."""
 
     def take(self, rows: IntArray) -> StageParameters:
         """The rows at `rows`."""
@@ -231,6 +246,7 @@ class StageParameters:
             matrix=gathered(self.matrix, rows),
             root=gathered(self.root, rows),
             adapters=None if self.adapters is None else gathered(self.adapters, rows),
+            experts=None if self.experts is None else gathered(self.experts, rows),
         )
 
 
@@ -242,6 +258,11 @@ def stage_parameters(
     tp = layouts.tp.astype(np.float64)
     split = [split_parameters(kind) for kind, _ in model.runs]
     by_kind = np.stack([divided / tp + whole for divided, whole in split], axis=-1)
+    experts = None
+    if layouts.dispatches.any():
+        held, instead = expert_parameters(model, layouts)
+        by_kind = by_kind + held - instead
+        experts = (stages.layers * held[:, None, :]).sum(axis=2)
     table = padded_vocab(model, runtime, tp) * model.hidden / tp
     norm = model.hidden * (2 if model.norm == "layernorm" else 1) + (model.vocab if model.head_bias else 0)
     root = stages.embedding * (table + model.learned_positions * model.hidden)[:, None]
@@ -258,7 +279,9 @@ def stage_parameters(
     if job.adapters is not None:
         each = np.stack([adapter_parameters(kind, job.adapters, tp) for kind, _ in model.runs], axis=-1)
         trained = (stages.layers * each[:, None, :]).sum(axis=2)
-    return StageParameters(stage=body + root, layer=largest, matrix=matrix, root=root, adapters=trained)
+    return StageParameters(
+        stage=body + root, layer=largest, matrix=matrix, root=root, adapters=trained, experts=experts
+    )
 
 
 def largest_matrix(kind: LayerKind) -> int:

@@ -134,6 +134,7 @@ def held_bytes(
         stage_parameters=trained.stage,
         layer_parameters=trained.layer,
         root_parameters=trained.root,
+        expert_parameters=trained.experts,
     )
     if parameters.adapters is not None:
         on_gpu, parked = frozen_bytes(

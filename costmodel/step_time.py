@@ -72,6 +72,8 @@ class Owner:
     """Groups of parameters that are exchanged together: layers, embedding, head."""
     kept_share: FloatArray
     """Share of the parameters that stays gathered after the forward under ZeRO-3."""
+    experts: FloatArray | None = None
+    """Those of `parameters` in experts that tokens are dispatched to; None where there are none."""
 
     def take(self, rows: IntArray) -> Owner:
         """The rows at `rows`."""
@@ -81,6 +83,7 @@ class Owner:
             gathered=self.gathered.take(rows),
             units=self.units.take(rows),
             kept_share=self.kept_share.take(rows),
+            experts=None if self.experts is None else self.experts.take(rows),
         )
 
 
@@ -96,7 +99,15 @@ def heaviest_owner(parameters: StageParameters, stages: StageRows, job: Job, run
     kept_share = root / owned if runtime.working_set.root_stays_gathered else np.zeros_like(owned)
     of_layers, usual = frozen_element_bytes(runtime, job)
     gathered = owned if of_layers == usual else root + (owned - root) * of_layers / usual
-    return Owner(parameters=owned, trained=trained, gathered=gathered, units=groups, kept_share=kept_share)
+    spread = parameters.experts
+    return Owner(
+        parameters=owned,
+        trained=trained,
+        gathered=gathered,
+        units=groups,
+        kept_share=kept_share,
+        experts=None if spread is None else np.take_along_axis(spread, heaviest, axis=1)[:, 0],
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +153,9 @@ def paced_times(
     if "context_exposed" in pace:
         parts["cp_exposed_s"] = micro_batches * pace["context_exposed"]
         hidden["cp_s"] = micro_batches * pace["context_hidden"]
+    if "expert_exposed" in pace:
+        parts["ep_exposed_s"] = micro_batches * pace["expert_exposed"]
+        hidden["ep_s"] = micro_batches * pace["expert_hidden"]
     return PacedTimes(
         parts=parts,
         hidden=hidden,
@@ -185,6 +199,8 @@ def held_times(
     """Exchange and update of the states of each key."""
     element = gradient_bytes(runtime, job)
     updated, share = owner.trained / layouts.zero_ranks, optimizer_share(layouts)
+    if owner.experts is not None:
+        updated = updated + owner.experts * (1.0 / layouts.expert_zero_ranks - 1.0 / layouts.zero_ranks)
     traffic = update_traffic_bytes(runtime, job) * updated * np.where(share < 1, 1.0 - share, 1.0)
     tiers_used = bool((share > 0).any() or layouts.offload_params.any())
     tied = None
@@ -200,6 +216,7 @@ def held_times(
             runtime.communication,
             parameters=owner.gathered,
             trained=owner.trained,
+            experts=owner.experts,
             units=owner.units,
             gradient_bytes=element,
             parameter_bytes=parameter_bytes(runtime, job, sent=True),
@@ -257,7 +274,7 @@ class StepTime:
 
     def hidden(self) -> Mapping[str, FloatArray]:
         """Seconds of communication that hide behind compute by axis, (N,), made when they are read."""
-        makers = {name: partial(self._of_pace, self.paced.hidden.get(name)) for name in ("tp_s", "cp_s")}
+        makers = {name: partial(self._of_pace, self.paced.hidden.get(name)) for name in ("tp_s", "cp_s", "ep_s")}
         return LazyColumns(
             {
                 **makers,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
@@ -31,6 +31,8 @@ class Outcome:
     """LoRA or QLoRA."""
     digitised: bool
     """Read off a figure."""
+    experts: bool
+    """The model has experts."""
     group: tuple[str, ...]
     """Rows of one group are the same work on the same machine in another layout: model, GPU, count, batch."""
     measured_step_s: float | None
@@ -120,6 +122,7 @@ def _outcome(row: Row) -> Outcome:
         precision=row["precision"],
         fine_tuned=names_adapters(row),
         digitised=row["quality"] == "digitised",
+        experts=bool(row["experts"].strip()),
         group=tuple(
             row[name]
             for name in (*SHAPE, "source", "model", "gpu", "gpus", "seq", "global_batch", "precision", "framework")
@@ -272,25 +275,22 @@ def summary(name: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     }
 
 
-KINDS = ("all read off figures", "all LoRA and QLoRA", "all in fp8", "all others")
-
-
-def _kind(one: Outcome) -> str:
-    """One of KINDS."""
-    if one.digitised:
-        return KINDS[0]
-    if one.fine_tuned:
-        return KINDS[1]
-    return KINDS[2] if one.precision == "fp8" else KINDS[3]
+KINDS: Mapping[str, Callable[[Outcome], bool]] = {
+    "all with experts": lambda one: one.experts,
+    "all read off figures": lambda one: one.digitised,
+    "all LoRA and QLoRA": lambda one: one.fine_tuned,
+    "all in fp8": lambda one: one.precision == "fp8",
+}
+"""Lines over rows of all sources; a row is in the first that it belongs to."""
 
 
 def summaries(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
-    """One summary per source, in order of appearance, one over each kind of row where there are several (read off figures, LoRA and
-    QLoRA, in fp8, the rest), and one over all."""
+    """One summary per source, in order of appearance, one over each kind of row where there are several (with experts, read off figures,
+    LoRA and QLoRA, in fp8, the rest), and one over all."""
     sources = dict.fromkeys(one.source for one in outcomes)
     lines = [summary(name, [one for one in outcomes if one.source == name]) for name in sources]
-    kinds: dict[str, list[Outcome]] = {name: [] for name in KINDS}
+    kinds: dict[str, list[Outcome]] = {name: [] for name in (*KINDS, "all others")}
     for one in outcomes:
-        kinds[_kind(one)].append(one)
+        kinds[next((name for name, belongs in KINDS.items() if belongs(one)), "all others")].append(one)
     several = {name: rows for name, rows in kinds.items() if rows and len(rows) < len(outcomes)}
     return [*lines, *(summary(name, rows) for name, rows in several.items()), summary("all", outcomes)]

@@ -206,6 +206,7 @@ def _node(part: schema.NodePart, gpu: Gpu) -> Node:
         name=part.name,
         gpu=gpu,
         gpus=part.gpus.value,
+        tray_gpus=part.tray_gpus.value if part.tray_gpus else None,
         intra=Link(
             kind=intra.kind,
             bandwidth_bytes_per_s=intra.bandwidth_gb_per_s.value * GIGA,

@@ -190,6 +190,8 @@ class Node:
     gpus: int
     intra: Link
     host: Host
+    tray_gpus: int | None = None
+    """GPUs of one server where several servers share the link (a rack): jobs take equal parts of nodes in whole servers."""
     nvme: Nvme | None = None
     power_w: float | None = None
     """Whole node, GPUs included."""
@@ -295,7 +297,8 @@ class Cluster:
         return self.node.gpu
 
     def with_gpus(self, gpus: int) -> Cluster:
-        """The same cluster with `gpus` GPUs: part of one node, or whole nodes; raises InputError otherwise.
+        """The same cluster with `gpus` GPUs: part of one node, whole nodes, or the largest equal parts of nodes that are racks of
+        servers; raises InputError otherwise.
 
         On a lone CPU machine more processes than it has slots share its cores and memory.
         """
@@ -312,6 +315,11 @@ class Cluster:
                 place="--gpus",
                 remedy=f"use at most {node.gpus}, or a cluster with a network",
             )
+        if gpus % node.gpus and node.tray_gpus and gpus % node.tray_gpus == 0:
+            part = max(n for n in range(node.tray_gpus, node.gpus, node.tray_gpus) if gpus % n == 0)
+            nics = max(self.network.nics_per_node * part // node.gpus, 1)
+            network = replace(self.network, nics_per_node=nics)
+            return replace(self, node_runs=((replace(node, gpus=part), gpus // part),), network=network)
         if gpus % node.gpus:
             low = gpus // node.gpus * node.gpus
             raise InputError(

@@ -181,6 +181,7 @@ class NodePart(Part):
 
     name: str
     gpus: Whole
+    tray_gpus: Whole | None = None
     power_w: Positive | None = None
     usd_per_hour: Price | None = None
     intra: IntraPart

@@ -60,7 +60,6 @@ def setting(
         ("sp-needs-tp", "dp=64 sequence_parallel=true", {}, "raise tp"),
         ("sp-divides-seq", "dp=8 tp=8 sequence_parallel=true", {"seq": 4100}, "multiple of 8"),
         ("seq-within-positions", "dp=64", {"model": "gpt3-175b"}, "use --seq 2048"),
-        ("ep-not-modelled", "dp=64 ep=2", {}, "use ep=1"),
         ("virtual-stages-interleaved", "dp=32 pp=2 virtual_stages=2", {}, "schedule=1f1b"),
         ("interleaved-rounds", "dp=16 pp=4 schedule=interleaved virtual_stages=2", {"batch": 32}, "not 2"),
         ("micro-batches-cover-stages", "dp=16 pp=4", {"runtime": "fsdp2", "batch": 32}, "2 micro-batches"),

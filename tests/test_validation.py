@@ -19,7 +19,7 @@ from shardplan.costmodel.layout import parse_layout
 from shardplan.costmodel.model_config import load_model
 from shardplan.costmodel.published_rows import COLUMNS, RefusedRowError, read_rows, row_case
 from shardplan.costmodel.runtime import load_runtime
-from shardplan.costmodel.validation import KINDS, Outcome, summaries, validate_rows
+from shardplan.costmodel.validation import KINDS, Outcome, summaries, summary, validate_rows
 from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.load import load_cluster
 from shardplan.hw_profiles.machine import Source
@@ -34,12 +34,19 @@ def outcomes() -> list[Outcome]:
 
 @pytest.fixture(scope="module")
 def by_source(outcomes: list[Outcome]) -> dict[str, dict[str, Any]]:
-    return {one["source"]: one for one in summaries([one for one in outcomes if one.precision != "fp8"])}
+    dense = [one for one in outcomes if not one.experts]
+    return {one["source"]: one for one in summaries([one for one in dense if one.precision != "fp8"])}
 
 
 @pytest.fixture(scope="module")
 def by_source_in_fp8(outcomes: list[Outcome]) -> dict[str, dict[str, Any]]:
-    return {one["source"]: one for one in summaries([one for one in outcomes if one.precision == "fp8"])}
+    dense = [one for one in outcomes if not one.experts]
+    return {one["source"]: one for one in summaries([one for one in dense if one.precision == "fp8"])}
+
+
+@pytest.fixture(scope="module")
+def with_experts(outcomes: list[Outcome]) -> dict[str, dict[str, Any]]:
+    return {one["source"]: one for one in summaries([one for one in outcomes if one.experts])}
 
 
 WORST_MEAN_ERROR = {
@@ -85,9 +92,40 @@ def test_step_times_in_fp8_do_not_get_worse(
     assert by_source_in_fp8[source]["time"]["mape"] <= worst
 
 
-def test_rows_in_fp8_have_a_line_of_their_own(outcomes: list[Outcome]) -> None:
+@pytest.mark.parametrize(
+    ("models", "rows", "worst"), [("Qwen3", 40, 9.5), ("DeepSeekV3", 31, 8.5), ("deepseekv", 9, 20.0)]
+)
+def test_step_times_with_experts_do_not_get_worse(
+    outcomes: list[Outcome], models: str, rows: int, worst: float
+) -> None:
+    names = {row["case_id"] for row in read_rows(RUNS) if row["model"].startswith(models)}
+    found = [one for one in outcomes if one.case_id in names and one.step_ratio is not None]
+    assert len(found) == rows
+    assert summary(models, found)["time"]["mape"] <= worst
+
+
+@pytest.mark.parametrize(
+    ("source", "worst"),
+    [
+        ("Megatron-MoE-ModelZoo Qwen3", 13.0),
+        ("NeMo / Megatron-Bridge performance summary", 14.0),
+        ("SimuMax B200 Megatron runs", 20.0),
+    ],
+)
+def test_step_times_with_experts_by_source(with_experts: dict[str, dict[str, Any]], source: str, worst: float) -> None:
+    assert with_experts[source]["time"]["mape"] <= worst
+
+
+@pytest.mark.parametrize(
+    ("source", "worst"), [("SimuMax B200 Megatron runs", 1.5), ("Megatron-Bridge tuning notes", 2.5)]
+)
+def test_peaks_of_memory_with_experts(with_experts: dict[str, dict[str, Any]], source: str, worst: float) -> None:
+    assert with_experts[source]["memory"]["allocated"]["mape"] <= worst
+
+
+def test_each_kind_of_row_has_a_line_of_its_own(outcomes: list[Outcome]) -> None:
     lines = {one["source"]: one["rows"] for one in summaries(outcomes)}
-    assert sum(lines[name] for name in KINDS) == lines["all"] == len(outcomes)
+    assert sum(lines[name] for name in (*KINDS, "all others")) == lines["all"] == len(outcomes)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +199,11 @@ def test_names_of_rows_and_sources_change_nothing(tmp_path: Path) -> None:
         ({"gpu": "abacus"}, "'abacus' is not in the catalog"),
         ({"framework": "pen and paper"}, "'pen and paper' has no runtime"),
         ({"precision": "fp4"}, "fp4 is not modelled"),
-        ({"experts": "8"}, "mixture-of-experts"),
+        (
+            {"experts": "8", "experts_per_token": "2", "expert_ffn": "5"},
+            "no model of the catalog has hidden=8192, heads=64, experts=8, experts_per_token=2, expert_ffn=5",
+        ),
+        ({"experts": "8"}, "does not say experts_per_token"),
         ({"hidden": ""}, "does not say hidden"),
     ],
 )

@@ -13,7 +13,7 @@ from shardplan.hw_profiles.errors import InputError
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("dp=8 tpp=2", "'tpp' is unknown; did you mean pp or tp?"),
+        ("dp=8 tpp=2", "'tpp' is unknown; did you mean etp or pp or tp?"),
         ("dp=0", "dp=0 is not a positive"),
         ("dp=-2", "dp=-2"),
         ("dp=x", "dp='x' is malformed"),

@@ -32,6 +32,19 @@ OptimizerOption = Annotated[str, typer.Option("--optimizer", help="adamw or sgd.
 GradDtypeOption = Annotated[
     str | None, typer.Option("--grad-dtype", help="Gradient accumulation: fp32, bf16, fp16; default: the runtime's.")
 ]
+ImbalanceOption = Annotated[
+    float,
+    typer.Option(
+        "--expert-imbalance", help="Tokens that the busiest expert-parallel rank gets, relative to the mean; 1 = even."
+    ),
+]
+CapacityOption = Annotated[
+    float | None,
+    typer.Option(
+        "--capacity-factor",
+        help="Every expert computes this times its even share, by dropping and padding; default: dropless.",
+    ),
+]
 TokensOption = Annotated[float | None, typer.Option("--tokens", help="Token budget of the whole training.")]
 PriceOption = Annotated[
     float | None, typer.Option("--price", help="USD per GPU and hour, in place of the profile's price.")
@@ -80,6 +93,8 @@ def read_inputs(
     precision: str | None,
     optimizer: str,
     grad_dtype: str | None,
+    expert_imbalance: float,
+    capacity_factor: float | None,
     tokens: float | None,
     method: str = "full",
     lora_rank: int = 16,
@@ -103,6 +118,8 @@ def read_inputs(
         precision=precision.lower() if precision else default_precision(machine, software),
         optimizer=optimizer.lower(),
         grad_dtype=grad_dtype.lower() if grad_dtype else None,
+        expert_imbalance=expert_imbalance,
+        capacity_factor=capacity_factor,
         tokens=tokens,
         method=method.lower(),
         lora_rank=lora_rank,

@@ -1,0 +1,186 @@
+"""Expert parallelism: a layer's experts lie on ep groups of ranks, tokens travel to theirs and back by all-to-all.
+
+As Megatron-Core's alltoall dispatcher does it (megatron/core/transformer/moe/token_dispatcher.py, NVIDIA/Megatron-LM@0014f13): every
+rank routes its own tokens, under sequence parallelism its 1/tp of them; copies, one for each chosen expert, are sorted by expert and
+exchanged over the ep ranks; ranks that share cut experts (etp) gather what each of them received; the chunks are sorted by local
+expert, and all of it is undone after the experts. Expert groups are consecutive ranks of a stage: etp neighbours, ep at stride etp.
+
+The busiest rank sets the pace: it computes, keeps and receives `expert_load` times the mean (the imbalance of the job, or its capacity
+factor, to which dropping and padding bring every expert: arXiv 2101.03961, section 2.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardplan.costmodel.collectives import all_to_all_s, collective_s, sent_once
+from shardplan.costmodel.job import Job
+from shardplan.costmodel.layout import LayoutTable
+from shardplan.costmodel.model import LayerKind, Model, layer_parameters
+from shardplan.costmodel.op import Gemm, Op, Shapes, tensor_parallel_collectives
+from shardplan.costmodel.runtime import Runtime
+from shardplan.hw_profiles.topology import TierTable
+
+FloatArray = NDArray[np.float64]
+
+
+LAST_PRODUCTS = ("down", "mlp_output")
+"""Names of the product that ends an MLP (`operators.py`)."""
+
+
+def expert_load(job: Job, layouts: LayoutTable) -> FloatArray:
+    """Tokens that experts of the busiest rank compute, relative to an even share, (N,): all tokens at most."""
+    if job.capacity_factor is not None:
+        return np.full(len(layouts), job.capacity_factor)
+    return np.minimum(job.expert_imbalance, layouts.ep.astype(np.float64))
+
+
+def expert_parameters(model: Model, layouts: LayoutTable) -> tuple[FloatArray, FloatArray]:
+    """Parameters of a rank in the experts of one layer of each run, (N, runs): as they are spread, and as tensor parallelism would have
+    cut them; both 0 where tokens are not dispatched."""
+    routed = np.array(
+        [layer_parameters(kind)["mlp"] if kind.experts else 0 for kind, _ in model.runs], dtype=np.float64
+    )
+    spread = layouts.dispatches[:, None]
+    held = np.where(spread, routed / (layouts.ep * layouts.expert_tp)[:, None], 0.0)
+    return held, np.where(spread, routed / layouts.tp[:, None], 0.0)
+
+
+def spread_layers(
+    model: Model, usual: Sequence[Sequence[Op]], shapes: Shapes, runtime: Runtime
+) -> dict[int, tuple[Op, ...]]:
+    """Operators of the runs of layers that have experts, by run, with the experts spread; `usual` are those of every run without."""
+    return {
+        index: dispatched_ops(usual[index], kind, shapes, runtime)
+        for index, (kind, _) in enumerate(model.runs)
+        if kind.experts
+    }
+
+
+def dispatched_ops(ops: Sequence[Op], kind: LayerKind, shapes: Shapes, runtime: Runtime) -> tuple[Op, ...]:
+    """Operators of a layer (`operators.layer_ops`) with its experts spread: the router and the products of experts replaced, the
+    dispatch before them and the combination after them added. Shared experts stay cut over tp, with exchanges of their own."""
+    names = [op.name for op in ops]
+    router = names.index("router")
+    down = max(index for index, name in enumerate(names) if name in LAST_PRODUCTS)
+    entering, leaving = tensor_parallel_collectives(shapes, shapes.element_bytes * shapes.tokens * kind.hidden)
+    sides = {"up": entering, "down": leaving}
+    shared = [
+        replace(op, forward=sides[op.name][0], backward=sides[op.name][1]) if op.name in sides else op
+        for op in ops[router + 1 : down - 2]
+    ]
+    up, activation, back = ops[down - 2 : down + 1]
+    routed = _routed_ops(up, activation, back, kind, shapes, runtime)
+    return (
+        *ops[:router],
+        *_dispatch_ops(kind, shapes, runtime),
+        *shared,
+        *routed,
+        _combine_op(kind, shapes, runtime),
+        *ops[down + 1 :],
+    )
+
+
+def _received(kind: LayerKind, shapes: Shapes) -> tuple[FloatArray, FloatArray]:
+    """(bytes of the copies of a rank's own tokens, of those that the busiest rank computes)."""
+    own = kind.experts_per_token * shapes.element_bytes * shapes.tokens / shapes.sp * kind.hidden
+    return own, own * shapes.expert_load
+
+
+def _ordering_bytes(kind: LayerKind, shapes: Shapes, runtime: Runtime) -> FloatArray:
+    """Traffic of one pass to make the copies and order them by expert, or to undo it.
+
+    Copies are written from the tokens, sent, and rewritten by local expert (not with one expert a rank). Where tokens are sent once
+    they are kept as they arrive, and the copies written from them.
+    """
+    own, received = (runtime.expert_parallel.ordering_passes * size for size in _received(kind, shapes))
+    there = received * shapes.expert_tp
+    if runtime.expert_parallel.tokens_once:
+        ranks = np.asarray(shapes.ep, dtype=np.float64)
+        return there * (1.0 + sent_once(ranks, kind.experts_per_token))
+    several = kind.experts / np.asarray(shapes.ep) > 1
+    return own * (1.0 + 1.0 / kind.experts_per_token) + np.where(several, 2.0 * there, 0.0)
+
+
+def _dispatch_ops(kind: LayerKind, shapes: Shapes, runtime: Runtime) -> tuple[Op, Op]:
+    tokens, one = shapes.tokens / shapes.sp, np.ones_like(shapes.tokens)
+    received = _received(kind, shapes)[1]
+    router = Op(
+        name="router",
+        gemms=(Gemm(m=tokens, n=kind.experts * one, k=kind.hidden * one, count=one),),
+        kept_bytes=4 * tokens * kind.experts,
+    )
+    dispatch = Op(
+        name="dispatch",
+        copied_bytes=_ordering_bytes(kind, shapes, runtime),
+        kept_bytes=received * shapes.expert_tp,
+        experts=(received, float(kind.experts_per_token)),
+        launches=runtime.expert_parallel.layer_launches,
+    )
+    return router, dispatch
+
+
+def _combine_op(kind: LayerKind, shapes: Shapes, runtime: Runtime) -> Op:
+    return Op(
+        name="combine",
+        copied_bytes=_ordering_bytes(kind, shapes, runtime),
+        experts=(_received(kind, shapes)[1], float(kind.experts_per_token)),
+    )
+
+
+def _routed_ops(
+    up: Op, activation: Op, down: Op, kind: LayerKind, shapes: Shapes, runtime: Runtime
+) -> tuple[Op, Op, Op]:
+    """The products of a rank's own experts on the rows that reach them."""
+    one, how = np.ones_like(shapes.tokens), runtime.expert_parallel
+    local = kind.experts / shapes.ep * one
+    rows = kind.experts_per_token * shapes.tokens / shapes.sp * shapes.expert_load * shapes.expert_tp
+    each, ffn = rows / local, kind.ffn / shapes.expert_tp * one
+    inputs = 2 if kind.gated_mlp else 1
+    shrunk = rows * ffn / (up.gemms[0].m * up.gemms[0].count * down.gemms[0].k)
+    launches = (how.product_launches + (how.cast_launches if shapes.casts else 0.0)) * local
+    alone = how.separate_products
+    return (
+        Op(
+            name=up.name,
+            gemms=(Gemm(m=each, n=inputs * ffn, k=kind.hidden * one, count=local, separate=alone),),
+            kept_bytes=inputs * shapes.element_bytes * rows * ffn,
+            launches=launches,
+        ),
+        replace(
+            activation,
+            traffic_bytes=activation.traffic_bytes * shrunk * how.activation_traffic,
+            kept_bytes=activation.kept_bytes * shrunk,
+        ),
+        Op(
+            name=down.name,
+            gemms=(Gemm(m=each, n=kind.hidden * one, k=ffn, count=local, separate=alone),),
+            kept_bytes=how.kept_outputs * _received(kind, shapes)[1] * shapes.expert_tp,
+            launches=launches,
+        ),
+    )
+
+
+def exchange_s(tiers: TierTable, ops: Sequence[Op], shapes: Shapes, runtime: Runtime) -> FloatArray:
+    """Seconds of all exchanges of tokens in one pass through a layer, (K,): forward and backward take the same, each all-to-all back the
+    other way, each gather over etp as a reduce-scatter."""
+    total = np.zeros_like(shapes.tokens)
+    for op in ops:
+        if op.experts is None:
+            continue
+        sent, copies = op.experts
+        at_once = copies if runtime.expert_parallel.tokens_once else 1.0
+        total = total + all_to_all_s(tiers, sent, shapes.ep, shapes.expert_tp, at_once)
+        total = total + collective_s(tiers, "all_gather", sent * shapes.expert_tp, shapes.expert_tp, 1.0)
+    return total
+
+
+def mixed(
+    usual: Mapping[str, FloatArray], spread: Mapping[str, FloatArray], rows: NDArray[np.bool_]
+) -> dict[str, FloatArray]:
+    """Columns of a layer's cost: those of `spread` in `rows`, else `usual`."""
+    return {name: np.where(rows, spread[name], column) for name, column in usual.items()}
