@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.costmodel.fitted import ARCHITECTURE_BOUNDS, RUNTIME_BOUNDS, SHARES, Fitted, fitted
-from shardplan.costmodel.published_rows import Case, RefusedRowError, Row, number, row_case
+from shardplan.costmodel.published_rows import Case, RefusedRowError, Row, names_adapters, number, row_case
 from shardplan.costmodel.validation import errors, estimate_case
 from shardplan.hw_profiles.errors import InputError
 
@@ -41,10 +41,13 @@ Constant = tuple[str, str, str]
 
 
 def fit_rows(rows: Sequence[Row]) -> list[FitRow]:
-    """Rows with a step time that the model covers, are exact or derived and not marked SUSPECT; recompute is settled here once."""
+    """Rows with a step time that the model covers, are exact or derived, not marked SUSPECT and not LoRA or QLoRA, whose published times
+    hold loading and start; recompute is settled here once."""
     found: list[FitRow] = []
     for row in rows:
         if not row["step_s"] or row["quality"] not in ("exact", "derived") or "SUSPECT" in row["notes"]:
+            continue
+        if names_adapters(row):
             continue
         try:
             case = row_case(row)
