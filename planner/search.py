@@ -23,7 +23,7 @@ from shardplan.hw_profiles.errors import InputError, nearest
 from shardplan.hw_profiles.machine import Cluster
 from shardplan.planner.partial_recompute import partly_recomputed
 from shardplan.planner.shortlist import distinct, memory_front
-from shardplan.planner.space import Wishes, join_tables, space_pieces
+from shardplan.planner.space import Wishes, join_tables, runtime_tiers, space_pieces
 
 Objective = Literal["throughput", "cost", "gpus", "memory"]
 OBJECTIVES: tuple[Objective, ...] = ("throughput", "cost", "gpus", "memory")
@@ -166,8 +166,8 @@ def _sift_space(setting: Setting, wishes: Wishes) -> tuple[int, LayoutTable, tup
     """(layouts looked at, those that break no rule, the account of the others), one piece of the space at a time."""
     looked_at, kept = 0, list[LayoutTable]()
     refused: dict[str, Refusal] = {}
-    kinds = setting.runtime.abilities.context_parallel
-    for piece in space_pieces(setting.model, setting.job, setting.cluster.gpus, wishes, kinds):
+    kinds, tiers = setting.runtime.abilities.context_parallel, runtime_tiers(setting.runtime)
+    for piece in space_pieces(setting.model, setting.job, setting.cluster.gpus, wishes, kinds, tiers):
         if len(piece):
             looked_at += len(piece)
             kept.append(_sift(setting, piece, refused))

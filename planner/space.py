@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from math import gcd
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,7 @@ from shardplan.costmodel.layout import (
 from shardplan.costmodel.model import Model
 from shardplan.costmodel.recompute import ALL_LAYERS, RECOMPUTE
 from shardplan.costmodel.rule_parts import divisors
+from shardplan.costmodel.runtime import Runtime
 from shardplan.hw_profiles.errors import InputError, nearest
 
 IntArray = NDArray[np.int64]
@@ -37,6 +39,7 @@ FORBIDDABLE = {
     "pipeline": ("pp",),
     "hsdp": ("dp_shard",),
     "context": ("cp",),
+    "experts": ("ep", "etp"),
 }
 """Words for --forbid beside the layout words themselves."""
 
@@ -80,7 +83,7 @@ def _checked(words: str) -> None:
 
 
 NONE, CPU, NVME = (OFFLOAD.index(tier) for tier in ("none", "cpu", "nvme"))
-TIERS = [(NONE, NONE), (CPU, NONE), (CPU, CPU), (NVME, NVME)]
+TIERS = ((NONE, NONE), (CPU, NONE), (CPU, CPU), (NVME, NVME))
 """(optimizer, parameters) off the GPU: nothing, the optimizer, both in host memory (ZeRO-Infinity, FSDP), both on flash."""
 RECOMPUTE_COLUMNS = ("recompute", "recompute_layers", "recompute_parts")
 """Columns that the word `recompute` fills."""
@@ -107,10 +110,28 @@ def join_tables(pieces: Sequence[LayoutTable], wishes: Wishes) -> LayoutTable:
     return LayoutTable(**columns, splits=empty.splits).with_constants()
 
 
+def runtime_tiers(runtime: Runtime) -> tuple[tuple[int, int], ...]:
+    """TIERS that the runtime has: what none of its options names is not looked at."""
+    states = [OFFLOAD.index(tier) for tier in runtime.abilities.offload_optimizer]
+    parameters = [OFFLOAD.index(tier) for tier in runtime.offload.parameters]
+    alone = not runtime.offload.optimizer_with_parameters
+    return tuple(
+        (state, parameter)
+        for state, parameter in TIERS
+        if state in states and parameter in parameters and (alone or (state > 0) == (parameter > 0))
+    )
+
+
 def space_pieces(
-    model: Model, job: Job, gpus: int, wishes: Wishes | None = None, cp_kinds: Sequence[str] = ()
+    model: Model,
+    job: Job,
+    gpus: int,
+    wishes: Wishes | None = None,
+    cp_kinds: Sequence[str] = (),
+    tiers: Sequence[tuple[int, int]] | None = None,
 ) -> Iterator[LayoutTable]:
-    """The space in pieces of about ROWS_OF_A_PIECE rows; `cp_kinds` are the kinds of context parallelism to look at."""
+    """The space in pieces of about ROWS_OF_A_PIECE rows; `cp_kinds` are the kinds of context parallelism to look at, `tiers` the pairs of
+    TIERS (all when left out)."""
     wanted = wishes or Wishes()
     blocks: list[dict[str, IntArray]] = []
     rows = 0
@@ -119,7 +140,7 @@ def space_pieces(
             for pp in divisors(gpus // cp // tp, most=model.layer_count):
                 dp = gpus // cp // tp // pp
                 if job.global_batch % dp == 0 and _agrees(wanted, tp=tp, pp=pp, dp=dp):
-                    blocks.append(_block(model, job, tp, pp, dp, cp, wanted, cp_kinds))
+                    blocks.append(_block(model, job, tp, pp, dp, cp, wanted, cp_kinds, tiers or TIERS))
                     rows += len(blocks[-1]["dp"])
                     if rows >= ROWS_OF_A_PIECE:
                         yield _piece(blocks, wanted)
@@ -156,7 +177,15 @@ def _agrees(wishes: Wishes, **degrees: int) -> bool:
 
 
 def _block(
-    model: Model, job: Job, tp: int, pp: int, dp: int, cp: int, wishes: Wishes, cp_kinds: Sequence[str]
+    model: Model,
+    job: Job,
+    tp: int,
+    pp: int,
+    dp: int,
+    cp: int,
+    wishes: Wishes,
+    cp_kinds: Sequence[str],
+    tiers: Sequence[tuple[int, int]],
 ) -> dict[str, IntArray]:
     """All options of one (tp, pp, dp, cp) as columns: the cross product of the option groups."""
     groups: tuple[tuple[tuple[str, ...], list[tuple[int, ...]]], ...] = (
@@ -165,7 +194,8 @@ def _block(
         (("sequence_parallel",), [(0,), (1,)] if tp > 1 else [(0,)]),
         (("schedule", "virtual_stages"), _schedules(model, pp, wishes.fixed.schedule)),
         (RECOMPUTE_COLUMNS, [(code, ALL_LAYERS, 0) for code in range(len(RECOMPUTE))]),
-        (("offload_optimizer", "offload_params"), TIERS),
+        (("offload_optimizer", "offload_params"), list(tiers)),
+        (("ep",), _expert_degrees(model, dp * cp * tp)),
         (("cp_kind",), [(CP_KINDS.index(kind),) for kind in cp_kinds if cp > 1] or [(0,)]),
     )
     chosen = [(names, _restricted(names, options, wishes)) for names, options in groups]
@@ -180,6 +210,12 @@ def _block(
         values = np.asarray(options, dtype=np.int64).reshape(len(options), len(names))[at]
         columns.update({name: values[:, i] for i, name in enumerate(names)})
     return columns
+
+
+def _expert_degrees(model: Model, ranks: int) -> list[tuple[int, ...]]:
+    """Expert-parallel degrees: divisors of the ranks of a stage that also divide the experts of every layer; 1 without experts."""
+    experts = gcd(*(kind.experts for kind, _ in model.runs if kind.experts)) or 1
+    return [(ep,) for ep in divisors(gcd(experts, ranks), most=ranks)]
 
 
 def _sharding(dp: int, cp: int) -> list[tuple[int, ...]]:
