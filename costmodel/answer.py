@@ -206,9 +206,10 @@ def assumptions(
             "gradients take the place of activations as the backward goes: not allocated at the peak, counted as slack"
         )
     if job.adapters is not None:
+        no = "no " if runtime.tuning.dropout == "none" else ""
         lines.append(
             f"{job.method}: adapters of rank {job.lora_rank} on {'all products' if job.lora_targets == 'all' else job.lora_targets}, "
-            f"{trainable_parameters(model, job):,.0f} trainable parameters; no dropout in them"
+            f"{trainable_parameters(model, job):,.0f} trainable parameters; {no}dropout before them"
         )
     if any(kind.experts for kind, _ in model.runs):
         lines.append(_experts_in_words(job, layout))

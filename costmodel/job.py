@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from shardplan.hw_profiles.errors import InputError, nearest
 
 PRECISIONS = ("bf16", "fp16", "fp32", "fp8")
-OPTIMIZERS = ("adamw", "adamw16bit", "adamw8bit", "sgd")
-"""adamw16bit and adamw8bit keep their moments in 16 and in 8 bits."""
+OPTIMIZERS = ("adamw", "adamw16bit", "adamw8bit", "paged_adamw", "paged_adamw8bit", "adafactor", "sgd")
+"""adamw16bit and adamw8bit keep their moments in 16 and in 8 bits, paged ones in memory that CUDA moves to the host and back."""
+PAGED = "paged_"
 GRAD_DTYPES = ("fp32", "bf16", "fp16")
 METHODS = ("full", "lora", "qlora")
 """What is trained: every parameter, or adapters beside frozen matrices in 16 bits, or in 4 (adapters.py)."""
@@ -18,6 +19,7 @@ LORA_TARGETS = {
     "qv": ("q", "v"),
 }
 """Products of a layer that get an adapter."""
+_TARGET_WORDS = (*LORA_TARGETS["all"], *LORA_TARGETS)
 NOT_MODELLED = ("fp4",)
 MOST_RANK = 4096
 LARGEST = 10**9
@@ -35,8 +37,8 @@ class Adapters:
     """Low-rank adapters of a job."""
 
     rank: int
-    targets: str
-    """A key of LORA_TARGETS."""
+    products: tuple[str, ...]
+    """Those of LORA_TARGETS["all"] that have one."""
     quantised: bool
     """The base lies in 4 bits."""
 
@@ -61,7 +63,8 @@ class Job:
     lora_rank: int = 16
     """Without meaning when method = full."""
     lora_targets: str = "all"
-    """all, attention (queries, keys, values, output) or qv; without meaning when method = full."""
+    """all, attention (queries, keys, values, output), qv, or products by name: q+k+v+up+down (up: the gate too); without meaning when
+    method = full."""
     document_tokens: int | None = None
     """Tokens of one document when several are packed into a sequence and attend to themselves only; None = one document a sequence."""
     expert_imbalance: float = 1.0
@@ -83,7 +86,7 @@ class Job:
             ("precision", self.precision, PRECISIONS),
             ("optimizer", self.optimizer, OPTIMIZERS),
             ("method", self.method, METHODS),
-            ("lora_targets", self.lora_targets, tuple(LORA_TARGETS)),
+            *(("lora_targets", name, _TARGET_WORDS) for name in self._targets),
         ]
         if type(self.lora_rank) is not int or not 1 <= self.lora_rank <= MOST_RANK:
             raise InputError(
@@ -123,11 +126,16 @@ class Job:
             raise InputError(f"capacity_factor={self.capacity_factor:g} is not positive", place="--capacity-factor")
 
     @property
+    def _targets(self) -> tuple[str, ...]:
+        """Products of a layer that adapters stand beside."""
+        return LORA_TARGETS.get(self.lora_targets) or tuple(self.lora_targets.split("+"))
+
+    @property
     def adapters(self) -> Adapters | None:
         """None where every parameter is trained."""
         if self.method == "full":
             return None
-        return Adapters(rank=self.lora_rank, targets=self.lora_targets, quantised=self.method == "qlora")
+        return Adapters(rank=self.lora_rank, products=self._targets, quantised=self.method == "qlora")
 
     @property
     def attended(self) -> int:

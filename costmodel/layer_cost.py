@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from shardplan.costmodel.adapters import ADAPTER_OPS
 from shardplan.costmodel.attention_time import AttentionShape, fused_attention_s, unfused_attention_s
 from shardplan.costmodel.collectives import Collective, collective_s
 from shardplan.costmodel.context_parallel import RING, context_seconds, transient_bytes
@@ -283,8 +284,8 @@ def _op_totals(
     }
 
 
-SIXTEEN_BIT = ("head", "router")
-"""Products that stay out of fp8 (Transformer Engine and torchao recipes)."""
+SIXTEEN_BIT = ("head", "router", *ADAPTER_OPS)
+"""Products that stay out of fp8 (Transformer Engine and torchao recipes; adapters are plain 16-bit layers)."""
 KEPT_IN_FP8 = {"attention_norm": 0.75, "mlp_norm": 0.75, "dispatch": 0.5, "activation": 0.5}
 """What products read is kept in 8 bits: the output of a norm (its input stays in 16), of the activation, dispatched tokens."""
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from shardplan.costmodel.job import BYTES_OF, GATHERED_BYTES, Job
+from shardplan.costmodel.job import BYTES_OF, GATHERED_BYTES, PAGED, Job
 from shardplan.costmodel.layout import LayoutTable
 from shardplan.costmodel.offload import NVME, READ_STATE_BYTES, optimizer_share
 from shardplan.costmodel.recompute import RECOMPUTE
@@ -85,9 +85,24 @@ def update_traffic_bytes(runtime: Runtime, job: Job) -> float:
     return 2.0 * states + gradient_bytes(runtime, job) + parameters
 
 
-MOMENT_BYTES = {"adamw": 8.0, "adamw16bit": 4.0, "adamw8bit": 2.0, "sgd": 0.0}
-"""Both moments of a parameter: fp32; 16 bits (Megatron-Core's precision-aware optimizer); 8 bits (arXiv 2110.02861), whose constants of
-blocks of 2,048 are left out; none."""
+def unscaling_bytes(runtime: Runtime, job: Job) -> float:
+    """Bytes read and written to divide the scale of the loss out of one gradient before the update, which fp16 needs (arXiv 1710.03740,
+    section 3.2)."""
+    return 2.0 * gradient_bytes(runtime, job) if job.precision == "fp16" else 0.0
+
+
+MOMENT_BYTES = {
+    "adamw": 8.0,
+    "adamw16bit": 4.0,
+    "adamw8bit": 2.0,
+    "paged_adamw": 8.0,
+    "paged_adamw8bit": 2.0,
+    "adafactor": 0.0,
+    "sgd": 0.0,
+}
+"""Both moments of a parameter: fp32; 16 or 8 bits (Megatron-Core's precision-aware optimizer in bf16 and fp8; bitsandbytes and torchao,
+arXiv 2110.02861, whose constants of blocks of 2,048 are left out); a row and a column of a matrix (arXiv 1804.04235), next to nothing;
+none."""
 ADAM_MOMENT_BYTES = MOMENT_BYTES["adamw"]
 MASTER_AND_MOMENTS_BYTES = 12.0
 
@@ -140,6 +155,10 @@ def stage_states(
             _park(tiers, np.where(parked > 0, sharded, 0.0), parked)
             sharded = np.where(parked > 0, 0.0, sharded)
         parts[part] = stage_parameters * column.whole[:, None] + sharded
+        if part == "optimizer" and job.optimizer.startswith(PAGED):
+            moved = parts[part] * paged_share(runtime, job)
+            tiers["host"] += moved
+            parts[part] = parts[part] - moved
         stepping += (1.0 - share) * (spread * column.stepping[:, None] / shards)
     held = _held_whole(runtime, layouts)
     parts["gradients"] = parts["gradients"] + stage_parameters * (held * gradient_bytes(runtime, job))[:, None]
@@ -160,6 +179,14 @@ def stage_states(
     return parts
 
 
+def paged_share(runtime: Runtime, job: Job) -> float:
+    """Share of a paged optimizer's states that can lie in host memory, and count there: its moments."""
+    whole = float(runtime.states[job.precision].zero[0].whole["optimizer"])
+    rest = max(whole - ADAM_MOMENT_BYTES, 0.0)
+    moments = min(MOMENT_BYTES[job.optimizer], whole - rest)
+    return moments / (rest + moments)
+
+
 def frozen_bytes(
     runtime: Runtime,
     job: Job,
@@ -170,9 +197,10 @@ def frozen_bytes(
     root_parameters: FloatArray,
 ) -> tuple[FloatArray, FloatArray]:
     """(on the GPU, in host memory) bytes of parameters that are not trained, each (N, S): whole, or under ZeRO-3 a shard, which may be
-    offloaded, and the gathered layers, as they are stored."""
+    offloaded, and the gathered layers, as they are stored. Constants of 4-bit blocks that nothing shards are on every rank."""
     work = runtime.working_set
     of_layers, of_root = frozen_element_bytes(runtime, job)
+    scales = unsharded_scale_bytes(runtime, job) * (stage_parameters - root_parameters)
     whole = of_layers * (stage_parameters - root_parameters) + of_root * root_parameters
     gathered = work.gathered_layers * of_layers * layer_parameters
     gathered = np.minimum(gathered + (of_root * root_parameters if work.root_stays_gathered else 0.0), whole)
@@ -183,15 +211,23 @@ def frozen_bytes(
         (layouts.zero == 3)[:, None] & work.autocast_copies, stage_parameters, 0.0
     )
     on_gpu = np.where(away, 0.0, whole / shards) + gathered + cached
-    return np.where(sharded, on_gpu, whole + cached), np.where(away, whole / shards, 0.0)
+    return np.where(sharded, on_gpu, whole + cached) + scales, np.where(away, whole / shards, 0.0)
 
 
 def frozen_element_bytes(runtime: Runtime, job: Job) -> tuple[float, float]:
-    """Bytes of a frozen parameter: (of the matrices of layers, of everything else)."""
+    """Bytes of a frozen parameter as ZeRO-3 shards and gathers it: (of the matrices of layers, of everything else)."""
     usual = float(parameter_bytes(runtime, job, sent=False))
-    return (NF4_BYTES if job.method == "qlora" else usual), usual
+    in_four_bits = CODE_BYTES + (runtime.tuning.scale_bytes if runtime.tuning.scales_sharded else 0.0)
+    return (in_four_bits if job.method == "qlora" else usual), usual
 
 
+def unsharded_scale_bytes(runtime: Runtime, job: Job) -> float:
+    """Of the constants of a 4-bit weight that every rank has whole."""
+    return 0.0 if job.method != "qlora" or runtime.tuning.scales_sharded else runtime.tuning.scale_bytes
+
+
+CODE_BYTES = 0.5
+"""Of a 4-bit weight."""
 NF4_BYTES = (4.0 + 0.127) / 8.0
 """Of a parameter in NF4 with double quantisation: 4 bits and 0.127 of constants (arXiv 2305.14314, section 3)."""
 

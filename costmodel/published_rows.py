@@ -182,8 +182,10 @@ def row_case(row: Row) -> Case:
             global_batch=batch,
             precision=row["precision"],
             grad_dtype=row["grad_dtype"] or None,
-            **_adapters(row, unsaid),
-            **{word: value for remark in _remarks(row) for word, value in remark.get("job", {}).items()},
+            **{
+                **_adapters(row, unsaid),
+                **{word: value for remark in _remarks(row) for word, value in remark.get("job", {}).items()},
+            },
         )
     except InputError as bad:
         raise RefusedRowError(str(bad)) from None

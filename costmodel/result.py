@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from shardplan.costmodel.adapters import trainable_parameters
 from shardplan.costmodel.goodput import (
     GPU_HOURS_PER_FAILURE,
     RESTART_S,
@@ -133,7 +134,9 @@ def _goodput(
     model: Model, job: Job, cluster: Cluster, runtime: Runtime, layout: Layout, step_s: float
 ) -> dict[str, float | None]:
     """Checkpoint, failures and the share of the time that is kept, at Daly's interval or one step, whichever is longer."""
-    size = float(checkpoint_bytes_per_parameter(runtime, job, layout.zero)) * parameter_counts(model)["total"]
+    size = float(checkpoint_bytes_per_parameter(runtime, job, layout.zero)) * (
+        parameter_counts(model)["total"] if job.adapters is None else trainable_parameters(model, job)
+    )
     mean_time = float(mean_time_between_failures_s(layout.gpus, gpu_hours_per_failure(cluster)))
     storage = checkpoint_storage(cluster)
     write = restart = interval = goodput = None

@@ -16,6 +16,7 @@ from shardplan.costmodel.layout import (
     LayoutTable,
     layout_table,
 )
+from shardplan.costmodel.memory import parameter_bytes
 from shardplan.costmodel.model_rules import MODEL_RULES, missing_parts
 from shardplan.costmodel.offload_rules import OFFLOAD_RULES
 from shardplan.costmodel.recompute import ALL_LAYERS, PART_BITS, RECOMPUTE, split_recompute
@@ -114,6 +115,25 @@ LAYER_RULES: tuple[Rule, ...] = (
     ),
 )
 """What no layout helps against; first, so that a search that finds nothing says so."""
+
+
+def _adapter_bytes(setting: Setting) -> float:
+    """Of a sharded trained parameter."""
+    return float(setting.runtime.states[setting.job.precision].zero[3].sharded.get("parameters", 0.0))
+
+
+def _two_dtypes(setting: Setting, table: LayoutTable) -> BoolArray:
+    """Predicate: adapters and the weights sharded with them are stored in different dtypes, which the runtime cannot."""
+    job, runtime = setting.job, setting.runtime
+    if job.adapters is None or not runtime.tuning.one_dtype or job.precision not in runtime.states:
+        return np.zeros(len(table), dtype=bool)
+    return (table.zero == 3) & (_adapter_bytes(setting) != parameter_bytes(runtime, job, sent=False))
+
+
+def _optimizer_stages(setting: Setting) -> tuple[int, ...]:
+    """ZeRO stages that the job's optimizer goes with."""
+    return setting.runtime.tuning.optimizer_zero.get(setting.job.optimizer, (0, 1, 2, 3))
+
 
 RUNTIME_RULES: tuple[Rule, ...] = (
     Rule(
@@ -215,6 +235,23 @@ RUNTIME_RULES: tuple[Rule, ...] = (
         detail=lambda s, x: f"adapters of experts and of latent attention ({s.model.name}) are not estimated",
         remedy=lambda s, x: "use --method full, or a dense model",
         structural=True,
+    ),
+    Rule(
+        id="lora-one-dtype",
+        broken=_two_dtypes,
+        detail=lambda s, x: (
+            f"runtime {s.runtime.name!r} gathers adapters of {_adapter_bytes(s):g} bytes a parameter together with frozen weights of "
+            f"{parameter_bytes(s.runtime, s.job, sent=False)}"
+        ),
+        remedy=lambda s, x: "use zero=0, or a runtime with all states in 16 bit (fsdp1+bf16_states)",
+        evidence="FullyShardedDataParallel: parameters flattened together 'must have uniform dtype'; "
+        "AnswerDotAI/fsdp_qlora@05ed9f2: quant_storage equals the FSDP parameter dtype",
+    ),
+    Rule(
+        id="optimizer-zero",
+        broken=lambda s, t: ~np.isin(t.zero, _optimizer_stages(s)),
+        detail=lambda s, x: f"optimizer {s.job.optimizer} does not go with zero={x.zero} in {s.runtime.name!r}",
+        remedy=lambda s, x: f"use zero={' or '.join(map(str, _optimizer_stages(s)))}, or --optimizer adamw",
     ),
     Rule(
         id="qlora-tensor-parallel",

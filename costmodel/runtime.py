@@ -17,6 +17,7 @@ from shardplan.costmodel.model import PART_NAMES, LayerPart
 from shardplan.costmodel.recompute import Part
 from shardplan.costmodel.runtime_experts import ExpertParallel
 from shardplan.costmodel.runtime_offload import Offloading
+from shardplan.costmodel.runtime_tuning import Tuning
 from shardplan.hw_profiles.errors import InputError, nearest
 from shardplan.hw_profiles.machine import AttentionKernel
 
@@ -272,6 +273,7 @@ class Runtime(_FromFile):
     """Reserved beyond allocated, relative to allocated."""
     offload: Offloading = field(default_factory=Offloading)
     expert_parallel: ExpertParallel = field(default_factory=ExpertParallel)
+    tuning: Tuning = field(default_factory=Tuning)
     switched: Mapping[str, float] = field(default_factory=dict[str, float])
     """Numbers that switches changed, relative to before; fitted constants are changed alike."""
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shardplan.costmodel.adapters import adapter_parameters, with_adapters
+from shardplan.costmodel.adapters import adapter_parameters, frozen_head_ops, with_adapters, with_head
 from shardplan.costmodel.expert_parallel import expert_load, expert_parameters, mixed, spread_layers
 from shardplan.costmodel.job import BYTES_OF, Job
 from shardplan.costmodel.keys import gathered, unique_keys
@@ -127,7 +127,12 @@ def block_rows(
         (
             *usual,
             embedding_ops(model.hidden, model.layers[0][0].dropout, shapes),
-            _trained(head_ops(model.hidden, model.norm, vocab, shapes, runtime, softcap=model.logit_softcap), job)
+            _head(
+                head_ops(model.hidden, model.norm, vocab, shapes, runtime, softcap=model.logit_softcap),
+                shapes,
+                job,
+                runtime,
+            )
             * heads,
             *spread.values(),
         ),
@@ -150,7 +155,7 @@ def block_rows(
         layers=tuple(BlockColumns(layer, inverse) for layer in layers),
         embedding=BlockColumns(embedding, inverse),
         head=BlockColumns(head, inverse),
-        logits_bytes=heads * logits_bytes(vocab, shapes, runtime, softcap=model.logit_softcap)[inverse],
+        logits_bytes=heads * logits_bytes(vocab, shapes, with_head(runtime, job), softcap=model.logit_softcap)[inverse],
         selects=(layouts.recompute == SELECTIVE).astype(np.float64),
         full_repeats=np.where(split, repeats.full_repeats_tensor_sp, repeats.full_repeats_tensor),
     )
@@ -159,12 +164,14 @@ def block_rows(
 def _layer(kind: LayerKind, shapes: Shapes, job: Job, runtime: Runtime) -> tuple[Op, ...]:
     """The operators of a layer, with adapters where the job trains those."""
     ops = layer_ops(kind, shapes, runtime)
-    return ops if job.adapters is None else with_adapters(ops, kind, shapes, job.adapters)
+    if job.adapters is None:
+        return ops
+    return with_adapters(ops, kind, shapes, job.adapters, runtime.tuning, runtime.activations.norm_bytes)
 
 
-def _trained(ops: tuple[Op, ...], job: Job) -> tuple[Op, ...]:
-    """The operators as they are, or frozen."""
-    return ops if job.adapters is None else tuple(replace(op, frozen=True) for op in ops)
+def _head(ops: tuple[Op, ...], shapes: Shapes, job: Job, runtime: Runtime) -> tuple[Op, ...]:
+    """The operators of the head as they are, or frozen."""
+    return ops if job.adapters is None else frozen_head_ops(ops, shapes, runtime.activations.norm_bytes)
 
 
 @dataclass(frozen=True, kw_only=True)

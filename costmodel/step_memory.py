@@ -12,7 +12,13 @@ from numpy.typing import NDArray
 from shardplan.costmodel.job import Job
 from shardplan.costmodel.keys import ROWS_IN_CACHE, LazyColumns
 from shardplan.costmodel.layout import LayoutTable
-from shardplan.costmodel.memory import activation_bytes, dequantised_bytes, frozen_bytes, stage_states
+from shardplan.costmodel.memory import (
+    activation_bytes,
+    dequantised_bytes,
+    frozen_bytes,
+    frozen_element_bytes,
+    stage_states,
+)
 from shardplan.costmodel.model import Model
 from shardplan.costmodel.pipeline import in_flight
 from shardplan.costmodel.runtime import Runtime
@@ -104,7 +110,8 @@ class HeldBytes:
     optimizer: FloatArray
     """Between steps; see `stepping`."""
     stepping: FloatArray | None
-    """What the optimizer step makes when activations are gone: adds to the peak what it takes beyond them; None where nothing."""
+    """What the optimizer step makes, or loading the model, when there are no activations: adds to the peak what it takes beyond them;
+    None where nothing."""
     buffers: FloatArray
     host: FloatArray
     """Bytes in host memory per GPU."""
@@ -147,6 +154,10 @@ def held_bytes(
         )
         states["parameters"] = states["parameters"] + on_gpu + dequantised_bytes(job, parameters.matrix)
         states["host"] = states["host"] + parked
+        if runtime.tuning.loads_whole:
+            states["stepping"] = np.maximum(
+                states["stepping"], loading_bytes(runtime, job, layouts, parameters, states)
+            )
     on_gpu = gpu.device == "cuda"  # NCCL channels and GPU workspaces; gloo keeps next to nothing
     buffers = np.where((layouts.gpus > 1) & on_gpu, runtime.working_set.buffer_bytes, 0.0)[:, None]
     freed = ~accumulates & ((layouts.zero > 0) | (layouts.dp * layouts.cp == 1))
@@ -160,6 +171,17 @@ def held_bytes(
         nvme=states["nvme"] if states["nvme"].any() else None,
         freed=freed if runtime.working_set.gradients_freed and freed.any() else None,
     )
+
+
+def loading_bytes(
+    runtime: Runtime, job: Job, layouts: LayoutTable, parameters: StageParameters, states: Mapping[str, FloatArray]
+) -> FloatArray:
+    """Bytes beyond the states, (N, S), while a rank that made the whole model on its GPU shards it: the model and its shard."""
+    of_layers, of_root = frozen_element_bytes(runtime, job)
+    whole = of_layers * (parameters.stage - parameters.root) + of_root * parameters.root
+    shards = layouts.zero_ranks.astype(np.float64)[:, None]
+    made = np.where((layouts.zero == 3)[:, None] & (shards > 1), whole + whole / shards, 0.0)
+    return np.maximum(made - states["parameters"] - states["gradients"] - states["optimizer"], 0.0)
 
 
 def _adapters_alone(parameters: StageParameters, adapters: FloatArray) -> StageParameters:

@@ -22,11 +22,18 @@ from shardplan.costmodel.data_parallel import (
     exposed_exchange_s,
     one_exchange_s,
 )
-from shardplan.costmodel.job import BYTES_OF, Job
+from shardplan.costmodel.job import BYTES_OF, PAGED, Job
 from shardplan.costmodel.kernels_time import memory_bound_s
 from shardplan.costmodel.keys import ROWS_IN_CACHE, LazyColumns
 from shardplan.costmodel.layout import LayoutTable
-from shardplan.costmodel.memory import frozen_element_bytes, gradient_bytes, parameter_bytes, update_traffic_bytes
+from shardplan.costmodel.memory import (
+    MOMENT_BYTES,
+    frozen_element_bytes,
+    gradient_bytes,
+    parameter_bytes,
+    unscaling_bytes,
+    update_traffic_bytes,
+)
 from shardplan.costmodel.model import Model
 from shardplan.costmodel.offload import (
     StepWindows,
@@ -37,7 +44,7 @@ from shardplan.costmodel.offload import (
 )
 from shardplan.costmodel.runtime import Runtime
 from shardplan.costmodel.stage_cost import StageParameters, StageRows
-from shardplan.hw_profiles.machine import Cluster
+from shardplan.hw_profiles.machine import Cluster, Node
 from shardplan.hw_profiles.topology import TierTable
 
 FloatArray = NDArray[np.float64]
@@ -193,6 +200,13 @@ class HeldTimes:
     """Of states outside the GPU; None where no key has any."""
 
 
+def paging_s(job: Job, node: Node, updated: FloatArray) -> FloatArray | float:
+    """Seconds that moments of a paged optimizer take from the host and back, (K,): all of them each step, as when memory is short."""
+    if not job.optimizer.startswith(PAGED):
+        return 0.0
+    return 2.0 * MOMENT_BYTES[job.optimizer] * updated / node.host.pcie_bytes_per_s
+
+
 def held_times(
     model: Model, job: Job, cluster: Cluster, layouts: LayoutTable, runtime: Runtime, tiers: TierTable, owner: Owner
 ) -> HeldTimes:
@@ -201,7 +215,11 @@ def held_times(
     updated, share = owner.trained / layouts.zero_ranks, optimizer_share(layouts)
     if owner.experts is not None:
         updated = updated + owner.experts * (1.0 / layouts.expert_zero_ranks - 1.0 / layouts.zero_ranks)
-    traffic = update_traffic_bytes(runtime, job) * updated * np.where(share < 1, 1.0 - share, 1.0)
+    traffic = (
+        (update_traffic_bytes(runtime, job) + unscaling_bytes(runtime, job))
+        * updated
+        * np.where(share < 1, 1.0 - share, 1.0)
+    )
     tiers_used = bool((share > 0).any() or layouts.offload_params.any())
     tied = None
     if model.tied_embeddings:
@@ -223,7 +241,8 @@ def held_times(
             gpu=cluster.gpu,
         ),
         tied_s=tied,
-        optimizer_s=np.where(share < 1, memory_bound_s(cluster.gpu, traffic), 0.0),
+        optimizer_s=np.where(share < 1, memory_bound_s(cluster.gpu, traffic), 0.0)
+        + paging_s(job, cluster.node, updated),
         tiers=tier_times(
             cluster.node,
             runtime.offload,

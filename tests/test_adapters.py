@@ -187,7 +187,13 @@ def test_fine_tuning_leaves_plain_training_as_it_was() -> None:
     assert replace(Job(seq=1, global_batch=1), lora_rank=4).adapters is None
 
 
-PEAKS = {"answer.ai FSDP+QLoRA": 0.11, "DLRover ATorch Llama2-7B": 0.04, "torchtune README ablation": 0.18}
+PEAKS = {
+    "answer.ai FSDP+QLoRA": 0.075,
+    "litgpt LoRA resource tables": 0.05,
+    "DLRover ATorch Llama2-7B": 0.03,
+    "torchtune README ablation": 0.07,
+    "torchtune README table": 0.08,
+}
 """Mean error of the peaks of LoRA and QLoRA runs by source; a little above what is reached."""
 
 
