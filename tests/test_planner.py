@@ -387,16 +387,3 @@ def test_forbidding_one_value_keeps_its_neighbours() -> None:
     assert (space.recompute == 2).any()
     assert ((space.dp == 8) & (space.dp_shard == 8)).any()
     assert not ((space.dp != space.dp_shard) & (space.dp_shard == 8)).any()
-
-
-def test_the_space_of_a_model_with_experts_has_every_expert_degree() -> None:
-    model, job = load_model("mixtral-8x7b"), Job(seq=4096, global_batch=64)
-    space = layout_space(model, job, 16)
-    for dp, tp, pp in {(16, 1, 1), (8, 2, 1), (2, 2, 4), (1, 1, 16)}:
-        rows = (space.dp == dp) & (space.tp == tp) & (space.pp == pp)
-        assert set(space.ep[rows].tolist()) == {ep for ep in (1, 2, 4, 8) if dp * tp % ep == 0}
-    assert set(layout_space(load_model("llama-3-8b"), job, 16).ep.tolist()) == {1}
-    assert set(layout_space(model, job, 16, parse_wishes("", ["experts"])).ep.tolist()) == {1}
-    found = search(model=model, job=job, cluster=load_cluster("h100-ib", gpus=32), runtime="megatron")
-    assert found.ranked is not None
-    assert found.ranked.layouts.row(0).ep > 1

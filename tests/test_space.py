@@ -1,0 +1,40 @@
+"""The space of layouts: degrees of experts and tiers of memory."""
+
+from __future__ import annotations
+
+import pytest
+
+from shardplan.costmodel.job import Job
+from shardplan.costmodel.layout import OFFLOAD
+from shardplan.costmodel.model_config import load_model
+from shardplan.costmodel.runtime import load_runtime
+from shardplan.hw_profiles.load import load_cluster
+from shardplan.planner.search import search
+from shardplan.planner.space import layout_space, parse_wishes, runtime_tiers
+
+
+def test_the_space_of_a_model_with_experts_has_every_expert_degree() -> None:
+    model, job = load_model("mixtral-8x7b"), Job(seq=4096, global_batch=64)
+    space = layout_space(model, job, 16)
+    for dp, tp, pp in {(16, 1, 1), (8, 2, 1), (2, 2, 4), (1, 1, 16)}:
+        rows = (space.dp == dp) & (space.tp == tp) & (space.pp == pp)
+        assert set(space.ep[rows].tolist()) == {ep for ep in (1, 2, 4, 8) if dp * tp % ep == 0}
+    assert set(layout_space(load_model("llama-3-8b"), job, 16).ep.tolist()) == {1}
+    assert set(layout_space(model, job, 16, parse_wishes("", ["experts"])).ep.tolist()) == {1}
+    found = search(model=model, job=job, cluster=load_cluster("h100-ib", gpus=32), runtime="megatron")
+    assert found.ranked is not None
+    assert found.ranked.layouts.row(0).ep > 1
+
+
+@pytest.mark.parametrize(
+    ("runtime", "tiers"),
+    [
+        ("deepspeed", {("none", "none"), ("cpu", "none"), ("cpu", "cpu"), ("nvme", "nvme")}),
+        ("fsdp2", {("none", "none"), ("cpu", "cpu")}),
+        ("megatron", {("none", "none"), ("cpu", "none")}),
+        ("nanotron", {("none", "none")}),
+    ],
+)
+def test_tiers_of_a_runtime(runtime: str, tiers: set[tuple[str, str]]) -> None:
+    found = {(OFFLOAD[state], OFFLOAD[parameters]) for state, parameters in runtime_tiers(load_runtime(runtime))}
+    assert found == tiers
