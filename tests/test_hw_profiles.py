@@ -5,7 +5,6 @@ import math
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -254,11 +253,7 @@ def test_profile_text_refuses_what_toml_cannot_say():
         profile_text({"a": {1, 2}})
 
 
-def test_loading_is_quick_and_the_machine_needs_no_pydantic():
-    load_cluster("h100-ib")
-    start = time.perf_counter()
-    load_cluster("selene")
-    assert time.perf_counter() - start < 0.06
+def test_the_machine_needs_no_pydantic():
     code = "import sys, shardplan.hw_profiles.machine, shardplan.hw_profiles.load, shardplan.hw_profiles.topology\n"
     code += "sys.exit(any(name in sys.modules for name in ('pydantic', 'networkx', 'torch')))"
     assert subprocess.run([sys.executable, "-c", code], check=False, cwd=DOC.parent.parent / "src").returncode == 0
