@@ -94,8 +94,10 @@ def tier_times(
     gradient_bytes: float,
     parameter_bytes: float,
     update_bytes: float = FP32_UPDATE_BYTES,
+    fetched: ArrayLike | None = None,
 ) -> TierTimes:
-    """Times of ranks that own `parameters` parameters each (their 1/N), (N,), on the tiers that `layouts` names."""
+    """Times of ranks that update `parameters` parameters each (their 1/N), (N,), on the tiers that `layouts` names, and fetch as many
+    ahead of a gather, or `fetched` where most are frozen."""
     rates = node_rates(node, offload)
     moved = optimizer_share(layouts) * np.asarray(parameters, dtype=np.float64)
     flash, parked = layouts.offload_optimizer == NVME, layouts.offload_params
@@ -105,11 +107,12 @@ def tier_times(
     if flash.any():  # one set of drives reads or writes at a time
         io = io * (READ_STATE_BYTES / rates.read_bytes_per_s + WRITTEN_STATE_BYTES / rates.write_bytes_per_s)
     up = np.where(parked == 0, moved / (rates.link_bytes_per_s * offload.update_copy_rate), 0.0)
-    fetched = np.where(parked > 0, np.asarray(parameters, dtype=np.float64), 0.0)
-    fetch = fetched / rates.link_bytes_per_s
+    there = np.asarray(parameters if fetched is None else fetched, dtype=np.float64)
+    away = np.where(parked > 0, there, 0.0)
+    fetch = away / rates.link_bytes_per_s
     if (parked == NVME).any():
         up = np.where(parked == NVME, moved / rates.write_bytes_per_s, up)
-        fetch = np.where(parked == NVME, fetched / rates.read_bytes_per_s, fetch)
+        fetch = np.where(parked == NVME, away / rates.read_bytes_per_s, fetch)
     return TierTimes(
         down_s=gradient_bytes * moved / write,
         update_s=np.maximum(adam, io),

@@ -233,7 +233,7 @@ def _runtime(row: Row) -> tuple[Runtime, Mapping[str, Any]]:
     for entry in _names()["frameworks"]:
         if entry["contains"] in framework:
             switches = [s["switch"] for s in _names()["switches"] if s["contains"] in framework]
-            if row["experts"] and "(" not in framework:  # nothing is said of how tokens are dispatched
+            if row["experts"] and not switches and "(" not in framework:  # nothing is said of how tokens are dispatched
                 switches = list(entry.get("experts", ()))
             switches += [name for remark in _remarks(row) for name in remark.get("switches", ())]
             return load_runtime("+".join([entry["runtime"], *switches])), entry

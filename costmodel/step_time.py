@@ -144,9 +144,8 @@ def paced_times(
 ) -> PacedTimes:
     """The columns of `pace.pipeline_pace` over the micro-batches of a step; `copies` of activations are `offload.activation_copies_s`."""
     down, up, hidden_copies = copies or (0.0, 0.0, 0.0)
-    ring = pace.get(
-        "context_exposed", 0.0
-    )  # while it waits for keys, other exchanges go on, a third of it in the forward
+    # while a step waits for keys, other exchanges go on; a third of that is in the forward
+    ring = pace.get("context_exposed", 0.0)
     once = np.ones(len(layouts))
     tensor_exposed = micro_batches * pace["tensor_exposed"]
     parts = {
@@ -251,6 +250,7 @@ def held_times(
             gradient_bytes=element,
             parameter_bytes=BYTES_OF[job.precision],
             update_bytes=update_traffic_bytes(runtime, job),
+            fetched=None if job.adapters is None else owner.gathered / layouts.zero_ranks,
         )
         if tiers_used
         else None,
