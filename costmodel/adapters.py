@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.costmodel.job import Adapters, Job
-from shardplan.costmodel.memory import NF4_BYTES
+from shardplan.costmodel.memory import CODE_BYTES
 from shardplan.costmodel.model import LayerKind, Model, matrix_parameters
 from shardplan.costmodel.op import Gemm, Op, Shapes
 from shardplan.costmodel.runtime import Runtime
@@ -82,7 +82,7 @@ def with_adapters(
     kept = tuple(matrices(kind)) if everything else () if tuning.dropout != "none" else adapters.products
     found: list[Op] = []
     if adapters.quantised:
-        moved = matrix_parameters(kind) / shapes.tp * (NF4_BYTES + shapes.element_bytes)
+        moved = matrix_parameters(kind) / shapes.tp * (CODE_BYTES + tuning.scale_bytes + shapes.element_bytes)
         found.append(Op(name="dequantise", traffic_bytes=moved))
     for op in ops:
         bare = _without_input(op, kept, kind, shapes, norm_bytes)

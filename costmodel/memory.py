@@ -109,12 +109,18 @@ MASTER_AND_MOMENTS_BYTES = 12.0
 
 def _with_moments(optimizer: StateColumns, whole_at_zero_0: BytesPerParameter, moments: float) -> StateColumns:
     """The optimizer part with `moments` bytes of moments instead of Adam's in fp32, or of the runtime's own where those are fewer."""
-    whole = float(whole_at_zero_0)
-    rest = max(whole - ADAM_MOMENT_BYTES, 0.0)
-    kept = (rest + min(moments, whole - rest)) / whole
+    rest, own = _rest_and_moments(whole_at_zero_0)
+    kept = (rest + min(moments, own)) / (rest + own)
     return StateColumns(
         whole=optimizer.whole * kept, sharded=optimizer.sharded * kept, stepping=optimizer.stepping * kept
     )
+
+
+def _rest_and_moments(whole_at_zero_0: BytesPerParameter) -> tuple[float, float]:
+    """Bytes of the optimizer part of a parameter: (masters, the runtime's own moments: Adam's in fp32, or all where it keeps fewer)."""
+    whole = float(whole_at_zero_0)
+    moments = min(ADAM_MOMENT_BYTES, whole)
+    return whole - moments, moments
 
 
 def stage_states(
@@ -181,9 +187,8 @@ def stage_states(
 
 def paged_share(runtime: Runtime, job: Job) -> float:
     """Share of a paged optimizer's states that can lie in host memory, and count there: its moments."""
-    whole = float(runtime.states[job.precision].zero[0].whole["optimizer"])
-    rest = max(whole - ADAM_MOMENT_BYTES, 0.0)
-    moments = min(MOMENT_BYTES[job.optimizer], whole - rest)
+    rest, own = _rest_and_moments(runtime.states[job.precision].zero[0].whole["optimizer"])
+    moments = min(MOMENT_BYTES[job.optimizer], own)
     return moments / (rest + moments)
 
 
@@ -207,9 +212,7 @@ def frozen_bytes(
     shards = layouts.zero_ranks.astype(np.float64)[:, None]
     sharded = (layouts.zero == 3)[:, None] & ((shards > 1) | (layouts.offload_params > 0)[:, None])
     away = sharded & (layouts.offload_params > 0)[:, None]
-    cached = BYTES_OF[job.precision] * np.where(
-        (layouts.zero == 3)[:, None] & work.autocast_copies, stage_parameters, 0.0
-    )
+    cached = _autocast_copies(runtime, job, layouts, stage_parameters)
     on_gpu = np.where(away, 0.0, whole / shards) + gathered + cached
     return np.where(sharded, on_gpu, whole + cached) + scales, np.where(away, whole / shards, 0.0)
 
@@ -227,9 +230,7 @@ def unsharded_scale_bytes(runtime: Runtime, job: Job) -> float:
 
 
 CODE_BYTES = 0.5
-"""Of a 4-bit weight."""
-NF4_BYTES = (4.0 + 0.127) / 8.0
-"""Of a parameter in NF4 with double quantisation: 4 bits and 0.127 of constants (arXiv 2305.14314, section 3)."""
+"""Of a 4-bit weight, without its share of the constants of its block (`runtime_tuning.Tuning.scale_bytes`)."""
 
 
 def dequantised_bytes(job: Job, matrix: FloatArray) -> FloatArray | float:
@@ -273,8 +274,14 @@ def _working_set(
     gathered = work.gathered_layers * layer + (root if work.root_stays_gathered else 0.0)
     gathered = np.where(((layouts.zero == 3) & spread)[:, None], np.minimum(gathered, stage), 0.0)
     waiting = np.where((waits & (spread | away))[:, None], np.minimum(work.gradient_layers * layer, stage), 0.0)
-    cached = BYTES_OF[job.precision] * np.where((layouts.zero == 3)[:, None] & work.autocast_copies, stage, 0.0)
+    cached = _autocast_copies(runtime, job, layouts, stage)
     return element * gathered + cached, BYTES_OF[job.precision] * waiting
+
+
+def _autocast_copies(runtime: Runtime, job: Job, layouts: LayoutTable, stage: FloatArray) -> FloatArray:
+    """Bytes of the 16-bit copies of `stage` parameters that torch.autocast keeps under ZeRO-3, (N, S)."""
+    copied = (layouts.zero == 3)[:, None] & runtime.working_set.autocast_copies
+    return BYTES_OF[job.precision] * np.where(copied, stage, 0.0)
 
 
 def activation_bytes(
