@@ -123,7 +123,11 @@ class Job:
                 remedy="use 1 for even loads, 1.3 where the busiest rank gets 30 % more",
             )
         if self.capacity_factor is not None and not 0 < self.capacity_factor < float("inf"):
-            raise InputError(f"capacity_factor={self.capacity_factor:g} is not positive", place="--capacity-factor")
+            raise InputError(
+                f"capacity_factor={self.capacity_factor:g} is not positive",
+                place="--capacity-factor",
+                remedy="use 1.25 for a quarter more than an even share, or leave it out for dropless experts",
+            )
 
     @property
     def _targets(self) -> tuple[str, ...]:
