@@ -1,4 +1,4 @@
-"""GPU kernels of the executor, in Triton; none is shipped yet: attention and norms are PyTorch's own."""
+"""GPU kernels of the executor, in Triton, each with its formula, its sources and a plain PyTorch reference beside it."""
 
 if __name__ != "shardplan.kernels":
     raise ImportError(
