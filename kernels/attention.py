@@ -1,0 +1,304 @@
+"""Training attention: FlashAttention-2/3-style forward and backward passes in Triton, as PyTorch operators.
+
+    O_i = Σ_j P_ij·v_j,   P = softmax_j(cap(scale·q_i·k_j) - slope·|i + shift - j| + mask_ij),   LSE_i = ln Σ_j exp(score_ij)
+
+Sources: 1. FlashAttention (Dao et al. 2022, arXiv 2205.14135), 2. FlashAttention-2 (Dao 2023, arXiv 2307.08691),
+3. FlashAttention-3 (Shah et al. 2024, arXiv 2407.08608), 4. ALiBi (Press et al. 2022, arXiv 2108.12409), 5. Gemma 2 for
+the soft cap (arXiv 2408.00118). Kernels: attention_forward, attention_key_gradient, attention_query_gradient.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from shardplan.kernels import attention_launch
+from shardplan.kernels.attention_reference import Shape, reference
+from shardplan.kernels.platform import takes_kernel
+
+LARGEST_HEAD_DIM = 256
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    window: tuple[int, int] = (-1, -1),
+    top_left: bool = False,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int = 0,
+    max_seqlen_k: int = 0,
+    deterministic: bool = True,
+) -> Tensor:
+    """Attention of every query head over its group's key head; differentiable, deterministic unless told otherwise.
+
+    q is (B, S_q, H, D), k and v are (B, S_k, H_kv, D) with H a multiple of H_kv, D at most 256, any strides; the result
+    is (B, S_q, H, D) in q's dtype. With `cu_seqlens_q` and `cu_seqlens_k` (int32, sequences + 1, from 0) they are packed:
+    (T, H, D), and `max_seqlen_*` are the longest sequences (computed, which waits for the device, where 0).
+
+    `causal` hides keys after the diagonal, which ends at the last query and key (or starts at the first with `top_left`,
+    as torch's `is_causal` does); `window` = (left, right) keeps that many keys on its sides, -1 for all. `alibi_slopes`
+    is fp32 (H) or (B, H). `dropout` drops that share of probabilities, the same in both passes and for any tiling, by
+    `seed` (one int64 on the device; drawn from torch's generator where None). `scale` defaults to 1/sqrt(D).
+
+    Raises ValueError naming the argument for shapes, dtypes or values it cannot take.
+    """
+    return attention_with_lse(
+        q,
+        k,
+        v,
+        causal=causal,
+        scale=scale,
+        window=window,
+        top_left=top_left,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        dropout=dropout,
+        seed=seed,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        deterministic=deterministic,
+    )[0]
+
+
+def attention_with_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    window: tuple[int, int] = (-1, -1),
+    top_left: bool = False,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int = 0,
+    max_seqlen_k: int = 0,
+    deterministic: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """(O, LSE) of `attention`: LSE is fp32, natural log, (B, H, S_q) or packed (H, T), -inf where a row sees no key.
+
+    Both are differentiable, so that partial results over parts of the keys can be merged (`merge`) and trained through.
+    """
+    if torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    packed = cu_seqlens_q is not None or cu_seqlens_k is not None
+    _check(q, k, v, packed, cu_seqlens_q, cu_seqlens_k, alibi_slopes, scale, softcap, dropout, window)
+    if packed:
+        q, k, v = q[None], k[None], v[None]
+        if not max_seqlen_q or not max_seqlen_k:
+            assert cu_seqlens_q is not None and cu_seqlens_k is not None
+            max_seqlen_q, max_seqlen_k = (
+                int(c.diff().max()) if c.numel() > 1 else 0 for c in (cu_seqlens_q, cu_seqlens_k)
+            )
+    if dropout and seed is None:
+        seed = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=q.device)
+    left, right = window
+    if causal:
+        right = 0 if right < 0 else min(right, 0)
+    out, lse = torch.ops.shardplan.attention_forward(
+        q, k, v, alibi_slopes, seed, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+        1.0 / math.sqrt(q.shape[3]) if scale is None else scale, left, right, top_left, softcap, dropout, deterministic,
+    )  # fmt: skip
+    return (out[0], lse[0]) if packed else (out, lse)
+
+
+def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """(O, LSE) over two disjoint sets of keys from the results over each: LSE = logaddexp, O = Σ exp(LSE_i - LSE)·O_i.
+
+    O is (B, S, H, D), fp32 for a chain of merges, LSE (B, H, S); rows that see nothing on a side take the other's.
+    Source: Ring Attention (Liu et al. 2023, arXiv 2310.01889).
+    """
+    lse = torch.logaddexp(lse_a, lse_b)
+    safe = torch.where(torch.isneginf(lse), 0.0, lse)
+    weight_a = torch.exp(lse_a - safe).transpose(1, 2)[..., None]
+    weight_b = torch.exp(lse_b - safe).transpose(1, 2)[..., None]
+    return weight_a * out_a.float() + weight_b * out_b.float(), lse
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    packed: bool,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    slopes: Tensor | None,
+    scale: float | None,
+    softcap: float,
+    dropout: float,
+    window: tuple[int, int],
+) -> None:
+    """Raise ValueError for what the kernels cannot take."""
+    dims, layout = (3, "(tokens, heads, head_dim)") if packed else (4, "(batch, seq, heads, head_dim)")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != dims:
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}; attention takes {layout}{' with cu_seqlens' * packed}"
+            )
+        if x.dtype not in DTYPES or x.dtype != q.dtype:
+            raise ValueError(
+                f"{name} is {x.dtype}, q is {q.dtype}; use one of float32, float16, bfloat16 for all three"
+            )
+        if x.device != q.device:
+            raise ValueError(f"{name} is on {x.device}, q on {q.device}; move them to one device")
+    heads, kv_heads, head_dim = q.shape[-2], k.shape[-2], q.shape[-1]
+    if k.shape != v.shape or k.shape[-1] != head_dim:
+        raise ValueError(
+            f"k is {tuple(k.shape)}, v is {tuple(v.shape)}, q is {tuple(q.shape)}; k and v need one shape and q's head_dim"
+        )
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"{heads} query heads over {kv_heads} key heads; their number must be a multiple")
+    if not packed and q.shape[0] != k.shape[0]:
+        raise ValueError(f"q has batch {q.shape[0]}, k has {k.shape[0]}; give them one batch")
+    if not 1 <= head_dim <= LARGEST_HEAD_DIM:
+        raise ValueError(
+            f"head_dim {head_dim} is outside 1 to {LARGEST_HEAD_DIM}; use torch's scaled_dot_product_attention"
+        )
+    if packed:
+        if cu_q is None or cu_k is None:
+            raise ValueError("cu_seqlens_q and cu_seqlens_k go together; give both")
+        for name, lengths in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
+            if (
+                lengths.dtype != torch.int32
+                or lengths.dim() != 1
+                or lengths.numel() != cu_q.numel()
+                or not lengths.numel()
+            ):
+                raise ValueError(
+                    f"{name} is {lengths.dtype} {tuple(lengths.shape)}; both need int32 and one entry more than sequences"
+                )
+    if scale is not None and not scale > 0:
+        raise ValueError(f"scale is {scale}; it must be positive")
+    if softcap < 0:
+        raise ValueError(f"softcap is {softcap}; it must be positive, or 0 for none")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout is {dropout}; it must be at least 0 and below 1")
+    if min(window) < -1:
+        raise ValueError(f"window is {window}; each side is a number of keys, or -1 for all")
+    if slopes is not None and (slopes.dtype != torch.float32 or slopes.shape[-1] != heads or slopes.dim() > 2):
+        raise ValueError(
+            f"alibi_slopes is {slopes.dtype} {tuple(slopes.shape)}; it must be float32 ({heads}) or (batch, {heads})"
+        )
+
+
+@torch.library.custom_op("shardplan::attention_forward", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slopes: Tensor | None,
+    seed: Tensor | None,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    longest_q: int,
+    longest_k: int,
+    scale: float,
+    left: int,
+    right: int,
+    top_left: bool,
+    softcap: float,
+    dropout: float,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor]:
+    shape = Shape(scale=scale, left=left, right=right, top_left=top_left, softcap=softcap, dropout=dropout)
+    if not takes_kernel(q):
+        out, lse = reference(q, k, v, shape, slopes=slopes, seed=seed, cu_q=cu_q, cu_k=cu_k)
+        return out.contiguous(), lse.contiguous()
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    sequences = attention_launch.Sequences(q, k, cu_q, cu_k, (longest_q, longest_k))
+    return attention_launch.forward(q, k, v, shape, sequences, slopes, seed)
+
+
+@_forward.register_fake
+def _(q: Tensor, k: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(
+        (q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32
+    )
+
+
+@torch.library.custom_op("shardplan::attention_backward", mutates_args=())
+def _backward(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    slopes: Tensor | None,
+    seed: Tensor | None,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    longest_q: int,
+    longest_k: int,
+    scale: float,
+    left: int,
+    right: int,
+    top_left: bool,
+    softcap: float,
+    dropout: float,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = Shape(scale=scale, left=left, right=right, top_left=top_left, softcap=softcap, dropout=dropout)
+    if not takes_kernel(q):
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+            again, again_lse = reference(*leaves, shape, slopes=slopes, seed=seed, cu_q=cu_q, cu_k=cu_k)
+        wanted = [(again, grad)] if grad_lse is None else [(again, grad), (again_lse, grad_lse)]
+        gradients = torch.autograd.grad([o for o, _ in wanted], leaves, [g for _, g in wanted])
+        return tuple(g.contiguous() for g in gradients)  # pyright: ignore[reportReturnType]
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    sequences = attention_launch.Sequences(q, k, cu_q, cu_k, (longest_q, longest_k))
+    return attention_launch.backward(
+        grad, grad_lse, q, k, v, out, lse, shape, sequences, slopes, seed, deterministic=deterministic
+    )
+
+
+@_backward.register_fake
+def _(
+    grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))  # pyright: ignore[reportReturnType]
+
+
+def _setup(ctx: object, inputs: tuple[object, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, slopes, seed, cu_q, cu_k, *rest = inputs
+    ctx.save_for_backward(q, k, v, *output, slopes, seed, cu_q, cu_k)  # pyright: ignore[reportAttributeAccessIssue]
+    ctx.rest = rest  # pyright: ignore[reportAttributeAccessIssue]
+    ctx.set_materialize_grads(False)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _gradient(ctx: object, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, out, lse, slopes, seed, cu_q, cu_k = ctx.saved_tensors  # pyright: ignore[reportAttributeAccessIssue]
+    nothing = (None,) * 13
+    if grad is None and grad_lse is None:
+        return (None, None, None, *nothing)
+    if grad is None:
+        grad = torch.zeros_like(out)
+    rest = ctx.rest  # pyright: ignore[reportAttributeAccessIssue]
+    gradients = torch.ops.shardplan.attention_backward(
+        grad, grad_lse, q, k, v, out, lse, slopes, seed, cu_q, cu_k, *rest
+    )
+    return (*gradients, *nothing)
+
+
+_forward.register_autograd(_gradient, setup_context=_setup)

@@ -1,0 +1,70 @@
+"""Tile sizes of the attention kernels, by compute capability, head dimension and element size.
+
+Chosen so that nothing spills and shared memory suffices (checked by the static gate), then by time on the devices named
+in reports/measured. There is no tuning at run time: the first call is as fast as the last, also while a graph is captured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from shardplan.kernels.platform import INTERPRETED
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """One kernel's launch: rows of queries and of keys in a tile, warps, pipeline stages."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+INTERPRETER_TILES = Tiles(queries=32, keys=32, warps=4, stages=1)
+"""Small, so that short sequences still take several tiles."""
+
+# (pass, block of the head dimension) -> tiles; 2-byte elements
+HOPPER_TMA: dict[tuple[str, int], Tiles] = {
+    ("forward", 64): Tiles(queries=128, keys=128, warps=8, stages=3),
+    ("forward", 128): Tiles(queries=128, keys=128, warps=8, stages=2),
+    ("forward", 256): Tiles(queries=128, keys=64, warps=8, stages=2),
+    ("key_gradient", 64): Tiles(queries=64, keys=128, warps=8, stages=3),
+    ("key_gradient", 128): Tiles(queries=64, keys=128, warps=8, stages=2),
+    ("key_gradient", 256): Tiles(queries=32, keys=64, warps=8, stages=2),
+    ("query_gradient", 64): Tiles(queries=128, keys=128, warps=8, stages=2),
+    ("query_gradient", 128): Tiles(queries=128, keys=64, warps=8, stages=2),
+    ("query_gradient", 256): Tiles(queries=64, keys=32, warps=8, stages=2),
+    ("fused", 64): Tiles(queries=64, keys=128, warps=8, stages=2),
+    ("fused", 128): Tiles(queries=64, keys=64, warps=8, stages=2),
+    ("fused", 256): Tiles(queries=32, keys=64, warps=8, stages=2),
+}
+POINTERS: dict[tuple[str, int], Tiles] = {
+    ("forward", 64): Tiles(queries=128, keys=64, warps=4, stages=3),
+    ("forward", 128): Tiles(queries=128, keys=32, warps=8, stages=3),
+    ("forward", 256): Tiles(queries=64, keys=32, warps=8, stages=2),
+    ("key_gradient", 64): Tiles(queries=32, keys=64, warps=4, stages=2),
+    ("key_gradient", 128): Tiles(queries=32, keys=64, warps=8, stages=2),
+    ("key_gradient", 256): Tiles(queries=16, keys=32, warps=8, stages=2),
+    ("query_gradient", 64): Tiles(queries=64, keys=64, warps=8, stages=2),
+    ("query_gradient", 128): Tiles(queries=64, keys=32, warps=8, stages=2),
+    ("query_gradient", 256): Tiles(queries=32, keys=32, warps=8, stages=1),
+}
+WIDE: dict[tuple[str, int], Tiles] = {
+    (kernel, block): Tiles(queries=32, keys=32, warps=8 if block == 256 else 4, stages=1)
+    for kernel in ("forward", "key_gradient", "query_gradient")
+    for block in (64, 128, 256)
+}
+"""fp32: products run outside the tensor cores, registers decide."""
+
+
+def tiles(kernel: str, *, block_d: int, tma: bool, element_bytes: int) -> Tiles:
+    """Tiles of `kernel` (forward, key_gradient, query_gradient, fused) for a head dimension padded to `block_d`."""
+    if INTERPRETED:
+        return INTERPRETER_TILES
+    key = (kernel, max(block_d, 64))
+    if element_bytes > 2:
+        return WIDE[("key_gradient" if kernel == "fused" else kernel, key[1])]
+    if tma:
+        return HOPPER_TMA[key]
+    return POINTERS[("key_gradient" if kernel == "fused" else kernel, key[1])]

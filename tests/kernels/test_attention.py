@@ -1,0 +1,258 @@
+"""Attention equals its reference in every feature, and has the properties that training relies on."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from shardplan.kernels.attention import attention, attention_with_lse, merge
+from shardplan.kernels.attention_reference import Shape, kept, reference
+from torch import Tensor
+
+TINY = 1e-5
+Tensors = tuple[Tensor, Tensor, Tensor]
+
+
+def draw(device: str, sizes: tuple[int, ...], *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensors:
+    """q (B, S_q, H, D), k and v (B, S_k, H_kv, D) from (B, S_q, S_k, H, H_kv, D), as leaves."""
+    batch, queries, keys, heads, kv_heads, width = sizes
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(batch, queries, heads, width), (batch, keys, kv_heads, width), (batch, keys, kv_heads, width)]
+    drawn = [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for shape in shapes]
+    return drawn[0], drawn[1], drawn[2]
+
+
+def gradients(outputs: list[Tensor], leaves: Tensors, *, seed: int = 1) -> list[Tensor]:
+    """Gradients of a random combination of the outputs."""
+    generator = torch.Generator().manual_seed(seed)
+    sides = [torch.randn(o.shape, generator=generator).to(o.device, o.dtype) for o in outputs]
+    return list(torch.autograd.grad(outputs, leaves, sides))
+
+
+def error(a: Tensor, b: Tensor) -> float:
+    return (a.double() - b.double()).abs().max().item() if a.numel() else 0.0
+
+
+def check(sizes: tuple[int, ...], device: str, dtype: torch.dtype = torch.float32, **options: object) -> None:
+    """Outputs and gradients are at most twice as far from fp32 as the reference in the same precision is."""
+    leaves = draw(device, sizes, dtype=dtype)
+    wide: Tensors = tuple(x.detach().float().requires_grad_() for x in leaves)  # type: ignore[assignment]
+    words = dict(options)
+    causal = bool(words.pop("causal", False))
+    left, right = words.pop("window", (-1, -1))  # type: ignore[misc]
+    shape = Shape(
+        scale=words.pop("scale", None) or 1 / math.sqrt(sizes[5]),  # type: ignore[arg-type]
+        left=left,
+        right=(0 if right < 0 else min(right, 0)) if causal else right,
+        top_left=bool(words.pop("top_left", False)),
+        softcap=float(words.pop("softcap", 0.0)),  # type: ignore[arg-type]
+        dropout=float(words.pop("dropout", 0.0)),  # type: ignore[arg-type]
+    )
+    slopes, seed = words.pop("alibi_slopes", None), words.pop("seed", None)
+    out, lse = attention_with_lse(*leaves, **options)  # type: ignore[arg-type]
+    exact, exact_lse = reference(*wide, shape, slopes=slopes, seed=seed)  # type: ignore[arg-type]
+    torch_result, _ = reference(*(x.detach() for x in leaves), shape, slopes=slopes, seed=seed)  # type: ignore[arg-type]
+    assert out.dtype == dtype
+    assert lse.dtype == torch.float32
+    slack = TINY if dtype == torch.float32 else {torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
+    assert error(out, exact) <= 2 * error(torch_result, exact) + slack
+    seen = ~torch.isneginf(exact_lse)
+    assert torch.equal(torch.isneginf(lse), ~seen)
+    assert error(lse[seen], exact_lse[seen]) <= (1e-4 if dtype == torch.float32 else 2e-2)
+    mine, theirs = gradients([out], leaves), gradients([exact], wide)
+    for own, want in zip(mine, theirs, strict=True):
+        assert error(own, want) <= (1e-4 if dtype == torch.float32 else 0.02 * max(1.0, want.abs().max().item()))
+
+
+LENGTHS = [(64, 64), (1, 70), (50, 97), (97, 50), (130, 130)]
+
+
+@pytest.mark.parametrize(("queries", "keys"), LENGTHS)
+@pytest.mark.parametrize("causal", [False, True])
+def test_any_lengths(device: str, queries: int, keys: int, causal: bool) -> None:
+    check((1, queries, keys, 2, 2, 32), device, causal=causal)
+
+
+@pytest.mark.parametrize("width", [16, 24, 40, 64, 80, 96, 128, 192, 256])
+def test_any_head_dimension(device: str, width: int) -> None:
+    check((1, 40, 40, 1, 1, width), device, causal=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("causal", [False, True])
+def test_half_precision(device: str, dtype: torch.dtype, causal: bool) -> None:
+    check((2, 70, 70, 2, 1, 64), device, dtype, causal=causal)
+
+
+@pytest.mark.parametrize("window", [(10, -1), (-1, 7), (12, 5), (0, 0), (40, 0)])
+@pytest.mark.parametrize(("queries", "keys"), [(80, 80), (40, 90)])
+def test_sliding_window(device: str, window: tuple[int, int], queries: int, keys: int) -> None:
+    check((1, queries, keys, 2, 1, 32), device, window=window)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"softcap": 2.0},
+        {"softcap": 1.0, "causal": True, "scale": 0.4},
+        {"causal": True, "top_left": True},
+        {"dropout": 0.3, "causal": True},
+        {"dropout": 0.5, "softcap": 3.0, "window": (20, 4)},
+    ],
+    ids=str,
+)
+def test_features(device: str, options: dict[str, object]) -> None:
+    seeded = options | ({"seed": torch.tensor([123456789012345], device=device)} if "dropout" in options else {})
+    check((2, 50, 70, 2, 1, 32), device, **seeded)
+
+
+@pytest.mark.parametrize("per_sequence", [False, True])
+def test_alibi(device: str, per_sequence: bool) -> None:
+    slopes = torch.tensor([0.5, 0.125], device=device)
+    if per_sequence:
+        slopes = torch.stack([slopes, slopes * 2])
+    check((2, 40, 66, 2, 2, 32), device, causal=True, alibi_slopes=slopes)
+
+
+def test_strides_are_free(device: str) -> None:
+    joint = torch.randn(2, 48, 3, 2, 32, device=device)
+    q, k, v = (joint[:, :, i] for i in range(3))
+    heads_first = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    assert torch.equal(attention(q, k, v, causal=True), attention(*heads_first, causal=True))
+    last_strided = [x.transpose(1, 3).contiguous().transpose(1, 3) for x in (q, k, v)]
+    assert torch.equal(attention(q, k, v, causal=True), attention(*last_strided, causal=True))
+
+
+def test_grouped_heads_equal_repeated_heads(device: str) -> None:
+    q, k, v = draw(device, (1, 60, 60, 4, 2, 32))
+    repeated = attention(q, k.repeat_interleave(2, 2), v.repeat_interleave(2, 2), causal=True)
+    assert torch.equal(attention(q, k, v, causal=True), repeated)
+
+
+def test_a_window_as_long_as_the_sequence_changes_nothing(device: str) -> None:
+    q, k, v = draw(device, (1, 70, 70, 2, 2, 32))
+    assert error(attention(q, k, v, window=(70, 70)), attention(q, k, v)) <= TINY
+    assert error(attention(q, k, v, window=(70, -1), causal=True), attention(q, k, v, causal=True)) <= TINY
+
+
+def test_packed_sequences_equal_a_loop(device: str) -> None:
+    lengths_q, lengths_k = [33, 0, 1, 64], [40, 5, 0, 64]
+    cu_q = torch.tensor([0, *itertools.accumulate(lengths_q)], dtype=torch.int32, device=device)
+    cu_k = torch.tensor([0, *itertools.accumulate(lengths_k)], dtype=torch.int32, device=device)
+    q, k, v = draw(device, (1, sum(lengths_q), sum(lengths_k), 2, 1, 32))
+    packed, lse = attention_with_lse(q[0], k[0], v[0], causal=True, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
+    mine = gradients([packed], (q, k, v))
+    loop = []
+    for index in range(len(lengths_q)):
+        own_q, own_k = slice(cu_q[index], cu_q[index + 1]), slice(cu_k[index], cu_k[index + 1])
+        loop.append(attention(q[:, own_q], k[:, own_k], v[:, own_k], causal=True)[0])
+    assert error(packed, torch.cat(loop)) <= TINY
+    assert torch.isneginf(lse[:, 33]).all()  # the third sequence has a query and no key
+    for own, want in zip(mine, gradients([torch.cat(loop)], (q, k, v)), strict=True):
+        assert error(own, want) <= 1e-4
+
+
+def test_merging_parts_of_the_keys_equals_the_whole_and_any_order(device: str) -> None:
+    leaves = draw(device, (1, 40, 96, 2, 2, 32))
+    q, k, v = leaves
+    whole, whole_lse = attention_with_lse(q, k, v)
+    parts = [attention_with_lse(q, k[:, i : i + 32], v[:, i : i + 32]) for i in (0, 32, 64)]
+    left = merge(*merge(*parts[0], *parts[1]), *parts[2])
+    right = merge(*parts[0], *merge(*parts[1], *parts[2]))
+    assert error(left[0], whole) <= TINY
+    assert error(left[1], whole_lse) <= TINY
+    assert error(left[0], right[0]) <= TINY
+    # through the merge, which needs the gradient of each part's LSE
+    for own, want in zip(gradients([left[0]], leaves), gradients([whole], leaves), strict=True):
+        assert error(own, want) <= 1e-4
+
+
+def test_the_gradient_of_the_lse(device: str) -> None:
+    leaves = draw(device, (1, 40, 40, 1, 1, 32))
+    _, lse = attention_with_lse(*leaves, causal=True)
+    mine = torch.autograd.grad(lse.sum(), leaves[:2])
+    _, exact = reference(*leaves, Shape(scale=1 / math.sqrt(32), right=0))
+    for own, want in zip(mine, torch.autograd.grad(exact.sum(), leaves[:2]), strict=True):
+        assert error(own, want) <= 1e-4
+
+
+def test_the_same_bits_twice_and_near_them_with_atomics(device: str) -> None:
+    leaves = draw(device, (2, 70, 70, 2, 1, 32), dtype=torch.float16)
+    once, twice = (gradients([attention(*leaves, causal=True)], leaves) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
+    loose = gradients([attention(*leaves, causal=True, deterministic=False)], leaves)
+    for a, b in zip(once, loose, strict=True):
+        assert error(a, b) <= 0.01 * max(1.0, a.abs().max().item())
+
+
+def test_dropout_drops_its_share_and_follows_its_seed(device: str) -> None:
+    keep = kept(7, 0, 2, 2, 64, 64, 0.25, torch.device(device))
+    assert keep.float().mean().item() == pytest.approx(0.75, abs=0.02)
+    q, k, v = draw(device, (1, 48, 48, 1, 1, 32))
+    seeds = [torch.tensor([s], device=device) for s in (1, 1, 2)]
+    first, again, other = (attention(q, k, v, dropout=0.2, seed=s) for s in seeds)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    torch.manual_seed(3)
+    drawn = attention(q, k, v, dropout=0.2)
+    torch.manual_seed(3)
+    assert torch.equal(drawn, attention(q, k, v, dropout=0.2))
+
+
+def test_operators_are_registered_as_torch_asks(device: str) -> None:
+    leaves = draw(device, (1, 33, 40, 2, 1, 16))
+    arguments = (*leaves, None, None, None, None, 0, 0, 0.25, -1, 0, False, 0.0, 0.0, True)
+    torch.library.opcheck(torch.ops.shardplan.attention_forward.default, arguments)
+
+
+def test_compiles_whole_and_recomputes_under_checkpointing(device: str) -> None:
+    leaves = draw(device, (1, 40, 40, 2, 1, 32))
+    plain = attention(*leaves, causal=True)
+    compiled = torch.compile(lambda q, k, v: attention(q, k, v, causal=True) * 2, fullgraph=True, backend="aot_eager")
+    assert error(compiled(*leaves), plain * 2) <= TINY
+    again = torch.utils.checkpoint.checkpoint(lambda *x: attention(*x, causal=True), *leaves, use_reentrant=False)
+    for a, b in zip(gradients([again], leaves), gradients([plain], leaves), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_autocast_takes_its_precision(device: str) -> None:
+    q, k, v = draw(device, (1, 32, 32, 1, 1, 16))
+    with torch.autocast(device, dtype=torch.bfloat16):
+        assert attention(q, k, v).dtype == torch.bfloat16
+
+
+def test_empty_inputs(device: str) -> None:
+    q, k, v = draw(device, (1, 8, 0, 1, 1, 16))
+    out, lse = attention_with_lse(q, k, v)
+    assert torch.equal(out, torch.zeros_like(out))
+    assert torch.isneginf(lse).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"window": (-2, 0)}, "window"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"softcap": -1.0}, "softcap"),
+        ({"scale": 0.0}, "scale"),
+        ({"alibi_slopes": torch.ones(3)}, "alibi_slopes"),
+        ({"cu_seqlens_q": torch.tensor([0, 8], dtype=torch.int32)}, "cu_seqlens"),
+    ],
+    ids=lambda x: str(x)[:30],
+)
+def test_bad_arguments_are_named(device: str, change: dict[str, object], words: str) -> None:
+    q, k, v = draw(device, (1, 8, 8, 2, 2, 16))
+    with pytest.raises(ValueError, match=words):
+        attention(q, k, v, **change)  # type: ignore[arg-type]
+
+
+def test_bad_shapes_are_named(device: str) -> None:
+    q, k, v = draw(device, (1, 8, 8, 3, 2, 16))
+    with pytest.raises(ValueError, match="3 query heads over 2 key heads"):
+        attention(q, k, v)
+    with pytest.raises(ValueError, match="head_dim 300"):
+        attention(*(torch.ones(1, 4, 1, 300, device=device) for _ in range(3)))
+    with pytest.raises(ValueError, match="float64"):
+        attention(*(x.double() for x in (q, k, v)))
