@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from shardplan.kernels import attention_launch
+from shardplan.kernels import attention_launch, attention_launch_backward
 from shardplan.kernels.attention_reference import Shape, reference
 from shardplan.kernels.platform import takes_kernel
 
@@ -268,7 +268,7 @@ def _backward(
         return tuple(g.contiguous() for g in gradients)  # pyright: ignore[reportReturnType]
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     sequences = attention_launch.Sequences(q, k, cu_q, cu_k, (longest_q, longest_k))
-    return attention_launch.backward(
+    return attention_launch_backward.backward(
         grad, grad_lse, q, k, v, out, lse, shape, sequences, slopes, seed, deterministic=deterministic
     )
 

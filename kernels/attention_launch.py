@@ -9,16 +9,12 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from shardplan.kernels.attention_backward import attention_delta_kernel
 from shardplan.kernels.attention_forward import attention_forward_kernel
-from shardplan.kernels.attention_key_gradient import attention_key_gradient_kernel
-from shardplan.kernels.attention_query_gradient import attention_query_gradient_kernel
 from shardplan.kernels.attention_reference import Shape
+from shardplan.kernels.attention_specialised import attention_specialised_kernel
 from shardplan.kernels.attention_tiles import Tiles, tiles
 from shardplan.kernels.platform import INTERPRETED
 
-ROW_PADDING = 128
-"""delta and LSE are padded to a multiple of this, the largest tile of queries."""
 HOPPER = (9, 0)
 
 
@@ -117,9 +113,16 @@ def pick(kernel: str, q: Tensor, tma: bool) -> Tiles:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, shape: Shape, sequences: Sequences, slopes: Tensor | None, seed: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    shape: Shape,
+    sequences: Sequences,
+    slopes: Tensor | None,
+    seed: Tensor | None,
+    tile: Tiles | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(O, LSE) as (B, S, H, D) contiguous and (B, H, S)."""
+    """(O, LSE) as (B, S, H, D) contiguous and (B, H, S); `tile` instead of the table's."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32, device=q.device)
     if sequences.packed or k.shape[1] == 0:  # rows of no sequence, or without any key
@@ -128,7 +131,7 @@ def forward(
     if q.numel() == 0 or k.shape[1] == 0 or sequences.count == 0:
         return out, lse
     tma = describable(q, k, v)
-    tile = pick("forward", q, tma)
+    tile = tile or pick("forward", q, tma)
     block_d = padded_dimension(q.shape[3])
     grid = (triton.cdiv(sequences.queries, tile.queries), q.shape[2], sequences.count)
     attention_forward_kernel[grid](
@@ -154,108 +157,50 @@ def forward(
     return out, lse
 
 
-def backward(
-    grad: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    shape: Shape,
-    sequences: Sequences,
-    slopes: Tensor | None,
-    seed: Tensor | None,
-    *,
-    deterministic: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dQ, dK, dV), contiguous, in the dtypes of q, k and v."""
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    if sequences.packed or q.shape[1] == 0 or k.shape[1] == 0:
-        for gradient in (dq, dk, dv):
-            gradient.zero_()
-    if q.numel() == 0 or k.numel() == 0 or sequences.count == 0:
-        return dq, dk, dv
-    grad = grad if grad.stride(3) == 1 else grad.contiguous()
-    rows = triton.cdiv(q.shape[1], ROW_PADDING) * ROW_PADDING
-    if sequences.packed:
-        rows += ROW_PADDING  # the last tile of the last sequence starts anywhere
-    delta = torch.empty(q.shape[0], q.shape[2], rows, dtype=torch.float32, device=q.device)
-    lse2 = torch.empty_like(delta)
-    block_d = padded_dimension(q.shape[3])
-    attention_delta_kernel[(rows // 64, q.shape[2], q.shape[0])](
+def specialisable(q: Tensor, k: Tensor, v: Tensor, shape: Shape, sequences: Sequences, slopes: Tensor | None) -> bool:
+    """Whether the warp-specialised forward pass covers this call."""
+    plain = slopes is None and not (shape.softcap or shape.dropout or sequences.packed or shape.top_left)
+    masks = shape.left < 0 and shape.right <= 0
+    return plain and masks and q.shape[3] in {64, 128} and q.numel() > 0 and k.numel() > 0 and describable(q, k, v)
+
+
+def specialised_forward(
+    q: Tensor, k: Tensor, v: Tensor, shape: Shape, tile: Tiles | None = None
+) -> tuple[Tensor, Tensor]:
+    """(O, LSE) by the warp-specialised kernel; only where `specialisable`."""
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32, device=q.device)
+    tile = tile or pick("specialised", q, True)
+    triton.set_allocator(_workspace)
+    attention_specialised_kernel[(triton.cdiv(q.shape[1], tile.queries), q.shape[2], q.shape[0])](
+        q,
+        k,
+        v,
         out,
-        grad,
         lse,
-        grad_lse,
-        delta,
-        lse2,
+        *strides(q),
+        *strides(k),
+        *strides(v),
         *strides(out),
-        *strides(grad),
         lse.stride(0),
         lse.stride(1),
-        delta.stride(0),
-        delta.stride(1),
-        *((0, 0, 0) if grad_lse is None else grad_lse.stride()),
+        q.shape[2] // k.shape[2],
         q.shape[1],
+        k.shape[1],
+        k.shape[1] - q.shape[1],
+        float(shape.scale),
         D=q.shape[3],
-        BLOCK_D=block_d,
-        BLOCK_M=64,
-        HAS_GRAD_LSE=grad_lse is not None,
+        BLOCK_M=tile.queries,
+        BLOCK_N=tile.keys,
+        CAUSAL=shape.right == 0,
+        RAGGED=k.shape[1] % tile.keys != 0,
+        SPECIALISE=True,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
     )
-    tma = describable(q, k, v, grad)
-    fused = not deterministic and q.element_size() == 2
-    wide_dq = torch.zeros(q.shape, dtype=torch.float32, device=q.device) if fused else None
-    tile = pick("fused" if fused else "key_gradient", q, tma)
-    shared = (*strides(grad), delta.stride(0), delta.stride(1), *strides(dq))
-    common = flags(shape, sequences, slopes)
-    attention_key_gradient_kernel[(triton.cdiv(sequences.keys, tile.keys), k.shape[2], sequences.count)](
-        source(q, tile.queries, block_d, tma),
-        source(k, tile.keys, block_d, tma),
-        source(v, tile.keys, block_d, tma),
-        source(grad, tile.queries, block_d, tma),
-        delta,
-        lse2,
-        None if wide_dq is None else source(wide_dq, tile.queries, block_d, tma and not INTERPRETED),
-        dk,
-        dv,
-        sequences.cu_q,
-        sequences.cu_k,
-        slopes,
-        seed,
-        *strides(q),
-        *strides(k),
-        *strides(v),
-        *shared,
-        *strides(dk),
-        *strides(dv),
-        *scalars(slopes, q, k, sequences, shape),
-        **common,
-        FUSED=fused,
-        ADD_BY_DESCRIPTOR=tma and not INTERPRETED,
-        **constants(q, tile, tma=tma),
-    )
-    if wide_dq is not None:
-        return wide_dq.to(q.dtype), dk, dv
-    tile = pick("query_gradient", q, tma)
-    attention_query_gradient_kernel[(triton.cdiv(sequences.queries, tile.queries), q.shape[2], sequences.count)](
-        source(q, tile.queries, block_d, tma),
-        source(k, tile.keys, block_d, tma),
-        source(v, tile.keys, block_d, tma),
-        source(grad, tile.queries, block_d, tma),
-        delta,
-        lse2,
-        dq,
-        sequences.cu_q,
-        sequences.cu_k,
-        slopes,
-        seed,
-        *strides(q),
-        *strides(k),
-        *strides(v),
-        *shared,
-        *scalars(slopes, q, k, sequences, shape),
-        **common,
-        **constants(q, tile, tma=tma),
-    )
-    return dq, dk, dv
+    return out, lse
+
+
+def _workspace(size: int, _alignment: int, _stream: int | None) -> Tensor:
+    """Where a kernel keeps descriptors that it makes itself."""
+    return torch.empty(size, dtype=torch.int8, device="cpu" if INTERPRETED else "cuda")

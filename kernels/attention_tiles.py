@@ -35,6 +35,8 @@ HOPPER_TMA: dict[tuple[str, int], Tiles] = {
     ("query_gradient", 64): Tiles(queries=128, keys=128, warps=8, stages=2),
     ("query_gradient", 128): Tiles(queries=128, keys=64, warps=8, stages=2),
     ("query_gradient", 256): Tiles(queries=64, keys=32, warps=8, stages=2),
+    ("specialised", 64): Tiles(queries=128, keys=128, warps=4, stages=2),
+    ("specialised", 128): Tiles(queries=128, keys=128, warps=4, stages=2),
     ("fused", 64): Tiles(queries=64, keys=128, warps=8, stages=2),
     ("fused", 128): Tiles(queries=64, keys=64, warps=8, stages=2),
     ("fused", 256): Tiles(queries=32, keys=64, warps=8, stages=2),

@@ -7,9 +7,10 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
+
 from shardplan.kernels.attention import attention, attention_with_lse, merge
 from shardplan.kernels.attention_reference import Shape, kept, reference
-from torch import Tensor
 
 TINY = 1e-5
 Tensors = tuple[Tensor, Tensor, Tensor]
