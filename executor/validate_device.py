@@ -25,6 +25,7 @@ from shardplan.costmodel.runtime import Runtime, load_runtime
 from shardplan.executor.device_cases import CPU_CASES, GPU_CASES, Case
 from shardplan.executor.device_run import Measured, case_plan, release, run_case, start_alone
 from shardplan.executor.device_table import HEADER, append_rows, case_rows, start_file, table_line
+from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.load import cluster_document, cluster_from_document
 from shardplan.planner.search import judge
 
@@ -116,10 +117,11 @@ def _first_line(bad: BaseException) -> str:
 def chosen_profiles(profile: Path | None) -> dict[str, dict[str, Any]]:
     """What the catalog says of this machine, and the calibrated profile if there is one that loads."""
     found: dict[str, dict[str, Any]] = {"catalog": cluster_document("localhost")}
-    if profile is not None and not profile.is_file():
-        print(f"no profile {profile}: predicted with the catalog's only", file=sys.stderr)
-    elif profile is not None:
-        found["calibrated"] = cluster_document(str(profile))
+    try:
+        if profile is not None:
+            found["calibrated"] = cluster_document(str(profile))
+    except InputError as bad:  # what can be measured is measured
+        print(f"predicted with the catalog's profile only: {bad}", file=sys.stderr)
     return found
 
 
