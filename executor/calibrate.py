@@ -37,16 +37,20 @@ class CalibrationError(RuntimeError):
     """The measuring processes failed or did not answer in time."""
 
 
-def measure_machine(*, processes: int | None = None, quick: bool = False, timeout_s: float = TIMEOUT_S) -> Measurements:
+def measure_machine(
+    *, processes: int | None = None, quick: bool = False, points_s: float = 0.0, timeout_s: float = TIMEOUT_S
+) -> Measurements:
     """Measure this machine; `processes` (on a CPU, default one a core and at least two) work at the same time.
 
-    Raises CalibrationError when the rates cannot be measured; failing collectives of GPUs are only a note.
+    `points_s` is the time to spend on single points beside them. Raises CalibrationError when the rates cannot be
+    measured; failing collectives of GPUs are only a note.
     """
     date = datetime.now(UTC).date().isoformat()
     if not torch.cuda.is_available():
-        return _measure_cpu(date, processes or max(2, int(cpu_facts().cores)), quick=quick, timeout_s=timeout_s)
+        used = processes or max(2, int(cpu_facts().cores))
+        return _measure_cpu(date, used, quick=quick, points_s=points_s, timeout_s=timeout_s)
     gpus = min(torch.cuda.device_count(), processes or torch.cuda.device_count())
-    rates = _present(_measure("cuda", 1, ("rates",), quick=quick, timeout_s=timeout_s).rates)
+    rates = _present(_measure("cuda", 1, ("rates",), quick=quick, points_s=points_s, timeout_s=timeout_s).rates)
     collectives: CollectiveRates | None = None
     if gpus > 1:
         try:
@@ -56,10 +60,10 @@ def measure_machine(*, processes: int | None = None, quick: bool = False, timeou
     return Measurements(date=date, gpus=gpus, rates=rates, collectives=collectives)
 
 
-def _measure_cpu(date: str, processes: int, *, quick: bool, timeout_s: float) -> Measurements:
+def _measure_cpu(date: str, processes: int, *, quick: bool, points_s: float, timeout_s: float) -> Measurements:
     parts = ("rates", "collectives") if processes > 1 else ("rates",)
     start_s, busy_s, own_s = time.monotonic(), _busy_cpu_s(), _children_cpu_s()
-    answer = _measure("cpu", processes, parts, quick=quick, timeout_s=timeout_s)
+    answer = _measure("cpu", processes, parts, quick=quick, points_s=points_s, timeout_s=timeout_s)
     rates = _present(answer.rates)
     busy_now_s = _busy_cpu_s()
     others_s = 0.0 if busy_s is None or busy_now_s is None else (busy_now_s - busy_s) - (_children_cpu_s() - own_s)
@@ -90,7 +94,9 @@ def _present(rates: Rates | None) -> Rates:
     return rates
 
 
-def _measure(device: str, processes: int, parts: Sequence[str], *, quick: bool, timeout_s: float) -> WorkerAnswer:
+def _measure(
+    device: str, processes: int, parts: Sequence[str], *, quick: bool, timeout_s: float, points_s: float = 0.0
+) -> WorkerAnswer:
     """Start `processes` measuring processes, wait, and read what the first one wrote."""
     with tempfile.TemporaryDirectory(prefix="shardplan-calibrate-") as folder:
         answer = Path(folder, "answer.json")
@@ -104,6 +110,7 @@ def _measure(device: str, processes: int, parts: Sequence[str], *, quick: bool, 
                 store=str(Path(folder, "store")),
                 answer=str(answer),
                 timeout_s=timeout_s,
+                points_s=points_s if processes == 1 else 0.0,
             )
             for rank in range(processes)
         ]

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from shardplan.executor.attention_kernel import attention_backends, attention_context
 from shardplan.executor.calibrate_measurements import Timing
 from shardplan.executor.calibrate_timing import Timer
 
@@ -94,7 +95,7 @@ def _memory_timing(timer: Timer, moved_bytes: float) -> Timing:
 def attention_timings(
     timer: Timer, precision: str, *, batch: int, heads: int, seq: int, head_dims: Sequence[int]
 ) -> dict[str, Timing]:
-    """Fused causal attention, forward and backward: FLOP and seconds, summed over the head dimensions.
+    """Fused causal attention by the executor's kernel, forward and backward: FLOP and seconds, summed over the head dimensions.
 
     FLOP of a forward is 4·batch·heads·seq²·head_dim, half of it masked; of a backward 2.5 times that.
     """
@@ -102,11 +103,12 @@ def attention_timings(
     for head_dim in head_dims:
         shape = (batch, heads, seq, head_dim)
         q, k, v = (torch.randn(shape, device=timer.device).to(DTYPES[precision]).requires_grad_() for _ in range(3))
-        out = scaled_dot_product_attention(q, k, v, is_causal=True)
-        grad = torch.randn_like(out)
         forward_flop += 2.0 * batch * heads * seq**2 * head_dim
-        forward_s += timer.device_seconds(_bound(scaled_dot_product_attention, q, k, v, is_causal=True))
-        backward_s += timer.device_seconds(_bound(torch.autograd.grad, out, (q, k, v), grad, retain_graph=True))
+        with attention_context(attention_backends("auto", device_type=timer.device.type, precision=precision)):
+            out = scaled_dot_product_attention(q, k, v, is_causal=True)
+            grad = torch.randn_like(out)
+            forward_s += timer.device_seconds(_bound(scaled_dot_product_attention, q, k, v, is_causal=True))
+            backward_s += timer.device_seconds(_bound(torch.autograd.grad, out, (q, k, v), grad, retain_graph=True))
     return {
         "forward": Timing(size=forward_flop, seconds=forward_s),
         "backward": Timing(size=2.5 * forward_flop, seconds=backward_s),

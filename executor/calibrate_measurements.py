@@ -30,6 +30,17 @@ class Timing:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Point:
+    """One value of one kernel at one shape, for fitting; no profile holds it."""
+
+    kernel: str
+    shape: str
+    metric: str
+    value: float
+    unit: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Rates:
     """One accelerator, or the share of a CPU that one of `processes` equal processes gets while all of them work."""
 
@@ -66,6 +77,10 @@ class Rates:
     host_to_device: Timing | None = None
     """Bytes of one pinned copy to the accelerator."""
     device_to_host: Timing | None = None
+    facts: Mapping[str, str] = field(default_factory=dict[str, str])
+    """What the driver says of a GPU at work: driver, clocks, power, temperature."""
+    points: tuple[Point, ...] = ()
+    """Single points, if they were asked for."""
     notes: tuple[str, ...] = ()
     """What could not be measured, and why."""
 
@@ -123,6 +138,8 @@ class WorkerTask:
     answer: str
     """File that rank 0 writes."""
     timeout_s: float
+    points_s: float = 0.0
+    """Seconds to spend on single points; 0 = none."""
 
 
 @dataclass(frozen=True, kw_only=True)

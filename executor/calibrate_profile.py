@@ -91,7 +91,8 @@ def profile_document(measurements: Measurements, base: Mapping[str, Any]) -> Doc
     """
     rates = measurements.rates
     disturbed = f" ({measurements.disturbance})" if measurements.disturbance else ""
-    software = f"{rates.software}, {measurements.date}{disturbed}"
+    driver = f", driver {rates.facts['driver']}" if "driver" in rates.facts else ""
+    software = f"{rates.software}{driver}, {measurements.date}{disturbed}"
     origin = _Origin(text=f"shardplan calibrate, {rates.device_name}, {software}")
     document: Document = copy.deepcopy(dict(base))
     document["name"] = profile_name(measurements)

@@ -39,6 +39,8 @@ class Timer:
     cover: Call | None = None
     """On a GPU: a few milliseconds of matrix products. Queued ahead of a sample, they let the host get ahead, so that
     short kernels are timed without their launches, and keep the clocks and temperature at their working level."""
+    cover_s: float = 0.0
+    """Seconds of the cover; they count towards the budget."""
 
     def agree(self, seconds: float) -> float:
         """Mean of `seconds` over the processes; also their meeting point."""
@@ -50,19 +52,19 @@ class Timer:
 
     def host_seconds(self, call: Call) -> float:
         """Wall-clock seconds of one call, the device's work included."""
-        return self._median(call, self._wall_sample, most_calls=MOST_CALLS)
+        return self._median(call, self._wall_sample, most_calls=MOST_CALLS, ahead_s=0.0)
 
     def device_seconds(self, call: Call) -> float:
         """Seconds the device spends on one call; on a CPU the same as `host_seconds`."""
         if self.device.type == "cpu":
             return self.host_seconds(call)
-        return self._median(call, self._event_sample, most_calls=CUDA_SAMPLE_CALLS)
+        return self._median(call, self._event_sample, most_calls=CUDA_SAMPLE_CALLS, ahead_s=self.cover_s)
 
-    def _median(self, call: Call, sample: Callable[[Call, int], float], *, most_calls: int) -> float:
+    def _median(self, call: Call, sample: Callable[[Call, int], float], *, most_calls: int, ahead_s: float) -> float:
         call()  # allocations, library start-up, choice of algorithm
         each_s = self._warm_up(call)
         calls = max(1, min(most_calls, round(self.sample_s / each_s)))
-        samples = max(3, min(MOST_SAMPLES, math.floor(0.8 * self.budget_s / (calls * each_s))))
+        samples = max(3, min(MOST_SAMPLES, math.floor(0.8 * self.budget_s / (calls * each_s + ahead_s))))
         self.agree(0.0)
         return self.agree(statistics.median(sample(call, calls) for _ in range(samples)))
 
@@ -112,9 +114,12 @@ def cuda_cover(device: torch.device) -> Call:
     return cover
 
 
-def heat(cover: Call, seconds: float) -> None:
-    """Run `cover` for `seconds`, so that clocks and temperature settle."""
+def heat(cover: Call, seconds: float) -> float:
+    """Run `cover` for `seconds`, so that clocks and temperature settle; returns the seconds of the last one."""
     deadline_s = time.perf_counter() + seconds
-    while time.perf_counter() < deadline_s:
+    while True:
+        start_s = time.perf_counter()
         cover()
         torch.cuda.synchronize()
+        if time.perf_counter() >= deadline_s:
+            return time.perf_counter() - start_s

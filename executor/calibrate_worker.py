@@ -6,6 +6,7 @@ import os
 import resource
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -33,10 +34,14 @@ from shardplan.executor.calibrate_measurements import (
     task_from_json,
     to_json,
 )
-from shardplan.executor.calibrate_timing import CROWDED_SAMPLE_S, SAMPLE_S, Timer, cuda_cover, heat
+from shardplan.executor.calibrate_points import CPU_POINTS, GPU_POINTS, measure_points
+from shardplan.executor.calibrate_timing import CROWDED_SAMPLE_S, SAMPLE_S, Call, Timer, cuda_cover, heat
+from shardplan.executor.device_facts import device_facts
 from shardplan.hw_profiles.detect import cpu_facts
 
 Value = TypeVar("Value")
+POINT_BUDGET_S = 0.05
+"""Per single point."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,17 +133,34 @@ def _rates(task: WorkerTask, timer: Timer, plan: Effort, context_bytes: float | 
     cuda = timer.device.type == "cuda"
     if cuda:
         cover = cuda_cover(timer.device)
-        heat(cover, plan.heat_s)
-        timer = replace(timer, cover=cover)
+        timer = replace(timer, cover=cover, cover_s=heat(cover, plan.heat_s))
     notes: list[str] = []
-    rates = _device_rates(_identity(task, timer.device), timer, plan, notes)
+    identity = _identity(task, timer.device)
+    if cuda:
+        identity = replace(identity, facts=_facts_at_work(cuda_cover(timer.device)))
+    rates = _device_rates(identity, timer, plan, notes)
     rates = replace(rates, context_bytes=context_bytes)
     if cuda:
         rates = _with_cuda_memory(rates, timer, plan, notes)
-    host = replace(timer, device=torch.device("cpu"), cover=None)
+    if task.points_s:
+        grid, quick = (GPU_POINTS if cuda else CPU_POINTS), replace(timer, budget_s=POINT_BUDGET_S)
+        points, missed = measure_points(quick, grid, limit_s=task.points_s)
+        rates = replace(rates, points=points)
+        notes += missed
+    host = replace(timer, device=torch.device("cpu"), cover=None, cover_s=0.0)
     copy = _try(notes, "host copy", lambda: copy_timing(host, plan.host_bytes, source="cpu", target="cpu"))
     adam = _try(notes, "CPU AdamW", lambda: adam_timing(host, plan.adam_parameters))
     return replace(rates, host_copy=_times(copy, task.processes), adam=_times(adam, task.processes), notes=tuple(notes))
+
+
+def _facts_at_work(cover: Call) -> dict[str, str]:
+    """What the driver says while `cover` keeps the GPU busy."""
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(device_facts)
+        while not asked.done():
+            cover()
+            torch.cuda.synchronize()
+        return asked.result()
 
 
 def _device_rates(rates: Rates, timer: Timer, plan: Effort, notes: list[str]) -> Rates:

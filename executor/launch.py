@@ -97,6 +97,7 @@ def layout_slug(layout: Layout) -> str:
 
 def _command(folder: Path, plan: Plan, *, device: str, steps: int) -> list[str]:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(plan.gpus)]
+    torchrun += ["--local-addr", "127.0.0.1"]  # else the ranks look each other up by host name, which may not resolve
     return [*torchrun, "-m", "shardplan.executor.train", str(folder), "--steps", str(steps), "--device", device]
 
 

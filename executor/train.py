@@ -10,7 +10,7 @@ import os
 import sys
 import time
 import traceback
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from shardplan.executor.attention_kernel import attention_backends, attention_context
 from shardplan.executor.data import batch, load_text
 from shardplan.executor.loss import loss_context, loss_function
 from shardplan.executor.measure import RankRecorder, StepRecord, host_peak_bytes
@@ -55,6 +55,7 @@ class Trainer:
             )
             for number in chunks_of_rank(layout, mesh.get_local_rank("pp"))
         ]
+        self.attention = attention_backends(layout.attention, device_type=device.type, precision=job.precision)
         self.holds_first = self.chunks[0].embedding is not None
         self.holds_last = self.chunks[-1].head is not None
         self.loss = loss_function(mesh["tp"])
@@ -81,7 +82,7 @@ class Trainer:
         inputs, targets = self.batch(step)
         with ExitStack() as contexts:
             contexts.enter_context(loss_context(self.mesh["tp"]))
-            contexts.enter_context(_attention_kernel(self.plan.layout.attention))
+            contexts.enter_context(attention_context(self.attention))
             loss = self._micro_steps(inputs, targets) if self.schedule is None else self._pipeline(inputs, targets)
         settle_gradients(self.parameters())
         return loss
@@ -124,12 +125,6 @@ class Trainer:
         return total.item() / self.plan.layout.dp
 
 
-def _attention_kernel(word: str) -> AbstractContextManager[object]:
-    if word == "auto":
-        return nullcontext()
-    return sdpa_kernel(SDPBackend.FLASH_ATTENTION if word == "flash" else SDPBackend.MATH)
-
-
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done everything it was given."""
     if device.type == "cuda":
@@ -137,27 +132,29 @@ def synchronize(device: torch.device) -> None:
 
 
 def train(trainer: Trainer, recorder: RankRecorder, *, steps: int) -> None:
-    """The loop. A step's time runs from its batch to the end of the optimizer step, the device idle at both ends."""
-    tokens = trainer.plan.job.tokens_per_step
+    """The loop."""
     for step in range(1, steps + 1):
-        if trainer.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(trainer.device)
-        synchronize(trainer.device)
-        started = time.perf_counter()
-        loss = trainer.forward_backward(step)
-        norm = trainer.update(step)
-        synchronize(trainer.device)
-        seconds = time.perf_counter() - started
-        recorder.write(
-            StepRecord(
-                step=step,
-                loss=trainer.global_loss(loss),
-                grad_norm=norm.item(),
-                step_s=seconds,
-                tokens_per_s=tokens / seconds,
-                **peak_memory(trainer.device),
-            )
-        )
+        recorder.write(run_step(trainer, step))
+
+
+def run_step(trainer: Trainer, step: int) -> StepRecord:
+    """Step `step` (from 1). Its time runs from its batch to the end of the optimizer step, the device idle at both ends."""
+    if trainer.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(trainer.device)
+    synchronize(trainer.device)
+    started = time.perf_counter()
+    loss = trainer.forward_backward(step)
+    norm = trainer.update(step)
+    synchronize(trainer.device)
+    seconds = time.perf_counter() - started
+    return StepRecord(
+        step=step,
+        loss=trainer.global_loss(loss),
+        grad_norm=norm.item(),
+        step_s=seconds,
+        tokens_per_s=trainer.plan.job.tokens_per_step / seconds,
+        **peak_memory(trainer.device),
+    )
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:

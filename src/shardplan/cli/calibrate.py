@@ -21,8 +21,20 @@ ProcessesOption = Annotated[
     ),
 ]
 QuickOption = Annotated[bool, typer.Option("--quick", help="Fewer sizes and repeats: seconds instead of a minute.")]
+PointsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--points",
+        metavar="FILE",
+        help="On one device, also measure single points (products by shape and layout, attention, launches) into this CSV.",
+    ),
+]
 ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite the profile if it exists.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Write JSON and nothing else to stdout.")]
+
+
+POINTS_S = 25.0
+"""Time for single points."""
 
 
 def calibrate(
@@ -30,6 +42,7 @@ def calibrate(
     out: OutOption = Path("profile.toml"),
     processes: ProcessesOption = None,
     quick: QuickOption = False,
+    points: PointsOption = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -52,12 +65,14 @@ def calibrate(
     if sys.stderr.isatty():
         print("measuring for up to a minute; other work on this machine would disturb it", file=sys.stderr)
     try:
-        measurements = measure_machine(processes=processes, quick=quick)
+        measurements = measure_machine(processes=processes, quick=quick, points_s=POINTS_S if points else 0.0)
     except CalibrationError as error:
         _stop(str(error), 3)
     base = base_document(measurements)
     profile = profile_document(measurements, base)
     _write(profile, out)
+    if points:
+        _write_points(measurements, points)
     rows = summary_rows(measurements, base)
     if as_json:
         _print_json(measurements, rows, profile, out)
@@ -107,6 +122,25 @@ def _write(profile: dict[str, Any], out: Path) -> None:
         raise InputError(problem, place=str(out), remedy="choose another folder") from None
 
 
+def _write_points(measurements: Measurements, path: Path) -> None:
+    from shardplan.executor.calibrate_points import write_points
+    from shardplan.hw_profiles.errors import InputError
+
+    rates = measurements.rates
+    try:
+        write_points(
+            path,
+            rates.points,
+            date=measurements.date,
+            device=rates.device_name,
+            software=rates.software,
+            driver=rates.facts.get("driver", ""),
+        )
+    except OSError as error:
+        problem = f"cannot be written: {error.strerror or error}"
+        raise InputError(problem, place=str(path), remedy="choose another folder") from None
+
+
 def _print_json(measurements: Measurements, rows: Sequence[SummaryRow], profile: dict[str, Any], out: Path) -> None:
     import json
     from dataclasses import asdict
@@ -136,6 +170,8 @@ def _print_summary(measurements: Measurements, rows: Sequence[SummaryRow], out: 
         else f" x {measurements.gpus}"
     )
     console.print(f"[bold]{escape(rates.device_name)}[/bold]{share}, {escape(rates.software)}\n")
+    if rates.facts:
+        console.print(f"at work: {escape(', '.join(f'{name} {value}' for name, value in rates.facts.items()))}\n")
     table = Table(header_style="dim", box=None, pad_edge=False)
     for name in ("quantity", "measured", "unit", "known before", "from"):
         table.add_column(name, justify="right" if name in ("measured", "known before") else "left")
