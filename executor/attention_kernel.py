@@ -8,7 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from shardplan.executor.transformer import Attention
 
 
 def attention_backends(word: str, *, device_type: str, precision: str) -> tuple[SDPBackend, ...]:
@@ -29,3 +32,17 @@ def attention_backends(word: str, *, device_type: str, precision: str) -> tuple[
 def attention_context(backends: Sequence[SDPBackend]) -> AbstractContextManager[object]:
     """Must surround forward and backward, which recomputes: only `backends` may run within it, any if there are none."""
     return sdpa_kernel(list(backends)) if backends else nullcontext()
+
+
+def own_attention(q_BSND: Tensor, k_BSKD: Tensor, v_BSKD: Tensor) -> Tensor:
+    """Causal attention by this project's kernels (`kernels/attention.py`), on a GPU in 16 bits."""
+    from shardplan.kernels.attention import attention
+
+    return attention(q_BSND, k_BSKD, v_BSKD, causal=True)
+
+
+def use_own_attention(model: nn.Module) -> None:
+    """Let every attention layer of `model` run this project's kernels."""
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.attend = own_attention

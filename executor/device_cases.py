@@ -25,7 +25,7 @@ class Case:
     zero: int = 0
     precision: str = "bf16"
     kernel: str = "flash2"
-    """Attention kernel; flash2 is the runtime's own, cudnn an experiment."""
+    """Attention kernel; flash2 (torch), own (this project's) or cudnn."""
     profiled: bool = False
     """Also record the device time of each kernel over one step: a last case, since a profiler slows what comes after it."""
 
@@ -58,6 +58,8 @@ class Case:
 GPU_CASES = (
     Case(seq=4096, micro_batch=2),
     Case(seq=8192),
+    Case(seq=8192, kernel="own"),
+    Case(seq=8192, kernel="cudnn"),
     Case(seq=4096, micro_batch=2, recompute="full"),
     Case(seq=4096, micro_batch=2, recompute="selective"),
     Case(seq=4096, accumulation=4),
@@ -75,7 +77,6 @@ GPU_CASES = (
     Case(seq=1024, model="gpt2-xl", layers=48, micro_batch=8),
     Case(seq=4096, model="llama-3.2-1b", layers=16, micro_batch=4),
     Case(seq=4096, model="llama-2-7b", layers=8, micro_batch=2),
-    Case(seq=8192, kernel="cudnn"),
     Case(seq=16384, recompute="full"),
     Case(seq=2048, layers=4, precision="fp32"),
     Case(seq=8192, micro_batch=4, recompute="full"),

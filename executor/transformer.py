@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -62,13 +63,26 @@ def rotate(x_BSND: Tensor, table: Tensor) -> Tensor:
     return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(x_BSND.dtype)
 
 
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Causal attention of q (B, S, N, D) over k and v (B, S, K, D)."""
+
+
+def causal_attention(q_BSND: Tensor, k_BSKD: Tensor, v_BSKD: Tensor) -> Tensor:
+    """(B, S, N, D), torch's own; which of its kernels runs, the context decides (attention_kernel)."""
+    grouped = q_BSND.shape[2] != k_BSKD.shape[2]
+    out_BNSD = functional.scaled_dot_product_attention(
+        q_BSND.transpose(1, 2), k_BSKD.transpose(1, 2), v_BSKD.transpose(1, 2), is_causal=True, enable_gqa=grouped
+    )
+    return out_BNSD.transpose(1, 2)
+
+
 class Attention(nn.Module):
     """Causal multi-head or grouped-query attention."""
 
     def __init__(self, kind: LayerKind) -> None:
         super().__init__()
         self.head_dim = kind.head_dim
-        self.grouped = kind.kv_heads != kind.heads
+        self.attend: Attend = causal_attention
         self.wq = nn.Linear(kind.hidden, kind.heads * kind.head_dim, bias=kind.qkv_bias)
         self.wk = nn.Linear(kind.hidden, kind.kv_heads * kind.head_dim, bias=kind.qkv_bias)
         self.wv = nn.Linear(kind.hidden, kind.kv_heads * kind.head_dim, bias=kind.qkv_bias)
@@ -82,14 +96,7 @@ class Attention(nn.Module):
         v_BSKD = self.wv(x_BSH).view(batch, seq, -1, self.head_dim)
         if table is not None:
             q_BSND, k_BSKD = rotate(q_BSND, table), rotate(k_BSKD, table)
-        out_BNSD = functional.scaled_dot_product_attention(
-            q_BSND.transpose(1, 2),
-            k_BSKD.transpose(1, 2),
-            v_BSKD.transpose(1, 2),
-            is_causal=True,
-            enable_gqa=self.grouped,
-        )
-        return self.wo(out_BNSD.transpose(1, 2).reshape(batch, seq, -1))
+        return self.wo(self.attend(q_BSND, k_BSKD, v_BSKD).reshape(batch, seq, -1))
 
 
 class FeedForward(nn.Module):

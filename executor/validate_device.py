@@ -63,7 +63,7 @@ class Bench:
     def predictions(self, case: Case) -> dict[str, Mapping[str, Any]]:
         """By profile; raises ValueError for a case that the rules refuse."""
         execution = self.runtime.execution
-        if case.kernel != execution.attention_kernels[0]:
+        if case.kernel == "cudnn":
             execution = replace(execution, attention_kernels=("cudnn",))
         runtime = replace(self.runtime, execution=execution)
         found: dict[str, Mapping[str, Any]] = {}
