@@ -218,12 +218,19 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path("attention_tuning.csv"))
     parser.add_argument("--only", default="", help="kernels whose name starts so")
     parser.add_argument("--processes", type=int, default=12)
+    parser.add_argument("--compile-s", type=float, default=120.0, help="seconds for compiling and checking")
     parser.add_argument("--rounds", type=int, default=3)
     wanted = parser.parse_args()
-    listed = cases(wanted.only)
+    listed = sorted(cases(wanted.only), key=lambda case: case.kernel == "specialised")  # what may hang, last
     began = time.monotonic()
+    problems: dict[Case, str] = {}
     with multiprocessing.get_context("spawn").Pool(wanted.processes) as pool:
-        problems = dict(zip(listed, pool.map(compile_one, listed, chunksize=1), strict=True))
+        waiting = [(case, pool.apply_async(compile_one, (case,))) for case in listed]
+        for case, result in waiting:
+            try:
+                problems[case] = result.get(max(0.1, began + wanted.compile_s - time.monotonic()))
+            except multiprocessing.TimeoutError:
+                problems[case] = f"not compiled and run within {wanted.compile_s} s"
     print(f"{len(listed)} candidates compiled in {time.monotonic() - began:.0f} s on {torch.cuda.get_device_name()}")
     flush = torch.empty(64 * 2**20, dtype=torch.int32, device="cuda")
     rows = []
@@ -246,9 +253,7 @@ def main() -> None:
                     call()
                     best[name] = min(best.get(name, 1e9), milliseconds(call, flush, 8))
             print(f"\nD{head_dim} {'causal' if causal else 'full'}")
-            for name, ms in sorted(
-                best.items(), key=lambda item: (item[0].split()[-1 if "w" not in item[0] else 0], item[1])
-            ):
+            for name, ms in sorted(best.items(), key=lambda item: item[1]):
                 rate = flop * (2.5 if "forward" not in name and "specialised" not in name else 1) / ms / 1e9
                 print(f"  {name:<34} {ms:8.3f} ms  {rate:6.0f} TFLOP/s")
                 rows.append((torch.cuda.get_device_name(), head_dim, causal, name, round(ms, 4), round(rate, 1), ""))
