@@ -243,7 +243,9 @@ def main() -> None:
             flop = 4 * TOKENS * SEQ * WIDTH * (0.5 if causal else 1.0)
             calls = dict(baselines(given, causal))
             calls |= {
-                f"{c.kernel} {c.tile.queries}x{c.tile.keys} w{c.tile.warps} s{c.tile.stages}": lambda c=c: run(c, given)
+                f"{c.kernel} {c.tile.queries}x{c.tile.keys} w{c.tile.warps} s{c.tile.stages}": lambda c=c, given=given: (
+                    run(c, given)
+                )
                 for c in mine
                 if not problems[c]
             }
