@@ -104,8 +104,10 @@ def attention_with_lse(
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
-    _check(q, k, v, packed, cu_seqlens_q, cu_seqlens_k, alibi_slopes, scale, softcap, dropout, window)
+    _check_tensors(q, k, v, packed)
+    _check_options(q.shape[-2], alibi_slopes, scale, softcap, dropout, window)
     if packed:
+        _check_lengths(q, cu_seqlens_q, cu_seqlens_k)
         q, k, v = q[None], k[None], v[None]
         if not max_seqlen_q or not max_seqlen_k:
             assert cu_seqlens_q is not None and cu_seqlens_k is not None
@@ -137,20 +139,8 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
     return weight_a * out_a.float() + weight_b * out_b.float(), lse
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    packed: bool,
-    cu_q: Tensor | None,
-    cu_k: Tensor | None,
-    slopes: Tensor | None,
-    scale: float | None,
-    softcap: float,
-    dropout: float,
-    window: tuple[int, int],
-) -> None:
-    """Raise ValueError for what the kernels cannot take."""
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
+    """Raise ValueError for shapes, dtypes and devices that the kernels cannot take."""
     dims, layout = (3, "(tokens, heads, head_dim)") if packed else (4, "(batch, seq, heads, head_dim)")
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != dims:
@@ -176,28 +166,36 @@ def _check(
         raise ValueError(
             f"head_dim {head_dim} is outside 1 to {LARGEST_HEAD_DIM}; use torch's scaled_dot_product_attention"
         )
-    if packed:
-        if cu_q is None or cu_k is None:
-            raise ValueError("cu_seqlens_q and cu_seqlens_k go together; give both")
-        for name, lengths in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
-            if (
-                lengths.dtype != torch.int32
-                or lengths.dim() != 1
-                or lengths.numel() != cu_q.numel()
-                or not lengths.numel()
-            ):
-                raise ValueError(
-                    f"{name} is {lengths.dtype} {tuple(lengths.shape)}; both need int32 and one entry more than sequences"
-                )
+
+
+def _check_lengths(q: Tensor, cu_q: Tensor | None, cu_k: Tensor | None) -> None:
+    """Raise ValueError for cumulative lengths that do not describe packed sequences."""
+    if cu_q is None or cu_k is None:
+        raise ValueError("cu_seqlens_q and cu_seqlens_k go together; give both")
+    for name, lengths in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
+        if lengths.dtype != torch.int32 or lengths.dim() != 1 or lengths.numel() != cu_q.numel() or not lengths.numel():
+            raise ValueError(
+                f"{name} is {lengths.dtype} {tuple(lengths.shape)}; both need int32 and one entry more than sequences"
+            )
+        if lengths.device != q.device:
+            raise ValueError(f"{name} is on {lengths.device}, q on {q.device}; move them to one device")
+
+
+def _check_options(
+    heads: int, slopes: Tensor | None, scale: float | None, softcap: float, dropout: float, window: tuple[int, int]
+) -> None:
+    """Raise ValueError for numbers out of range."""
     if scale is not None and not scale > 0:
         raise ValueError(f"scale is {scale}; it must be positive")
-    if softcap < 0:
+    if not softcap >= 0:
         raise ValueError(f"softcap is {softcap}; it must be positive, or 0 for none")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout is {dropout}; it must be at least 0 and below 1")
     if min(window) < -1:
         raise ValueError(f"window is {window}; each side is a number of keys, or -1 for all")
-    if slopes is not None and (slopes.dtype != torch.float32 or slopes.shape[-1] != heads or slopes.dim() > 2):
+    if slopes is not None and (
+        slopes.dtype != torch.float32 or slopes.shape[-1] != heads or slopes.dim() not in {1, 2}
+    ):
         raise ValueError(
             f"alibi_slopes is {slopes.dtype} {tuple(slopes.shape)}; it must be float32 ({heads}) or (batch, {heads})"
         )
