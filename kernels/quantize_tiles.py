@@ -5,6 +5,8 @@ units (16 lanes a clock against 128): 1.5 · 2^23 + v holds round-half-even(v) i
 of n behind a fixed exponent. The launches switch the contraction of a · b + c off, so that rounding equals the reference.
 """
 # ruff: noqa: ANN001, ANN201, SIM108 - Triton types what a kernel takes and returns, and compiles branches
+# Triton's own words in and around a kernel - constexpr, launch options - are beyond a type checker.
+# pyright: reportAssignmentType=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
