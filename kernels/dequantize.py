@@ -69,7 +69,7 @@ def decode_sum(
     return low - low_offset, high - high_offset
 
 
-@triton.jit(do_not_specialize=["devices_per_node", "nodes"])
+@triton.jit(do_not_specialize=["blocks", "devices_per_node", "nodes"])
 def _dequantize_kernel(
     codes, scales, out, numel, part, blocks, row_bytes, source_bytes, devices_per_node, nodes, factor,
     SOURCES: tl.constexpr, UNROLL: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr, TILE_BLOCKS: tl.constexpr,
@@ -154,15 +154,16 @@ def _dequantize(
     packed = aligned(packed)
     sources, partitions, row_bytes = packed.shape
     part = part_numel(numel, partitions)
-    _dequantize_kernel[(triton.cdiv(part, TILE), partitions)](
-        packed, scale_view(packed, packing.code_bytes(part), packing.scale_bytes), out,
-        numel, part, packing.blocks(part), row_bytes, partitions * row_bytes,
-        devices_per_node, partitions // devices_per_node, factor,
-        SOURCES=sources, UNROLL=unroll(sources), KIND=kind, BLOCK=block, TILE_BLOCKS=TILE // block,
-        HALF_SCALE=packing.scale_bytes == 2, PARTED=partitions > 1,
-        HARDWARE_FP8=kind == "fp8" and hardware_fp8(packed.device),
-        num_warps=WARPS, enable_fp_fusion=False,
-    )  # fmt: skip
+    with torch.cuda.device_of(packed):
+        _dequantize_kernel[(triton.cdiv(part, TILE), partitions)](
+            packed, scale_view(packed, packing.code_bytes(part), packing.scale_bytes), out,
+            numel, part, packing.blocks(part), row_bytes, partitions * row_bytes,
+            devices_per_node, partitions // devices_per_node, factor,
+            SOURCES=sources, UNROLL=unroll(sources), KIND=kind, BLOCK=block, TILE_BLOCKS=TILE // block,
+            HALF_SCALE=packing.scale_bytes == 2, PARTED=partitions > 1,
+            HARDWARE_FP8=kind == "fp8" and hardware_fp8(packed.device),
+            num_warps=WARPS, enable_fp_fusion=False,
+        )  # fmt: skip
     return out
 
 

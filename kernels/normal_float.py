@@ -54,7 +54,7 @@ def _nearest_level(value):
     return (bit3.to(tl.int32) << 3) | (bit2.to(tl.int32) << 2) | (bit1.to(tl.int32) << 1) | bit0.to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def _quantize_nf4_kernel(
     x, codes, maxima, numel, blocks, BLOCK: tl.constexpr, TILE_BLOCKS: tl.constexpr
 ):  # fmt: skip
@@ -98,7 +98,7 @@ def _look_up(levels, code):
     return level
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def _dequantize_nf4_kernel(
     codes, maxima_codes, maxima, mean, levels, out, numel, blocks,
     BLOCK: tl.constexpr, TILE_BLOCKS: tl.constexpr, DOUBLE: tl.constexpr, GROUP: tl.constexpr,
@@ -151,10 +151,11 @@ def _quantize_nf4(x: torch.Tensor, block: int, double: bool) -> torch.Tensor:
     if x.numel() == 0:
         return packed
     maxima = torch.empty(layout.blocks, dtype=torch.float32, device=x.device) if double else layout.maxima(packed)
-    _quantize_nf4_kernel[(triton.cdiv(x.numel(), TILE),)](
-        x, packed, maxima, x.numel(), layout.blocks, BLOCK=block, TILE_BLOCKS=TILE // block,
-        num_warps=WARPS, enable_fp_fusion=False,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        _quantize_nf4_kernel[(triton.cdiv(x.numel(), TILE),)](
+            x, packed, maxima, x.numel(), layout.blocks, BLOCK=block, TILE_BLOCKS=TILE // block,
+            num_warps=WARPS, enable_fp_fusion=False,
+        )  # fmt: skip
     if double:
         mean = reference.finite_mean(maxima)
         layout.maxima_row(packed).copy_(quantize(maxima - mean, layout.packing))
@@ -180,11 +181,12 @@ def _dequantize_nf4(packed: torch.Tensor, numel: int, dtype: torch.dtype, block:
     if numel == 0:
         return out
     packed = aligned(packed)
-    _dequantize_nf4_kernel[(triton.cdiv(numel, TILE),)](
-        packed, packed[layout.code_bytes :], layout.maxima(packed), layout.mean(packed), _level_table(packed.device), out,
-        numel, layout.blocks, BLOCK=block, TILE_BLOCKS=TILE // block, DOUBLE=double, GROUP=reference.GROUP,
-        num_warps=WARPS, enable_fp_fusion=False,
-    )  # fmt: skip
+    with torch.cuda.device_of(packed):
+        _dequantize_nf4_kernel[(triton.cdiv(numel, TILE),)](
+            packed, packed[layout.code_bytes :], layout.maxima(packed), layout.mean(packed), _level_table(packed.device), out,
+            numel, layout.blocks, BLOCK=block, TILE_BLOCKS=TILE // block, DOUBLE=double, GROUP=reference.GROUP,
+            num_warps=WARPS, enable_fp_fusion=False,
+        )  # fmt: skip
     return out
 
 

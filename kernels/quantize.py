@@ -39,8 +39,8 @@ WARPS = 8
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
-# The last two are 1 without a swizzle, for which Triton would compile a kernel of its own.
-@triton.jit(do_not_specialize=["devices_per_node", "nodes"])
+# Numbers that need no kernel of their own where they are 1 or a multiple of 16.
+@triton.jit(do_not_specialize=["blocks", "devices_per_node", "nodes"])
 def _quantize_kernel(
     x, codes, scales, seed, numel, part, blocks, row_bytes, devices_per_node, nodes,
     KIND: tl.constexpr, BLOCK: tl.constexpr, TILE_BLOCKS: tl.constexpr, HALF_SCALE: tl.constexpr,
@@ -154,13 +154,14 @@ def _quantize(
     if packed.numel() == 0:
         return packed
     code_bytes, tile_blocks = packing.code_bytes(part), TILE // block
-    _quantize_kernel[(triton.cdiv(part, TILE), partitions)](
-        x, packed, scale_view(packed, code_bytes, packing.scale_bytes), x if seed is None else seed,
-        x.numel(), part, packing.blocks(part), packed.shape[1], devices_per_node, partitions // devices_per_node,
-        KIND=kind, BLOCK=block, TILE_BLOCKS=tile_blocks, HALF_SCALE=packing.scale_bytes == 2, PARTED=partitions > 1,
-        DITHERED=seed is not None, HARDWARE_FP8=kind == "fp8" and hardware_fp8(x.device),
-        num_warps=WARPS, enable_fp_fusion=False,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        _quantize_kernel[(triton.cdiv(part, TILE), partitions)](
+            x, packed, scale_view(packed, code_bytes, packing.scale_bytes), x if seed is None else seed,
+            x.numel(), part, packing.blocks(part), packed.shape[1], devices_per_node, partitions // devices_per_node,
+            KIND=kind, BLOCK=block, TILE_BLOCKS=tile_blocks, HALF_SCALE=packing.scale_bytes == 2, PARTED=partitions > 1,
+            DITHERED=seed is not None, HARDWARE_FP8=kind == "fp8" and hardware_fp8(x.device),
+            num_warps=WARPS, enable_fp_fusion=False,
+        )  # fmt: skip
     return packed
 
 

@@ -43,7 +43,7 @@ from shardplan.kernels.quantize_tiles import block_scale, draw_dither, encode, m
 from shardplan.kernels.shipped import Shipped
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def _reduce_kernel(
     codes, scales, out_codes, out_scales, seed, blocks, row_bytes, source_bytes, factor,
     SOURCES: tl.constexpr, UNROLL: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr, TILE_BLOCKS: tl.constexpr,
@@ -106,14 +106,15 @@ def _reduce(
     if out.numel() == 0:
         return out
     code_bytes, scale_bytes = packing.code_bytes(numel), packing.scale_bytes
-    _reduce_kernel[(triton.cdiv(numel, TILE), rows)](
-        packed, scale_view(packed, code_bytes, scale_bytes), out, scale_view(out, code_bytes, scale_bytes),
-        packed if seed is None else seed, packing.blocks(numel), row_bytes, rows * row_bytes, factor,
-        SOURCES=sources, UNROLL=unroll(sources), KIND=kind, BLOCK=block, TILE_BLOCKS=TILE // block,
-        HALF_SCALE=scale_bytes == 2, DITHERED=seed is not None,
-        HARDWARE_FP8=kind == "fp8" and hardware_fp8(packed.device),
-        num_warps=WARPS, enable_fp_fusion=False,
-    )  # fmt: skip
+    with torch.cuda.device_of(packed):
+        _reduce_kernel[(triton.cdiv(numel, TILE), rows)](
+            packed, scale_view(packed, code_bytes, scale_bytes), out, scale_view(out, code_bytes, scale_bytes),
+            packed if seed is None else seed, packing.blocks(numel), row_bytes, rows * row_bytes, factor,
+            SOURCES=sources, UNROLL=unroll(sources), KIND=kind, BLOCK=block, TILE_BLOCKS=TILE // block,
+            HALF_SCALE=scale_bytes == 2, DITHERED=seed is not None,
+            HARDWARE_FP8=kind == "fp8" and hardware_fp8(packed.device),
+            num_warps=WARPS, enable_fp_fusion=False,
+        )  # fmt: skip
     return out
 
 

@@ -46,7 +46,7 @@ def test_kernels_equal_the_reference_bit_for_bit(kind, dtype, scale_dtype, devic
         assert same(back, reference.dequantize(packed[None], x.numel(), dtype, packing, devices_per_node, 1.0))
 
 
-@settings(max_examples=25 if not ON_GPU else 60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     numel=st.integers(1, 3000),
     partitions=st.integers(1, 5),
