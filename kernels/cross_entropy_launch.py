@@ -22,12 +22,12 @@ from shardplan.kernels.cross_entropy_reference import (
     statistics_reference,
     token_losses_reference,
 )
-from shardplan.kernels.launch import as_rows, on_device_of, uses_kernel
+from shardplan.kernels.launch import as_rows, next_power_of_two, on_device_of, uses_kernel
 
 
 def statistics_block(columns: int) -> int:
     """Columns that a program reads at a time."""
-    return max(256, min(STATISTICS_BLOCK, triton.next_power_of_2(columns)))
+    return max(256, min(STATISTICS_BLOCK, next_power_of_two(columns)))
 
 
 def token_losses(

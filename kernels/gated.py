@@ -132,7 +132,7 @@ def _flat(*tensors: Tensor) -> tuple[list[Tensor], int, int]:
     if all(tensor.is_contiguous() for tensor in tensors):
         return [tensor.view(1, -1) for tensor in tensors], 1, tensors[0].numel()
     rows = [as_rows(tensor) for tensor in tensors]
-    return rows, *rows[0].shape
+    return rows, rows[0].shape[0], rows[0].shape[1]
 
 
 def _run_forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:

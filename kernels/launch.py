@@ -31,6 +31,11 @@ def as_rows(x: Tensor) -> Tensor:
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
+def next_power_of_two(count: int) -> int:
+    """The smallest power of two that is at least `count` (> 0): blocks of a kernel are powers of two."""
+    return 1 << (count - 1).bit_length()
+
+
 def on_device_of(x: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device; inside this context that is the device of `x`."""
     return torch.cuda.device_of(x) if x.is_cuda else nullcontext()

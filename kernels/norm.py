@@ -268,14 +268,14 @@ def _shipped_forward(dtype: torch.dtype, width: int, centered: bool) -> Shipped:
 def _shipped_backward(dtype: torch.dtype, width: int, centered: bool) -> Shipped:
     rows, block, warps, stages, _ = backward_tile(width, centered)
     name = TRITON_TYPES[dtype]
-    integers = dict.fromkeys(("rows", "width", "grad_y_stride", "grad_total_stride", "value_stride"), "i32")
-    pointers = dict.fromkeys(("grad_y", "grad_total", "value", "weight", "grad_value"), f"*{name}")
+    integers = dict.fromkeys(["rows", "width", "grad_y_stride", "grad_total_stride", "value_stride"], "i32")
+    pointers = dict.fromkeys(["grad_y", "grad_total", "value", "weight", "grad_value"], f"*{name}")
     wide = width > WIDEST_HELD
     flags = {"CENTERED": centered, "HAS_TOTAL": True, "HAS_BIAS": centered and not wide, "RELOAD": wide}
     return Shipped(
         name=f"norm_backward {'layer' if centered else 'rms'} N{width} {name}",
         kernel=norm_backward_kernel,
-        signature=pointers | dict.fromkeys(("mean", "rstd", "parts"), "*fp32") | integers,
+        signature=pointers | dict.fromkeys(["mean", "rstd", "parts"], "*fp32") | integers,
         constants=flags | {"ROWS": rows, "BLOCK": block, "STAGES": stages},
         warps=warps,
         stages=stages,

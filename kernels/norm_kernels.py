@@ -8,6 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from shardplan.kernels.launch import next_power_of_two
+
 WIDEST = 16_384
 TILE_ELEMENTS = 4_096
 """Elements of a program's tile where a row has fewer; then it holds several rows."""
@@ -169,7 +171,7 @@ def sum_parts_kernel(
 
 def forward_tile(width: int) -> tuple[int, int, int]:
     """(ROWS, BLOCK, warps): 16 elements a thread, 32 in the widest rows."""
-    block = max(16, triton.next_power_of_2(width))
+    block = max(16, next_power_of_two(width))
     rows = max(1, TILE_ELEMENTS // block)
     return rows, block, min(16, rows * block // 512)
 

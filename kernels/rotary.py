@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from shardplan.kernels.launch import KERNEL_DTYPES, TRITON_TYPES, on_device_of, uses_kernel
+from shardplan.kernels.launch import KERNEL_DTYPES, TRITON_TYPES, next_power_of_two, on_device_of, uses_kernel
 from shardplan.kernels.rotary_reference import rotary_reference
 from shardplan.kernels.shipped import Shipped
 
@@ -133,10 +133,10 @@ def rotary_kernel(
 
 def tile(q_heads: int, head_dim: int, half: int) -> tuple[int, int, int, int]:
     """(HEADS, PAIRS, TAIL, warps) for heads of `head_dim` elements of which the first 2 · half turn."""
-    pairs = triton.next_power_of_2(half)
+    pairs = next_power_of_two(half)
     tail = head_dim - 2 * half
-    heads = min(triton.next_power_of_2(q_heads), max(1, TILE_ELEMENTS // (2 * pairs)))
-    return heads, pairs, triton.next_power_of_2(tail) if tail else 0, max(1, min(8, heads * pairs // 256))
+    heads = min(next_power_of_two(q_heads), max(1, TILE_ELEMENTS // (2 * pairs)))
+    return heads, pairs, next_power_of_two(tail) if tail else 0, max(1, min(8, heads * pairs // 256))
 
 
 @torch.library.custom_op("shardplan::rotary", mutates_args=())
@@ -160,7 +160,8 @@ def _rotary(
     k_out = q.new_empty(0) if k is None else torch.empty(k.shape, dtype=k.dtype, device=k.device)
     if not q.numel():
         return q_out, k_out
-    q, k = (None if x is None else x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    k = k if k is None or k.stride(-1) == 1 else k.contiguous()
     batch, seq, q_heads, head_dim = q.shape
     heads, pairs, tail, warps = tile(q_heads, head_dim, cos.shape[1])
     k_heads = 0 if k is None else k.shape[2]
@@ -243,7 +244,7 @@ def rotary(
 
     `cos` and `sin` (T, R/2) hold cos and sin of position · frequency; R ≤ D elements of a head turn. The position of index s is
     offset + s, or `positions` ((S,) or (B, S), integers) when given, as under context parallelism, where a rank holds parts of
-    a sequence. A position outside the table gives NaN. q and k may have any strides; a last dim that is not contiguous costs a
+    a sequence. A position outside the table gives NaN (IndexError on a CPU). q and k may have any strides; a last dim that is not contiguous costs a
     copy. Differentiable in q and k. ValueError on shapes that do not agree. Sources [1], [2] above.
     """
     _check(q, cos, sin, positions, offset)

@@ -122,9 +122,9 @@ class _Split(torch.autograd.Function):
         return losses
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
         logits, targets, lse = ctx.saved_tensors
-        return local_gradient(logits, targets, lse, grad, start=ctx.start, **ctx.how), None, None, None, None
+        return local_gradient(logits, targets, lse, grad_outputs[0], start=ctx.start, **ctx.how), None, None, None, None
 
 
 def vocabulary_parallel_cross_entropy(
