@@ -22,7 +22,7 @@ import triton.language as tl
 
 from shardplan.kernels import quantize_reference as reference
 from shardplan.kernels.packing import Packing, check_packed, check_split, part_numel
-from shardplan.kernels.platform import takes_kernel
+from shardplan.kernels.interpreter import takes_kernel
 from shardplan.kernels.quantize import (
     POINTERS,
     TILE,

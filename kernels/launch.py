@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from shardplan.kernels.platform import takes_kernel
+from shardplan.kernels.interpreter import takes_kernel
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """Dtypes the pointwise and row-wise kernels read and write; they compute in fp32."""

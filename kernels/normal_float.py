@@ -32,7 +32,7 @@ import triton.language as tl
 from shardplan.kernels import normal_float_reference as reference
 from shardplan.kernels.dequantize import aligned
 from shardplan.kernels.normal_float_reference import LEVELS, MIDPOINTS, Nf4Layout
-from shardplan.kernels.platform import WIDEN, takes_kernel
+from shardplan.kernels.interpreter import WIDEN, takes_kernel
 from shardplan.kernels.quantize import POINTERS, TILE, WARPS, check_floats, quantize
 from shardplan.kernels.quantize_tiles import SMALLEST, as_output, magnitude_bits
 from shardplan.kernels.shipped import Shipped

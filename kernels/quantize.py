@@ -23,7 +23,7 @@ import triton.language as tl
 
 from shardplan.kernels import quantize_reference as reference
 from shardplan.kernels.packing import Packing, check_split, part_numel
-from shardplan.kernels.platform import INTERPRETED, takes_kernel
+from shardplan.kernels.interpreter import INTERPRETED, takes_kernel
 from shardplan.kernels.quantize_tiles import (
     block_scale,
     draw_dither,

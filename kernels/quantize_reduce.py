@@ -28,7 +28,7 @@ import triton.language as tl
 from shardplan.kernels import quantize_reference as reference
 from shardplan.kernels.dequantize import aligned, combine_factor, decode_sum, unroll
 from shardplan.kernels.packing import Packing, check_packed
-from shardplan.kernels.platform import takes_kernel
+from shardplan.kernels.interpreter import takes_kernel
 from shardplan.kernels.quantize import (
     TILE,
     VARIANTS,

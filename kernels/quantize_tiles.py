@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from shardplan.kernels.packing import SMALLEST_SCALE
-from shardplan.kernels.platform import WIDEN
+from shardplan.kernels.interpreter import WIDEN
 
 SMALLEST: tl.constexpr = tl.constexpr(SMALLEST_SCALE)
 ROUND_MAGIC: tl.constexpr = tl.constexpr(12582912.0)

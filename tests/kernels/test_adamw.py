@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardplan.kernels.adamw import adamw_reference, adamw_schedule, adamw_step
-from shardplan.kernels.platform import INTERPRETED
+from shardplan.kernels.interpreter import INTERPRETED
 
 SHAPE = (257, 1031) if torch.cuda.is_available() else (7, 331)
 HOW = {"betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from shardplan.kernels.gated import ACTIVATIONS, gated, gated_halves, gated_reference
-from shardplan.kernels.platform import INTERPRETED
+from shardplan.kernels.interpreter import INTERPRETED
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ROWS, WIDTHS = (301, (1000, 11_008, 14_336)) if torch.cuda.is_available() else (3, (1000, 4096))

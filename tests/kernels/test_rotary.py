@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardplan.kernels.platform import INTERPRETED, takes_kernel
+from shardplan.kernels.interpreter import INTERPRETED, takes_kernel
 from shardplan.kernels.rotary import rotary, rotate
 from shardplan.kernels.rotary_reference import rotary_reference
 
