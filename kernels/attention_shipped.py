@@ -110,7 +110,7 @@ def _specialised(head_dim: int) -> Shipped:
             else "*bf16"
             for name in function.arg_names
             if name not in constants
-        },  # fmt: skip
+        },
         constants=constants,
         warps=tile.warps,
         stages=tile.stages,

@@ -8,7 +8,7 @@ The last step of qgZ (ZeRO++, arXiv 2306.10209, section 3.3) and the step behind
 Bytes moved per element to bf16 (fp32: 2 more) from S sources: S · (1 + s) + 2 (int8, fp8), S · (0.5 + s) + 2 (int4), with
 s = scale bytes / block.
 """
-# ruff: noqa: ANN001, ANN201, ANN202 - Triton types what a kernel takes and returns
+
 # Triton's own words in and around a kernel - constexpr, launch options - are beyond a type checker.
 # pyright: reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 
 from shardplan.kernels import quantize_reference as reference
-from shardplan.kernels.packing import Packing, check_packed, check_split, part_numel
 from shardplan.kernels.interpreter import takes_kernel
+from shardplan.kernels.packing import Packing, check_packed, check_split, part_numel
 from shardplan.kernels.quantize import (
     POINTERS,
     TILE,

@@ -17,7 +17,7 @@ with the other blocks of its group of 256; the mean is taken over the others.
 Bytes moved per element to or from bf16: 2.5 + 4 / block (fp32: 2 more). Quantising also computes about 30 instructions an
 element; weights are quantised once. CUDA tensors run the kernels, CPU tensors the reference.
 """
-# ruff: noqa: ANN001, ANN202 - Triton types what a kernel takes and returns
+
 # Triton's own words in and around a kernel - constexpr, launch options - are beyond a type checker.
 # pyright: reportCallIssue=false
 
@@ -31,8 +31,8 @@ import triton.language as tl
 
 from shardplan.kernels import normal_float_reference as reference
 from shardplan.kernels.dequantize import aligned
-from shardplan.kernels.normal_float_reference import LEVELS, MIDPOINTS, Nf4Layout
 from shardplan.kernels.interpreter import WIDEN, takes_kernel
+from shardplan.kernels.normal_float_reference import LEVELS, MIDPOINTS, Nf4Layout
 from shardplan.kernels.quantize import POINTERS, TILE, WARPS, check_floats, quantize
 from shardplan.kernels.quantize_tiles import SMALLEST, as_output, magnitude_bits
 from shardplan.kernels.shipped import Shipped

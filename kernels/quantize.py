@@ -11,7 +11,7 @@ Bytes moved per element from bf16 (fp32: 2 more), with s = scale bytes / block: 
 CUDA tensors run the kernels, CPU tensors the reference. No host synchronisation, no autotuning: the ops compile whole and
 can be captured in a CUDA graph.
 """
-# ruff: noqa: ANN001, ANN202, SIM108 - Triton types what a kernel takes and returns, and compiles branches
+
 # Triton's own words in and around a kernel - constexpr, launch options - are beyond a type checker.
 # pyright: reportCallIssue=false
 
@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 
 from shardplan.kernels import quantize_reference as reference
-from shardplan.kernels.packing import Packing, check_split, part_numel
 from shardplan.kernels.interpreter import INTERPRETED, takes_kernel
+from shardplan.kernels.packing import Packing, check_split, part_numel
 from shardplan.kernels.quantize_tiles import (
     block_scale,
     draw_dither,

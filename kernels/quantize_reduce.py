@@ -15,7 +15,7 @@ devices between nodes. Layout of the rows: `packing.py`; plain torch beside it: 
 
 Bytes moved per element from S sources: (S + 1) · (1 + s) (int8, fp8), (S + 1) · (0.5 + s) (int4), s = scale bytes / block.
 """
-# ruff: noqa: ANN001, ANN202 - Triton types what a kernel takes and returns
+
 # Triton's own words in and around a kernel - constexpr, launch options - are beyond a type checker.
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 
@@ -27,8 +27,8 @@ import triton.language as tl
 
 from shardplan.kernels import quantize_reference as reference
 from shardplan.kernels.dequantize import aligned, combine_factor, decode_sum, unroll
-from shardplan.kernels.packing import Packing, check_packed
 from shardplan.kernels.interpreter import takes_kernel
+from shardplan.kernels.packing import Packing, check_packed
 from shardplan.kernels.quantize import (
     TILE,
     VARIANTS,

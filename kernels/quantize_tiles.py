@@ -4,7 +4,7 @@ Tiles are [blocks, elements of a block]. Codes are made and read by adding a pow
 units (16 lanes a clock against 128): 1.5 · 2^23 + v holds round-half-even(v) in its low bits, and 16 + n (256 + n) is the bits
 of n behind a fixed exponent. The launches switch the contraction of a · b + c off, so that rounding equals the reference.
 """
-# ruff: noqa: ANN001, ANN201, SIM108 - Triton types what a kernel takes and returns, and compiles branches
+
 # Triton's own words in and around a kernel - constexpr, launch options - are beyond a type checker.
 # pyright: reportAssignmentType=false, reportGeneralTypeIssues=false
 
@@ -13,8 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from shardplan.kernels.packing import SMALLEST_SCALE
 from shardplan.kernels.interpreter import WIDEN
+from shardplan.kernels.packing import SMALLEST_SCALE
 
 SMALLEST: tl.constexpr = tl.constexpr(SMALLEST_SCALE)
 ROUND_MAGIC: tl.constexpr = tl.constexpr(12582912.0)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from shardplan.kernels.cross_entropy import cross_entropy
-from shardplan.kernels.linear_cross_entropy import chunk_of, linear_cross_entropy
 from shardplan.kernels.interpreter import INTERPRETED
+from shardplan.kernels.linear_cross_entropy import chunk_of, linear_cross_entropy
 from shardplan.kernels.vocabulary_parallel import (
     Statistics,
     local_gradient,

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from shardplan.kernels.norm import WIDEST, add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from shardplan.kernels.interpreter import INTERPRETED
+from shardplan.kernels.norm import WIDEST, add_layer_norm, add_rms_norm, layer_norm, rms_norm
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ROWS, WIDTHS = (
