@@ -265,10 +265,13 @@ def _backward(
     if not takes_kernel(q):
         with torch.enable_grad():
             leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-            again, again_lse = reference(*leaves, shape, slopes=slopes, seed=seed, cu_q=cu_q, cu_k=cu_k)
+            again, again_lse = reference(
+                leaves[0], leaves[1], leaves[2], shape, slopes=slopes, seed=seed, cu_q=cu_q, cu_k=cu_k
+            )
         wanted = [(again, grad)] if grad_lse is None else [(again, grad), (again_lse, grad_lse)]
         gradients = torch.autograd.grad([o for o, _ in wanted], leaves, [g for _, g in wanted])
-        return tuple(g.contiguous() for g in gradients)  # pyright: ignore[reportReturnType]
+        dq, dk, dv = (g.contiguous() for g in gradients)
+        return dq, dk, dv
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     sequences = attention_launch.Sequences(q, k, cu_q, cu_k, (longest_q, longest_k))
     return attention_launch_backward.backward(grad, grad_lse, q, k, v, out, lse, shape, sequences, slopes, seed)

@@ -152,7 +152,7 @@ def inputs(head_dim: int, causal: bool) -> Inputs:
     q, k, v, grad = (torch.randn(size, device="cuda", dtype=torch.bfloat16) for _ in range(4))
     leaves = [x.transpose(1, 2).detach().requires_grad_() for x in (q, k, v)]
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        out = scaled_dot_product_attention(*leaves, is_causal=causal)
+        out = scaled_dot_product_attention(leaves[0], leaves[1], leaves[2], is_causal=causal)
     gradients = torch.autograd.grad(out, leaves, grad.transpose(1, 2))
     shape = Shape(scale=head_dim**-0.5, right=0 if causal else -1)
     sequences = attention_launch.Sequences(q, k, None, None, (0, 0))
@@ -220,7 +220,7 @@ def baselines(given: Inputs, causal: bool) -> Iterator[tuple[str, Callable[[], o
 
         def forward(backend: SDPBackend = backend) -> Tensor:
             with sdpa_kernel(backend):
-                return scaled_dot_product_attention(*leaves, is_causal=causal)
+                return scaled_dot_product_attention(leaves[0], leaves[1], leaves[2], is_causal=causal)
 
         try:
             out = forward()

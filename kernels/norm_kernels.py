@@ -3,6 +3,8 @@
 Shapes: M rows, N width, P programs of the backward.
 """
 
+# pyright: reportPossiblyUnbound=false
+# (a branch on a constexpr picks code when the kernel is compiled)
 from __future__ import annotations
 
 import triton
