@@ -3,7 +3,7 @@
 Shapes: M rows, N width, P programs of the backward.
 """
 
-# pyright: reportPossiblyUnbound=false
+# pyright: reportPossiblyUnboundVariable=false
 # (a branch on a constexpr picks code when the kernel is compiled)
 from __future__ import annotations
 

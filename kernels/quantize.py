@@ -15,7 +15,7 @@ can be captured in a CUDA graph.
 # Triton's own words in and around a kernel - constexpr, launch options - are beyond a type checker.
 # pyright: reportCallIssue=false
 
-# pyright: reportPossiblyUnbound=false
+# pyright: reportPossiblyUnboundVariable=false
 # (a branch on a constexpr picks code when the kernel is compiled)
 from __future__ import annotations
 
