@@ -221,7 +221,18 @@ def test_commands_without_arguments_and_version(call: Call) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [(), ("plan",), ("estimate",), ("explain",), ("run",), ("calibrate",), ("report",), ("bench", "estimate")]
+    "words",
+    [
+        (),
+        ("plan",),
+        ("estimate",),
+        ("explain",),
+        ("run",),
+        ("calibrate",),
+        ("report",),
+        ("bench", "estimate"),
+        ("bench", "kernels"),
+    ],
 )
 def test_help_teaches_with_an_example(call: Call, words: tuple[str, ...]) -> None:
     code, out, _ = call(*words, "--help")
@@ -290,3 +301,16 @@ def test_a_run_folder_that_cannot_be_made_is_told(call: Call, tmp_path: Path) ->
     assert code == 2
     assert "--out" in err
     assert "Traceback" not in err
+
+
+def test_kernels_are_benchmarked_dry(call: Call, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    code, out, _ = call(
+        "bench", "kernels", "--dry-run", "--only", "swiglu forward", "-o", str(tmp_path / "k.csv"), "--json"
+    )
+    assert code == 0
+    assert [case["kernel"] for case in json.loads(out)["cases"]] == ["device", "device", "swiglu forward"]
+    assert (tmp_path / "k.csv").read_text().startswith("kernel,case,provider,metric,unit,p20,p50,p80,device")
+    code, _, err = call("bench", "kernels", "--dry-run", "--only", "swigl2")
+    assert code == 2
+    assert "no case holds 'swigl2'" in err

@@ -1,7 +1,8 @@
-"""`shardplan bench`: how fast the cost model is on this machine."""
+"""`shardplan bench`: how fast the cost model is on this machine, and the kernels beside the alternatives."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -56,3 +57,56 @@ def estimate(
         f"{rate['streamed']:,} layouts in {rate['streamed_s']:.1f} s the same way, step time and peak memory kept: "
         f"at most {rate['peak_gib']:.2f} GiB of the process"
     )
+
+
+@app.command("kernels")
+def kernels(
+    *,
+    only: Annotated[
+        str, typer.Option("--only", metavar="WORDS", help="Cases whose kernel or name holds this, e.g. attention.")
+    ] = "",
+    quick: Annotated[bool, typer.Option("--quick", help="The headline of each kernel.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Tiny shapes, once each, without a GPU.")] = False,
+    budget_s: Annotated[
+        float,
+        typer.Option("--budget-s", min=0, help="Seconds it may take: rounds get shorter, then cases are left out."),
+    ] = 600.0,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--out", metavar="FILE", help="CSV: kernel, case, provider, metric, p20, p50, p80."),
+    ] = None,
+    as_json: options.JsonOption = False,
+) -> None:
+    """Each kernel beside SDPA, flex_attention, torch.compile, Liger and a copy on this GPU, with the ratios to reach.
+
+    Example: shardplan bench kernels --only attention -o attention.csv
+
+    Exit codes: 0 measured (targets missed or not), 1 torch or a GPU is missing, 2 malformed input.
+    """
+    from importlib.util import find_spec
+
+    from shardplan.hw_profiles.errors import InputError
+
+    if output and output.is_dir():
+        raise InputError("is a folder, not a file", place=str(output), remedy=f"give {output / 'kernels.csv'}")
+    if find_spec("torch") is None:
+        typer.echo("shardplan: measuring kernels needs torch; install shardplan[run]", err=True)
+        raise typer.Exit(1)
+    from shardplan.kernels.benchmark import NoDeviceError, Options, keep, measure
+
+    try:
+        words = Options(only=only, quick=quick, dry_run=dry_run, budget_s=budget_s)
+        report = measure(words, lambda so_far: keep(so_far, output))
+    except ValueError as error:
+        raise InputError(str(error), place="--only") from error
+    except NoDeviceError as error:
+        typer.echo(f"shardplan: {error}", err=True)
+        raise typer.Exit(1) from error
+    if output:
+        output.write_text(report.csv(), encoding="utf-8")
+    if as_json:
+        import json
+
+        typer.echo(json.dumps(report.json()))
+        return
+    typer.echo(report.table())
