@@ -25,9 +25,9 @@ INTERPRETER_TILES = Tiles(queries=32, keys=32, warps=4, stages=1)
 """Small, so that short sequences still take several tiles."""
 
 HOPPER_TMA: dict[tuple[str, int], Tiles] = {
-    ("forward", 64): Tiles(queries=64, keys=128, warps=4, stages=3),
+    ("forward", 64): Tiles(queries=64, keys=128, warps=4, stages=2),
     ("forward", 128): Tiles(queries=64, keys=64, warps=4, stages=3),
-    ("forward", 256): Tiles(queries=128, keys=64, warps=8, stages=2),
+    ("forward", 256): Tiles(queries=64, keys=64, warps=4, stages=3),
     ("specialised", 64): Tiles(queries=128, keys=128, warps=4, stages=2),
     ("specialised", 128): Tiles(queries=128, keys=128, warps=4, stages=2),
     ("key_gradient", 64): Tiles(queries=64, keys=64, warps=4, stages=3),
@@ -35,7 +35,7 @@ HOPPER_TMA: dict[tuple[str, int], Tiles] = {
     ("key_gradient", 256): Tiles(queries=64, keys=64, warps=8, stages=2),
     ("query_gradient", 64): Tiles(queries=128, keys=64, warps=8, stages=3),
     ("query_gradient", 128): Tiles(queries=128, keys=64, warps=8, stages=3),
-    ("query_gradient", 256): Tiles(queries=128, keys=32, warps=8, stages=2),
+    ("query_gradient", 256): Tiles(queries=128, keys=32, warps=8, stages=3),
 }
 """By (kernel, block of the head dimension), 2-byte elements loaded by descriptor; timed on an H200
 (reports/measured/h200-2026-11-26/attention_tuning.csv): small tiles of four warps, several to a multiprocessor, win."""
