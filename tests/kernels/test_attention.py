@@ -280,3 +280,42 @@ def test_a_broken_specialised_pass_gives_way(device: str, fault: str, monkeypatc
     with pytest.warns(UserWarning, match="is not used"):
         own = attention(q, k, v, specialised=True)
     assert torch.equal(own, attention(q, k, v))
+
+
+@pytest.mark.gpu
+def test_captured_in_a_cuda_graph_and_replayed_on_new_values(device: str) -> None:
+    leaves = draw(device, (2, 256, 256, 4, 2, 64), dtype=torch.bfloat16)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):  # compile, and let autograd set up, outside the capture
+        gradients([attention(*leaves, causal=True, dropout=0.1)], leaves)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attention(*leaves, causal=True)
+        grads = torch.autograd.grad(out.sum(), leaves)
+    with torch.no_grad():
+        for x in leaves:
+            x.copy_(torch.randn_like(x))
+    graph.replay()
+    torch.cuda.synchronize()
+    again = attention(*leaves, causal=True)
+    assert torch.equal(out, again)
+    for a, b in zip(grads, torch.autograd.grad(again.sum(), leaves), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+def test_compiles_with_inductor(device: str) -> None:
+    leaves = draw(device, (2, 200, 200, 4, 2, 64), dtype=torch.bfloat16)
+    compiled = torch.compile(lambda q, k, v: attention(q, k, v, causal=True) * 2, fullgraph=True)
+    assert torch.equal(compiled(*leaves), attention(*leaves, causal=True) * 2)
+
+
+@pytest.mark.gpu
+def test_long_sequences_and_large_tensors(device: str) -> None:
+    # more than 2^31 elements: offsets must not wrap
+    q = torch.randn(1, 70_000, 256, 128, device=device, dtype=torch.bfloat16)
+    k, v = (torch.randn(1, 128, 1, 128, device=device, dtype=torch.bfloat16) for _ in range(2))
+    out = attention(q, k, v)
+    tail, _ = reference(q[:, -64:, -2:], k, v, Shape(scale=128**-0.5))
+    assert error(out[:, -64:, -2:], tail) <= 2e-2
