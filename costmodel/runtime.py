@@ -230,8 +230,8 @@ class Communication(_FromFile):
     async_tensor_overlap: float = 0.0
     """Share of the rest that async tensor parallelism hides where sequence parallelism stays inside a node."""
     reuse_distance: float = float("inf")
-    """ZeRO-3: a layer of more parameters (of a rank, whole) is released after its recomputation and gathered once more for the
-    backward."""
+    """ZeRO-3: matrices of a layer with at least so many parameters between their use in its recomputation and in its backward are
+    released and gathered once more."""
     bucket_parameters: float = 0.0
     """Parameters whose gradients are reduced in one collective, and that are gathered in one after the update; 0: those of a layer
     (or of each of its messages). Gathers of every micro-batch go by layers all the same."""
