@@ -317,7 +317,8 @@ def load_runtime(name: str) -> Runtime:
 
 
 def _switched(document: dict[str, Any], switches: list[str], place: str) -> dict[str, Any]:
-    """The document with the tables of each switch laid over it, after those that it `needs`; the name tells which are on."""
+    """The document with the tables of each switch laid over it, in the order of the file whatever that of the words; the name tells
+    which are on."""
     known: dict[str, dict[str, Any]] = document.pop("switches", {})
     for at, word in enumerate(switches):
         if word not in known:
@@ -326,20 +327,22 @@ def _switched(document: dict[str, Any], switches: list[str], place: str) -> dict
                 place=place,
                 remedy=nearest(word, known) if known else "this runtime has no switches",
             )
-        tables = dict(known[word])
-        missing = [need for need in tables.pop("needs", ()) if need not in switches[:at]]
+        missing = [need for need in known[word].get("needs", ()) if need not in switches[:at]]
         if missing:
             raise InputError(
                 f"switch {word!r} needs {' and '.join(map(repr, missing))} before it",
                 place=place,
                 remedy=f"write +{'+'.join([*missing, word])}",
             )
-        for table, values in tables.items():
+    for word in (word for word in known if word in switches):
+        for table, values in known[word].items():
+            if table == "needs":
+                continue
             before = document[table]
             changes = {name: value / before[name] for name, value in values.items() if _scales(before.get(name), value)}
             document["switched"] = {**document.get("switched", {}), **changes}
             document[table] = {**before, **{name: _over(before.get(name), value) for name, value in values.items()}}
-        document["name"] = f"{document['name']}+{word}"
+    document["name"] = "+".join([document["name"], *switches])
     return document
 
 
