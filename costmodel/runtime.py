@@ -276,6 +276,13 @@ class Runtime(_FromFile):
     tuning: Tuning = field(default_factory=Tuning)
     switched: Mapping[str, float] = field(default_factory=dict[str, float])
     """Numbers that switches changed, relative to before; fitted constants are changed alike."""
+    fitted_as: str = ""
+    """The runtime whose fitted constants hold for this one; "" = its own."""
+
+    @property
+    def fitted_entry(self) -> str:
+        """Its entry among the fitted constants."""
+        return self.fitted_as or self.name.partition("+")[0]
 
 
 def without_overlap(runtime: Runtime) -> Runtime:
@@ -305,21 +312,27 @@ def load_runtime(name: str) -> Runtime:
     Raises InputError naming file, field and remedy.
     """
     name, *switches = name.split("+")
+    return _read(*_file(name, Path()), switches)
+
+
+def _file(name: str, folder: Path) -> tuple[str, str]:
+    """(text, place) of a shipped runtime, or of a TOML file (relative to `folder`)."""
     if name.endswith(".toml"):
-        path = Path(name)
+        path = folder / name
         if not path.is_file():
-            raise InputError("no such runtime file", place=name, remedy=f"shipped: {', '.join(runtime_names())}")
-        return _read(path.read_text(encoding="utf-8"), name, switches)
+            raise InputError("no such runtime file", place=str(path), remedy=f"shipped: {', '.join(runtime_names())}")
+        return path.read_text(encoding="utf-8"), str(path)
     if name not in runtime_names():
         raise InputError(f"runtime {name!r} is unknown", place="--runtime", remedy=nearest(name, runtime_names()))
     file = resources.files("shardplan.costmodel") / "runtimes" / f"{name}.toml"
-    return _read(file.read_text(encoding="utf-8"), f"{name}.toml", switches)
+    return file.read_text(encoding="utf-8"), f"{name}.toml"
 
 
 def _switched(document: dict[str, Any], switches: list[str], place: str) -> dict[str, Any]:
     """The document with the tables of each switch laid over it, in the order of the file whatever that of the words; the name tells
     which are on."""
     known: dict[str, dict[str, Any]] = document.pop("switches", {})
+    beneath: list[str] = document.pop("base_switches", [])
     for at, word in enumerate(switches):
         if word not in known:
             raise InputError(
@@ -327,7 +340,7 @@ def _switched(document: dict[str, Any], switches: list[str], place: str) -> dict
                 place=place,
                 remedy=nearest(word, known) if known else "this runtime has no switches",
             )
-        missing = [need for need in known[word].get("needs", ()) if need not in switches[:at]]
+        missing = [need for need in known[word].get("needs", ()) if need not in (*beneath, *switches[:at])]
         if missing:
             raise InputError(
                 f"switch {word!r} needs {' and '.join(map(repr, missing))} before it",
@@ -336,14 +349,19 @@ def _switched(document: dict[str, Any], switches: list[str], place: str) -> dict
             )
     for word in (word for word in known if word in switches):
         for table, values in known[word].items():
-            if table == "needs":
-                continue
-            before = document[table]
-            changes = {name: value / before[name] for name, value in values.items() if _scales(before.get(name), value)}
-            document["switched"] = {**document.get("switched", {}), **changes}
-            document[table] = {**before, **{name: _over(before.get(name), value) for name, value in values.items()}}
+            if table != "needs":
+                _lay_over(document, table, values)
     document["name"] = "+".join([document["name"], *switches])
     return document
+
+
+def _lay_over(document: dict[str, Any], table: str, values: dict[str, Any]) -> None:
+    """The table with other values; by how much numbers change is kept, for the constants fitted with the old ones."""
+    before, changed = document.get(table, {}), document.setdefault("switched", {})
+    for name, value in values.items():
+        if _scales(before.get(name), value):
+            changed[name] = changed.get(name, 1.0) * value / before[name]
+    document[table] = {**before, **{name: _over(before.get(name), value) for name, value in values.items()}}
 
 
 def _over(before: Any, after: Any) -> Any:
@@ -366,14 +384,38 @@ def _reader() -> TypeAdapter[Runtime]:
     return TypeAdapter(Runtime)
 
 
-def _read(text: str, place: str, switches: list[str]) -> Runtime:
-    from pydantic import ValidationError
-
+def _document(text: str, place: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The file as tables, laid over its `base` where it has one: a shipped runtime or a file beside it, with or without switches."""
     try:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as bad:
         raise InputError(f"not valid TOML ({bad})", place=place) from None
-    document = _switched(document, switches, place)
+    base = document.pop("base", None)
+    if base is None:
+        return document
+    if not isinstance(base, str) or place in above:
+        told = f"base = {base!r} is not a runtime" if place not in above else f"base = {base!r} leads back to this file"
+        raise InputError(told, place=place, remedy=f"a file, or one of {', '.join(runtime_names())}")
+    missing = [word for word in ("name", "version", "source") if word not in document]
+    if missing:
+        raise InputError(f"{missing[0]} is missing", place=place, remedy="its base's is not this runtime's")
+    name, *switches = base.split("+")
+    beneath = _document(*_file(name, Path(place).parent), (*above, place))
+    kept = {"switches": beneath.get("switches", {}), "base_switches": [*beneath.get("base_switches", []), *switches]}
+    beneath["fitted_as"] = beneath.get("fitted_as") or beneath["name"]
+    merged = {**_switched(beneath, switches, base), **kept}
+    for key, value in document.items():
+        if isinstance(value, dict):
+            _lay_over(merged, key, cast("dict[str, Any]", value))
+        else:
+            merged[key] = value
+    return merged
+
+
+def _read(text: str, place: str, switches: list[str]) -> Runtime:
+    from pydantic import ValidationError
+
+    document = _switched(_document(text, place), switches, place)
     precisions: dict[str, dict[str, Any]] = document.get("states", {})
     if "fp8" in document.get("abilities", {}).get("precisions", ()):  # only products are in fp8
         precisions.setdefault("fp8", dict(precisions.get("bf16", {})))
