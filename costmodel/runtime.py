@@ -137,8 +137,10 @@ class WorkingSet(_FromFile):
     offload_moves: tuple[str, ...]
     """Parts whose sharded bytes live in host memory when the optimizer is offloaded: parameters, gradients, optimizer."""
     gradients_freed: bool = False
-    """Without accumulation gradients appear as the backward makes them, when activations are at their peak there are none: freed
-    after each step and kept in no buckets (FSDP, or one rank)."""
+    """Without accumulation gradients appear as the backward makes them, when activations are at their peak there are none but those of
+    `waiting_layers`: freed after each step and kept in no buckets (FSDP, or one rank)."""
+    waiting_layers: float = 0.0
+    """Of `gradient_layers`, those whose whole gradients are still there when activations are at their peak."""
     autocast_copies: bool = False
     """Under torch.autocast fp32 parameters are gathered, and their 16-bit copies live until the forward ends (its weight cache)."""
     matrix_gradient_bytes: float = 0.0
