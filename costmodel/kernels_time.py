@@ -113,10 +113,8 @@ def gemm_s(
     m_, n_, k_, count = (np.asarray(x, dtype=np.float64) for x in (m, n, k, batch))
     math = _math_s(gpu, precision, m_, n_, k_, count)
     for side in () if gpu.device == "cpu" else PADDED_SIDES:
-        padded = (np.maximum(one, side) for one in (m_, n_, k_))
-        math = np.where(
-            (count <= 1.0) & (m_ * n_ * k_ > 0.0), np.minimum(math, _math_s(gpu, precision, *padded, count)), math
-        )
+        thick = _math_s(gpu, precision, np.maximum(m_, side), np.maximum(n_, side), np.maximum(k_, side), count)
+        math = np.where((count <= 1.0) & (m_ * n_ * k_ > 0.0), np.minimum(math, thick), math)
     traffic = element_bytes * count * (m_ * k_ + k_ * n_ + m_ * n_)
     return smooth_max(math, traffic / gpu.memory_bandwidth_bytes_per_s)
 
