@@ -5,20 +5,19 @@ No code asks for a runtime's name; a new runtime is a new file. User files: give
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
-from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from shardplan.costmodel.model import PART_NAMES, LayerPart
 from shardplan.costmodel.recompute import Part
+from shardplan.costmodel.runtime_document import runtime_document, runtime_file, state_row, switched
 from shardplan.costmodel.runtime_experts import ExpertParallel
 from shardplan.costmodel.runtime_offload import Offloading
 from shardplan.costmodel.runtime_tuning import Tuning
-from shardplan.hw_profiles.errors import InputError, nearest
+from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.machine import AttentionKernel
 
 if TYPE_CHECKING:
@@ -302,80 +301,13 @@ def without_overlap(runtime: Runtime) -> Runtime:
     return replace(runtime, communication=exposed, expert_parallel=replace(runtime.expert_parallel, overlap=0.0))
 
 
-def runtime_names() -> tuple[str, ...]:
-    """Names of the shipped runtimes."""
-    folder = resources.files("shardplan.costmodel") / "runtimes"
-    return tuple(sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml")))
-
-
 def load_runtime(name: str) -> Runtime:
     """A shipped runtime by name, or a TOML file, with switches after "+" (fsdp2+compile).
 
     Raises InputError naming file, field and remedy.
     """
     name, *switches = name.split("+")
-    return _read(*_file(name, Path()), switches)
-
-
-def _file(name: str, folder: Path) -> tuple[str, str]:
-    """(text, place) of a shipped runtime, or of a TOML file (relative to `folder`)."""
-    if name.endswith(".toml"):
-        path = folder / name
-        if not path.is_file():
-            raise InputError("no such runtime file", place=str(path), remedy=f"shipped: {', '.join(runtime_names())}")
-        return path.read_text(encoding="utf-8"), str(path)
-    if name not in runtime_names():
-        raise InputError(f"runtime {name!r} is unknown", place="--runtime", remedy=nearest(name, runtime_names()))
-    file = resources.files("shardplan.costmodel") / "runtimes" / f"{name}.toml"
-    return file.read_text(encoding="utf-8"), f"{name}.toml"
-
-
-def _switched(document: dict[str, Any], switches: list[str], place: str) -> dict[str, Any]:
-    """The document with the tables of each switch laid over it, in the order of the file whatever that of the words; the name tells
-    which are on."""
-    known: dict[str, dict[str, Any]] = document.pop("switches", {})
-    beneath: list[str] = document.pop("base_switches", [])
-    for at, word in enumerate(switches):
-        if word not in known:
-            raise InputError(
-                f"switch {word!r} is unknown",
-                place=place,
-                remedy=nearest(word, known) if known else "this runtime has no switches",
-            )
-        missing = [need for need in known[word].get("needs", ()) if need not in (*beneath, *switches[:at])]
-        if missing:
-            raise InputError(
-                f"switch {word!r} needs {' and '.join(map(repr, missing))} before it",
-                place=place,
-                remedy=f"write +{'+'.join([*missing, word])}",
-            )
-    for word in (word for word in known if word in switches):
-        for table, values in known[word].items():
-            if table != "needs":
-                _lay_over(document, table, values)
-    document["name"] = "+".join([document["name"], *switches])
-    return document
-
-
-def _lay_over(document: dict[str, Any], table: str, values: dict[str, Any]) -> None:
-    """The table with other values; by how much numbers change is kept, for the constants fitted with the old ones."""
-    before, changed = document.get(table, {}), document.setdefault("switched", {})
-    for name, value in values.items():
-        if _scales(before.get(name), value):
-            changed[name] = changed.get(name, 1.0) * value / before[name]
-    document[table] = {**before, **{name: _over(before.get(name), value) for name, value in values.items()}}
-
-
-def _over(before: Any, after: Any) -> Any:
-    """A table of a table keeps the keys that the switch leaves out."""
-    if isinstance(before, dict) and isinstance(after, dict):
-        return cast("dict[str, Any]", before) | cast("dict[str, Any]", after)
-    return after
-
-
-def _scales(before: object, after: object) -> bool:
-    """Both are numbers and the first is not 0."""
-    return isinstance(before, int | float) and isinstance(after, int | float) and before != 0
+    return _read(*runtime_file(name, Path()), switches)
 
 
 @cache
@@ -386,44 +318,16 @@ def _reader() -> TypeAdapter[Runtime]:
     return TypeAdapter(Runtime)
 
 
-def _document(text: str, place: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The file as tables, laid over its `base` where it has one: a shipped runtime or a file beside it, with or without switches."""
-    try:
-        document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as bad:
-        raise InputError(f"not valid TOML ({bad})", place=place) from None
-    base = document.pop("base", None)
-    if base is None:
-        return document
-    if not isinstance(base, str) or place in above:
-        told = f"base = {base!r} is not a runtime" if place not in above else f"base = {base!r} leads back to this file"
-        raise InputError(told, place=place, remedy=f"a file, or one of {', '.join(runtime_names())}")
-    missing = [word for word in ("name", "version", "source") if word not in document]
-    if missing:
-        raise InputError(f"{missing[0]} is missing", place=place, remedy="its base's is not this runtime's")
-    name, *switches = base.split("+")
-    beneath = _document(*_file(name, Path(place).parent), (*above, place))
-    kept = {"switches": beneath.get("switches", {}), "base_switches": [*beneath.get("base_switches", []), *switches]}
-    beneath["fitted_as"] = beneath.get("fitted_as") or beneath["name"]
-    merged = {**_switched(beneath, switches, base), **kept}
-    for key, value in document.items():
-        if isinstance(value, dict):
-            _lay_over(merged, key, cast("dict[str, Any]", value))
-        else:
-            merged[key] = value
-    return merged
-
-
 def _read(text: str, place: str, switches: list[str]) -> Runtime:
     from pydantic import ValidationError
 
-    document = _switched(_document(text, place), switches, place)
+    document = switched(runtime_document(text, place), switches, place)
     precisions: dict[str, dict[str, Any]] = document.get("states", {})
     if "fp8" in document.get("abilities", {}).get("precisions", ()):  # only products are in fp8
         precisions.setdefault("fp8", dict(precisions.get("bf16", {})))
     for states in precisions.values():
         if isinstance(states, dict):  # pyright: ignore[reportUnnecessaryIsInstance]
-            states["zero"] = [_state_row(states, stage) for stage in range(4)]
+            states["zero"] = [state_row(states, stage) for stage in range(4)]
             for stage in range(4):
                 states.pop(f"zero_{stage}", None)
     try:
@@ -434,13 +338,3 @@ def _read(text: str, place: str, switches: list[str]) -> Runtime:
         field = ".".join(map(str, first["loc"]))
         value = "" if first["type"].startswith("missing") else f" (value {first.get('input')!r:.60})"
         raise InputError(f"{field}: {first['msg']}{value}", place=place, remedy="see the shipped runtimes") from None
-
-
-def _state_row(states: dict[str, Any], stage: int) -> dict[str, Any]:
-    """Row of one ZeRO stage; a stage that is not given repeats the one below."""
-    empty: dict[str, Any] = {"whole": {}, "sharded": {}, "accumulating": {}, "stepping": {}}
-    for candidate in range(stage, -1, -1):
-        row = states.get(f"zero_{candidate}")
-        if row is not None:
-            return {**empty, **row}
-    return empty
