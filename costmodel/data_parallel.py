@@ -178,9 +178,20 @@ def exchange_s(
     kept = np.where(inside_pipeline(layouts, communication), 1.0, 0.5 * gathers)
     again = gathered_ahead(layouts, communication)
     gathers = np.where(again, gathers + kept_share * (kept - gathers), gathers)
-    released = (unit_parameters > communication.reuse_distance) & (layouts.recompute == FULL)
-    gathers = np.where(again & released, 1.5 * gathers, gathers)
+    released = released_share(unit_parameters, communication.reuse_distance)
+    gathers = np.where(again & (layouts.recompute == FULL), gathers * (1.0 + 0.5 * released), gathers)
     return replace(one, reduce_s=one.reduce_s * reductions, gather_s=one.gather_s * gathers)
+
+
+def released_share(unit_parameters: FloatArray | float, reuse_distance: float) -> FloatArray:
+    """Share of a layer of `unit_parameters` (of a rank, whole) that is released between its recomputation and its backward.
+
+    A matrix is kept when the parameters used between its two uses, those behind it in the layer twice, are fewer than the distance
+    (DeepSpeed runtime/zero/partitioned_param_coordinator.py, `__params_to_release`). Attention and the two halves of the MLP are about
+    a third of a layer each: the last third is always kept.
+    """
+    third = np.asarray(unit_parameters, dtype=np.float64) / 3.0
+    return ((2.0 * third >= reuse_distance) + (4.0 * third >= reuse_distance).astype(np.float64)) / 3.0
 
 
 def exchange_counts(

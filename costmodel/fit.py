@@ -63,7 +63,7 @@ def fit_rows(rows: Sequence[Row]) -> list[FitRow]:
                 model=row["model"],
                 keys=(
                     ("architecture", case.cluster.gpu.architecture),
-                    ("runtime", case.runtime.name.partition("+")[0]),
+                    ("runtime", case.runtime.fitted_entry),
                 ),
             )
         )

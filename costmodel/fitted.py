@@ -69,7 +69,7 @@ def fitted() -> Fitted:
 def with_fitted_runtime(runtime: Runtime, cluster: Cluster, constants: Fitted) -> Runtime:
     """The runtime with its fitted constants, changed by switches as much as the values of its file were; attention also by what the
     cluster's GPU sustains, unless that was measured."""
-    given = constants.runtime.get(runtime.name.partition("+")[0], {})
+    given = constants.runtime.get(runtime.fitted_entry, {})
     values = {name: value * runtime.switched.get(name, 1.0) for name, value in given.items()}
     execution = {name: value for name, value in values.items() if name not in SHARES}
     communication = {name: value for name, value in values.items() if name in SHARES}

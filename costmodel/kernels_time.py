@@ -94,14 +94,27 @@ GEMM_CEILING = 1.05
 (A100 271 against 257 TFLOP/s, stas00/ml-engineering@744d01e and Azure/AI-benchmarking-guide@8fd0c6e)."""
 
 
+PADDED_SIDES = (64.0, 128.0)
+"""A thin product (an adapter's rank, a router) takes no longer than one padded to these sides: a tile computes them anyway, and the
+measured curve of cubes says little of a product as thin as its launch. Batched ones keep the alignment that they have."""
+
+
+def _math_s(gpu: Gpu, precision: str, m: FloatArray, n: FloatArray, k: FloatArray, count: FloatArray) -> FloatArray:
+    """Seconds of math alone."""
+    flop = 2.0 * m * n * k * count
+    return flop / (gpu.peak_flop_per_s[precision] * gemm_efficiency(gpu, precision, m, n, k, count))
+
+
 def gemm_s(
     gpu: Gpu, precision: str, element_bytes: int, m: ArrayLike, n: ArrayLike, k: ArrayLike, batch: ArrayLike = 1.0
 ) -> FloatArray:
     """Seconds of `batch` products C[m, n] = A[m, k] B[k, n] in one kernel: math at the fraction of the dense peak that the shape
     reaches against memory traffic; 0 for an empty batch."""
     m_, n_, k_, count = (np.asarray(x, dtype=np.float64) for x in (m, n, k, batch))
-    flop = 2.0 * m_ * n_ * k_ * count
-    math = flop / (gpu.peak_flop_per_s[precision] * gemm_efficiency(gpu, precision, m_, n_, k_, count))
+    math = _math_s(gpu, precision, m_, n_, k_, count)
+    for side in () if gpu.device == "cpu" else PADDED_SIDES:
+        thick = _math_s(gpu, precision, np.maximum(m_, side), np.maximum(n_, side), np.maximum(k_, side), count)
+        math = np.where((count <= 1.0) & (m_ * n_ * k_ > 0.0), np.minimum(math, thick), math)
     traffic = element_bytes * count * (m_ * k_ + k_ * n_ + m_ * n_)
     return smooth_max(math, traffic / gpu.memory_bandwidth_bytes_per_s)
 

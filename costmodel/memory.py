@@ -134,8 +134,8 @@ def stage_states(
     root_parameters: FloatArray,
     expert_parameters: FloatArray | None = None,
 ) -> dict[str, FloatArray]:
-    """Bytes of parameters, gradients, optimizer, in host memory, on flash (`nvme`), and of what the optimizer step makes (`stepping`),
-    each (N, S).
+    """Bytes of parameters, gradients, optimizer, in host memory, on flash (`nvme`), of what the optimizer step makes (`stepping`), and of
+    the gradients those that await their reduction when activations are at their peak (`waiting`), each (N, S).
 
     `stage_parameters` (N, S), the largest layer's `layer_parameters` (N, S) and `root_parameters` (N, S: embedding, final norm,
     head) are per rank, that is after the tensor-parallel split. Under ZeRO-3 the gathered layers are added to the parameters,
@@ -179,6 +179,8 @@ def stage_states(
     if (layouts.hpz > 1).any():
         parts["parameters"] += secondary_bytes(layouts, stage_parameters, BYTES_OF[job.precision])
     parts["gradients"] = parts["gradients"] + waiting
+    work = runtime.working_set
+    parts["waiting"] = waiting * min(work.waiting_layers / max(work.gradient_layers, 1.0), 1.0)
     parts["host"] = tiers["host"] + _flash_buffers(runtime, layouts, share * stage_parameters / shards)
     parts["nvme"] = tiers["nvme"]
     parts["stepping"] = stepping

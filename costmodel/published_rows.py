@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import csv
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,8 @@ from shardplan.costmodel.job import Job
 from shardplan.costmodel.layout import Layout
 from shardplan.costmodel.model import LayerKind, Model
 from shardplan.costmodel.published_experts import UnknownShapeError, expert_model
-from shardplan.costmodel.runtime import Runtime, load_runtime
+from shardplan.costmodel.published_software import Row, names, recompute_modules, remarks, said, software
+from shardplan.costmodel.runtime import Runtime
 from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.load import load_cluster
 from shardplan.hw_profiles.machine import Cluster
@@ -78,8 +77,6 @@ COLUMNS = [
     "notes",
 ]
 """Columns a table must have; `profile` (a cluster of the catalog, or a file) and `memory_stages` may follow."""
-
-Row = Mapping[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,16 +161,10 @@ def flag(row: Row, name: str) -> bool:
     return row[name].strip().lower() == "true"
 
 
-@cache
-def _names() -> Mapping[str, Any]:
-    text = (resources.files("shardplan.costmodel") / "validation_names.toml").read_text(encoding="utf-8")
-    return tomllib.loads(text)
-
-
 def row_case(row: Row) -> Case:
     """The question a row asks; raises RefusedRowError with the reason when the model does not cover it."""
     _refuse_uncovered(row)
-    runtime, unsaid = _runtime(row)
+    runtime, unsaid = _software(row)
     model, layout = _model(row), _layout(row, unsaid, runtime)
     seq, batch = whole(row, "seq"), whole(row, "global_batch")
     try:
@@ -184,7 +175,7 @@ def row_case(row: Row) -> Case:
             grad_dtype=row["grad_dtype"] or None,
             **{
                 **_adapters(row, unsaid),
-                **{word: value for remark in _remarks(row) for word, value in remark.get("job", {}).items()},
+                **{word: value for remark in remarks(row) for word, value in remark.get("job", {}).items()},
             },
         )
     except InputError as bad:
@@ -201,13 +192,13 @@ def _refuse_uncovered(row: Row) -> None:
 
 def names_adapters(row: Row) -> bool:
     """Whether model or notes name LoRA or QLoRA."""
-    return re.search(r"\bq?lora\b", f"{row['model']} {row['notes']}".lower()) is not None
+    return re.search(r"\bq?lora\b", said(row)) is not None
 
 
 def _adapters(row: Row, unsaid: Mapping[str, Any]) -> Mapping[str, Any]:
     """Method, rank and targets of a row whose model or notes name LoRA or QLoRA, or a 4-bit base (nf4); the software's own rank and
     targets where the notes say none."""
-    text = f"{row['model']} {row['notes']}".lower()
+    text = said(row)
     if not names_adapters(row):
         return {}
     quantised = re.search(r"\bqlora\b|nf4", text)
@@ -221,23 +212,11 @@ def _adapters(row: Row, unsaid: Mapping[str, Any]) -> Mapping[str, Any]:
     }
 
 
-def _remarks(row: Row) -> list[Mapping[str, Any]]:
-    """What model and notes say that no column does: layout words and switches."""
-    text = f"{row['model']} {row['notes']}".lower()
-    return [remark for remark in _names()["remarks"] if remark["contains"] in text]
-
-
-def _runtime(row: Row) -> tuple[Runtime, Mapping[str, Any]]:
-    """(runtime with the switches that remarks name, its entry of `frameworks`, which says what is meant when the row does not)."""
-    framework = row["framework"].lower()
-    for entry in _names()["frameworks"]:
-        if entry["contains"] in framework:
-            switches = [s["switch"] for s in _names()["switches"] if s["contains"] in framework]
-            if row["experts"] and not switches and "(" not in framework:  # nothing is said of how tokens are dispatched
-                switches = list(entry.get("experts", ()))
-            switches += [name for remark in _remarks(row) for name in remark.get("switches", ())]
-            return load_runtime("+".join([entry["runtime"], *switches])), entry
-    raise RefusedRowError(f"framework {row['framework']!r} has no runtime yet")
+def _software(row: Row) -> tuple[Runtime, Mapping[str, Any]]:
+    found = software(row)
+    if found is None:
+        raise RefusedRowError(f"framework {row['framework']!r} has no runtime yet")
+    return found
 
 
 UNSAID_VOCABULARY = {True: 32_000, False: 50_257}
@@ -278,10 +257,22 @@ def _model(row: Row) -> Model:
 
 def _expert_model(row: Row) -> Model:
     shape = tuple(whole(row, name) for name in ("hidden", "heads", "experts", "experts_per_token", "expert_ffn"))
+    hidden, heads, *_ = shape
+    others = {
+        "kv_heads": whole(row, "kv_heads", heads),
+        "head_dim": whole(row, "head_dim", hidden // heads),
+        "ffn": whole(row, "ffn", 4 * hidden),
+        "shared_experts": whole(row, "shared_experts", 0, least=0),
+        "gated_mlp": int(row["gated_mlp"] != "false"),
+        "tied_embeddings": int(flag(row, "tied_embeddings")),
+    }
     try:
-        return expert_model(shape, whole(row, "layers"), whole(row, "vocab"), row["notes"])
+        model = expert_model(
+            shape, whole(row, "layers"), whole(row, "vocab", UNSAID_VOCABULARY[True]), row["notes"], others
+        )
     except UnknownShapeError as unknown:
         raise RefusedRowError(str(unknown)) from None
+    return replace(model, name=row["model"], source=row["citation"]) if not model.name else model
 
 
 def _layout(row: Row, unsaid: Mapping[str, Any], runtime: Runtime) -> Layout:
@@ -302,39 +293,52 @@ def _layout(row: Row, unsaid: Mapping[str, Any], runtime: Runtime) -> Layout:
             virtual_stages=virtual_stages,
             zero=stage,
             **{"hpz" if runtime.abilities.zeropp else "dp_shard": hpz} if hpz else {},
-            sequence_parallel=flag(row, "sequence_parallel"),
+            sequence_parallel=flag(row, "sequence_parallel") or _splits_for_experts(row, tp, runtime),
             recompute=_recompute(row, pp, unsaid.get("recompute_sharded", "") if stage == 3 else ""),
             schedule="1f1b" if schedule == "none" else schedule.replace("-", "_"),
             attention=row["attention"] or "auto",
             offload_optimizer=row["offload_optimizer"] or "none",
             offload_params=row["offload_params"] or "none",
-            **{word: value for remark in _remarks(row) for word, value in remark.get("layout", {}).items()},
+            **{word: value for remark in remarks(row) for word, value in remark.get("layout", {}).items()},
         )
     except InputError as bad:
         raise RefusedRowError(str(bad)) from None
+
+
+def _splits_for_experts(row: Row, tp: int, runtime: Runtime) -> bool:
+    """A row with experts that says nothing of sequence parallelism, on a runtime that needs it for them beside tensor parallelism."""
+    return bool(
+        row["experts"] and not row["sequence_parallel"] and tp > 1 and runtime.abilities.expert_parallel_splits_sequence
+    )
 
 
 def _recompute(row: Row, pp: int, usual: str) -> str:
     """The row's word, or what is `usual`; `partial` does not say how many layers: half of a stage is taken (every second layer)."""
     if row["recompute"] == "partial":
         return f"full:{max(whole(row, 'layers') // (2 * pp), 1)}"
-    return row["recompute"] or usual or ("none" if row["attention"] == "flash" else "full")
+    word = (recompute_modules(row) if row["recompute"] == "selective" else None) or row["recompute"]
+    return word or usual or ("none" if row["attention"] == "flash" else "full")
 
 
 def _cluster(row: Row) -> Cluster:
-    """The machine of the row's GPU (or `profile`), with its node size and network rate where the row states them."""
-    name = row.get("profile") or _named_machine(row) or _names()["gpus"].get(row["gpu"])
+    """The machine of the row's GPU (or `profile`, or one that remarks name), with its node size and network rate where the row states
+    them."""
+    told = [remark["cluster"] for remark in remarks(row) if "cluster" in remark]
+    name = row.get("profile") or (told[0] if told else None) or _named_machine(row) or names()["gpus"].get(row["gpu"])
     if not name:
         raise RefusedRowError(f"GPU {row['gpu']!r} is not in the catalog yet")
     return _machine(name, whole(row, "gpus"), whole(row, "gpus_per_node", 0), number(row, "network_gbps_per_gpu", 0.0))
 
 
 def _named_machine(row: Row) -> str | None:
-    """A cluster of the catalog that is known by its GPU, node size and network rate."""
-    for machine in _names()["machines"]:
-        same_size = whole(row, "gpus_per_node", 0) == machine["gpus_per_node"]
-        same_rate = number(row, "network_gbps_per_gpu", 0.0) == machine["network_gbps_per_gpu"]
-        if row["gpu"] == machine["gpu"] and same_size and same_rate:
+    """A cluster of the catalog that is known by its GPU and node size, network rate or software."""
+    has = {
+        "gpus_per_node": whole(row, "gpus_per_node", 0),
+        "network_gbps_per_gpu": number(row, "network_gbps_per_gpu", 0.0),
+    }
+    for machine in names()["machines"]:
+        stated = all(machine.get(column, value) == value for column, value in has.items())
+        if stated and row["gpu"] == machine["gpu"] and machine.get("framework", "") in row["framework"].lower():
             return machine["cluster"]
     return None
 

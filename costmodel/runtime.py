@@ -5,20 +5,19 @@ No code asks for a runtime's name; a new runtime is a new file. User files: give
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
-from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from shardplan.costmodel.model import PART_NAMES, LayerPart
 from shardplan.costmodel.recompute import Part
+from shardplan.costmodel.runtime_document import runtime_document, runtime_file, state_row, switched
 from shardplan.costmodel.runtime_experts import ExpertParallel
 from shardplan.costmodel.runtime_offload import Offloading
 from shardplan.costmodel.runtime_tuning import Tuning
-from shardplan.hw_profiles.errors import InputError, nearest
+from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.machine import AttentionKernel
 
 if TYPE_CHECKING:
@@ -137,8 +136,10 @@ class WorkingSet(_FromFile):
     offload_moves: tuple[str, ...]
     """Parts whose sharded bytes live in host memory when the optimizer is offloaded: parameters, gradients, optimizer."""
     gradients_freed: bool = False
-    """Without accumulation gradients appear as the backward makes them, when activations are at their peak there are none: freed
-    after each step and kept in no buckets (FSDP, or one rank)."""
+    """Without accumulation gradients appear as the backward makes them, when activations are at their peak there are none but those of
+    `waiting_layers`: freed after each step and kept in no buckets (FSDP, or one rank)."""
+    waiting_layers: float = 0.0
+    """Of `gradient_layers`, those whose whole gradients are still there when activations are at their peak."""
     autocast_copies: bool = False
     """Under torch.autocast fp32 parameters are gathered, and their 16-bit copies live until the forward ends (its weight cache)."""
     matrix_gradient_bytes: float = 0.0
@@ -230,8 +231,8 @@ class Communication(_FromFile):
     async_tensor_overlap: float = 0.0
     """Share of the rest that async tensor parallelism hides where sequence parallelism stays inside a node."""
     reuse_distance: float = float("inf")
-    """ZeRO-3: a layer of more parameters (of a rank, whole) is released after its recomputation and gathered once more for the
-    backward."""
+    """ZeRO-3: matrices of a layer with at least so many parameters between their use in its recomputation and in its backward are
+    released and gathered once more."""
     bucket_parameters: float = 0.0
     """Parameters whose gradients are reduced in one collective, and that are gathered in one after the update; 0: those of a layer
     (or of each of its messages). Gathers of every micro-batch go by layers all the same."""
@@ -276,6 +277,13 @@ class Runtime(_FromFile):
     tuning: Tuning = field(default_factory=Tuning)
     switched: Mapping[str, float] = field(default_factory=dict[str, float])
     """Numbers that switches changed, relative to before; fitted constants are changed alike."""
+    fitted_as: str = ""
+    """The runtime whose fitted constants hold for this one; "" = its own."""
+
+    @property
+    def fitted_entry(self) -> str:
+        """Its entry among the fitted constants."""
+        return self.fitted_as or self.name.partition("+")[0]
 
 
 def without_overlap(runtime: Runtime) -> Runtime:
@@ -293,66 +301,13 @@ def without_overlap(runtime: Runtime) -> Runtime:
     return replace(runtime, communication=exposed, expert_parallel=replace(runtime.expert_parallel, overlap=0.0))
 
 
-def runtime_names() -> tuple[str, ...]:
-    """Names of the shipped runtimes."""
-    folder = resources.files("shardplan.costmodel") / "runtimes"
-    return tuple(sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml")))
-
-
 def load_runtime(name: str) -> Runtime:
     """A shipped runtime by name, or a TOML file, with switches after "+" (fsdp2+compile).
 
     Raises InputError naming file, field and remedy.
     """
     name, *switches = name.split("+")
-    if name.endswith(".toml"):
-        path = Path(name)
-        if not path.is_file():
-            raise InputError("no such runtime file", place=name, remedy=f"shipped: {', '.join(runtime_names())}")
-        return _read(path.read_text(encoding="utf-8"), name, switches)
-    if name not in runtime_names():
-        raise InputError(f"runtime {name!r} is unknown", place="--runtime", remedy=nearest(name, runtime_names()))
-    file = resources.files("shardplan.costmodel") / "runtimes" / f"{name}.toml"
-    return _read(file.read_text(encoding="utf-8"), f"{name}.toml", switches)
-
-
-def _switched(document: dict[str, Any], switches: list[str], place: str) -> dict[str, Any]:
-    """The document with the tables of each switch laid over it, after those that it `needs`; the name tells which are on."""
-    known: dict[str, dict[str, Any]] = document.pop("switches", {})
-    for at, word in enumerate(switches):
-        if word not in known:
-            raise InputError(
-                f"switch {word!r} is unknown",
-                place=place,
-                remedy=nearest(word, known) if known else "this runtime has no switches",
-            )
-        tables = dict(known[word])
-        missing = [need for need in tables.pop("needs", ()) if need not in switches[:at]]
-        if missing:
-            raise InputError(
-                f"switch {word!r} needs {' and '.join(map(repr, missing))} before it",
-                place=place,
-                remedy=f"write +{'+'.join([*missing, word])}",
-            )
-        for table, values in tables.items():
-            before = document[table]
-            changes = {name: value / before[name] for name, value in values.items() if _scales(before.get(name), value)}
-            document["switched"] = {**document.get("switched", {}), **changes}
-            document[table] = {**before, **{name: _over(before.get(name), value) for name, value in values.items()}}
-        document["name"] = f"{document['name']}+{word}"
-    return document
-
-
-def _over(before: Any, after: Any) -> Any:
-    """A table of a table keeps the keys that the switch leaves out."""
-    if isinstance(before, dict) and isinstance(after, dict):
-        return cast("dict[str, Any]", before) | cast("dict[str, Any]", after)
-    return after
-
-
-def _scales(before: object, after: object) -> bool:
-    """Both are numbers and the first is not 0."""
-    return isinstance(before, int | float) and isinstance(after, int | float) and before != 0
+    return _read(*runtime_file(name, Path()), switches)
 
 
 @cache
@@ -366,17 +321,13 @@ def _reader() -> TypeAdapter[Runtime]:
 def _read(text: str, place: str, switches: list[str]) -> Runtime:
     from pydantic import ValidationError
 
-    try:
-        document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as bad:
-        raise InputError(f"not valid TOML ({bad})", place=place) from None
-    document = _switched(document, switches, place)
+    document = switched(runtime_document(text, place), switches, place)
     precisions: dict[str, dict[str, Any]] = document.get("states", {})
     if "fp8" in document.get("abilities", {}).get("precisions", ()):  # only products are in fp8
         precisions.setdefault("fp8", dict(precisions.get("bf16", {})))
     for states in precisions.values():
         if isinstance(states, dict):  # pyright: ignore[reportUnnecessaryIsInstance]
-            states["zero"] = [_state_row(states, stage) for stage in range(4)]
+            states["zero"] = [state_row(states, stage) for stage in range(4)]
             for stage in range(4):
                 states.pop(f"zero_{stage}", None)
     try:
@@ -387,13 +338,3 @@ def _read(text: str, place: str, switches: list[str]) -> Runtime:
         field = ".".join(map(str, first["loc"]))
         value = "" if first["type"].startswith("missing") else f" (value {first.get('input')!r:.60})"
         raise InputError(f"{field}: {first['msg']}{value}", place=place, remedy="see the shipped runtimes") from None
-
-
-def _state_row(states: dict[str, Any], stage: int) -> dict[str, Any]:
-    """Row of one ZeRO stage; a stage that is not given repeats the one below."""
-    empty: dict[str, Any] = {"whole": {}, "sharded": {}, "accumulating": {}, "stepping": {}}
-    for candidate in range(stage, -1, -1):
-        row = states.get(f"zero_{candidate}")
-        if row is not None:
-            return {**empty, **row}
-    return empty

@@ -107,6 +107,8 @@ class HeldBytes:
     parameters: FloatArray
     gradients: FloatArray
     """All of them; see `freed`."""
+    waiting: FloatArray
+    """Of the gradients, whole ones of layers that await their reduction: live beside the activations of the layers before."""
     optimizer: FloatArray
     """Between steps; see `stepping`."""
     stepping: FloatArray | None
@@ -164,6 +166,7 @@ def held_bytes(
     return HeldBytes(
         parameters=states["parameters"],
         gradients=states["gradients"],
+        waiting=states["waiting"],
         optimizer=states["optimizer"],
         stepping=states["stepping"] if states["stepping"].any() else None,
         buffers=buffers + runtime.working_set.matrix_gradient_bytes * parameters.matrix,
@@ -250,7 +253,8 @@ class StepMemory:
         """Gradients that are not live at the peak, (N, S)."""
         if self.held.freed is None:
             return 0.0
-        least = np.minimum(self.held.gradients[self.states_of], self.activations[self.work_of])
+        reduced = self.held.gradients - self.held.waiting
+        least = np.minimum(reduced[self.states_of], self.activations[self.work_of])
         return np.where(self.held.freed[self.states_of][:, None], least, 0.0)
 
     def peaks(self) -> dict[str, FloatArray]:
@@ -279,7 +283,8 @@ class StepMemory:
                 np.maximum(most, live, out=most)
             fullest[some] = most
             if held.freed is not None:
-                least = np.minimum(held.gradients[of, stage], self.activations[at, stage])
+                reduced = held.gradients[of, stage] - held.waiting[of, stage]
+                least = np.minimum(reduced, self.activations[at, stage])
                 allocated[some] = most - np.where(held.freed.take(of), least, 0.0)
         reserved = (1.0 + self.slack_fraction) * fullest
         return {"allocated": allocated, "reserved": reserved, "device": reserved + self.context_bytes}

@@ -13,6 +13,7 @@ from shardplan.costmodel.estimate import Estimates, estimate
 from shardplan.costmodel.fitted import Fitted
 from shardplan.costmodel.layout import Layout, LayoutTable, layout_table
 from shardplan.costmodel.published_rows import Case, RefusedRowError, Row, flag, names_adapters, number, row_case
+from shardplan.costmodel.published_software import usual_peak
 from shardplan.hw_profiles.errors import InputError, nearest
 
 GIB = 2.0**30
@@ -39,6 +40,8 @@ class Outcome:
     measured_peak_gib: float | None
     memory_kind: str
     out_of_memory: bool
+    compared_with: str | None = None
+    """The kind that the software prints, where memory_kind is unknown."""
     memory_stages: int | None = None
     """The measured peak is of the first so many pipeline stages; None: of all."""
     predicted_step_s: float | None = None
@@ -130,6 +133,7 @@ def _outcome(row: Row) -> Outcome:
         measured_step_s=_measured(row, "step_s"),
         measured_peak_gib=_measured(row, "peak_memory_gib"),
         memory_kind=_memory_kind(row),
+        compared_with=usual_peak(row) if _memory_kind(row) == "unknown" else None,
         out_of_memory=flag(row, "out_of_memory"),
         memory_stages=_memory_stages(row),
     )
@@ -176,7 +180,7 @@ MEMORY_COLUMNS = {"allocated": "allocated", "reserved": "reserved", "nvidia-smi"
 def predicted(bare: Outcome, found: Estimates) -> Outcome:
     """The outcome with what the estimate says."""
     step = float(found.step_s[0])
-    column = MEMORY_COLUMNS[bare.memory_kind]
+    column = MEMORY_COLUMNS[bare.compared_with or bare.memory_kind]
     bytes_of = {**found.stages, "reserved": found.stages["allocated"] + found.stages["slack"]}[column]
     return replace(
         bare,

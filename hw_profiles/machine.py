@@ -306,7 +306,7 @@ class Cluster:
         if gpus < 1:
             raise InputError(f"gpus={gpus} is not a positive number of GPUs", place="--gpus", remedy="give 1 or more")
         if gpus <= node.gpus:
-            return replace(self, node_runs=((replace(node, gpus=gpus), 1),))
+            return replace(self, node_runs=((_part(node, gpus), 1),))
         if self.network.kind == "none" and node.gpu.device == "cpu":
             return replace(self, node_runs=((_crowded(node, gpus), 1),))
         if self.network.kind == "none":
@@ -319,7 +319,7 @@ class Cluster:
             part = max(n for n in range(node.tray_gpus, node.gpus, node.tray_gpus) if gpus % n == 0)
             nics = max(self.network.nics_per_node * part // node.gpus, 1)
             network = replace(self.network, nics_per_node=nics)
-            return replace(self, node_runs=((replace(node, gpus=part), gpus // part),), network=network)
+            return replace(self, node_runs=((_part(node, part), gpus // part),), network=network)
         if gpus % node.gpus:
             low = gpus // node.gpus * node.gpus
             raise InputError(
@@ -332,6 +332,27 @@ class Cluster:
     def guesses(self) -> tuple[str, ...]:
         """Paths of the numbers that are guesses."""
         return tuple(sorted(path for path, source in self.provenance.items() if source.kind == "guess"))
+
+
+def _part(node: Node, gpus: int) -> Node:
+    """The node with `gpus` of its GPUs at work; of a rack the servers that have them, with their share of hosts, power and price."""
+    if node.tray_gpus is None:
+        return replace(node, gpus=gpus)
+    share = -(-gpus // node.tray_gpus) * node.tray_gpus / node.gpus
+    host, whole = node.host, node.host.pcie_node_bytes_per_s
+    return replace(
+        node,
+        gpus=gpus,
+        host=replace(
+            host,
+            cores=max(round(host.cores * share), 1),
+            ram_bytes=host.ram_bytes * share,
+            memory_bandwidth_bytes_per_s=host.memory_bandwidth_bytes_per_s * share,
+            pcie_node_bytes_per_s=None if whole is None else whole * share,
+        ),
+        power_w=None if node.power_w is None else node.power_w * share,
+        usd_per_hour=None if node.usd_per_hour is None else node.usd_per_hour * share,
+    )
 
 
 PROCESSES_PER_CORE = 4

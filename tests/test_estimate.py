@@ -15,7 +15,8 @@ from shardplan.costmodel.estimate import Estimates, estimate
 from shardplan.costmodel.job import Job
 from shardplan.costmodel.layout import Layout, layout_table, parse_layout
 from shardplan.costmodel.model_config import load_model
-from shardplan.costmodel.runtime import load_runtime, runtime_names
+from shardplan.costmodel.runtime import load_runtime
+from shardplan.costmodel.runtime_document import runtime_names
 from shardplan.costmodel.stage_cost import block_rows
 from shardplan.costmodel.step_time import TIME_PARTS
 from shardplan.hw_profiles.errors import InputError

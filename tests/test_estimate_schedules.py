@@ -13,7 +13,8 @@ from shardplan.costmodel.layout import SCHEDULES, SPLIT_BACKWARD, V_PLACED, layo
 from shardplan.costmodel.model_config import load_model
 from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.rules import rejections
-from shardplan.costmodel.runtime import load_runtime, runtime_names
+from shardplan.costmodel.runtime import load_runtime
+from shardplan.costmodel.runtime_document import runtime_names
 from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.load import load_cluster
 from shardplan.planner.search import search

@@ -14,7 +14,7 @@ from shardplan.costmodel.context_parallel import Exchange, exchanges
 from shardplan.costmodel.estimate import Estimates, estimate
 from shardplan.costmodel.fitted import Fitted
 from shardplan.costmodel.job import Job
-from shardplan.costmodel.kernels_time import tile_utilisation
+from shardplan.costmodel.kernels_time import gemm_s, tile_utilisation
 from shardplan.costmodel.layout import parse_layout
 from shardplan.costmodel.model import LayerKind, Model
 from shardplan.costmodel.model_config import load_model
@@ -193,3 +193,12 @@ def test_a_gpipe_bubble_of_four_micro_batches_a_stage(stages: int, micro_batches
     )
     moving = sum(got.time[p] for p in ("compute_s", "recompute_s", "tp_exposed_s", "bubble_s"))
     assert float(got.time["bubble_s"][0] / moving[0]) == pytest.approx(of_total, rel=0.01)
+
+
+def test_a_thin_product_takes_no_longer_than_a_thicker_one() -> None:
+    gpu = load_cluster("h100-ib").gpu
+    ranks = np.array([1.0, 2, 8, 16, 32, 64, 128, 256])
+    for shape in ((4096.0, ranks, 4096.0), (4096.0, 4096.0, ranks), (ranks, 4096.0, 4096.0)):
+        seconds = gemm_s(gpu, "bf16", 2, *shape)
+        assert (np.diff(seconds) >= -1e-12).all()
+        assert seconds[0] > 1e-5  # the larger operand is read

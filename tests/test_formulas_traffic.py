@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from shardplan.costmodel.collectives import collective_s
-from shardplan.costmodel.data_parallel import exchange_s, one_exchange_s
+from shardplan.costmodel.data_parallel import Exchange, exchange_s, one_exchange_s, released_share
 from shardplan.costmodel.estimate import estimate
 from shardplan.costmodel.job import Job
 from shardplan.costmodel.layout import layout_table, parse_layout
@@ -68,6 +68,36 @@ def test_volumes_of_the_zero_paper(runtime: str, zero: int, volumes: int) -> Non
     psi, n = 7.5e9, 64
     moved = sum(traffic(f"dp={n} zero={zero}", load_runtime(runtime), parameters=psi, units=48))
     assert moved == pytest.approx(volumes * psi * (n - 1) / n, rel=1e-12)
+
+
+@pytest.mark.parametrize("hidden", [4096, 8192, 10240, 12288, 18432, 20480, 25600, 32768])
+@pytest.mark.parametrize("distance", [1e9, 3e9])
+def test_matrices_released_between_recompute_and_backward(hidden: int, distance: float) -> None:
+    """DeepSpeed runtime/zero/partitioned_param_coordinator.py, replayed: after each module of the recomputation, the modules that follow
+    are walked until they hold `distance` parameters; what occurs among them stays."""
+    modules = [("qkv", 3), ("projection", 1), ("up", 4), ("down", 4)]
+    order = [*modules, *modules[::-1]]
+    released = 0
+    for at, (name, size) in enumerate(modules):
+        walked, kept = 0, False
+        for other, other_size in order[at + 1 :]:
+            if walked >= distance:
+                break
+            kept, walked = kept or other == name, walked + other_size * hidden**2
+        released += 0 if kept else size
+    assert float(released_share(12.0 * hidden**2, distance)) == pytest.approx(released / 12, abs=1e-12)
+
+
+def test_what_is_released_is_gathered_once_more() -> None:
+    layouts, deepspeed = layout_table([parse_layout("dp=64 zero=3 recompute=full")]), load_runtime("deepspeed")
+
+    def gathers(unit: float) -> float:
+        once = np.ones(1)
+        one = Exchange(reduce_s=once, gather_s=once, reduce_share=once, gather_share=once)
+        found = exchange_s(one, layouts, deepspeed.communication, micro_batches=once, unit_parameters=unit)
+        return float(found.gather_s[0])
+
+    assert [gathers(unit) for unit in (0.5e9, 1e9, 2e9)] == pytest.approx([2, 2 + 1 / 3, 2 + 2 / 3])
 
 
 def test_gradients_of_a_70b() -> None:

@@ -14,7 +14,7 @@ from shardplan.costmodel.estimate import estimate
 from shardplan.costmodel.job import Job
 from shardplan.costmodel.layout import parse_layout
 from shardplan.costmodel.model_config import load_model
-from shardplan.costmodel.published_rows import _names
+from shardplan.costmodel.published_software import names
 from shardplan.hw_profiles.complaints import parse
 from shardplan.hw_profiles.document import part_document
 from shardplan.hw_profiles.load import cluster_document, cluster_from_document, list_parts, load_cluster, load_gpu
@@ -206,7 +206,7 @@ def test_a_halved_fabric_halves_the_spine():
 
 
 def test_every_gpu_of_the_names_of_published_runs_stands_for_a_cluster():
-    for cluster in _names()["gpus"].values():
+    for cluster in names()["gpus"].values():
         assert cluster in CLUSTERS
 
 
@@ -286,3 +286,12 @@ def test_the_list_and_a_profile_fit_the_terminal(width, monkeypatch):
     command.show_hardware("aws-p5")
     assert all(len(line) <= width for line in screen.getvalue().splitlines())
     assert "55.04 USD/h (2026-07-20)" in screen.getvalue()
+
+
+def test_part_of_a_rack_has_its_servers_share_of_hosts_and_power() -> None:
+    rack = load_cluster("gb200-nvl72", gpus=72).node
+    tray, six, parts = (load_cluster("gb200-nvl72", gpus=gpus) for gpus in (4, 6, 256))
+    assert rack.power_w and tray.node.power_w and parts.node.power_w and six.node.power_w
+    assert tray.node.power_w == pytest.approx(rack.power_w / 18) and tray.node.host.cores == rack.host.cores // 18
+    assert six.node.host.ram_bytes == pytest.approx(rack.host.ram_bytes / 9)  # two servers
+    assert parts.nodes * parts.node.power_w == pytest.approx(rack.power_w * 256 / 72)

@@ -116,6 +116,14 @@ def test_published_latencies_of_cpu_adam(cluster: str, processors: int, measured
     assert min(ratios) >= 0.84
 
 
+def test_update_and_copy_of_the_zero_offload_tutorial() -> None:
+    """GPT-2 10B on one V100: 6.22 to 6.48 s of `optimizer_step`, CPU Adam and the copy of the parameters to the GPU
+    (deepspeedai/DeepSpeed@edaa722 docs/_tutorials/zero-offload.md)."""
+    node, parameters = alone(load_cluster("dgx2-edr").node), 50 * 12 * 4096**2 + 50257 * 4096
+    found = times(node, "zero=2 offload_optimizer=cpu", parameters, load_runtime("deepspeed").offload)
+    assert found["update_s"] + found["up_s"] == pytest.approx(6.35, rel=0.15)
+
+
 def test_what_hides_behind_what() -> None:
     """Gradients go down behind the backward, then behind what the step waits for; the update never hides unless it is delayed."""
     node = alone(load_cluster("h100-ib").node)

@@ -24,7 +24,8 @@ from shardplan.costmodel.model_config import load_model
 from shardplan.costmodel.recompute import RECOMPUTE
 from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.rules import broken_rules
-from shardplan.costmodel.runtime import load_runtime, runtime_names
+from shardplan.costmodel.runtime import load_runtime
+from shardplan.costmodel.runtime_document import runtime_names
 from shardplan.costmodel.stage_cost import padded_vocab, stage_parameters, stage_rows
 from shardplan.costmodel.step_time import TIME_PARTS
 from shardplan.hw_profiles.load import load_cluster

@@ -146,7 +146,8 @@ def _closing_lines(model: Model, preset: Preset | None, missing: dict[str, list[
 def _missing_by_runtime(model: Model) -> dict[str, list[str]]:
     """What each runtime lacks of the model's layers, in words."""
     from shardplan.costmodel.model_rules import lacking
-    from shardplan.costmodel.runtime import load_runtime, runtime_names
+    from shardplan.costmodel.runtime import load_runtime
+    from shardplan.costmodel.runtime_document import runtime_names
 
     kinds = [kind for kind, _ in model.runs]
     found: dict[str, list[str]] = {}
