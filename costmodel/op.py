@@ -110,7 +110,7 @@ def norm_op(name: str, norm: str, stream: FloatArray, runtime: Runtime, element_
     """A norm of a tensor of `stream` bytes; one such tensor is kept: what comes out, or before a residual add what goes in."""
     return Op(
         name=name,
-        traffic_bytes=2 * stream * passes(norm, runtime),
+        traffic_bytes=2 * stream * (1.0 if runtime.execution.fused_norms else passes(norm, runtime)),
         kept_bytes=stream * (1 + runtime.activations.norm_bytes / element_bytes),
     )
 

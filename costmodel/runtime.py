@@ -132,6 +132,8 @@ class WorkingSet(_FromFile):
     """ZeRO-3: embedding, final norm and head stay whole through forward and backward."""
     buffer_bytes: float
     """Communication buckets and workspaces of a GPU rank that has any peer."""
+    workspace_bytes: float = 0.0
+    """Workspaces of cuBLAS in torch's allocator, on any GPU; counted as buffers."""
     outside_bytes: float = 0.0
     """Of such a rank outside torch's allocator, beside the context of the device: NCCL channels."""
     offload_moves: tuple[str, ...]
@@ -141,6 +143,9 @@ class WorkingSet(_FromFile):
     after each step and kept in no buckets (FSDP, or one rank)."""
     autocast_copies: bool = False
     """Under torch.autocast fp32 parameters are gathered, and their 16-bit copies live until the forward ends (its weight cache)."""
+    exchanges_alone: bool = False
+    """A 16-bit group of one rank gathers and reduces into buffers of its own all the same (fully_shard): its last reduction holds the
+    gradients of embedding and head twice, when activations and 16-bit parameters are gone, and leaves blocks of its own behind."""
     matrix_gradient_bytes: float = 0.0
     """Bytes per parameter of a layer's largest matrix while its gradient is added to the accumulated one; counted as buffers."""
 
@@ -179,6 +184,16 @@ class Execution(_FromFile):
     """Host time to gather or reduce the states of one layer (hooks, copies in and out), in launches."""
     fetch_launches: float = 0.0
     """More for a gather ahead of a layer (hooks of every module that track its parameters), in launches."""
+    gather_copy_bytes: float = 0.0
+    """Bytes of streaming that copying a gathered parameter out of its flat buffer takes between products."""
+    reduce_copy_bytes: float = 0.0
+    """The same of copying a gradient into the buffer that is reduced."""
+    clip_bytes: float = 0.0
+    """Bytes read and written per gradient to clip it by the norm of all."""
+    update_slowdown: float = 1.0
+    """Seconds of clipping and updating on a GPU over those of streaming the same bytes."""
+    update_launches: float = 0.0
+    """Host time to clip and update one layer, in launches."""
     fused_accumulation: bool
     """Products of weight gradients add to the accumulated gradient themselves; else that is a pass over both of its own."""
     step_overhead_s: float
@@ -187,6 +202,8 @@ class Execution(_FromFile):
     """Fused attention in order of preference: the first that the GPU has runs."""
     fused_layers: bool
     """RMSNorm, rotary embedding and gated activation run as one kernel each; else as eager PyTorch runs them."""
+    fused_norms: bool = False
+    """Norms are one kernel each, whatever the rest is."""
     attention_rate: float
     """Attention core relative to the published rates of its kernels."""
     compute_slowdown: float
