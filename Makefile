@@ -1,9 +1,10 @@
-# make demo | test | test-all | lint | test-oldest | clean
+# make demo | test | test-all | lint | kernels | test-oldest | clean
 # Needs GNU make, a POSIX shell and Python 3.11 or later. Every target makes the environment it needs from nothing.
 
 PYTHON ?= python3
 VENV := .venv-make
 VENV_OLDEST := .venv-oldest
+VENV_KERNELS := .venv-make-kernels
 OLDEST_TORCH := 2.11.0
 
 BIN := $(VENV)/bin
@@ -14,18 +15,25 @@ RUN_NEEDS := torch safetensors tokenizers tensorboard
 KEY := $(shell { cat pyproject.toml tests/constraints.txt; pwd; $(PYTHON) --version; } 2>/dev/null | cksum | cut -d ' ' -f 1)
 STAMP := $(VENV)/made-from-$(KEY)
 STAMP_OLDEST := $(VENV_OLDEST)/made-from-$(KEY)
+# Triton and its interpreter want another NumPy, and nothing else of ours: an environment of its own, the package by its path.
+KERNEL_NEEDS := torch triton numpy pytest pytest-xdist hypothesis
+KEY_KERNELS := $(shell { cat tests/constraints-kernels.txt; pwd; $(PYTHON) --version; } 2>/dev/null | cksum | cut -d ' ' -f 1)
+STAMP_KERNELS := $(VENV_KERNELS)/made-from-$(KEY_KERNELS)
 PYTEST_FLAGS ?=
 # One thread a process: two test workers, or two training processes, share the cores.
 ONE_THREAD := OMP_NUM_THREADS=1
 
+KERNELS_PYTHON := PYTHONPATH=src $(VENV_KERNELS)/bin/python
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint test-oldest clean check-machine
+.PHONY: help demo test test-all lint kernels test-oldest clean check-machine
 
 help:
 	@echo "make demo         plan a 70B, plan and run a tiny model on this machine twice, write demo/index.html (minutes)"
 	@echo "make test         lint, types, and the tests of a machine without a GPU (under 20 minutes)"
 	@echo "make test-all     the same with the slow tests (under 75 minutes)"
 	@echo "make lint         ruff and pyright only"
+	@echo "make kernels      GPU kernels without a GPU: tests in Triton's interpreter, then the static gate (Linux on x86-64)"
 	@echo "make test-oldest  the tests with torch $(OLDEST_TORCH), the oldest supported (by hand: may install gigabytes)"
 	@echo "make clean        remove environments, caches, builds and demo/ (not runs/)"
 
@@ -55,11 +63,17 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check
 	PYRIGHT_PYTHON_GLOBAL_NODE=off PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
 
+kernels: $(STAMP_KERNELS)
+	@echo "== Tests, in Triton's interpreter where there is no GPU"
+	$(ONE_THREAD) PYTHONPATH=src $(VENV_KERNELS)/bin/pytest -n 2 tests/kernels $(PYTEST_FLAGS)
+	@echo "== Static gate: every shipped kernel compiled; registers, spills, shared memory, tensor cores, TMA"
+	$(KERNELS_PYTHON) -m shardplan.kernels.static_gate
+
 test-oldest: $(STAMP_OLDEST)
 	$(ONE_THREAD) $(VENV_OLDEST)/bin/pytest -n 2 -m "not slow" $(PYTEST_FLAGS)
 
 clean:
-	rm -rf $(VENV) $(VENV_OLDEST) demo build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_KERNELS) demo build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 check-machine:
@@ -73,6 +87,12 @@ $(STAMP): | check-machine
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install $(PIP_FLAGS) -c tests/constraints.txt setuptools $(RUN_NEEDS)
 	$(BIN)/python -m pip install $(PIP_FLAGS) -c tests/constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+$(STAMP_KERNELS): | check-machine
+	@echo "making $(VENV_KERNELS) (a minute or two the first time)"
+	$(PYTHON) -m venv --clear $(VENV_KERNELS)
+	$(VENV_KERNELS)/bin/python -m pip install $(PIP_FLAGS) -c tests/constraints-kernels.txt $(KERNEL_NEEDS)
 	@touch $@
 
 $(STAMP_OLDEST): | check-machine

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from shardplan.kernels import attention_launch, attention_launch_backward
 from shardplan.kernels.attention_reference import Shape, reference
-from shardplan.kernels.platform import takes_kernel
+from shardplan.kernels.attention_trial import trusted
+from shardplan.kernels.interpreter import takes_kernel
 
 LARGEST_HEAD_DIM = 256
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -39,9 +40,9 @@ def attention(
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_q: int = 0,
     max_seqlen_k: int = 0,
-    deterministic: bool = True,
+    specialised: bool = False,
 ) -> Tensor:
-    """Attention of every query head over its group's key head; differentiable, deterministic unless told otherwise.
+    """Attention of every query head over its group's key head; differentiable, and the same bits every time.
 
     q is (B, S_q, H, D), k and v are (B, S_k, H_kv, D) with H a multiple of H_kv, D at most 256, any strides; the result
     is (B, S_q, H, D) in q's dtype. With `cu_seqlens_q` and `cu_seqlens_k` (int32, sequences + 1, from 0) they are packed:
@@ -51,6 +52,8 @@ def attention(
     as torch's `is_causal` does); `window` = (left, right) keeps that many keys on its sides, -1 for all. `alibi_slopes`
     is fp32 (H) or (B, H). `dropout` drops that share of probabilities, the same in both passes and for any tiling, by
     `seed` (one int64 on the device; drawn from torch's generator where None). `scale` defaults to 1/sqrt(D).
+    `specialised` asks for the warp-specialised forward pass on Hopper; wherever it does not cover the call, does not
+    compile or gives another result than the plain kernel (tried once a process and shape), the plain one runs.
 
     Raises ValueError naming the argument for shapes, dtypes or values it cannot take.
     """
@@ -70,7 +73,7 @@ def attention(
         cu_seqlens_k=cu_seqlens_k,
         max_seqlen_q=max_seqlen_q,
         max_seqlen_k=max_seqlen_k,
-        deterministic=deterministic,
+        specialised=specialised,
     )[0]
 
 
@@ -91,7 +94,7 @@ def attention_with_lse(
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_q: int = 0,
     max_seqlen_k: int = 0,
-    deterministic: bool = True,
+    specialised: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(O, LSE) of `attention`: LSE is fp32, natural log, (B, H, S_q) or packed (H, T), -inf where a row sees no key.
 
@@ -101,8 +104,10 @@ def attention_with_lse(
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
-    _check(q, k, v, packed, cu_seqlens_q, cu_seqlens_k, alibi_slopes, scale, softcap, dropout, window)
+    _check_tensors(q, k, v, packed)
+    _check_options(q.shape[-2], alibi_slopes, scale, softcap, dropout, window)
     if packed:
+        _check_lengths(q, cu_seqlens_q, cu_seqlens_k)
         q, k, v = q[None], k[None], v[None]
         if not max_seqlen_q or not max_seqlen_k:
             assert cu_seqlens_q is not None and cu_seqlens_k is not None
@@ -116,7 +121,7 @@ def attention_with_lse(
         right = 0 if right < 0 else min(right, 0)
     out, lse = torch.ops.shardplan.attention_forward(
         q, k, v, alibi_slopes, seed, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-        1.0 / math.sqrt(q.shape[3]) if scale is None else scale, left, right, top_left, softcap, dropout, deterministic,
+        1.0 / math.sqrt(q.shape[3]) if scale is None else scale, left, right, top_left, softcap, dropout, specialised,
     )  # fmt: skip
     return (out[0], lse[0]) if packed else (out, lse)
 
@@ -134,20 +139,8 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
     return weight_a * out_a.float() + weight_b * out_b.float(), lse
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    packed: bool,
-    cu_q: Tensor | None,
-    cu_k: Tensor | None,
-    slopes: Tensor | None,
-    scale: float | None,
-    softcap: float,
-    dropout: float,
-    window: tuple[int, int],
-) -> None:
-    """Raise ValueError for what the kernels cannot take."""
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
+    """Raise ValueError for shapes, dtypes and devices that the kernels cannot take."""
     dims, layout = (3, "(tokens, heads, head_dim)") if packed else (4, "(batch, seq, heads, head_dim)")
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != dims:
@@ -173,28 +166,36 @@ def _check(
         raise ValueError(
             f"head_dim {head_dim} is outside 1 to {LARGEST_HEAD_DIM}; use torch's scaled_dot_product_attention"
         )
-    if packed:
-        if cu_q is None or cu_k is None:
-            raise ValueError("cu_seqlens_q and cu_seqlens_k go together; give both")
-        for name, lengths in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
-            if (
-                lengths.dtype != torch.int32
-                or lengths.dim() != 1
-                or lengths.numel() != cu_q.numel()
-                or not lengths.numel()
-            ):
-                raise ValueError(
-                    f"{name} is {lengths.dtype} {tuple(lengths.shape)}; both need int32 and one entry more than sequences"
-                )
+
+
+def _check_lengths(q: Tensor, cu_q: Tensor | None, cu_k: Tensor | None) -> None:
+    """Raise ValueError for cumulative lengths that do not describe packed sequences."""
+    if cu_q is None or cu_k is None:
+        raise ValueError("cu_seqlens_q and cu_seqlens_k go together; give both")
+    for name, lengths in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
+        if lengths.dtype != torch.int32 or lengths.dim() != 1 or lengths.numel() != cu_q.numel() or not lengths.numel():
+            raise ValueError(
+                f"{name} is {lengths.dtype} {tuple(lengths.shape)}; both need int32 and one entry more than sequences"
+            )
+        if lengths.device != q.device:
+            raise ValueError(f"{name} is on {lengths.device}, q on {q.device}; move them to one device")
+
+
+def _check_options(
+    heads: int, slopes: Tensor | None, scale: float | None, softcap: float, dropout: float, window: tuple[int, int]
+) -> None:
+    """Raise ValueError for numbers out of range."""
     if scale is not None and not scale > 0:
         raise ValueError(f"scale is {scale}; it must be positive")
-    if softcap < 0:
+    if not softcap >= 0:
         raise ValueError(f"softcap is {softcap}; it must be positive, or 0 for none")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout is {dropout}; it must be at least 0 and below 1")
     if min(window) < -1:
         raise ValueError(f"window is {window}; each side is a number of keys, or -1 for all")
-    if slopes is not None and (slopes.dtype != torch.float32 or slopes.shape[-1] != heads or slopes.dim() > 2):
+    if slopes is not None and (
+        slopes.dtype != torch.float32 or slopes.shape[-1] != heads or slopes.dim() not in {1, 2}
+    ):
         raise ValueError(
             f"alibi_slopes is {slopes.dtype} {tuple(slopes.shape)}; it must be float32 ({heads}) or (batch, {heads})"
         )
@@ -217,7 +218,7 @@ def _forward(
     top_left: bool,
     softcap: float,
     dropout: float,
-    deterministic: bool,
+    specialised: bool,
 ) -> tuple[Tensor, Tensor]:
     shape = Shape(scale=scale, left=left, right=right, top_left=top_left, softcap=softcap, dropout=dropout)
     if not takes_kernel(q):
@@ -225,6 +226,8 @@ def _forward(
         return out.contiguous(), lse.contiguous()
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     sequences = attention_launch.Sequences(q, k, cu_q, cu_k, (longest_q, longest_k))
+    if specialised and attention_launch.specialisable(q, k, v, shape, sequences, slopes) and trusted(q, shape):
+        return attention_launch.specialised_forward(q, k, v, shape)
     return attention_launch.forward(q, k, v, shape, sequences, slopes, seed)
 
 
@@ -256,7 +259,7 @@ def _backward(
     top_left: bool,
     softcap: float,
     dropout: float,
-    deterministic: bool,
+    specialised: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape = Shape(scale=scale, left=left, right=right, top_left=top_left, softcap=softcap, dropout=dropout)
     if not takes_kernel(q):
@@ -268,9 +271,7 @@ def _backward(
         return tuple(g.contiguous() for g in gradients)  # pyright: ignore[reportReturnType]
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     sequences = attention_launch.Sequences(q, k, cu_q, cu_k, (longest_q, longest_k))
-    return attention_launch_backward.backward(
-        grad, grad_lse, q, k, v, out, lse, shape, sequences, slopes, seed, deterministic=deterministic
-    )
+    return attention_launch_backward.backward(grad, grad_lse, q, k, v, out, lse, shape, sequences, slopes, seed)
 
 
 @_backward.register_fake

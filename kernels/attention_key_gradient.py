@@ -19,7 +19,6 @@ def _query_blocks(
     grad,
     delta,
     lse2,
-    dq,
     batch,
     head,
     first_q,
@@ -42,9 +41,6 @@ def _query_blocks(
     sg_b,
     sg_h,
     sg_s,
-    sdq_b,
-    sdq_h,
-    sdq_s,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -54,8 +50,6 @@ def _query_blocks(
     ALIBI: tl.constexpr,
     DROPOUT: tl.constexpr,
     VARLEN: tl.constexpr,
-    FUSED: tl.constexpr,
-    ADD_BY_DESCRIPTOR: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -82,15 +76,6 @@ def _query_blocks(
         dv = tl.dot(kept_weight.to(g_MD.dtype), g_MD, dv, input_precision=PRECISION)
         ds = (weight * (dp - row_delta[None, :]) * bend).to(q_MD.dtype)
         dk = tl.dot(ds, q_MD, dk, input_precision=PRECISION)
-        if FUSED:
-            share = tl.dot(ds.T, k_ND, input_precision=PRECISION) * scale
-            if ADD_BY_DESCRIPTOR:
-                dq.atomic_add([batch, head, first_q + start, 0], share.reshape(1, 1, BLOCK_M, BLOCK_D))
-            else:
-                lanes = tl.arange(0, BLOCK_D)
-                base = dq + batch.to(tl.int64) * sdq_b + head.to(tl.int64) * sdq_h
-                where = base + (first_q + rows).to(tl.int64)[:, None] * sdq_s + lanes[None, :]
-                tl.atomic_add(where, share, mask=(rows < seq_q)[:, None] & (lanes < D)[None, :], sem="relaxed")
     return dk, dv
 
 
@@ -102,7 +87,6 @@ def attention_key_gradient_kernel(
     grad,
     delta,
     lse2,
-    dq,
     dk,
     dv,
     cu_q,
@@ -123,9 +107,6 @@ def attention_key_gradient_kernel(
     sg_s,
     sd_b,
     sd_h,
-    sdq_b,
-    sdq_h,
-    sdq_s,
     sdk_b,
     sdk_h,
     sdk_s,
@@ -152,8 +133,6 @@ def attention_key_gradient_kernel(
     ALIBI: tl.constexpr,
     DROPOUT: tl.constexpr,
     VARLEN: tl.constexpr,
-    FUSED: tl.constexpr,
-    ADD_BY_DESCRIPTOR: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -194,10 +173,10 @@ def attention_key_gradient_kernel(
         delta_row = delta + place
         lse2_row = lse2 + place
         dk_ND, dv_ND = _query_blocks(
-            dk_ND, dv_ND, k_ND, v_ND, q, grad, delta_row, lse2_row, dq, batch, head, first_q, seq_q, columns,
+            dk_ND, dv_ND, k_ND, v_ND, q, grad, delta_row, lse2_row, batch, head, first_q, seq_q, columns,
             begin, end, shift, left, right, scale, softcap, slope, seed, stream, dropout,
-            sq_b, sq_h, sq_s, sg_b, sg_h, sg_s, sdq_b, sdq_h, sdq_s, D, BLOCK_D, BLOCK_M,
-            HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, DROPOUT, VARLEN, FUSED, ADD_BY_DESCRIPTOR, TMA, PRECISION,
+            sq_b, sq_h, sq_s, sg_b, sg_h, sg_s, D, BLOCK_D, BLOCK_M,
+            HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, DROPOUT, VARLEN, TMA, PRECISION,
         )  # fmt: skip
     store_rows(dk, dk_ND * scale, batch, kv_head, first_k, start, seq_k, sdk_b, sdk_h, sdk_s, BLOCK_N, D, BLOCK_D)
     store_rows(dv, dv_ND, batch, kv_head, first_k, start, seq_k, sdv_b, sdv_h, sdv_s, BLOCK_N, D, BLOCK_D)

@@ -13,7 +13,7 @@ from shardplan.kernels.attention_forward import attention_forward_kernel
 from shardplan.kernels.attention_reference import Shape
 from shardplan.kernels.attention_specialised import attention_specialised_kernel
 from shardplan.kernels.attention_tiles import Tiles, tiles
-from shardplan.kernels.platform import INTERPRETED
+from shardplan.kernels.interpreter import INTERPRETED
 
 HOPPER = (9, 0)
 

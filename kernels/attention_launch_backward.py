@@ -25,7 +25,6 @@ from shardplan.kernels.attention_launch import (
 from shardplan.kernels.attention_query_gradient import attention_query_gradient_kernel
 from shardplan.kernels.attention_reference import Shape
 from shardplan.kernels.attention_tiles import Tiles
-from shardplan.kernels.platform import INTERPRETED
 
 ROW_PADDING = 128
 """delta and LSE are padded to a multiple of this, the largest tile of queries."""
@@ -98,22 +97,15 @@ def prepare(
     )  # fmt: skip
 
 
-def key_gradient(
-    given: Prepared, dk: Tensor, dv: Tensor, wide_dq: Tensor | None = None, tile: Tiles | None = None
-) -> None:
-    """Fill dK and dV; with `wide_dq` (fp32 zeros like q) also add dQ to it, in any order."""
+def key_gradient(given: Prepared, dk: Tensor, dv: Tensor, tile: Tiles | None = None) -> None:
+    """Fill dK and dV."""
     q, k, tma = given.q, given.k, given.tma
-    fused = wide_dq is not None
-    tile = tile or pick("fused" if fused else "key_gradient", q, tma)
-    block_d = padded_dimension(q.shape[3])
-    by_descriptor = tma and not INTERPRETED  # the interpreter cannot add through a descriptor
-    target = dk if wide_dq is None else wide_dq
+    tile = tile or pick("key_gradient", q, tma)
     grid = (triton.cdiv(given.sequences.keys, tile.keys), k.shape[2], given.sequences.count)
     attention_key_gradient_kernel[grid](
         *_sources(given, tile),
         given.delta,
         given.lse2,
-        None if wide_dq is None else source(wide_dq, tile.queries, block_d, by_descriptor),
         dk,
         dv,
         given.sequences.cu_q,
@@ -121,13 +113,10 @@ def key_gradient(
         given.slopes,
         given.seed,
         *_strides(given),
-        *strides(target),
         *strides(dk),
         *strides(dv),
         *scalars(given.slopes, q, k, given.sequences, given.shape),
         **flags(given.shape, given.sequences, given.slopes),
-        FUSED=fused,
-        ADD_BY_DESCRIPTOR=by_descriptor,
         **constants(q, tile, tma=tma),
     )
 
@@ -181,8 +170,6 @@ def backward(
     sequences: Sequences,
     slopes: Tensor | None,
     seed: Tensor | None,
-    *,
-    deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dQ, dK, dV), contiguous, in the dtypes of q, k and v."""
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
@@ -192,10 +179,6 @@ def backward(
     if q.numel() == 0 or k.numel() == 0 or sequences.count == 0:
         return dq, dk, dv
     given = prepare(grad, grad_lse, q, k, v, out, lse, shape, sequences, slopes, seed)
-    if deterministic or q.element_size() > 2:
-        key_gradient(given, dk, dv)
-        query_gradient(given, dq)
-        return dq, dk, dv
-    wide_dq = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
-    key_gradient(given, dk, dv, wide_dq)
-    return wide_dq.to(q.dtype), dk, dv
+    key_gradient(given, dk, dv)
+    query_gradient(given, dq)
+    return dq, dk, dv

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shardplan.kernels.platform import INTERPRETED
+from shardplan.kernels.interpreter import INTERPRETED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,23 +24,21 @@ class Tiles:
 INTERPRETER_TILES = Tiles(queries=32, keys=32, warps=4, stages=1)
 """Small, so that short sequences still take several tiles."""
 
-# (pass, block of the head dimension) -> tiles; 2-byte elements
 HOPPER_TMA: dict[tuple[str, int], Tiles] = {
-    ("forward", 64): Tiles(queries=128, keys=128, warps=8, stages=3),
-    ("forward", 128): Tiles(queries=128, keys=128, warps=8, stages=2),
+    ("forward", 64): Tiles(queries=64, keys=128, warps=4, stages=3),
+    ("forward", 128): Tiles(queries=64, keys=64, warps=4, stages=3),
     ("forward", 256): Tiles(queries=128, keys=64, warps=8, stages=2),
-    ("key_gradient", 64): Tiles(queries=64, keys=128, warps=8, stages=3),
-    ("key_gradient", 128): Tiles(queries=64, keys=128, warps=8, stages=2),
-    ("key_gradient", 256): Tiles(queries=32, keys=64, warps=8, stages=2),
-    ("query_gradient", 64): Tiles(queries=128, keys=128, warps=8, stages=2),
-    ("query_gradient", 128): Tiles(queries=128, keys=64, warps=8, stages=2),
-    ("query_gradient", 256): Tiles(queries=64, keys=32, warps=8, stages=2),
     ("specialised", 64): Tiles(queries=128, keys=128, warps=4, stages=2),
     ("specialised", 128): Tiles(queries=128, keys=128, warps=4, stages=2),
-    ("fused", 64): Tiles(queries=64, keys=128, warps=8, stages=2),
-    ("fused", 128): Tiles(queries=64, keys=64, warps=8, stages=2),
-    ("fused", 256): Tiles(queries=32, keys=64, warps=8, stages=2),
+    ("key_gradient", 64): Tiles(queries=64, keys=64, warps=4, stages=3),
+    ("key_gradient", 128): Tiles(queries=64, keys=64, warps=4, stages=2),
+    ("key_gradient", 256): Tiles(queries=64, keys=64, warps=8, stages=2),
+    ("query_gradient", 64): Tiles(queries=128, keys=64, warps=8, stages=3),
+    ("query_gradient", 128): Tiles(queries=128, keys=64, warps=8, stages=3),
+    ("query_gradient", 256): Tiles(queries=128, keys=32, warps=8, stages=2),
 }
+"""By (kernel, block of the head dimension), 2-byte elements loaded by descriptor; timed on an H200
+(reports/measured/h200-2026-11-26/attention_tuning.csv): small tiles of four warps, several to a multiprocessor, win."""
 POINTERS: dict[tuple[str, int], Tiles] = {
     ("forward", 64): Tiles(queries=128, keys=64, warps=4, stages=3),
     ("forward", 128): Tiles(queries=128, keys=32, warps=8, stages=3),
@@ -52,6 +50,7 @@ POINTERS: dict[tuple[str, int], Tiles] = {
     ("query_gradient", 128): Tiles(queries=64, keys=32, warps=8, stages=2),
     ("query_gradient", 256): Tiles(queries=32, keys=32, warps=8, stages=1),
 }
+"""The same, loaded by pointer: GPUs before Hopper, and tensors that a descriptor cannot describe; not timed."""
 WIDE: dict[tuple[str, int], Tiles] = {
     (kernel, block): Tiles(queries=32, keys=32, warps=8 if block == 256 else 4, stages=1)
     for kernel in ("forward", "key_gradient", "query_gradient")
@@ -61,12 +60,12 @@ WIDE: dict[tuple[str, int], Tiles] = {
 
 
 def tiles(kernel: str, *, block_d: int, tma: bool, element_bytes: int) -> Tiles:
-    """Tiles of `kernel` (forward, key_gradient, query_gradient, fused) for a head dimension padded to `block_d`."""
+    """Tiles of `kernel` (forward, specialised, key_gradient, query_gradient) for a head dimension padded to `block_d`."""
     if INTERPRETED:
         return INTERPRETER_TILES
     key = (kernel, max(block_d, 64))
     if element_bytes > 2:
-        return WIDE[("key_gradient" if kernel == "fused" else kernel, key[1])]
+        return WIDE[key]
     if tma:
         return HOPPER_TMA[key]
-    return POINTERS[("key_gradient" if kernel == "fused" else kernel, key[1])]
+    return POINTERS[key]

@@ -1,0 +1,134 @@
+"""Configurations in which the attention kernels are shipped, for the static gate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from shardplan.kernels.attention_backward import attention_delta_kernel
+from shardplan.kernels.attention_forward import attention_forward_kernel
+from shardplan.kernels.attention_key_gradient import attention_key_gradient_kernel
+from shardplan.kernels.attention_launch import padded_dimension
+from shardplan.kernels.attention_launch_backward import DELTA_ROWS
+from shardplan.kernels.attention_query_gradient import attention_query_gradient_kernel
+from shardplan.kernels.attention_specialised import attention_specialised_kernel
+from shardplan.kernels.attention_tiles import HOPPER_TMA, POINTERS, WIDE, Tiles
+from shardplan.kernels.shipped import Shipped
+
+KERNELS = {
+    "forward": attention_forward_kernel,
+    "key_gradient": attention_key_gradient_kernel,
+    "query_gradient": attention_query_gradient_kernel,
+}
+SWITCHES = ("HAS_LEFT", "HAS_RIGHT", "TOP_LEFT", "SOFTCAP", "ALIBI", "DROPOUT", "VARLEN")
+EVERYTHING = frozenset(SWITCHES) - {"TOP_LEFT"}
+TYPES = {"cu_q": "*i32", "cu_k": "*i32", "slopes": "*fp32", "seeds": "*i64"} | dict.fromkeys(
+    ("scale", "softcap", "dropout"), "fp32"
+)
+ABSENT = {"cu_q": "VARLEN", "cu_k": "VARLEN", "slopes": "ALIBI", "seeds": "DROPOUT"}
+"""Arguments that are None unless their switch is on."""
+QUERY_SIDE, KEY_SIDE = ("q", "grad"), ("k", "v")
+SPILLED: dict[tuple[str, int], int] = {("key_gradient", 128): 64, ("key_gradient", 256): 64}
+"""Stack bytes a thread that are accepted where tiles load by descriptor: faster as measured than tiles without."""
+MOST_SPILLED = 2560
+"""For fp32 and for every switch at once, which are there to be right."""
+
+
+def shipped() -> list[Shipped]:
+    """Every tile with and without a causal mask, and every switch at once for the commonest head dimension."""
+    entries: list[Shipped] = []
+    for kernel in KERNELS:
+        for head_dim in (32, 64, 96, 128, 256):
+            for on in (frozenset[str](), frozenset({"HAS_RIGHT"})):
+                entries.append(_entry(kernel, head_dim, "bf16", on, tma=True, capabilities=(90, 100)))
+            entries.append(_entry(kernel, head_dim, "bf16", frozenset({"HAS_RIGHT"}), tma=False, capabilities=(80, 90)))
+        entries.append(_entry(kernel, 128, "fp16", EVERYTHING, tma=True, capabilities=(90,)))
+        entries.append(_entry(kernel, 128, "fp32", frozenset({"HAS_RIGHT"}), tma=False, capabilities=(80, 90)))
+    entries += [_specialised(head_dim) for head_dim in (64, 128)]
+    return [*entries, _delta()]
+
+
+def _entry(
+    kernel: str, head_dim: int, dtype: str, on: frozenset[str], *, tma: bool, capabilities: tuple[int, ...]
+) -> Shipped:
+    function, block_d = KERNELS[kernel], padded_dimension(head_dim)
+    table = WIDE if dtype == "fp32" else HOPPER_TMA if tma else POINTERS
+    tile = table[(kernel, max(block_d, 64))]
+    constants: dict[str, Any] = {name: name in on for name in SWITCHES}
+    constants |= {"D": head_dim, "BLOCK_D": block_d, "BLOCK_M": tile.queries, "BLOCK_N": tile.keys}
+    constants |= {"TMA": tma, "PRECISION": "ieee"}
+    constants |= {name: None for name, switch in ABSENT.items() if switch not in on and name in function.arg_names}
+    words = "+".join(sorted(on)).lower() or "full"
+    return Shipped(
+        name=f"attention_{kernel} D{head_dim} {dtype} {words} {'descriptors' if tma else 'pointers'}",
+        kernel=function,
+        signature=_signature(function.arg_names, constants, tile, dtype, block_d, tma=tma),
+        constants=constants,
+        warps=tile.warps,
+        stages=tile.stages,
+        tensor_cores=dtype != "fp32" and tile.queries >= 64,
+        tma=tma,
+        most_stack_bytes=MOST_SPILLED
+        if dtype == "fp32" or on == EVERYTHING
+        else SPILLED.get((kernel, block_d), 0) * tma,
+        capabilities=capabilities,
+    )
+
+
+def _signature(
+    names: list[str], constants: dict[str, Any], tile: Tiles, dtype: str, block_d: int, *, tma: bool
+) -> dict[str, str]:
+    types: dict[str, str] = {}
+    for name in names:
+        if name in constants:
+            continue
+        if name in QUERY_SIDE or name in KEY_SIDE:
+            rows = tile.queries if name in QUERY_SIDE else tile.keys
+            types[name] = f"tensordesc<{dtype}[1, 1, {rows}, {block_d}]>" if tma else f"*{dtype}"
+        elif name in {"out", "dq", "dk", "dv"}:
+            types[name] = f"*{dtype}"
+        elif name in {"lse", "delta", "lse2"}:
+            types[name] = "*fp32"
+        else:
+            types[name] = TYPES.get(name, "i32")
+    return types
+
+
+def _specialised(head_dim: int) -> Shipped:
+    function, tile = attention_specialised_kernel, HOPPER_TMA[("specialised", head_dim)]
+    constants = {"D": head_dim, "BLOCK_M": tile.queries, "BLOCK_N": tile.keys}
+    constants |= {"CAUSAL": False, "RAGGED": False, "SPECIALISE": True}
+    return Shipped(
+        name=f"attention_specialised D{head_dim} bf16 full",
+        kernel=function,
+        signature={
+            name: "*fp32"
+            if name == "lse"
+            else "fp32"
+            if name == "scale"
+            else "i32"
+            if name not in {"q", "k", "v", "out"}
+            else "*bf16"
+            for name in function.arg_names
+            if name not in constants
+        },
+        constants=constants,
+        warps=tile.warps,
+        stages=tile.stages,
+        tensor_cores=True,
+        tma=True,
+    )
+
+
+def _delta() -> Shipped:
+    names = attention_delta_kernel.arg_names
+    constants = {"D": 128, "BLOCK_D": 128, "BLOCK_M": DELTA_ROWS, "HAS_GRAD_LSE": True}
+    types = {"out": "*bf16", "grad": "*bf16"} | dict.fromkeys(("lse", "grad_lse", "delta", "lse2"), "*fp32")
+    return Shipped(
+        name="attention_delta D128 bf16",
+        kernel=attention_delta_kernel,
+        signature={name: types.get(name, "i32") for name in names if name not in constants},
+        constants=constants,
+        warps=4,
+        stages=3,
+        capabilities=(80, 90, 100),
+    )

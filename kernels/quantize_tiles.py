@@ -1,0 +1,208 @@
+"""Inside the quantise kernels: scale of a block, value to code, code to value, random dither. Layout: `packing.py`.
+
+Tiles are [blocks, elements of a block]. Codes are made and read by adding a power of two, never by int-to-float conversion
+units (16 lanes a clock against 128): 1.5 · 2^23 + v holds round-half-even(v) in its low bits, and 16 + n (256 + n) is the bits
+of n behind a fixed exponent. The launches switch the contraction of a · b + c off, so that rounding equals the reference.
+"""
+
+# Triton's own words in and around a kernel - constexpr, launch options - are beyond a type checker.
+# pyright: reportAssignmentType=false, reportGeneralTypeIssues=false
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from shardplan.kernels.interpreter import WIDEN
+from shardplan.kernels.packing import SMALLEST_SCALE
+
+SMALLEST: tl.constexpr = tl.constexpr(SMALLEST_SCALE)
+ROUND_MAGIC: tl.constexpr = tl.constexpr(12582912.0)
+PHILOX_ROUNDS: tl.constexpr = tl.constexpr(7)
+"""Fewest that pass BigCrush (Salmon 2011, table 2); the customary ten cost more than the memory traffic."""
+
+
+@triton.jit
+def magnitude_bits(value):
+    """|value| as integers, which order as the floats do, with infinity and NaN above all: one max finds both."""
+    return value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def block_scale(largest, KIND: tl.constexpr, HALF_SCALE: tl.constexpr):
+    """(scale, 1 / scale, finite) of blocks whose largest magnitude has the bits `largest`; scale NaN where not finite."""
+    LARGEST_CODE: tl.constexpr = 127.0 if KIND == "int8" else (7.0 if KIND == "int4" else 448.0)
+    DROPPED: tl.constexpr = 0xFFFF if HALF_SCALE else 0x1FF
+    finite = largest < 0x7F800000
+    scale = tl.div_rn(largest.to(tl.float32, bitcast=True), LARGEST_CODE)
+    scale = ((scale.to(tl.int32, bitcast=True) + DROPPED) & ~DROPPED).to(tl.float32, bitcast=True)
+    used = finite & (scale >= SMALLEST)
+    inverse = tl.where(used, tl.div_rn(1.0, tl.where(used, scale, 1.0)), 0.0)
+    return tl.where(used, scale, tl.where(finite, 0.0, float("nan"))), inverse, finite
+
+
+@triton.jit
+def store_scale(pointer, scale, mask, HALF_SCALE: tl.constexpr):
+    """Write scales; bf16 ones as their bits, exact because `block_scale` rounded them."""
+    if HALF_SCALE:
+        tl.store(pointer, (scale.to(tl.int32, bitcast=True) >> 16).to(tl.int16), mask=mask)
+    else:
+        tl.store(pointer, scale, mask=mask)
+
+
+@triton.jit
+def load_scale(pointer, mask, HALF_SCALE: tl.constexpr):
+    """Read scales as fp32; 0 where masked."""
+    if HALF_SCALE:
+        scale = (tl.load(pointer, mask=mask, other=0).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        scale = tl.load(pointer, mask=mask, other=0.0)
+    return scale
+
+
+@triton.jit
+def e4m3_bits(value):
+    """Bits of e4m3fn of |value| <= 448, ties to even, in integers: for the interpreter and GPUs before compute 8.9."""
+    bits = value.to(tl.int32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - (120 << 3)
+    small = (magnitude.to(tl.float32, bitcast=True) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
+    return ((bits >> 24) & 0x80) | tl.where(magnitude < 0x3C800000, small, normal)
+
+
+@triton.jit
+def encode(value, inverse, finite, dither, KIND: tl.constexpr, DITHERED: tl.constexpr, HARDWARE_FP8: tl.constexpr):
+    """Codes of `value`, as int32 of which the low 8 (int4: 4) bits count and the rest is zero; 0 where not finite."""
+    scaled = value * inverse
+    if KIND == "fp8":
+        if HARDWARE_FP8:
+            code = scaled.to(tl.float8e4nv).to(tl.uint8, bitcast=True).to(tl.int32)
+        else:
+            code = e4m3_bits(scaled)
+    else:
+        if DITHERED:
+            LARGEST_CODE: tl.constexpr = 127.0 if KIND == "int8" else 7.0
+            # 1 / scale is rounded, so the largest can come out a hair above its code, and dither would carry it over.
+            scaled = tl.minimum(tl.maximum(scaled, -LARGEST_CODE), LARGEST_CODE) + dither
+        code = (scaled + ROUND_MAGIC).to(tl.int32, bitcast=True)
+    return code & tl.where(finite, 0xF if KIND == "int4" else 0xFF, 0)
+
+
+@triton.jit
+def decode_bytes(code):
+    """int8: value + 384, the code behind the exponent of 256 with its sign bit flipped: two instructions, no conversion.
+
+    In PTX, four codes a register: from Triton's own operations, byte by byte, come twice as many instructions, and those,
+    not memory, would then bound the sum over eight sources.
+    """
+    if WIDEN:
+        bits = ((code.to(tl.int32) << 15) & 0x7F8000) ^ 0x43C00000
+    else:
+        bits = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 byte0, byte1, byte2, byte3;
+            shl.b32 byte0, $4, 15;
+            shl.b32 byte1, $4, 7;
+            shr.u32 byte2, $4, 1;
+            shr.u32 byte3, $4, 9;
+            lop3.b32 $0, byte0, 0x7F8000, 0x43C00000, 0x6A;
+            lop3.b32 $1, byte1, 0x7F8000, 0x43C00000, 0x6A;
+            lop3.b32 $2, byte2, 0x7F8000, 0x43C00000, 0x6A;
+            lop3.b32 $3, byte3, 0x7F8000, 0x43C00000, 0x6A;
+            }""",
+            "=r,=r,=r,=r,r",
+            [code],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=4,
+        )
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def decode_halves(code):
+    """int4: value + 264 of the low halves and value + 24 of the high ones, behind the exponents of 256 and 16: one shift."""
+    if WIDEN:
+        shifted = code.to(tl.int32) << 15
+        low, high = (shifted & 0x78000) ^ 0x43840000, (shifted & 0x780000) ^ 0x41C00000
+    else:
+        low, high = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 byte0, byte1, byte2, byte3;
+            shl.b32 byte0, $8, 15;
+            shl.b32 byte1, $8, 7;
+            shr.u32 byte2, $8, 1;
+            shr.u32 byte3, $8, 9;
+            lop3.b32 $0, byte0, 0x78000, 0x43840000, 0x6A;
+            lop3.b32 $1, byte1, 0x78000, 0x43840000, 0x6A;
+            lop3.b32 $2, byte2, 0x78000, 0x43840000, 0x6A;
+            lop3.b32 $3, byte3, 0x78000, 0x43840000, 0x6A;
+            lop3.b32 $4, byte0, 0x780000, 0x41C00000, 0x6A;
+            lop3.b32 $5, byte1, 0x780000, 0x41C00000, 0x6A;
+            lop3.b32 $6, byte2, 0x780000, 0x41C00000, 0x6A;
+            lop3.b32 $7, byte3, 0x780000, 0x41C00000, 0x6A;
+            }""",
+            "=r,=r,=r,=r,=r,=r,=r,=r,r",
+            [code],
+            dtype=(tl.int32, tl.int32),
+            is_pure=True,
+            pack=4,
+        )
+    return low.to(tl.float32, bitcast=True), high.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def decode(code, KIND: tl.constexpr, HARDWARE_FP8: tl.constexpr):
+    """Values of uint8 codes plus an offset, exact in 9 bits: (value + 384, again), (value, again) for fp8; int4 see above."""
+    if KIND == "int4":
+        low, high = decode_halves(code)
+        return low, high
+    if KIND == "int8":
+        shifted = decode_bytes(code)
+    elif HARDWARE_FP8:
+        shifted = code.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    else:
+        code = code.to(tl.int32)
+        half = (((code & 0x80) << 8) | ((code & 0x7F) << 7)).to(tl.int16).to(tl.float16, bitcast=True)
+        shifted = half.to(tl.float32) * 256.0
+    return shifted, shifted
+
+
+@triton.jit
+def half_words(word0, word1, word2, word3, SHIFT: tl.constexpr):
+    """The 16 bits from SHIFT of four words per counter, as a last axis [2, 2]: index 2a + b is word 2a + b."""
+    first = tl.join((word0 >> SHIFT) & 0xFFFF, (word2 >> SHIFT) & 0xFFFF)
+    second = tl.join((word1 >> SHIFT) & 0xFFFF, (word3 >> SHIFT) & 0xFFFF)
+    return tl.join(first, second)
+
+
+@triton.jit
+def draw_dither(seed, row, stage, first, ROWS: tl.constexpr, STRIDE: tl.constexpr, WIDTH: tl.constexpr):
+    """Uniform in (-1/2, 1/2), [ROWS, WIDTH], for elements first + r · STRIDE + c of part `row`: 16 bits of Philox4x32-7 each.
+
+    Key: seed. Counter: (element / 8, its high word, row, stage); element % 8 picks word and half. So what an element draws
+    hangs on its place alone, not on tiles or launches. `first` is a multiple of the tile, so low words never carry.
+    """
+    group = first >> 3
+    low = (group & 0xFFFFFFFF).to(tl.uint32)
+    counters = tl.arange(0, ROWS)[:, None] * (STRIDE // 8) + tl.arange(0, WIDTH // 8)[None, :]
+    counters = counters.to(tl.uint32) + low
+    zero = counters * 0
+    high = zero + (group >> 32).to(tl.uint32)
+    word0, word1, word2, word3 = tl.philox(
+        seed, counters, high, zero + row.to(tl.uint32), zero + stage, n_rounds=PHILOX_ROUNDS
+    )
+    bits = tl.join(half_words(word0, word1, word2, word3, 0), half_words(word0, word1, word2, word3, 16))
+    bits = tl.reshape(bits, (ROWS, WIDTH))
+    # 1 + bits / 2^16 as a float, moved to the middle of its cell: symmetric about 0, so rounding is unbiased.
+    return ((bits << 7) | 0x3F800000).to(tl.float32, bitcast=True) - 1.49999237060546875
+
+
+@triton.jit
+def as_output(value, pointer):
+    """`value` in the type `pointer` points at, ties to even; the interpreter would truncate to bf16, so round before it."""
+    if WIDEN and pointer.dtype.element_ty == tl.bfloat16:
+        bits = value.to(tl.int32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & ~0xFFFF
+        value = tl.where(value == value, rounded.to(tl.float32, bitcast=True), value)  # noqa: PLR0124 - NaN
+    return value.to(pointer.dtype.element_ty)
