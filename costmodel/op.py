@@ -30,6 +30,8 @@ class Shapes:
     """tp with sequence parallelism, else 1: divides what is split along the sequence."""
     flash: NDArray[np.bool_]
     """Fused attention instead of separate matrix products and softmax."""
+    library: NDArray[np.bool_] | None = None
+    """Where only kernels of libraries may run; None: nowhere."""
     ep: Amount = 1.0
     expert_tp: Amount = 1.0
     """Ranks each expert is cut over, where tokens are dispatched (`expert_parallel.py`)."""
