@@ -12,7 +12,8 @@ from shardplan.costmodel.job import BYTES_OF, GATHERED_BYTES, PAGED, Job
 from shardplan.costmodel.layout import LayoutTable
 from shardplan.costmodel.offload import NVME, READ_STATE_BYTES, optimizer_share
 from shardplan.costmodel.recompute import RECOMPUTE
-from shardplan.costmodel.runtime import BytesPerParameter, Runtime
+from shardplan.costmodel.runtime import Runtime
+from shardplan.costmodel.runtime_states import BytesPerParameter
 from shardplan.costmodel.zeropp import secondary_bytes
 
 FloatArray = NDArray[np.float64]
