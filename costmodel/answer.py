@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from shardplan.costmodel.adapters import trainable_parameters
+from shardplan.costmodel.attention_time import OWN_KERNEL, takes_own_kernel
 from shardplan.costmodel.estimate import model_flop_per_token
 from shardplan.costmodel.estimates import DEFAULT_HEADROOM, MEMORY_BAND, Estimates
 from shardplan.costmodel.job import Job
@@ -191,7 +192,11 @@ def assumptions(
     model: Model, job: Job, cluster: Cluster, runtime: Runtime, layout: Layout, headroom: float
 ) -> list[str]:
     """What the numbers rest on, in sentences."""
-    attention = layout.attention if layout.attention != "auto" else runtime.abilities.attention[0]
+    attention = layout.attention
+    if attention == "auto":
+        owned = OWN_KERNEL in runtime.execution.attention_kernels and OWN_KERNEL in cluster.gpu.attention_efficiency
+        owned &= all(takes_own_kernel(job.precision, kind.head_dim) for kind, _ in model.runs)
+        attention = "triton" if owned else runtime.abilities.attention[0]
     gradient = job.grad_dtype or runtime.states[job.precision].gradient_dtype
     peak = cluster.gpu.peak_flop_per_s[job.precision] / 1e12
     lines = [

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from shardplan.costmodel.kernels_time import memory_bound_s
-from shardplan.hw_profiles.machine import AttentionCurve, Gpu
+from shardplan.hw_profiles.machine import AttentionCurve, AttentionKernel, Gpu
 
 FloatArray = NDArray[np.float64]
 
@@ -22,6 +22,11 @@ TILE_TOKENS = 128
 """Queries, and keys, of one tile: what a kernel computes is a whole number of them (FlashAttention-2 and -3: 64 to 128)."""
 TILE_HEAD_DIMS = (32.0, 64.0, 96.0, 128.0, 160.0, 192.0, 256.0)
 """Head dims for which fused kernels exist; others run in the next one (Dao-AILab/flash-attention, csrc head-dim switch)."""
+OWN_KERNEL: AttentionKernel = "shardplan"
+"""This project's kernel (`kernels/attention.py`)."""
+OWN_PRECISIONS = ("bf16", "fp16")
+OWN_HEAD_DIM = 256
+"""Widest head of it."""
 NARROW_HEAD_DIM = 50.0
 """Head dim at which the products of unfused attention reach half the rate of a large product: D / (D + 50). Fitted to the
 PyTorch attention of Dao-AILab/flash-attention@0251105 on A100 and H100, head dims 64 and 128."""
@@ -51,6 +56,11 @@ class AttentionShape:
     def scores(self) -> FloatArray:
         """Elements of the score matrices."""
         return self.pairs * self.seq * self.keys
+
+
+def takes_own_kernel(precision: str, head_dim: float) -> bool:
+    """Attention of these numbers can run in this project's kernel on a GPU."""
+    return precision in OWN_PRECISIONS and head_dim <= OWN_HEAD_DIM
 
 
 def flash_attention_flop(seq: ArrayLike, keys: ArrayLike, heads: ArrayLike, head_dim: ArrayLike) -> FloatArray:

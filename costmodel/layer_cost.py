@@ -9,7 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.costmodel.adapters import ADAPTER_OPS
-from shardplan.costmodel.attention_time import AttentionShape, fused_attention_s, unfused_attention_s
+from shardplan.costmodel.attention_time import (
+    OWN_KERNEL,
+    AttentionShape,
+    fused_attention_s,
+    takes_own_kernel,
+    unfused_attention_s,
+)
 from shardplan.costmodel.collectives import Collective, collective_s
 from shardplan.costmodel.context_parallel import RING, context_seconds, transient_bytes
 from shardplan.costmodel.expert_parallel import exchange_s
@@ -294,8 +300,13 @@ def _attention_seconds(
     shape: AttentionShape, softmax_traffic: FloatArray, shapes: Shapes, gpu: Gpu, precision: str, runtime: Runtime
 ) -> tuple[FloatArray, FloatArray]:
     """(forward, backward) seconds of the attention core, fused where `shapes.flash`."""
-    curve = gpu.attention_curve(runtime.execution.attention_kernels)
-    fused = fused_attention_s(gpu, precision, curve, shape)
+    kernels = runtime.execution.attention_kernels
+    others = [kernel for kernel in kernels if kernel != OWN_KERNEL]
+    owned = kernels if takes_own_kernel(precision, shape.head_dim) else others
+    fused = fused_attention_s(gpu, precision, gpu.attention_curve(owned), shape)
+    if shapes.library is not None and owned != others and shapes.library.any():
+        held = fused_attention_s(gpu, precision, gpu.attention_curve(others), shape)
+        fused = tuple(np.where(shapes.library, other, own) for own, other in zip(fused, held, strict=True))
     ring = (np.asarray(shapes.cp) > 1) & (np.asarray(shapes.cp_kind) == RING)
     rate = runtime.execution.attention_rate * np.where(ring, runtime.execution.ring_attention_rate, 1.0)
     if shapes.flash.all():

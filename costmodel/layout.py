@@ -29,7 +29,8 @@ V_PLACED = ("zero_bubble_v", "dualpipe_v")
 """Schedules of two chunks in V placement: rank r holds chunks r and 2 pp - 1 - r, so rank 0 the first and the last."""
 SPLIT_BACKWARD = ("zero_bubble", "zero_bubble_v", "dualpipe_v")
 """Schedules that compute the gradient of the input and, later, that of the weights."""
-ATTENTION = ("auto", "flash", "unfused")
+ATTENTION = ("auto", "flash", "unfused", "triton")
+"""flash: fused attention of the runtime's libraries; triton: this project's own kernel."""
 OFFLOAD = ("none", "cpu", "nvme")
 """Where states live: the GPU, host memory, local flash."""
 OFFLOAD_ACTIVATIONS = ("none", "cpu")

@@ -12,7 +12,8 @@ from shardplan.costmodel.job import BYTES_OF, GATHERED_BYTES, PAGED, Job
 from shardplan.costmodel.layout import LayoutTable
 from shardplan.costmodel.offload import NVME, READ_STATE_BYTES, optimizer_share
 from shardplan.costmodel.recompute import RECOMPUTE
-from shardplan.costmodel.runtime import BytesPerParameter, Runtime
+from shardplan.costmodel.runtime import Runtime
+from shardplan.costmodel.runtime_states import BytesPerParameter
 from shardplan.costmodel.zeropp import secondary_bytes
 
 FloatArray = NDArray[np.float64]
@@ -184,7 +185,41 @@ def stage_states(
     parts["host"] = tiers["host"] + _flash_buffers(runtime, layouts, share * stage_parameters / shards)
     parts["nvme"] = tiers["nvme"]
     parts["stepping"] = stepping
+    if exchanges_alone(runtime, job):
+        once, parts["reducing"] = _last_reduction(
+            runtime, job, layouts, parts, stage_parameters, root_parameters, layer_parameters
+        )
+        parts["stepping"] = stepping + once
     return parts
+
+
+MASTER_BYTES = 4.0
+
+
+def exchanges_alone(runtime: Runtime, job: Job) -> bool:
+    """One rank gathers and reduces its states as if there were more."""
+    return runtime.working_set.exchanges_alone and BYTES_OF[job.precision] < MASTER_BYTES
+
+
+def _last_reduction(
+    runtime: Runtime,
+    job: Job,
+    layouts: LayoutTable,
+    parts: Mapping[str, FloatArray],
+    stage: FloatArray,
+    root: FloatArray,
+    layer: FloatArray,
+) -> tuple[FloatArray, FloatArray]:
+    """Bytes, each (N, S), of the reduction that ends the backward: (beyond the states, at that time; in blocks of its own).
+
+    fully_shard reduces embedding, final norm and head (or the last layer) together, after everything else. By then 16-bit parameters
+    are dropped, so the first may be negative; beside the reduced gradients there is what is reduced. Gradients that were accumulated
+    whole fill blocks of their own, and both buffers stay beside them.
+    """
+    buffer = gradient_bytes(runtime, job) * np.maximum(root, layer)
+    masters = MASTER_BYTES * stage / layouts.zero_ranks[:, None]
+    copies = np.maximum(parts["parameters"] - masters, 0.0)
+    return buffer - copies, buffer
 
 
 def paged_share(runtime: Runtime, job: Job) -> float:
@@ -272,7 +307,8 @@ def _working_set(
     work = runtime.working_set
     element = parameter_bytes(runtime, job, sent=False)
     away = (layouts.offload_optimizer > 0) & ("gradients" in work.offload_moves)  # gradients on their way to the host
-    spread = ((layouts.zero_ranks > 1) | (layouts.offload_params > 0)) & (_held_whole(runtime, layouts) == 0)
+    spread = (layouts.zero_ranks > 1) | (layouts.offload_params > 0) | exchanges_alone(runtime, job)
+    spread &= _held_whole(runtime, layouts) == 0
     gathered = work.gathered_layers * layer + (root if work.root_stays_gathered else 0.0)
     gathered = np.where(((layouts.zero == 3) & spread)[:, None], np.minimum(gathered, stage), 0.0)
     waiting = np.where((waits & (spread | away))[:, None], np.minimum(work.gradient_layers * layer, stage), 0.0)

@@ -30,6 +30,8 @@ class Shapes:
     """tp with sequence parallelism, else 1: divides what is split along the sequence."""
     flash: NDArray[np.bool_]
     """Fused attention instead of separate matrix products and softmax."""
+    library: NDArray[np.bool_] | None = None
+    """Where only kernels of libraries may run; None: nowhere."""
     ep: Amount = 1.0
     expert_tp: Amount = 1.0
     """Ranks each expert is cut over, where tokens are dispatched (`expert_parallel.py`)."""
@@ -110,7 +112,7 @@ def norm_op(name: str, norm: str, stream: FloatArray, runtime: Runtime, element_
     """A norm of a tensor of `stream` bytes; one such tensor is kept: what comes out, or before a residual add what goes in."""
     return Op(
         name=name,
-        traffic_bytes=2 * stream * passes(norm, runtime),
+        traffic_bytes=2 * stream * (1.0 if runtime.execution.fused_norms else passes(norm, runtime)),
         kept_bytes=stream * (1 + runtime.activations.norm_bytes / element_bytes),
     )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from shardplan.costmodel.attention_time import OWN_HEAD_DIM, OWN_PRECISIONS, takes_own_kernel
 from shardplan.costmodel.context_rules import CONTEXT_RULES
 from shardplan.costmodel.expert_rules import EXPERT_RULES
 from shardplan.costmodel.layout import (
@@ -36,6 +37,16 @@ from shardplan.costmodel.rule_parts import (
 )
 from shardplan.costmodel.schedule_rules import SCHEDULE_RULES
 from shardplan.costmodel.zeropp_rules import ZEROPP_RULES
+
+
+def _runs_own_attention(setting: Setting) -> bool:
+    gpu, precision = setting.cluster.gpu, setting.job.precision
+    return gpu.device == "cuda" and gpu.vendor == "NVIDIA" and takes_own_kernel(precision, _widest_head(setting))
+
+
+def _widest_head(setting: Setting) -> int:
+    return max(kind.head_dim for kind in setting.kinds)
+
 
 STRUCTURE: tuple[Rule, ...] = (
     Rule(
@@ -205,6 +216,15 @@ RUNTIME_RULES: tuple[Rule, ...] = (
         broken=lambda s, t: ~np.isin(t.attention, (0, *codes(s.runtime.abilities.attention, ATTENTION))),
         detail=lambda s, x: f"runtime {s.runtime.name!r} has no attention={x.attention}",
         remedy=options(lambda r: r.abilities.attention),
+    ),
+    Rule(
+        id="own-attention",
+        broken=lambda s, t: (t.attention == ATTENTION.index("triton")) & (not _runs_own_attention(s)),
+        detail=lambda s, x: (
+            f"attention=triton runs on NVIDIA GPUs in {' or '.join(OWN_PRECISIONS)} with heads of at most {OWN_HEAD_DIM}, not on "
+            f"{s.cluster.gpu.name} in {s.job.precision} with heads of {_widest_head(s)}"
+        ),
+        remedy=lambda s, x: "leave attention=auto",
     ),
     Rule(
         id="tp-divides-vocab",

@@ -9,22 +9,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from shardplan.costmodel.model import PART_NAMES, LayerPart
 from shardplan.costmodel.recompute import Part
 from shardplan.costmodel.runtime_document import runtime_document, runtime_file, state_row, switched
 from shardplan.costmodel.runtime_experts import ExpertParallel
 from shardplan.costmodel.runtime_offload import Offloading
+from shardplan.costmodel.runtime_states import States, WorkingSet
 from shardplan.costmodel.runtime_tuning import Tuning
 from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.machine import AttentionKernel
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
-
-BytesPerParameter = float | Literal["gradient"]
-"""A number, or "gradient": the bytes of the gradient dtype in use."""
 
 
 class _FromFile:
@@ -94,59 +92,6 @@ class Abilities(_FromFile):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StateBytes(_FromFile):
-    """Model-state bytes per parameter at one ZeRO stage."""
-
-    whole: Mapping[str, BytesPerParameter]
-    """Held in full on every rank: keys parameters, gradients, optimizer."""
-    sharded: Mapping[str, BytesPerParameter]
-    """Divided by the ranks ZeRO shards over."""
-    accumulating: Mapping[str, BytesPerParameter]
-    """Held in full too, while more than one micro-batch accumulates."""
-    stepping: Mapping[str, BytesPerParameter]
-    """Divided too, made for the optimizer step, when activations are gone, and dropped after it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class States(_FromFile):
-    """States of one precision by ZeRO stage."""
-
-    gradient_dtype: str
-    """Of accumulation and reduction unless the job says otherwise."""
-    gradient_dtypes: tuple[str, ...]
-    """What the job may ask for."""
-    zero: tuple[StateBytes, ...]
-    """Index = ZeRO stage; stages the runtime lacks are absent from `abilities.zero` and repeat the stage below."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class WorkingSet(_FromFile):
-    """Transient memory beside states and activations."""
-
-    gathered_layers: float
-    """ZeRO-3: layers whose parameters are whole at the same time, in the compute dtype."""
-    gradient_layers: float
-    """ZeRO-2/3: layers whose gradients are whole before they are reduced."""
-    root_stays_gathered: bool
-    """ZeRO-3: embedding, final norm and head stay whole through forward and backward."""
-    buffer_bytes: float
-    """Communication buckets and workspaces of a GPU rank that has any peer."""
-    outside_bytes: float = 0.0
-    """Of such a rank outside torch's allocator, beside the context of the device: NCCL channels."""
-    offload_moves: tuple[str, ...]
-    """Parts whose sharded bytes live in host memory when the optimizer is offloaded: parameters, gradients, optimizer."""
-    gradients_freed: bool = False
-    """Without accumulation gradients appear as the backward makes them, when activations are at their peak there are none but those of
-    `waiting_layers`: freed after each step and kept in no buckets (FSDP, or one rank)."""
-    waiting_layers: float = 0.0
-    """Of `gradient_layers`, those whose whole gradients are still there when activations are at their peak."""
-    autocast_copies: bool = False
-    """Under torch.autocast fp32 parameters are gathered, and their 16-bit copies live until the forward ends (its weight cache)."""
-    matrix_gradient_bytes: float = 0.0
-    """Bytes per parameter of a layer's largest matrix while its gradient is added to the accumulated one; counted as buffers."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Activations(_FromFile):
     """What operators keep for the backward pass."""
 
@@ -180,6 +125,16 @@ class Execution(_FromFile):
     """Host time to gather or reduce the states of one layer (hooks, copies in and out), in launches."""
     fetch_launches: float = 0.0
     """More for a gather ahead of a layer (hooks of every module that track its parameters), in launches."""
+    gather_copy_bytes: float = 0.0
+    """Bytes of streaming that copying a gathered parameter out of its flat buffer takes between products."""
+    reduce_copy_bytes: float = 0.0
+    """The same of copying a gradient into the buffer that is reduced."""
+    clip_bytes: float = 0.0
+    """Bytes read and written per gradient to clip it by the norm of all."""
+    update_slowdown: float = 1.0
+    """Seconds of clipping and updating on a GPU over those of streaming the same bytes."""
+    update_launches: float = 0.0
+    """Host time to clip and update one layer, in launches."""
     fused_accumulation: bool
     """Products of weight gradients add to the accumulated gradient themselves; else that is a pass over both of its own."""
     step_overhead_s: float
@@ -188,6 +143,8 @@ class Execution(_FromFile):
     """Fused attention in order of preference: the first that the GPU has runs."""
     fused_layers: bool
     """RMSNorm, rotary embedding and gated activation run as one kernel each; else as eager PyTorch runs them."""
+    fused_norms: bool = False
+    """Norms are one kernel each, whatever the rest is."""
     attention_rate: float
     """Attention core relative to the published rates of its kernels."""
     compute_slowdown: float

@@ -94,6 +94,7 @@ def _shapes(job: Job, at: LayoutTable, flash: NDArray[np.bool_]) -> Shapes:
         tp=tp,
         sp=np.where(at.sequence_parallel == 1, tp, 1.0),
         flash=flash,
+        library=at.attention == ATTENTION.index("flash"),
         ep=at.ep.astype(np.float64),
         expert_tp=at.expert_tp.astype(np.float64),
         expert_load=expert_load(job, at),
@@ -110,12 +111,12 @@ def block_rows(
     """Costs of layers, embedding and head: once per unique (tp, sp, cp and its kind, ep, etp, micro-batch, attention, recomputed parts),
     then gathered."""
     default = ATTENTION.index(runtime.abilities.attention[0])
-    attention = np.where(layouts.attention == 0, default, layouts.attention)
     context = layouts.cp * len(CP_KINDS) + layouts.cp_kind
     work = (layouts.tp, layouts.sequence_parallel, context, layouts.ep, layouts.etp, layouts.micro_batch)
-    first, inverse = unique_keys(*work, attention, layouts.recompute_parts)
+    first, inverse = unique_keys(*work, layouts.attention, layouts.recompute_parts)
     at = layouts.take(first)
-    shapes = _shapes(job, at, attention[first] == ATTENTION.index("flash"))
+    attention = np.where(at.attention == 0, default, at.attention)
+    shapes = _shapes(job, at, attention != ATTENTION.index("unfused"))
     vocab = padded_vocab(model, runtime, shapes.tp)
     heads = 1 + model.mtp_modules  # every prediction has logits and a loss of its own
 

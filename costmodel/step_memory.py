@@ -112,8 +112,10 @@ class HeldBytes:
     optimizer: FloatArray
     """Between steps; see `stepping`."""
     stepping: FloatArray | None
-    """What the optimizer step makes, or loading the model, when there are no activations: adds to the peak what it takes beyond them;
-    None where nothing."""
+    """What the optimizer step, the last reduction or loading the model makes, when there are no activations: adds to the peak what it
+    takes beyond them; negative where more is dropped by then; None where nothing."""
+    reducing: FloatArray | None
+    """Blocks that only reductions use; None where they share them."""
     buffers: FloatArray
     host: FloatArray
     """Bytes in host memory per GPU."""
@@ -162,13 +164,16 @@ def held_bytes(
             )
     on_gpu = gpu.device == "cuda"  # NCCL channels and GPU workspaces; gloo keeps next to nothing
     buffers = np.where((layouts.gpus > 1) & on_gpu, runtime.working_set.buffer_bytes, 0.0)[:, None]
-    freed = ~accumulates & ((layouts.zero > 0) | (layouts.dp * layouts.cp == 1))
+    buffers = buffers + (runtime.working_set.workspace_bytes if on_gpu else 0.0)
+    alone = "reducing" in states
+    freed = ~accumulates & ((layouts.zero > 0) | (layouts.dp * layouts.cp == 1) | alone)
     return HeldBytes(
         parameters=states["parameters"],
         gradients=states["gradients"],
         waiting=states["waiting"],
         optimizer=states["optimizer"],
         stepping=states["stepping"] if states["stepping"].any() else None,
+        reducing=states["reducing"] * (1.0 + accumulates)[:, None] if alone else None,
         buffers=buffers + runtime.working_set.matrix_gradient_bytes * parameters.matrix,
         host=states["host"],
         nvme=states["nvme"] if states["nvme"].any() else None,
@@ -236,39 +241,61 @@ class StepMemory:
         allocated = sum((self._part(name) for name in MEMORY_PARTS[1:5]), self._part(MEMORY_PARTS[0]))
         if part == "allocated":
             return allocated
-        slack = self.slack_fraction * allocated + (1.0 + self.slack_fraction) * self._late()
+        slack = (1.0 + self.slack_fraction) * (allocated + self._idle()) - allocated
         return slack if part == "slack" else allocated + slack + self.context_bytes
 
     def _besides(self, part: str) -> FloatArray | float:
         """What the activations add to a part of the states or take from it, (N, S)."""
-        if part == "gradients":
-            return -self._late()
+        if part == "gradients" and self.held.freed is not None:
+            return self._freed(np.minimum(self._late(), 0.0))
         if part == "optimizer" and self.held.stepping is not None:
-            return np.maximum(self.held.stepping[self.states_of] - self.activations[self.work_of], 0.0)
+            beyond = np.maximum(self.held.stepping[self.states_of] - self.activations[self.work_of], 0.0)
+            if self.held.freed is None:
+                return beyond
+            freed = self.held.freed[self.states_of][:, None]
+            return np.where(freed, np.maximum(self._late(), 0.0), beyond)
         if part == "host" and self.parked is not None:
             return self.parked[self.work_of]
         return 0.0
 
-    def _late(self) -> FloatArray | float:
-        """Gradients that are not live at the peak, (N, S)."""
-        if self.held.freed is None:
-            return 0.0
-        reduced = self.held.gradients - self.held.waiting
-        least = np.minimum(reduced[self.states_of], self.activations[self.work_of])
-        return np.where(self.held.freed[self.states_of][:, None], least, 0.0)
+    def _late(self) -> FloatArray:
+        """Beyond activations and gradients, (N, S): what is there when the activations are gone, less than nothing where those are more;
+        the gradients that are reduced by then at the least."""
+        held, of = self.held, self.states_of
+        live = self.activations[self.work_of]
+        stepping = 0.0 if held.stepping is None else held.stepping[of]
+        return np.maximum(stepping - live, held.waiting[of] - held.gradients[of])
+
+    def _freed(self, amount: FloatArray) -> FloatArray:
+        """`amount` in the rows whose gradients are freed, else 0."""
+        assert self.held.freed is not None
+        return np.where(self.held.freed[self.states_of][:, None], amount, 0.0)
+
+    def _idle(self) -> FloatArray | float:
+        """Bytes in blocks that are not in use at the peak, (N, S)."""
+        held, of = self.held, self.states_of
+        idle: FloatArray | float = 0.0
+        if held.freed is not None:
+            stepping = 0.0 if held.stepping is None else np.maximum(held.stepping[of], 0.0)
+            live = self.activations[self.work_of]
+            every = held.gradients[of] + np.maximum(live, stepping)
+            idle = idle + self._freed(every - (live + held.gradients[of] + self._late()))
+        return idle if held.reducing is None else idle + held.reducing[of]
 
     def peaks(self) -> dict[str, FloatArray]:
         """`allocated`, `reserved` and `device` bytes of the fullest stage, (N,).
 
         What gradients free for activations stays in blocks of its own, so a stage reserves (1 + slack) (states + buffers + the
-        larger of activations and what the optimizer step makes), whether they are freed or not.
+        larger of activations and what the optimizer step makes + what only reductions use), whether they are freed or not.
         """
         held, rows = self.held, len(self.states_of)
-        lasting = np.ascontiguousarray((held.parameters + held.gradients + held.optimizer + held.buffers).T)
+        every = held.parameters + held.gradients + held.optimizer + held.buffers
+        lasting = np.ascontiguousarray((every if held.reducing is None else every + held.reducing).T)
         passing = np.ascontiguousarray(self.activations.T)
         stepping = None if held.stepping is None else np.ascontiguousarray(held.stepping.T)
         fullest = np.empty(rows)
-        allocated = fullest if held.freed is None else np.empty(rows)
+        apart = held.freed is not None or held.reducing is not None
+        allocated = np.empty(rows) if apart else fullest
         for start in range(0, rows, ROWS_IN_CACHE):
             some = slice(start, start + ROWS_IN_CACHE)
             of, at = self.states_of[some], self.work_of[some]
@@ -278,16 +305,26 @@ class StepMemory:
                 if stepping is not None:
                     np.maximum(live, stepping[index].take(of), out=live)
                 live += lasting[index].take(of)
-                if held.freed is not None:
+                if apart:
                     stage[live > most] = index
                 np.maximum(most, live, out=most)
             fullest[some] = most
-            if held.freed is not None:
-                reduced = held.gradients[of, stage] - held.waiting[of, stage]
-                least = np.minimum(reduced, self.activations[at, stage])
-                allocated[some] = most - np.where(held.freed.take(of), least, 0.0)
+            if apart:
+                allocated[some] = self._allocated(of, at, stage)
         reserved = (1.0 + self.slack_fraction) * fullest
         return {"allocated": allocated, "reserved": reserved, "device": reserved + self.context_bytes}
+
+    def _allocated(self, of: IntArray, at: IntArray, stage: IntArray) -> FloatArray:
+        """Bytes in use at the peak of `stage` of each row."""
+        held = self.held
+        gradients, live = held.gradients[of, stage], self.activations[at, stage]
+        states = held.parameters[of, stage] + held.optimizer[of, stage] + held.buffers[of, stage]
+        late = 0.0 if held.stepping is None else held.stepping[of, stage]
+        kept = gradients + np.maximum(live, late)
+        if held.freed is not None:
+            waiting = held.waiting[of, stage]
+            kept = np.where(held.freed.take(of), np.maximum(live + waiting, gradients + late), kept)
+        return states + kept
 
     def host_bytes(self) -> FloatArray:
         """In host memory for each GPU of the stage that keeps most there, (N,)."""

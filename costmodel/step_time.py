@@ -28,6 +28,7 @@ from shardplan.costmodel.keys import ROWS_IN_CACHE, LazyColumns
 from shardplan.costmodel.layout import LayoutTable
 from shardplan.costmodel.memory import (
     MOMENT_BYTES,
+    exchanges_alone,
     frozen_element_bytes,
     gradient_bytes,
     parameter_bytes,
@@ -195,6 +196,12 @@ class HeldTimes:
     """All-reduce between the two copies of a tied embedding; None where the model ties none."""
     optimizer_s: FloatArray
     """Of the update on the GPU: of what is not offloaded."""
+    reduce_copy_s: FloatArray
+    """Copies of gradients into the buffer of one reduction, between products."""
+    gather_copy_s: FloatArray
+    """The same of parameters out of the buffer of one gather."""
+    launching_s: FloatArray
+    """Host time that clipping and updating take beyond that."""
     tiers: TierTimes | None
     """Of states outside the GPU; None where no key has any."""
 
@@ -219,6 +226,10 @@ def held_times(
         * updated
         * np.where(share < 1, 1.0 - share, 1.0)
     )
+    execution, on_gpu = runtime.execution, cluster.gpu.device == "cuda"
+    update_s = np.where(share < 1, memory_bound_s(cluster.gpu, traffic + execution.clip_bytes * updated), 0.0)
+    update_s = (execution.update_slowdown if on_gpu else 1.0) * update_s + paging_s(job, cluster.node, updated)
+    copied = np.where((layouts.dp * layouts.cp > 1) | exchanges_alone(runtime, job), float(on_gpu), 0.0)
     tiers_used = bool((share > 0).any() or layouts.offload_params.any())
     tied = None
     if model.tied_embeddings:
@@ -240,8 +251,12 @@ def held_times(
             gpu=cluster.gpu,
         ),
         tied_s=tied,
-        optimizer_s=np.where(share < 1, memory_bound_s(cluster.gpu, traffic), 0.0)
-        + paging_s(job, cluster.node, updated),
+        optimizer_s=update_s,
+        reduce_copy_s=copied * memory_bound_s(cluster.gpu, execution.reduce_copy_bytes * owner.trained),
+        gather_copy_s=copied * memory_bound_s(cluster.gpu, execution.gather_copy_bytes * owner.gathered),
+        launching_s=np.maximum(execution.update_launches * cluster.gpu.launch_s * owner.units - update_s, 0.0)
+        if on_gpu
+        else np.zeros_like(update_s),
         tiers=tier_times(
             cluster.node,
             runtime.offload,
@@ -283,6 +298,7 @@ class StepTime:
             host = paced.host_s.take(at)
             if self.cluster.gpu.device != "cpu":  # while a GPU waits for its links, the host launches ahead
                 host = np.maximum(host - exposed - offload, 0.0)
+            host += self.held.launching_s.take(of)
             host += self.runtime.execution.step_overhead_s
             step = together.take(at) + exposed + offload + self.held.optimizer_s.take(of) + host
             for name, column in zip(own, (exposed, offload, host, step), strict=True):
@@ -321,6 +337,8 @@ class StepTime:
         exposed, hidden = exposed_exchange_s(exchange, paced.windows.take(at))
         if held.tied_s is not None:
             exposed += held.tied_s.take(of)
+        exposed = exposed + held.reduce_copy_s.take(of) * paced.exchanges.reduce_s.take(at)
+        exposed += held.gather_copy_s.take(of) * paced.exchanges.gather_s.take(at)
         return exposed + self.runtime.execution.compute_slowdown * hidden, hidden
 
     def _offload(self, at: IntArray, of: IntArray, exchange_s: FloatArray) -> tuple[FloatArray, FloatArray]:

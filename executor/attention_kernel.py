@@ -1,23 +1,29 @@
-"""Which kernel of `scaled_dot_product_attention` runs: the one that the cost model was told of, not whichever torch prefers.
+"""Which attention kernel runs: the one that the cost model was told of, not whichever torch prefers.
 
 Left alone, torch picks by version and GPU (on Hopper FlashAttention-2 or cuDNN's kernel, whose rates differ by half).
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
+import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from shardplan.costmodel.attention_time import takes_own_kernel
 from shardplan.executor.transformer import Attention
+
+HOPPER = 9
+"""Major compute capability of the GPUs on which this project's kernel beats torch's FlashAttention-2, as timed on an H200."""
 
 
 def attention_backends(word: str, *, device_type: str, precision: str) -> tuple[SDPBackend, ...]:
     """Backends that the layout's word allows; empty = torch's own choice.
 
-    `auto` is this runtime's own: FlashAttention on a GPU (`attention_kernels` in costmodel/runtimes/shardplan.toml). A GPU's
+    `auto`, where this project's kernel does not run (`runs_own_attention`), is FlashAttention on a GPU, as `flash` always is. A GPU's
     flash kernel takes 16-bit numbers only, and the memory-efficient one no grouped queries: fp32 falls back to what there is.
     """
     if word == "unfused":
@@ -32,6 +38,27 @@ def attention_backends(word: str, *, device_type: str, precision: str) -> tuple[
 def attention_context(backends: Sequence[SDPBackend]) -> AbstractContextManager[object]:
     """Must surround forward and backward, which recomputes: only `backends` may run within it, any if there are none."""
     return sdpa_kernel(list(backends)) if backends else nullcontext()
+
+
+def runs_own_attention(word: str, *, precision: str, head_dim: int, capability: tuple[int, int] | None) -> bool:
+    """Whether this project's kernel runs on a device of `capability` (None: none of NVIDIA) under the layout's word.
+
+    `auto` takes it where the cost model does: on the GPUs whose catalog entry has its rates, in 16 bits, if Triton is installed.
+    """
+    if word == "triton":
+        return True
+    usual = capability is not None and capability[0] == HOPPER and takes_own_kernel(precision, head_dim)
+    return word == "auto" and usual and triton_is_installed()
+
+
+def triton_is_installed() -> bool:
+    """Without importing it."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def capability_of(device: torch.device) -> tuple[int, int] | None:
+    """CUDA compute capability; None of a CPU, or of a GPU that is not NVIDIA's."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" and torch.version.hip is None else None
 
 
 def own_attention(q_BSND: Tensor, k_BSKD: Tensor, v_BSKD: Tensor) -> Tensor:

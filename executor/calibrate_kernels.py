@@ -8,11 +8,19 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from shardplan.executor.attention_kernel import attention_backends, attention_context
+from shardplan.executor.attention_kernel import (
+    attention_backends,
+    attention_context,
+    capability_of,
+    own_attention,
+    runs_own_attention,
+)
 from shardplan.executor.calibrate_measurements import Timing
 from shardplan.executor.calibrate_timing import Timer
 
@@ -104,15 +112,21 @@ def attention_timings(
         shape = (batch, heads, seq, head_dim)
         q, k, v = (torch.randn(shape, device=timer.device).to(DTYPES[precision]).requires_grad_() for _ in range(3))
         forward_flop += 2.0 * batch * heads * seq**2 * head_dim
+        own = runs_own_attention("auto", precision=precision, head_dim=head_dim, capability=capability_of(timer.device))
+        run = _own_attention if own else partial(scaled_dot_product_attention, is_causal=True)
         with attention_context(attention_backends("auto", device_type=timer.device.type, precision=precision)):
-            out = scaled_dot_product_attention(q, k, v, is_causal=True)
+            out = run(q, k, v)
             grad = torch.randn_like(out)
-            forward_s += timer.device_seconds(_bound(scaled_dot_product_attention, q, k, v, is_causal=True))
+            forward_s += timer.device_seconds(_bound(run, q, k, v))
             backward_s += timer.device_seconds(_bound(torch.autograd.grad, out, (q, k, v), grad, retain_graph=True))
     return {
         "forward": Timing(size=forward_flop, seconds=forward_s),
         "backward": Timing(size=2.5 * forward_flop, seconds=backward_s),
     }
+
+
+def _own_attention(q_BNSD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor) -> Tensor:
+    return own_attention(*(x.transpose(1, 2) for x in (q_BNSD, k_BNSD, v_BNSD))).transpose(1, 2)
 
 
 def _bound(function: Callable[..., object], *args: object, **words: object) -> Callable[[], object]:

@@ -59,7 +59,8 @@ def _known_plateau(section: Mapping[str, Any], way: str) -> float:
     """The plain plateau, or the best one of the kernel that torch takes unasked (FlashAttention-2 where there is a choice)."""
     if way in section:
         return float(section[way]["value"])
-    kernel = section["flash2"] if "flash2" in section else next(iter(section.values()))
+    usual = next((name for name in ("shardplan", "flash2") if name in section), next(iter(section)))
+    kernel = section[usual]
     return max(kernel[way])
 
 

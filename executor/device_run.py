@@ -18,7 +18,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.attention import SDPBackend
 
 from shardplan.costmodel.layout import Layout
-from shardplan.executor.attention_kernel import use_own_attention
 from shardplan.executor.device_cases import Case
 from shardplan.executor.measure import StepRecord
 from shardplan.executor.mesh import build_mesh
@@ -80,9 +79,6 @@ def run_case(
     trainer = Trainer(plan, mesh, device)
     if case.kernel == "cudnn":
         trainer.attention = (SDPBackend.CUDNN_ATTENTION,)
-    elif case.kernel == "own":
-        for chunk in trainer.chunks:
-            use_own_attention(chunk)
     began = time.perf_counter()
     records: list[StepRecord] = []
     while len(records) < warmup + steps:

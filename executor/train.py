@@ -20,7 +20,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from shardplan.executor.attention_kernel import attention_backends, attention_context
+from shardplan.executor.attention_kernel import (
+    attention_backends,
+    attention_context,
+    capability_of,
+    runs_own_attention,
+    use_own_attention,
+)
 from shardplan.executor.data import batch, load_text
 from shardplan.executor.loss import loss_context, loss_function
 from shardplan.executor.measure import RankRecorder, StepRecord, host_peak_bytes
@@ -56,6 +62,15 @@ class Trainer:
             for number in chunks_of_rank(layout, mesh.get_local_rank("pp"))
         ]
         self.attention = attention_backends(layout.attention, device_type=device.type, precision=job.precision)
+        self.own_attention = runs_own_attention(
+            layout.attention,
+            precision=job.precision,
+            head_dim=max(kind.head_dim for kind, _ in plan.model.layers),
+            capability=capability_of(device),
+        )
+        if self.own_attention:
+            for chunk in self.chunks:
+                use_own_attention(chunk)
         self.holds_first = self.chunks[0].embedding is not None
         self.holds_last = self.chunks[-1].head is not None
         self.loss = loss_function(mesh["tp"])

@@ -36,6 +36,8 @@ CASE_OVERHEAD_S = 2.0
 """Building, first step, profiling: what a case takes beside its steps."""
 PROFILED_STEPS = 3
 """Of a profiled case, without more warm-up: its time was measured before."""
+NO_TIME = "skipped: no time left"
+"""A case that is told on the screen and not written."""
 HOPELESS = 1.2
 """A case whose predicted memory is so many times the device's is not tried."""
 
@@ -86,7 +88,7 @@ class Bench:
                 return CaseResult(case=case, predicted=predicted, error="skipped: predicted not to fit")
             steps = (PROFILED_STEPS, PROFILED_STEPS) if case.profiled else (WARMUP_STEPS, TIMED_STEPS)
             if case_s(case, step_s) > left_s:
-                return CaseResult(case=case, predicted=predicted, error="skipped: no time left")
+                return CaseResult(case=case, predicted=predicted, error=NO_TIME)
             plan = case_plan(case, cluster=self.profiles["catalog"], prediction=first)
             measured = run_case(
                 plan,
@@ -137,7 +139,8 @@ def validate(bench: Bench, cases: Sequence[Case], out: Path, *, budget_s: float,
         result = bench.run(case, left_s=ends - time.monotonic() - (0.0 if case.profiled else kept_s))
         release(bench.device)
         results.append(result)
-        append_rows(path, origin, case_rows(result.case, result.predicted, result.measured, result.error))
+        if result.error != NO_TIME:
+            append_rows(path, origin, case_rows(result.case, result.predicted, result.measured, result.error))
         print(table_line(result.case, result.predicted, result.measured, result.error), flush=True)
     return results
 

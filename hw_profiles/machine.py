@@ -18,8 +18,9 @@ FloatArray = NDArray[np.float64]
 SourceKind = Literal["spec", "measured", "published", "guess"]
 LinkKind = Literal["nvswitch", "mesh", "pcie", "shared_memory", "none"]
 NetworkKind = Literal["infiniband", "roce", "ethernet", "efa", "omni_path", "slingshot", "none"]
-AttentionKernel = Literal["cudnn", "flash3", "flash2", "flash1", "triton", "memory_efficient"]
-"""Generations of fused attention (triton: the Triton kernel of 2022). Which runs is the runtime's choice among those the GPU has."""
+AttentionKernel = Literal["cudnn", "flash3", "flash2", "flash1", "triton", "memory_efficient", "shardplan"]
+"""Generations of fused attention (triton: the Triton kernel of 2022; shardplan: this project's, `kernels/attention.py`). Which runs is the
+runtime's choice among those the GPU has."""
 
 
 @dataclass(frozen=True, kw_only=True)

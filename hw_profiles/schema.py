@@ -87,6 +87,7 @@ class AttentionEfficiency(Part):
     flash1: AttentionPlateaus | None = None
     triton: AttentionPlateaus | None = None
     memory_efficient: AttentionPlateaus | None = None
+    shardplan: AttentionPlateaus | None = None
 
     @model_validator(mode="after")
     def _something_is_known(self) -> AttentionEfficiency:

@@ -309,7 +309,7 @@ words = st.builds(
     zero=st.integers(0, 3),
     sequence_parallel=st.booleans(),
     recompute=st.sampled_from(["none", "selective", "full", "full:3"]),
-    attention=st.sampled_from(["auto", "flash", "unfused"]),
+    attention=st.sampled_from(["auto", "flash", "unfused", "triton"]),
 )
 
 

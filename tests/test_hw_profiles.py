@@ -278,9 +278,7 @@ def test_attention_comes_by_kernel_and_head_dim(tmp_path):
     path.write_text(f'base = "h100-ib"\n[gpu.attention_efficiency.flash2]\n{KERNEL}', encoding="utf-8")
     cluster = load_cluster(path)
     curve = cluster.gpu.attention_curve(["flash2"])
-    assert list(cluster.gpu.attention_efficiency) == ["cudnn", "flash3", "flash2", "flash1", "triton"], (
-        "the others stay"
-    )
+    assert list(cluster.gpu.attention_efficiency) == ["cudnn", "flash3", "flash2", "flash1", "triton", "shardplan"]
     assert cluster.provenance["gpu.attention_efficiency.flash2"].text == "user profile mine.toml"
     assert float(curve.at("forward", 128, 700, causal=False)) == pytest.approx(0.6 * 700 / 800)
     assert float(curve.at("backward", 96, 500, causal=True)) == pytest.approx(0.4 / 2)

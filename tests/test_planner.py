@@ -85,6 +85,14 @@ def setting(
         ("runtime-recompute", "dp=64 recompute=selective", {"runtime": "deepspeed"}, "can do: none, full"),
         ("runtime-partial-recompute", "dp=64 recompute=full:4", {"runtime": "deepspeed"}, "recompute=full"),
         ("runtime-attention", "dp=64 attention=unfused", {"runtime": "shardplan"}, "can do: flash"),
+        ("own-attention", "dp=64 attention=triton", {"runtime": "shardplan", "precision": "fp32"}, "attention=auto"),
+        (
+            "own-attention",
+            "dp=64 attention=triton",
+            {"cluster": "mi300x-ib", "runtime": "shardplan"},
+            "attention=auto",
+        ),
+        ("runtime-attention", "dp=64 attention=triton", {"runtime": "fsdp2"}, "can do: flash"),
         ("runtime-offload", "dp=64 offload_optimizer=cpu", {"runtime": "shardplan"}, "can do: none"),
         (
             "tp-divides-vocab",

@@ -14,15 +14,17 @@ pytest.importorskip("torch")
 
 from torch.nn.attention import SDPBackend
 
-from shardplan.executor.attention_kernel import attention_backends
+from shardplan.costmodel.attention_time import OWN_KERNEL
+from shardplan.executor import attention_kernel
+from shardplan.executor.attention_kernel import attention_backends, runs_own_attention
 from shardplan.executor.calibrate_measurements import Point
 from shardplan.executor.calibrate_points import GPU_POINTS, write_points
 from shardplan.executor.device_cases import CPU_CASES, GPU_CASES, Case
 from shardplan.executor.device_facts import parse_facts
 from shardplan.executor.device_run import Measured
 from shardplan.executor.device_table import case_rows, table_line, unit_of
-from shardplan.executor.validate_device import Bench, chosen_profiles
-from shardplan.hw_profiles.load import cluster_document
+from shardplan.executor.validate_device import Bench, chosen_profiles, validate
+from shardplan.hw_profiles.load import cluster_document, list_parts, load_gpu
 
 
 @pytest.fixture
@@ -53,8 +55,17 @@ def test_every_case_has_a_prediction(bench: Bench, case: Case) -> None:
 
 
 def test_the_cudnn_kernel_is_predicted_as_such(bench: Bench) -> None:
-    flash, cudnn = (bench.predictions(Case(seq=8192, kernel=kernel))["catalog"] for kernel in ("flash2", "cudnn"))
+    flash, cudnn = (bench.predictions(Case(seq=8192, kernel=kernel))["catalog"] for kernel in ("flash", "cudnn"))
     assert cudnn["time"]["compute_s"] < flash["time"]["compute_s"]
+
+
+def test_the_own_kernel_is_what_auto_means_on_hopper(bench: Bench) -> None:
+    flash, auto = (bench.predictions(Case(seq=8192, kernel=kernel))["catalog"] for kernel in ("flash", "auto"))
+    assert auto["time"]["compute_s"] < flash["time"]["compute_s"]
+    whole = [
+        bench.predictions(Case(seq=2048, layers=4, precision="fp32", kernel=k))["catalog"] for k in ("flash", "auto")
+    ]
+    assert whole[0]["time"] == whole[1]["time"], "it takes 16 bits only"
 
 
 def test_a_job_that_cannot_fit_is_not_tried(bench: Bench) -> None:
@@ -127,6 +138,54 @@ def test_what_the_driver_does_not_tell_is_left_out() -> None:
 def test_attention_runs_the_kernel_that_is_predicted(word: str, device: str, precision: str, first: SDPBackend) -> None:
     assert attention_backends(word, device_type=device, precision=precision)[0] is first
     assert attention_backends("auto", device_type="cpu", precision="fp32") == ()
+
+
+HOPPER, AMPERE = (9, 0), (8, 0)
+
+
+@pytest.mark.parametrize(
+    ("word", "precision", "head_dim", "capability", "own"),
+    [
+        ("auto", "bf16", 128, HOPPER, True),
+        ("auto", "fp16", 256, HOPPER, True),
+        ("auto", "fp32", 128, HOPPER, False),
+        ("auto", "bf16", 512, HOPPER, False),
+        ("auto", "bf16", 128, AMPERE, False),
+        ("auto", "bf16", 128, None, False),
+        ("flash", "bf16", 128, HOPPER, False),
+        ("unfused", "bf16", 128, HOPPER, False),
+        ("triton", "bf16", 128, AMPERE, True),
+    ],
+)
+def test_when_the_own_kernel_runs(
+    monkeypatch: pytest.MonkeyPatch,
+    word: str,
+    precision: str,
+    head_dim: int,
+    capability: tuple[int, int] | None,
+    own: bool,
+) -> None:
+    monkeypatch.setattr(attention_kernel, "triton_is_installed", lambda: True)
+    assert runs_own_attention(word, precision=precision, head_dim=head_dim, capability=capability) is own
+
+
+def test_without_triton_auto_is_the_flash_kernel_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_kernel, "triton_is_installed", lambda: False)
+    assert not runs_own_attention("auto", precision="bf16", head_dim=128, capability=HOPPER)
+
+
+def test_the_catalog_has_its_rates_for_the_gpus_that_run_it() -> None:
+    for name in list_parts("gpus"):
+        gpu = load_gpu(name)
+        assert (OWN_KERNEL in gpu.attention_efficiency) == (gpu.architecture == "hopper"), name
+
+
+def test_a_case_that_had_no_time_is_not_written(bench: Bench, tmp_path: Path) -> None:
+    validate(
+        bench, (Case(seq=8192), Case(seq=8192, layers=32, micro_batch=8)), tmp_path, budget_s=1.0, date="2026-01-02"
+    )
+    rows = list(csv.DictReader((tmp_path / "validation.csv").open()))
+    assert {row["case"] for row in rows} == {"llama-3-8b:32 seq=8192 mb=8"}
 
 
 def test_points_are_written_in_long_format(tmp_path: Path) -> None:
