@@ -15,14 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from shardplan.costmodel.axis_order import AXES, DEFAULT_ORDER, ORDERS, axis_stride, first_alike, read_order
 from shardplan.costmodel.job import LARGEST
 from shardplan.costmodel.recompute import RECOMPUTE, Recompute, split_recompute
 from shardplan.hw_profiles.errors import InputError, nearest
 
 IntArray = NDArray[np.int64]
-
-AXIS_ORDER = ("tp", "cp", "dp", "pp")
-"""Mesh axes from the innermost (neighbouring ranks) to the outermost: tp beside each other, pp farthest apart."""
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "looped_bfs", "zero_bubble", "zero_bubble_v", "dualpipe_v")
 V_PLACED = ("zero_bubble_v", "dualpipe_v")
@@ -44,6 +42,7 @@ CODES = {
     "offload_params": OFFLOAD,
     "offload_activations": OFFLOAD_ACTIVATIONS,
     "cp_kind": CP_KINDS,
+    "order": ORDERS,
 }
 """Words of a closed vocabulary: a column stores the index into it."""
 YES_OR_NO = ("sequence_parallel", "qwz", "qgz")
@@ -104,6 +103,8 @@ class Layout:
     """ZeRO++: parameters are gathered in 8 bits."""
     qgz: bool = False
     """ZeRO++: gradients are reduced in 4 bits."""
+    order: str = DEFAULT_ORDER
+    """Mesh axes from the innermost (neighbouring ranks) to the outermost (`axis_order.py`)."""
 
     def __post_init__(self) -> None:
         for name in ("dp", "tp", "pp", "cp", "ep", "micro_batch", "virtual_stages", "hpz"):
@@ -207,6 +208,8 @@ def _value(name: str, raw: str) -> object:
     try:
         if name == "stage_layers":
             return tuple(int(part) for part in raw.split(","))
+        if name == "order":
+            return read_order(raw)
         if name in TEXT_WORDS:
             return raw.lower()
         if name == "offload_ratio":
@@ -270,6 +273,7 @@ class LayoutTable:
     hpz: IntArray
     qwz: IntArray
     qgz: IntArray
+    order: IntArray
     splits: tuple[tuple[int, ...] | None, ...] = (None,)
     """Explicit `stage_layers` in use; entry 0 is None, the runtime's rule."""
 
@@ -315,6 +319,23 @@ class LayoutTable:
         """Those of them over which ZeRO shards the states of experts, (N,), 1 without ZeRO (torchtitan: dp_shard * cp * tp / ep)."""
         sharing = np.maximum(self.dp_shard * self.cp * self.tp // (self.ep * self.expert_tp), 1)
         return np.where(self.zero > 0, sharing, 1)
+
+    def stride(self, axis: str) -> IntArray:
+        """Ranks between neighbours on a mesh axis, (N,)."""
+        return axis_stride(axis, self.order, lambda inner: getattr(self, inner))
+
+    def stage_stride(self, step: IntArray) -> IntArray:
+        """Ranks between two of one stage that are `step` apart among its ranks, (N,): a pipeline inside other axes lies between them
+        (`order_rules.py` leaves only steps inside what it surrounds, or whole ones)."""
+        if not self.order.any():
+            return step
+        inside = self.stride("pp")
+        return np.where((self.pp > 1) & (step % inside == 0), step * self.pp, step)
+
+    @property
+    def own_order(self) -> IntArray:
+        """The first order with the same groups, (N,)."""
+        return first_alike(self.order, [getattr(self, axis) for axis in AXES])
 
     def columns(self) -> dict[str, IntArray]:
         """Every column by name."""
@@ -389,7 +410,7 @@ def layout_table(layouts: Sequence[Layout]) -> LayoutTable:
 
 
 def rank_coordinates(layout: Layout) -> dict[str, IntArray]:
-    """Coordinate of every rank on every axis, each of shape (gpus,): rank = ((pp * dp + d) * cp + c) * tp + t."""
-    sizes = [getattr(layout, axis) for axis in reversed(AXIS_ORDER)]
-    grid = np.indices(sizes).reshape(len(sizes), -1)
-    return dict(zip(reversed(AXIS_ORDER), grid, strict=True))
+    """Coordinate of every rank on every axis, each of shape (gpus,); in the default order rank = ((pp * dp + d) * cp + c) * tp + t."""
+    axes = layout.order.split("-")[::-1]
+    grid = np.indices([getattr(layout, axis) for axis in axes]).reshape(len(axes), -1)
+    return dict(zip(axes, grid, strict=True))

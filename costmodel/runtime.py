@@ -13,6 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
+from shardplan.costmodel.axis_order import DEFAULT_ORDER, ORDERS
 from shardplan.costmodel.model import PART_NAMES, LayerPart
 from shardplan.costmodel.recompute import Part
 from shardplan.costmodel.runtime_experts import ExpertParallel
@@ -92,6 +93,8 @@ class Abilities(_FromFile):
     """Words of `recompute` that do."""
     schedules_on_gpu_only: tuple[str, ...] = ()
     """Schedules that do not run over gloo."""
+    orders: tuple[str, ...] = (DEFAULT_ORDER,)
+    """Orders of mesh axes (words of `axis_order.ORDERS`), the default one first; the file may say "any"."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -371,8 +374,11 @@ def _read(text: str, place: str, switches: list[str]) -> Runtime:
     except tomllib.TOMLDecodeError as bad:
         raise InputError(f"not valid TOML ({bad})", place=place) from None
     document = _switched(document, switches, place)
+    abilities: dict[str, Any] = document.get("abilities", {})
+    if abilities.get("orders") == "any":
+        abilities["orders"] = ORDERS
     precisions: dict[str, dict[str, Any]] = document.get("states", {})
-    if "fp8" in document.get("abilities", {}).get("precisions", ()):  # only products are in fp8
+    if "fp8" in abilities.get("precisions", ()):  # only products are in fp8
         precisions.setdefault("fp8", dict(precisions.get("bf16", {})))
     for states in precisions.values():
         if isinstance(states, dict):  # pyright: ignore[reportUnnecessaryIsInstance]

@@ -91,11 +91,15 @@ def _shapes(job: Job, at: LayoutTable, flash: NDArray[np.bool_]) -> Shapes:
         seq=job.seq / at.cp,
         cp=at.cp.astype(np.float64),
         cp_kind=at.cp_kind,
+        cp_stride=at.stride("cp").astype(np.float64),
         tp=tp,
+        tp_stride=at.stride("tp").astype(np.float64),
         sp=np.where(at.sequence_parallel == 1, tp, 1.0),
         flash=flash,
         ep=at.ep.astype(np.float64),
         expert_tp=at.expert_tp.astype(np.float64),
+        ep_stride=at.stage_stride(at.expert_tp).astype(np.float64),
+        expert_tp_stride=at.stage_stride(np.ones_like(at.tp)).astype(np.float64),
         expert_load=expert_load(job, at),
         recompute_parts=at.recompute_parts,
         element_bytes=BYTES_OF[job.precision],
@@ -104,16 +108,23 @@ def _shapes(job: Job, at: LayoutTable, flash: NDArray[np.bool_]) -> Shapes:
     )
 
 
+def _strides(layouts: LayoutTable) -> tuple[NDArray[np.int64], ...]:
+    """Of the groups that a layer exchanges in, each (N,)."""
+    experts = (layouts.stage_stride(layouts.expert_tp), layouts.stage_stride(np.ones_like(layouts.tp)))
+    return (layouts.stride("tp"), layouts.stride("cp"), *(experts if layouts.dispatches.any() else ()))
+
+
 def block_rows(
     model: Model, job: Job, cluster: Cluster, layouts: LayoutTable, runtime: Runtime, tiers: TierTable
 ) -> BlockRows:
-    """Costs of layers, embedding and head: once per unique (tp, sp, cp and its kind, ep, etp, micro-batch, attention, recomputed parts),
-    then gathered."""
+    """Costs of layers, embedding and head: once per unique (tp, sp, cp and its kind, ep, etp, their strides, micro-batch, attention,
+    recomputed parts), then gathered."""
     default = ATTENTION.index(runtime.abilities.attention[0])
     attention = np.where(layouts.attention == 0, default, layouts.attention)
     context = layouts.cp * len(CP_KINDS) + layouts.cp_kind
     work = (layouts.tp, layouts.sequence_parallel, context, layouts.ep, layouts.etp, layouts.micro_batch)
-    first, inverse = unique_keys(*work, attention, layouts.recompute_parts)
+    apart = _strides(layouts) if layouts.order.any() else ()  # in the default order tp and etp say them
+    first, inverse = unique_keys(*work, attention, layouts.recompute_parts, *apart)
     at = layouts.take(first)
     shapes = _shapes(job, at, attention[first] == ATTENTION.index("flash"))
     vocab = padded_vocab(model, runtime, shapes.tp)

@@ -10,7 +10,9 @@ from shardplan.costmodel.estimates import DEFAULT_HEADROOM
 from shardplan.costmodel.job import Job
 from shardplan.costmodel.model import Model
 from shardplan.costmodel.model_config import model_digest
+from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.runtime import Runtime
+from shardplan.planner.placement import placement_document
 from shardplan.planner.plan import Plan, digest
 from shardplan.planner.search import SearchResult, judge, search_document
 
@@ -36,6 +38,7 @@ def make_plan(
         raise ValueError("the search found no layout that fits")
     layout = result.ranked.layouts.row(0)
     prediction = judge(layout, model=model, job=job, cluster=result.cluster, runtime=runtime, headroom=headroom)
+    setting = Setting(model=model, job=job, cluster=result.cluster, runtime=runtime)
     if not isinstance(prediction, dict):
         raise AssertionError(f"a ranked layout is refused: {prediction}")
     return Plan(
@@ -47,7 +50,8 @@ def make_plan(
         layout=layout,
         prediction=prediction,
         search={
-            **search_document(result, top),
+            **(account := search_document(result, top)),
+            "placement": {**(account["placement"] or {}), **placement_document(setting, layout)},
             "headroom": headroom,
             "fix": fix,
             "forbid": list(forbid),

@@ -13,6 +13,7 @@ from shardplan.costmodel.layout import LayoutTable
 from shardplan.costmodel.recompute import RECOMPUTE
 from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.rules import broken_rules
+from shardplan.planner.placement import least_step_s, open_orders
 from shardplan.planner.space import Wishes
 
 NONE, FULL = RECOMPUTE.index("none"), RECOMPUTE.index("full")
@@ -23,8 +24,9 @@ def partly_recomputed(
 ) -> tuple[LayoutTable | None, int]:
     """(layouts that fit once some layers of each stage are recomputed, with the least number that does; layouts estimated for it).
 
-    Taken are the layouts without recompute that do not fit and are faster than everything that fits: recompute only adds time, so no
-    other can become the fastest. None where the runtime recomputes all layers or none, or the user asked otherwise.
+    Taken are the layouts without recompute that do not fit and could be faster than everything that fits: recompute only adds time, so
+    no other can become the fastest, in whatever order of axes. None where the runtime recomputes all layers or none, or the user asked
+    otherwise.
     """
     asked = "recompute" in wishes.fixed_words or any(word == "recompute" for word, _ in wishes.forbidden)
     if asked or not setting.runtime.abilities.partial_recompute:
@@ -32,7 +34,8 @@ def partly_recomputed(
     fits = estimates.fits(headroom)
     fastest = float(estimates.step_s[fits].min()) if fits.any() else np.inf
     layouts = estimates.layouts
-    hopeful = ~fits & (layouts.recompute == NONE) & (estimates.step_s < fastest)
+    quickest_s = estimates.step_s if len(open_orders(setting, wishes)) < 2 else least_step_s(setting, estimates)
+    hopeful = ~fits & (layouts.recompute == NONE) & (quickest_s < fastest)
     hopeful &= layouts.pp * 2 <= setting.model.layer_count
     rows = layouts.take(np.flatnonzero(hopeful))
     looked_at = 0

@@ -22,6 +22,7 @@ from shardplan.costmodel.runtime import Runtime, load_runtime
 from shardplan.hw_profiles.errors import InputError, nearest
 from shardplan.hw_profiles.machine import Cluster
 from shardplan.planner.partial_recompute import partly_recomputed
+from shardplan.planner.placement import Placement, place
 from shardplan.planner.shortlist import distinct, memory_front
 from shardplan.planner.space import Wishes, join_tables, runtime_tiers, space_pieces
 
@@ -51,6 +52,8 @@ class SearchResult:
     refused: tuple[Refusal, ...]
     """Largest first; a layout that breaks several rules counts for the first in the list of rules."""
     does_not_fit: int
+    placement: Placement | None
+    """How the axes of the ranked layouts were laid on the cluster."""
     seconds: float
 
 
@@ -133,7 +136,7 @@ def _search_one(
     setting = Setting(model=model, job=job, cluster=cluster, runtime=runtime)
     wanted = wishes or Wishes()
     looked_at, valid, refused = _sift_space(setting, wanted)
-    ranked = closest = None
+    ranked = closest = placement = None
     misfits = 0
     if len(valid):
         estimates = estimate(model=model, job=job, cluster=cluster, layouts=valid, runtime=runtime)
@@ -148,7 +151,9 @@ def _search_one(
         misfits += int((~fits).sum())
         order = _order(estimates, np.flatnonzero(fits), objective)
         if len(order):
-            ranked = estimates.take(order)
+            ranked, placement = place(setting, estimates.take(order), wanted)
+            if placement.moved:
+                ranked = ranked.take(_order(ranked, np.arange(len(ranked)), objective))
         else:
             closest = estimates.take(np.asarray([int(estimates.device_peak_bytes.argmin())]))
     return SearchResult(
@@ -158,6 +163,7 @@ def _search_one(
         looked_at=looked_at,
         refused=refused,
         does_not_fit=misfits,
+        placement=placement,
         seconds=time.perf_counter() - start,
     )
 
@@ -237,6 +243,7 @@ def search_document(result: SearchResult, top: int) -> dict[str, Any]:
         "looked_at": result.looked_at,
         "refused": {r.rule: {"count": r.count, "reason": r.example} for r in result.refused},
         "does_not_fit": result.does_not_fit,
+        "placement": result.placement.document() if result.placement else None,
         "seconds": result.seconds,
         "ideas": ideas,
         "ranked": ranked,

@@ -12,7 +12,7 @@ import pytest
 
 from shardplan.costmodel.estimate import estimate
 from shardplan.costmodel.job import Job
-from shardplan.costmodel.layout import AXIS_ORDER, Layout, layout_table, parse_layout, rank_coordinates
+from shardplan.costmodel.layout import Layout, layout_table, parse_layout, rank_coordinates
 from shardplan.costmodel.model import Model
 from shardplan.costmodel.model_config import load_model
 from shardplan.costmodel.rule import Setting
@@ -347,7 +347,7 @@ def test_own_layout_is_judged_against_the_best() -> None:
 def test_rank_map() -> None:
     layout = parse_layout("dp=3 tp=2 pp=2")
     at = rank_coordinates(layout)
-    assert AXIS_ORDER == ("tp", "cp", "dp", "pp")
+    assert layout.order == "tp-cp-dp-pp"
     assert at["tp"].tolist() == [0, 1] * 6
     assert at["dp"].tolist() == [0, 0, 1, 1, 2, 2] * 2
     assert at["pp"].tolist() == [0] * 6 + [1] * 6

@@ -49,6 +49,7 @@ def print_plan(document: Mapping[str, Any], *, written_to: str | None) -> None:
     print_front(console, search["memory_front"])
     print_breakdown(console, best)
     console.print()
+    print_placement(console, search["placement"])
     print_account(console, search)
     print_assumptions(console, best["assumptions"])
     if written_to:
@@ -161,6 +162,14 @@ def _print_stages(console: Console, memory: Mapping[str, Any]) -> None:
         console.print(f"host memory {gib(memory['host_bytes'])} GiB per node")
 
 
+def print_placement(console: Console, placement: Mapping[str, Any] | None) -> None:
+    """Which axis of the mesh lies inside a node and which across, and what other orders would take."""
+    from shardplan.planner.placement import placement_lines
+
+    for line in placement_lines(placement) if placement else ():
+        console.print(f"• {escape(line)}")
+
+
 def print_account(console: Console, search: Mapping[str, Any]) -> None:
     """How many layouts were looked at, how many refused and why."""
     refused = sum(rule["count"] for rule in search["refused"].values())
@@ -205,6 +214,7 @@ def print_explanation(document: Mapping[str, Any]) -> None:
     console.print()
     for line in (*document["binds"], *document["notes"]):
         console.print(f"• {escape(line)}")
+    print_placement(console, document["placement"])
     from shardplan.planner.explain import TIME_WORDS
 
     for other in document["runners_up"]:
