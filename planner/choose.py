@@ -29,11 +29,13 @@ def make_plan(
     headroom: float = DEFAULT_HEADROOM,
     fix: str = "",
     forbid: Sequence[str] = (),
+    allow: Sequence[str] = (),
     objective: str = "throughput",
+    forms: Sequence[Mapping[str, Any]] = (),
     version: str,
 ) -> Plan:
-    """The best layout of a search that found one, as a plan; `runtime_name` is what loads the runtime again, `fix`, `forbid` and
-    `objective` are the words that the search was asked with."""
+    """The best layout of a search that found one, as a plan; `runtime_name` is what loads the runtime again, `fix`, `forbid`, `allow`
+    and `objective` are the words that the search was asked with, `forms` what other forms of the question found (`variants.py`)."""
     if result.ranked is None:
         raise ValueError("the search found no layout that fits")
     layout = result.ranked.layouts.row(0)
@@ -55,7 +57,9 @@ def make_plan(
             "headroom": headroom,
             "fix": fix,
             "forbid": list(forbid),
+            "allow": list(allow),
             "objective": objective,
+            "forms": [dict(one) for one in forms],
         },
         digests={
             "model": model_digest(model),

@@ -17,6 +17,7 @@ from shardplan.costmodel.step_time import TIME_PARTS
 from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.load import cluster_from_document
 from shardplan.hw_profiles.machine import Cluster
+from shardplan.planner.deadline import DEADLINE
 from shardplan.planner.placement import placement_document
 from shardplan.planner.plan import Plan, digest
 from shardplan.planner.search import SearchResult, judge, search, search_document
@@ -50,7 +51,9 @@ def explain_plan(plan: Plan) -> dict[str, Any]:
         job=plan.job,
         cluster=cluster,
         runtime=runtime,
-        wishes=parse_wishes(str(plan.search.get("fix", "")), plan.search.get("forbid", ())),
+        wishes=parse_wishes(
+            str(plan.search.get("fix", "")), plan.search.get("forbid", ()), plan.search.get("allow", ())
+        ),
         headroom=headroom,
     )
     return {
@@ -192,6 +195,11 @@ def what_would_fit(
 ) -> dict[str, Any]:
     """The account of a search that found nothing: the closest layout, its rejections, and changes that would fit."""
     document: dict[str, Any] = {"fits": False, "rejections": [], "search": search_document(result, 0), "closest": None}
+    if result.refused and result.refused[0].rule == DEADLINE:
+        late = result.refused[0].example
+        document["rejections"] = [{"rule": DEADLINE, "detail": late, "remedy": "give more days or more GPUs"}]
+        document["would_fit"] = []
+        return document
     if result.closest is not None:
         closest = result.closest.layouts.row(0)
         judged = judge(closest, model=model, job=job, cluster=cluster, runtime=runtime, headroom=headroom)

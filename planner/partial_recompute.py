@@ -13,14 +13,14 @@ from shardplan.costmodel.layout import LayoutTable
 from shardplan.costmodel.recompute import RECOMPUTE
 from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.rules import broken_rules
-from shardplan.planner.placement import least_step_s, open_orders
+from shardplan.planner.placement import least_step_s
 from shardplan.planner.space import Wishes
 
 NONE, FULL = RECOMPUTE.index("none"), RECOMPUTE.index("full")
 
 
 def partly_recomputed(
-    setting: Setting, estimates: Estimates, wishes: Wishes, headroom: float
+    setting: Setting, estimates: Estimates, wishes: Wishes, headroom: float, *, best_s: float = np.inf
 ) -> tuple[LayoutTable | None, int]:
     """(layouts that fit once some layers of each stage are recomputed, with the least number that does; layouts estimated for it).
 
@@ -32,10 +32,9 @@ def partly_recomputed(
     if asked or not setting.runtime.abilities.partial_recompute:
         return None, 0
     fits = estimates.fits(headroom)
-    fastest = float(estimates.step_s[fits].min()) if fits.any() else np.inf
+    fastest = min(best_s, float(np.min(estimates.step_s, where=fits, initial=np.inf)))
     layouts = estimates.layouts
-    quickest_s = estimates.step_s if len(open_orders(setting, wishes)) < 2 else least_step_s(setting, estimates)
-    hopeful = ~fits & (layouts.recompute == NONE) & (quickest_s < fastest)
+    hopeful = ~fits & (layouts.recompute == NONE) & (least_step_s(setting, estimates, wishes) < fastest)
     hopeful &= layouts.pp * 2 <= setting.model.layer_count
     rows = layouts.take(np.flatnonzero(hopeful))
     looked_at = 0

@@ -73,10 +73,33 @@ def open_orders(setting: Setting, wishes: Wishes) -> tuple[str, ...]:
     return tuple(order for order in setting.runtime.abilities.orders if order not in out)
 
 
-def least_step_s(setting: Setting, estimates: Estimates) -> FloatArray:
-    """Seconds that each layout takes in any order at least, (N,)."""
-    time = estimates.time
-    return time["compute_s"] + time["recompute_s"] + time["optimizer_s"] + setting.runtime.execution.step_overhead_s
+def least_step_s(setting: Setting, estimates: Estimates, wishes: Wishes, changes: tuple[str, ...] = ()) -> FloatArray:
+    """Seconds that each layout takes at least, (N,), in any open order and whatever the time parts `changes` shrink to."""
+    time, orders = estimates.time, open_orders(setting, wishes)
+    as_it_is = np.array(time["step_s"])
+    for part in changes:
+        as_it_is -= time[part]
+    if len(orders) < 2:
+        return as_it_is
+    if all(order.startswith(INNER) for order in orders):  # tp, cp and experts lie the same way in all
+        moved = as_it_is - sum((time[part] for part in ("dp_exposed_s", "pp_exposed_s") if part not in changes), 0.0)
+    else:
+        kept = [part for part in ("compute_s", "recompute_s", "optimizer_s") if part not in changes]
+        moved = np.sum([time[part] for part in kept], axis=0)
+    return np.where(_movable(estimates.layouts, orders), moved, as_it_is)
+
+
+INNER = "tp-cp-"
+
+
+def _movable(layouts: LayoutTable, orders: tuple[str, ...]) -> NDArray[np.bool_]:
+    """Rows that some order gives other groups than the default one, as far as their axes go and, with few orders, their experts."""
+    used = used_axes([getattr(layouts, axis) for axis in AXES])
+    several = np.any([SAME_AS[code, used] != SAME_AS[0, used] for code in codes(orders, ORDERS)], axis=0)
+    if not all(order.startswith(INNER) for order in orders):
+        return several
+    inside = layouts.tp * layouts.cp  # what a pipeline surrounds has to be an expert group (`order_rules.py`)
+    return several & (~layouts.dispatches | (layouts.ep * layouts.expert_tp == inside))
 
 
 def place(setting: Setting, ranked: Estimates, wishes: Wishes) -> tuple[Estimates, Placement]:
@@ -86,11 +109,11 @@ def place(setting: Setting, ranked: Estimates, wishes: Wishes) -> tuple[Estimate
     nothing = Placement(orders=orders, layouts=0, estimated=0, moved=0, complete=True)
     if len(orders) < 2:
         return ranked, nothing
-    step_s, least_s = np.array(ranked.step_s), least_step_s(setting, ranked)
+    step_s, least_s = np.array(ranked.step_s), least_step_s(setting, ranked, wishes)
     order = np.array(layouts.order)
     first = np.arange(min(FIRST_LAYOUTS, len(layouts)))
     estimated = _try(setting, layouts, first, orders, step_s, order)
-    hopeful = np.flatnonzero(least_s < step_s.min())
+    hopeful = np.flatnonzero((least_s < step_s.min()) & _movable(layouts, orders))
     later = hopeful[hopeful >= len(first)]
     later = later[np.argsort(step_s[later], kind="stable")]
     enough = np.searchsorted(np.cumsum(_ways(layouts.take(later), orders)), MOST_ROWS - estimated, side="right")

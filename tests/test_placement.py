@@ -25,7 +25,7 @@ from shardplan.hw_profiles.load import load_cluster
 from shardplan.hw_profiles.topology import tier_table
 from shardplan.planner.placement import least_step_s, placement_document, placement_lines
 from shardplan.planner.search import search
-from shardplan.planner.space import layout_space, parse_wishes
+from shardplan.planner.space import Wishes, layout_space, parse_wishes
 from shardplan.planner.sweep import with_network_rate
 
 
@@ -120,7 +120,7 @@ def test_rows_of_several_orders_are_what_each_is_alone() -> None:
         assert together.step_s[rows] == pytest.approx(alone.step_s, rel=1e-12)
         plain = estimate(model=at.model, job=at.job, cluster=at.cluster, layouts=some.take(rows), runtime=at.runtime)
         assert together.device_peak_bytes[rows] == pytest.approx(plain.device_peak_bytes, rel=1e-12)
-        least = least_step_s(at, plain)
+        least = least_step_s(at, plain, Wishes())
         assert (least <= alone.step_s * (1.0 + 1e-12)).all()
 
 
