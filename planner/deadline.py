@@ -30,7 +30,9 @@ def days_needed(found: SearchResult, model: Model, job: Job, runtime: Runtime) -
         step_s=float(found.ranked.step_s[0]),
     )
     assert result is not None, "a job with a token budget has a result"
-    return float(result["days"] if result["days_with_failures"] is None else result["days_with_failures"])
+    days = result["days"] if result["days_with_failures"] is None else result["days_with_failures"]
+    assert days is not None, "steps take days"
+    return days
 
 
 def between(missed: int, met: int, node_gpus: int) -> list[int]:

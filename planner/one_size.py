@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
@@ -77,7 +77,7 @@ class _State:
     partial: bool = False
 
     @contextmanager
-    def phase(self, watch: Watch) -> Iterator[None]:
+    def phase(self, watch: Watch) -> Generator[None]:
         """A phase whose interrupt leaves what came before, where the watch wants that."""
         try:
             yield

@@ -101,8 +101,10 @@ def _asked(wishes: Wishes, word: str) -> bool:
     return word in wishes.fixed_words or any(forbidden == word for forbidden, _ in wishes.forbidden)
 
 
-def _named_sets(parts: Sequence[str]) -> tuple[Variant, ...]:
-    """Every set of parts, the small ones first."""
+def _named_sets(setting: Setting) -> tuple[Variant, ...]:
+    """Every set of parts that the runtime can run again and the model has, the small ones first, all parts last."""
+    latents = any(kind.kv_lora_rank for kind in setting.kinds)
+    parts = [part for part in setting.runtime.abilities.recompute_parts if latents or part != "mla_up_proj"]
     sets = chain.from_iterable(combinations(parts, size) for size in range(1, len(parts) + 1))
     return tuple({"recompute": SELECTIVE, "recompute_parts": sum(PART_BITS[part] for part in some)} for some in sets)
 
@@ -202,11 +204,13 @@ def _recompute_some(setting: Setting, estimates: Estimates, wishes: Wishes, head
     if more is not None and len(more):
         state.found.append(_estimated(setting, more))
         state.best_s = min(state.best_s, float(state.found[-1].step_s.min()))
-    variants = _named_sets(setting.runtime.abilities.recompute_parts)
+    variants = _named_sets(setting)
     if not variants:
         return
     least_s = least_step_s(setting, estimates, wishes)
     rows = np.flatnonzero(~estimates.fits(headroom) & (estimates.layouts.recompute == NONE) & (least_s < state.best_s))
+    rows = rows[_fit_with(setting, estimates.layouts.take(rows), variants[-1], headroom)]  # no fewer parts save more
+    state.tried += len(rows)
     rows = rows[np.argsort(least_s[rows], kind="stable")]
     spent, kept = 0, list[LayoutTable]()
     for start in range(0, len(rows), LAYOUTS_AT_ONCE):
@@ -226,6 +230,14 @@ def _recompute_some(setting: Setting, estimates: Estimates, wishes: Wishes, head
     whole = _joined(kept)
     if whole is not None:
         state.found.append(_estimated(setting, whole))
+
+
+def _fit_with(setting: Setting, layouts: LayoutTable, variant: Variant, headroom: float) -> BoolArray:
+    """Layouts that fit with a variant, whether a rule refuses it or not."""
+    if not len(layouts):
+        return np.zeros(0, dtype=bool)
+    table = replace(layouts, **{name: np.full(len(layouts), value) for name, value in variant.items()})
+    return _estimated(setting, table).fits(headroom)
 
 
 def _variants(setting: Setting, layouts: LayoutTable, variants: Sequence[Variant]) -> Estimates | None:
