@@ -101,7 +101,7 @@ def plan(
     result, inputs = chosen.result, replace(inputs, job=chosen.form.job, runtime=chosen.form.runtime)
     stopped = any(one.result.partial for one in answers)
     if stopped:
-        typer.echo("shardplan: stopped; what follows is the best of what was looked at so far", err=True)
+        _tell_stopped(replace(result, partial=True), as_json=as_json)
     if result.ranked is None:
         if not stopped:
             _nothing_fits(inputs, result, fix, forbid or [], headroom, as_json=as_json)
@@ -121,6 +121,19 @@ def plan(
         print_plan(best.document(), written_to=output)
     if stopped:
         raise typer.Exit(130)
+
+
+def _tell_stopped(result: SearchResult, *, as_json: bool) -> None:
+    """One line on stderr; where nothing was found by then the account of the search is all there is to say."""
+    found = "what follows is the best" if result.ranked is not None else "nothing fits"
+    typer.echo(f"shardplan: stopped; {found} of the {result.looked_at:,} layouts looked at so far", err=True)
+    if result.ranked is None and as_json:
+        import json
+
+        from shardplan.planner.search import search_document
+
+        account: dict[str, Any] = {"search": search_document(result, 0), "closest": None, "would_fit": []}
+        typer.echo(json.dumps({"fits": False, "rejections": [], **account}, indent=1))
 
 
 def _search(
