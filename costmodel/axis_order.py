@@ -67,8 +67,3 @@ SAME_AS = _same_as()
 def used_axes(sizes: Sequence[IntArray]) -> IntArray:
     """The axes above 1 as bits, (N,); `sizes` are the columns of AXES."""
     return np.sum([(size > 1).astype(np.int64) << at for at, size in enumerate(sizes)], axis=0)
-
-
-def first_alike(orders: IntArray, sizes: Sequence[IntArray]) -> IntArray:
-    """The first of ORDERS with the same groups as each row's: orders that differ in axes of one rank are one, (N,)."""
-    return SAME_AS[orders, used_axes(sizes)]

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shardplan.costmodel.axis_order import AXES, DEFAULT_ORDER, ORDERS, axis_stride, first_alike, read_order
+from shardplan.costmodel.axis_order import DEFAULT_ORDER, ORDERS, axis_stride, read_order
 from shardplan.costmodel.job import LARGEST
 from shardplan.costmodel.recompute import RECOMPUTE, Recompute, split_recompute
 from shardplan.hw_profiles.errors import InputError, nearest
@@ -324,19 +324,6 @@ class LayoutTable:
         """Ranks between neighbours on a mesh axis, (N,)."""
         return axis_stride(axis, self.order, lambda inner: getattr(self, inner))
 
-    def stage_stride(self, step: IntArray) -> IntArray:
-        """Ranks between two of one stage that are `step` apart among its ranks, (N,): a pipeline inside other axes lies between them
-        (`order_rules.py` leaves only steps inside what it surrounds, or whole ones)."""
-        if not self.order.any():
-            return step
-        inside = self.stride("pp")
-        return np.where((self.pp > 1) & (step % inside == 0), step * self.pp, step)
-
-    @property
-    def own_order(self) -> IntArray:
-        """The first order with the same groups, (N,)."""
-        return first_alike(self.order, [getattr(self, axis) for axis in AXES])
-
     def columns(self) -> dict[str, IntArray]:
         """Every column by name."""
         return {name: getattr(self, name) for name in COLUMNS}
@@ -407,10 +394,3 @@ def layout_table(layouts: Sequence[Layout]) -> LayoutTable:
         rows.append(tuple(row[name] for name in COLUMNS))
     matrix = np.asarray(rows, dtype=np.int64).reshape(len(rows), len(COLUMNS))
     return LayoutTable(**{name: matrix[:, i].copy() for i, name in enumerate(COLUMNS)}, splits=tuple(splits))
-
-
-def rank_coordinates(layout: Layout) -> dict[str, IntArray]:
-    """Coordinate of every rank on every axis, each of shape (gpus,); in the default order rank = ((pp * dp + d) * cp + c) * tp + t."""
-    axes = layout.order.split("-")[::-1]
-    grid = np.indices([getattr(layout, axis) for axis in axes]).reshape(len(axes), -1)
-    return dict(zip(axes, grid, strict=True))

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from shardplan.costmodel.layout import LayoutTable
+from shardplan.costmodel.layout import Layout, LayoutTable
 
 FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,7 @@ def dense_groups(layouts: LayoutTable) -> StateGroups:
 
 def expert_groups(layouts: LayoutTable) -> StateGroups:
     """The ranks of a stage that hold the same experts."""
-    step = layouts.stage_stride(layouts.ep * layouts.expert_tp).astype(np.float64)
+    step = stage_stride(layouts, layouts.ep * layouts.expert_tp).astype(np.float64)
     shards = layouts.expert_zero_ranks.astype(np.float64)
     return _even(step, shards, layouts.expert_replicas.astype(np.float64))
 
@@ -92,3 +93,19 @@ def _both(one: FloatArray, one_stride: FloatArray, other: FloatArray, other_stri
         sets=np.where(even, 1.0, outer),
         set_stride=apart,
     )
+
+
+def stage_stride(layouts: LayoutTable, step: IntArray) -> IntArray:
+    """Ranks between two of one stage that are `step` apart among its ranks, (N,): a pipeline inside other axes lies between them
+    (`order_rules.py` leaves only steps inside what it surrounds, or whole ones)."""
+    if not layouts.order.any():
+        return step
+    inside = layouts.stride("pp")
+    return np.where((layouts.pp > 1) & (step % inside == 0), step * layouts.pp, step)
+
+
+def rank_coordinates(layout: Layout) -> dict[str, IntArray]:
+    """Coordinate of every rank on every axis, each of shape (gpus,); in the default order rank = ((pp * dp + d) * cp + c) * tp + t."""
+    axes = layout.order.split("-")[::-1]
+    grid = np.indices([getattr(layout, axis) for axis in axes]).reshape(len(axes), -1)
+    return dict(zip(axes, grid, strict=True))

@@ -18,6 +18,7 @@ from shardplan.costmodel.model import PART_NAMES, LayerPart
 from shardplan.costmodel.recompute import Part
 from shardplan.costmodel.runtime_experts import ExpertParallel
 from shardplan.costmodel.runtime_offload import Offloading
+from shardplan.costmodel.runtime_stages import StageRule
 from shardplan.costmodel.runtime_tuning import Tuning
 from shardplan.hw_profiles.errors import InputError, nearest
 from shardplan.hw_profiles.machine import AttentionKernel
@@ -242,18 +243,6 @@ class Communication(_FromFile):
     """A bucket holds at least this many for each data-parallel rank."""
     context_overlap: float = 1.0
     """Share of a ring pass of context parallelism that attention can hide."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StageRule(_FromFile):
-    """How layers are spread over stages when the layout does not say."""
-
-    embedding_weight: float
-    """Embedding counted as this many layers."""
-    head_weight: float
-    """Head and loss counted as this many layers."""
-    weigh_ends_to_divide: bool = False
-    """Count both as one layer each where only that makes the split even."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from shardplan.costmodel.model import LayerKind, Model, split_parameters
 from shardplan.costmodel.op import Op
 from shardplan.costmodel.operators import Shapes, embedding_ops, head_ops, layer_ops, logits_bytes
 from shardplan.costmodel.pipeline import stage_table
+from shardplan.costmodel.rank_groups import stage_stride
 from shardplan.costmodel.recompute import ALL_LAYERS
 from shardplan.costmodel.runtime import Runtime
 from shardplan.hw_profiles.machine import Cluster
@@ -98,8 +99,8 @@ def _shapes(job: Job, at: LayoutTable, flash: NDArray[np.bool_]) -> Shapes:
         flash=flash,
         ep=at.ep.astype(np.float64),
         expert_tp=at.expert_tp.astype(np.float64),
-        ep_stride=at.stage_stride(at.expert_tp).astype(np.float64),
-        expert_tp_stride=at.stage_stride(np.ones_like(at.tp)).astype(np.float64),
+        ep_stride=stage_stride(at, at.expert_tp).astype(np.float64),
+        expert_tp_stride=stage_stride(at, np.ones_like(at.tp)).astype(np.float64),
         expert_load=expert_load(job, at),
         recompute_parts=at.recompute_parts,
         element_bytes=BYTES_OF[job.precision],
@@ -110,7 +111,7 @@ def _shapes(job: Job, at: LayoutTable, flash: NDArray[np.bool_]) -> Shapes:
 
 def _strides(layouts: LayoutTable) -> tuple[NDArray[np.int64], ...]:
     """Of the groups that a layer exchanges in, each (N,)."""
-    experts = (layouts.stage_stride(layouts.expert_tp), layouts.stage_stride(np.ones_like(layouts.tp)))
+    experts = (stage_stride(layouts, layouts.expert_tp), stage_stride(layouts, np.ones_like(layouts.tp)))
     return (layouts.stride("tp"), layouts.stride("cp"), *(experts if layouts.dispatches.any() else ()))
 
 

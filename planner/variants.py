@@ -62,7 +62,9 @@ def batch_range(text: str) -> tuple[int, ...]:
         ) from None
     if not 1 <= first <= last:
         raise InputError(
-            f"{text!r} does not rise from 1 or more", place="--global-batch", remedy="write low:high, such as 512:2048"
+            f"global_batch={text} does not rise from 1 or more",
+            place="--global-batch",
+            remedy="write low:high, such as 512:2048",
         )
     sizes = [first]
     while sizes[-1] * 2 < last:

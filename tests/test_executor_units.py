@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from shardplan.costmodel.job import Job
-from shardplan.costmodel.layout import Layout, parse_layout, rank_coordinates
+from shardplan.costmodel.layout import Layout, parse_layout
 from shardplan.costmodel.model import LayerKind, parameter_counts
 from shardplan.costmodel.model_config import load_model
+from shardplan.costmodel.rank_groups import rank_coordinates
 from shardplan.executor import measure
 from shardplan.executor.check import refusals
 from shardplan.executor.data import batch, load_text

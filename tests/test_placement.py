@@ -14,9 +14,9 @@ from shardplan.costmodel.axis_order import AXES, DEFAULT_ORDER, ORDERS, read_ord
 from shardplan.costmodel.collectives import collective_s, members_per_node
 from shardplan.costmodel.estimate import estimate
 from shardplan.costmodel.job import Job
-from shardplan.costmodel.layout import Layout, layout_table, parse_layout, rank_coordinates
+from shardplan.costmodel.layout import Layout, layout_table, parse_layout
 from shardplan.costmodel.model_config import load_model
-from shardplan.costmodel.rank_groups import Ranks, dense_groups
+from shardplan.costmodel.rank_groups import Ranks, dense_groups, rank_coordinates
 from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.rules import broken_rules, rejections
 from shardplan.costmodel.runtime import load_runtime

@@ -12,9 +12,10 @@ import pytest
 
 from shardplan.costmodel.estimate import estimate
 from shardplan.costmodel.job import Job
-from shardplan.costmodel.layout import Layout, layout_table, parse_layout, rank_coordinates
+from shardplan.costmodel.layout import Layout, layout_table, parse_layout
 from shardplan.costmodel.model import Model
 from shardplan.costmodel.model_config import load_model
+from shardplan.costmodel.rank_groups import rank_coordinates
 from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.rule_parts import divisors
 from shardplan.costmodel.rules import RULES, broken_rules, rejections
