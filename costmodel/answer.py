@@ -203,7 +203,8 @@ def assumptions(
         f"runtime {runtime.name}: {runtime.version}; {attention} attention; gradients in {gradient}",
         f"MFU counts {'6' if job.adapters is None else '4 (frozen)'} FLOP per matrix parameter and token plus full attention, no "
         f"recompute, of {peak:g} dense {job.precision} TFLOP/s ({cluster.gpu.name})",
-        f"ranks are placed tp, then cp, then dp, then pp; `fits` keeps {headroom:.0%} headroom below the upper edge of the memory band",
+        f"ranks are placed {layout.order.replace('-', ', then ')}; `fits` keeps {headroom:.0%} headroom below the upper edge of "
+        "the memory band",
     ]
     once = job.global_batch == layout.dp * layout.micro_batch
     if runtime.working_set.gradients_freed and once and (layout.zero or layout.dp * layout.cp == 1):

@@ -2,7 +2,7 @@
 
 A group is (ranks, stride): `ranks` members, `stride` apart in global rank order. Members in one node share the node's NICs with
 the parallel groups of their neighbours, so a group with k members per node moves data between nodes at k NIC shares, never above
-the link inside the node.
+the link inside the node. Ranks of two axes with a third between them are such a group several times over, `set_stride` apart.
 
 T = max(latency, S * f / bus(S)), f = 2(n-1)/n for all-reduce, (n-1)/n for all-gather and reduce-scatter
 (NVIDIA/nccl-tests doc/PERFORMANCE.md); S is the reduced or gathered buffer.
@@ -75,17 +75,28 @@ def _between_nodes(
 
 
 def collective_s(
-    tiers: TierTable, collective: Collective, size_bytes: ArrayLike, ranks: ArrayLike, stride: ArrayLike
+    tiers: TierTable,
+    collective: Collective,
+    size_bytes: ArrayLike,
+    ranks: ArrayLike,
+    stride: ArrayLike,
+    sets: ArrayLike | None = None,
+    set_stride: ArrayLike = 1.0,
 ) -> FloatArray:
     """Seconds of one collective over each group; 0 where it has one rank. All arguments broadcast.
 
-    `size_bytes` is the reduced or gathered buffer, for an all-to-all what one rank holds.
+    `size_bytes` is the reduced or gathered buffer, for an all-to-all (of one set) what one rank holds. A group are `ranks` ranks
+    `stride` apart, and that `sets` times, `set_stride` apart.
     """
     if collective == "all_to_all":
         return all_to_all_s(tiers, size_bytes, ranks, stride)
     size, n, step = np.broadcast_arrays(*(np.asarray(x, dtype=np.float64) for x in (size_bytes, ranks, stride)))
-    inside = members_per_node(tiers, n, step)
-    tier = _outer_tier(tiers, n * step)
+    inside, span = members_per_node(tiers, n, step), n * step
+    if sets is not None:
+        times, apart = np.asarray(sets, dtype=np.float64), np.asarray(set_stride, dtype=np.float64)
+        inside = inside * np.where(times > 1, members_per_node(tiers, times, apart), 1.0)
+        n, span = n * times, np.maximum(span, np.where(times > 1, times * apart, 0.0))
+    tier = _outer_tier(tiers, span)
     bus = _in_node(tiers, size, tiers.efficiency)
     if collective == "all_reduce":  # a reducing switch (NVLS) serves groups of the whole node
         bus = np.where(n == tiers.gpus[0], _in_node(tiers, size, tiers.all_reduce_efficiency), bus)

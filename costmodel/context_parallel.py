@@ -64,19 +64,19 @@ def exchange_seconds(
     tiers: TierTable,
     exchange: Exchange,
     cp: FloatArray,
-    tp: FloatArray,
+    stride: FloatArray,
     *,
     attention_s: FloatArray,
     overlap: float,
 ) -> tuple[FloatArray, FloatArray]:
-    """(exposed, hidden) seconds, (K,), of one exchange among cp ranks, tp apart; `attention_s` is the attention beside it.
+    """(exposed, hidden) seconds, (K,), of one exchange among cp ranks, `stride` apart; `attention_s` is the attention beside it.
 
     Of each pass up to the share `overlap` hides behind the attention of one of cp blocks.
     """
     if exchange.operation != "pass":
-        seconds = exchange.times * collective_s(tiers, exchange.operation, exchange.size_bytes, cp, tp)
+        seconds = exchange.times * collective_s(tiers, exchange.operation, exchange.size_bytes, cp, stride)
         return seconds, np.zeros_like(seconds)
-    once = point_to_point_s(tiers, exchange.size_bytes, cp, tp)
+    once = point_to_point_s(tiers, exchange.size_bytes, cp, stride)
     hidden = np.minimum(overlap * once, attention_s / cp)
     return exchange.times * (once - hidden), exchange.times * hidden
 
@@ -86,7 +86,7 @@ def context_seconds(
     *,
     kinds: IntArray,
     cp: FloatArray,
-    tp: FloatArray,
+    stride: FloatArray,
     query_bytes: FloatArray,
     key_value_bytes: FloatArray,
     forward_s: FloatArray,
@@ -95,7 +95,8 @@ def context_seconds(
 ) -> dict[str, FloatArray]:
     """Seconds of all exchanges of one attention for K shapes, as columns of `layer_cost.BlockCost`; 0 where cp = 1.
 
-    `kinds` are codes of CP_KINDS; `forward_s` and `backward_s` the attention of one micro-batch on a rank.
+    `kinds` are codes of CP_KINDS, `stride` the ranks between neighbours; `forward_s` and `backward_s` the attention of one
+    micro-batch on a rank.
     """
     zero = np.zeros_like(cp)
     columns = {f"context_{phase}_{what}_s": zero.copy() for phase in PHASES for what in ("exposed", "hidden")}
@@ -106,7 +107,7 @@ def context_seconds(
         both = exchanges(word, cp, query_bytes, key_value_bytes)
         for phase, attention, parts in zip(PHASES, (forward_s, backward_s), both, strict=True):
             for part in parts:
-                seconds = exchange_seconds(tiers, part, cp, tp, attention_s=attention, overlap=overlap)
+                seconds = exchange_seconds(tiers, part, cp, stride, attention_s=attention, overlap=overlap)
                 for what, value in zip(("exposed", "hidden"), seconds, strict=True):
                     columns[f"context_{phase}_{what}_s"] += np.where(rows, value, 0.0)
     return columns

@@ -3,7 +3,7 @@
 Per rank and step, in elements of the rank's parameters P (ZeRO, arXiv 1910.02054): DDP all-reduces P (2 P on the wire); stages
 1 and 2 reduce-scatter and all-gather (2 P); stage 3 gathers in forward and in backward and reduce-scatters (3 P). The runtime
 says which of these repeat for every micro-batch. Under HSDP the shards are all-reduced between replicas. Context-parallel ranks
-see other tokens with the same parameters, so they reduce and shard like data-parallel ones: groups have dp * cp ranks, tp apart.
+see other tokens with the same parameters, so they reduce and shard like data-parallel ones: groups have dp * cp ranks.
 
 Gradients go in buckets (a layer's, or so many parameters'), and so do parameters gathered after the update; ZeRO-3 gathers layers one
 ahead. The last bucket of a backward is ready when nothing is left to compute, the first gather of a forward when nothing has begun:
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from shardplan.costmodel.collectives import collective_s
 from shardplan.costmodel.layout import LayoutTable
+from shardplan.costmodel.rank_groups import StateGroups, dense_groups, expert_groups
 from shardplan.costmodel.recompute import RECOMPUTE
 from shardplan.costmodel.runtime import Communication
 from shardplan.costmodel.zeropp import gather_s, reduce_s, uses_zeropp
@@ -58,32 +59,13 @@ def one_exchange_s(
     parameters = np.where(gathered_ahead(layouts, communication), parameters, trained)
     size = {"gradient_bytes": gradient_bytes, "parameter_bytes": parameter_bytes}
     sent = (tiers, gpu, layouts, communication)
-    everywhere = _Group(
-        step=layouts.tp.astype(np.float64),
-        ranks=(layouts.dp * layouts.cp).astype(np.float64),
-        shards=layouts.zero_ranks.astype(np.float64),
-    )
+    everywhere = dense_groups(layouts)
     if experts is None:
         return _group_exchange_s(*sent, everywhere, parameters, trained, units, **size)
-    fewer = _Group(
-        step=(layouts.ep * layouts.expert_tp).astype(np.float64),
-        ranks=layouts.expert_replicas.astype(np.float64),
-        shards=layouts.expert_zero_ranks.astype(np.float64),
-    )
+    fewer = expert_groups(layouts)
     dense = _group_exchange_s(*sent, everywhere, parameters - experts, trained - experts, units, **size)
     spread = _group_exchange_s(*sent, fewer, experts, experts, units, **size)
     return _together(dense, spread, experts > 0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Group:
-    """Ranks that hold the same parameters, each (N,)."""
-
-    step: FloatArray
-    """Distance of neighbours in rank order."""
-    ranks: FloatArray
-    shards: FloatArray
-    """Ranks among them over which ZeRO shards states."""
 
 
 def _together(one: Exchange, other: Exchange, both: NDArray[np.bool_]) -> Exchange:
@@ -107,7 +89,7 @@ def _group_exchange_s(
     gpu: Gpu,
     layouts: LayoutTable,
     communication: Communication,
-    group: _Group,
+    group: StateGroups,
     parameters: FloatArray,
     trained: FloatArray,
     units: FloatArray,
@@ -115,13 +97,12 @@ def _group_exchange_s(
     gradient_bytes: int,
     parameter_bytes: int,
 ) -> Exchange:
-    step, shards = group.step, group.shards
-    replicas = group.ranks / shards
+    shards = group.shards.size
     reduced, gathered = _messages(layouts, communication, group.ranks, parameters, trained, units)
     message = trained * gradient_bytes / reduced
-    reduce = collective_s(tiers, "reduce_scatter", message, shards, step)
-    reduce = reduce + collective_s(tiers, "all_reduce", message / shards, replicas, step * shards)
-    gather = collective_s(tiers, "all_gather", parameters * parameter_bytes / gathered, shards, step)
+    reduce = collective_s(tiers, "reduce_scatter", message, *group.shards.shape)
+    reduce = reduce + collective_s(tiers, "all_reduce", message / shards, *group.replicas.shape)
+    gather = collective_s(tiers, "all_gather", parameters * parameter_bytes / gathered, *group.shards.shape)
     reduce, gather = reduced * reduce, gathered * gather
     if uses_zeropp(layouts):
         reduce = reduce_s(tiers, gpu, layouts, parameters=trained, messages=reduced, plain_s=reduce)

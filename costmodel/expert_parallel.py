@@ -3,7 +3,8 @@
 As Megatron-Core's alltoall dispatcher does it (megatron/core/transformer/moe/token_dispatcher.py, NVIDIA/Megatron-LM@0014f13): every
 rank routes its own tokens, under sequence parallelism its 1/tp of them; copies, one for each chosen expert, are sorted by expert and
 exchanged over the ep ranks; ranks that share cut experts (etp) gather what each of them received; the chunks are sorted by local
-expert, and all of it is undone after the experts. Expert groups are consecutive ranks of a stage: etp neighbours, ep at stride etp.
+expert, and all of it is undone after the experts. Expert groups are consecutive ranks of a stage: etp neighbours, ep at stride etp
+(where the pipeline lies inside other axes, the ranks that it surrounds: `order_rules.py`).
 
 The busiest rank sets the pace: it computes, keeps and receives `expert_load` times the mean (the imbalance of the job, or its capacity
 factor, to which dropping and padding bring every expert: arXiv 2101.03961, section 2.2).
@@ -174,8 +175,9 @@ def exchange_s(tiers: TierTable, ops: Sequence[Op], shapes: Shapes, runtime: Run
             continue
         sent, copies = op.experts
         at_once = copies if runtime.expert_parallel.tokens_once else 1.0
-        total = total + all_to_all_s(tiers, sent, shapes.ep, shapes.expert_tp, at_once)
-        total = total + collective_s(tiers, "all_gather", sent * shapes.expert_tp, shapes.expert_tp, 1.0)
+        total = total + all_to_all_s(tiers, sent, shapes.ep, shapes.ep_stride, at_once)
+        among = (shapes.expert_tp, shapes.expert_tp_stride)
+        total = total + collective_s(tiers, "all_gather", sent * shapes.expert_tp, *among)
     return total
 
 

@@ -225,7 +225,7 @@ def _add_collectives(found: Sequence[_OpSeconds], ops: Sequence[Op], shapes: Sha
     for kind in dict.fromkeys(kinds):
         some = [(seconds, size) for seconds, same, size in every if same == kind]
         sizes = np.stack([size for _, size in some])
-        together = np.where(sizes > 0, collective_s(tiers, kind, sizes, shapes.tp, 1.0), 0.0)
+        together = np.where(sizes > 0, collective_s(tiers, kind, sizes, shapes.tp, shapes.tp_stride), 0.0)
         for (seconds, _), one in zip(some, together, strict=True):
             seconds.append(one)
 
@@ -260,7 +260,7 @@ def _context_columns(
         tiers,
         kinds=kinds,
         cp=cp,
-        tp=shapes.tp,
+        stride=np.broadcast_to(np.asarray(shapes.cp_stride, dtype=np.float64), cp.shape),
         query_bytes=exchanged[0],
         key_value_bytes=exchanged[1],
         forward_s=forward,

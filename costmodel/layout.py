@@ -15,14 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from shardplan.costmodel.axis_order import DEFAULT_ORDER, ORDERS, axis_stride, read_order
 from shardplan.costmodel.job import LARGEST
 from shardplan.costmodel.recompute import RECOMPUTE, Recompute, split_recompute
 from shardplan.hw_profiles.errors import InputError, nearest
 
 IntArray = NDArray[np.int64]
-
-AXIS_ORDER = ("tp", "cp", "dp", "pp")
-"""Mesh axes from the innermost (neighbouring ranks) to the outermost: tp beside each other, pp farthest apart."""
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "looped_bfs", "zero_bubble", "zero_bubble_v", "dualpipe_v")
 V_PLACED = ("zero_bubble_v", "dualpipe_v")
@@ -45,6 +43,7 @@ CODES = {
     "offload_params": OFFLOAD,
     "offload_activations": OFFLOAD_ACTIVATIONS,
     "cp_kind": CP_KINDS,
+    "order": ORDERS,
 }
 """Words of a closed vocabulary: a column stores the index into it."""
 YES_OR_NO = ("sequence_parallel", "qwz", "qgz")
@@ -105,6 +104,8 @@ class Layout:
     """ZeRO++: parameters are gathered in 8 bits."""
     qgz: bool = False
     """ZeRO++: gradients are reduced in 4 bits."""
+    order: str = DEFAULT_ORDER
+    """Mesh axes from the innermost (neighbouring ranks) to the outermost (`axis_order.py`)."""
 
     def __post_init__(self) -> None:
         for name in ("dp", "tp", "pp", "cp", "ep", "micro_batch", "virtual_stages", "hpz"):
@@ -208,6 +209,8 @@ def _value(name: str, raw: str) -> object:
     try:
         if name == "stage_layers":
             return tuple(int(part) for part in raw.split(","))
+        if name == "order":
+            return read_order(raw)
         if name in TEXT_WORDS:
             return raw.lower()
         if name == "offload_ratio":
@@ -271,6 +274,7 @@ class LayoutTable:
     hpz: IntArray
     qwz: IntArray
     qgz: IntArray
+    order: IntArray
     splits: tuple[tuple[int, ...] | None, ...] = (None,)
     """Explicit `stage_layers` in use; entry 0 is None, the runtime's rule."""
 
@@ -316,6 +320,10 @@ class LayoutTable:
         """Those of them over which ZeRO shards the states of experts, (N,), 1 without ZeRO (torchtitan: dp_shard * cp * tp / ep)."""
         sharing = np.maximum(self.dp_shard * self.cp * self.tp // (self.ep * self.expert_tp), 1)
         return np.where(self.zero > 0, sharing, 1)
+
+    def stride(self, axis: str) -> IntArray:
+        """Ranks between neighbours on a mesh axis, (N,)."""
+        return axis_stride(axis, self.order, lambda inner: getattr(self, inner))
 
     def columns(self) -> dict[str, IntArray]:
         """Every column by name."""
@@ -387,10 +395,3 @@ def layout_table(layouts: Sequence[Layout]) -> LayoutTable:
         rows.append(tuple(row[name] for name in COLUMNS))
     matrix = np.asarray(rows, dtype=np.int64).reshape(len(rows), len(COLUMNS))
     return LayoutTable(**{name: matrix[:, i].copy() for i, name in enumerate(COLUMNS)}, splits=tuple(splits))
-
-
-def rank_coordinates(layout: Layout) -> dict[str, IntArray]:
-    """Coordinate of every rank on every axis, each of shape (gpus,): rank = ((pp * dp + d) * cp + c) * tp + t."""
-    sizes = [getattr(layout, axis) for axis in reversed(AXIS_ORDER)]
-    grid = np.indices(sizes).reshape(len(sizes), -1)
-    return dict(zip(reversed(AXIS_ORDER), grid, strict=True))

@@ -25,7 +25,10 @@ class Shapes:
     cp: Amount = 1.0
     cp_kind: NDArray[np.int64] | int = 0
     """Code of CP_KINDS."""
+    cp_stride: Amount = 1.0
+    """Ranks between neighbours of a group (`axis_order.py`)."""
     tp: FloatArray
+    tp_stride: Amount = 1.0
     sp: FloatArray
     """tp with sequence parallelism, else 1: divides what is split along the sequence."""
     flash: NDArray[np.bool_]
@@ -35,6 +38,8 @@ class Shapes:
     ep: Amount = 1.0
     expert_tp: Amount = 1.0
     """Ranks each expert is cut over, where tokens are dispatched (`expert_parallel.py`)."""
+    ep_stride: Amount = 1.0
+    expert_tp_stride: Amount = 1.0
     expert_load: Amount = 1.0
     """Tokens that the experts of the busiest rank get, relative to an even share."""
     recompute_parts: NDArray[np.int64] | int = 0

@@ -112,7 +112,7 @@ def _accumulating(layouts: LayoutTable, runtime: Runtime, micro_batches: FloatAr
 def _tensor_showing(layouts: LayoutTable, runtime: Runtime, node_gpus: int) -> FloatArray:
     """Share of tensor-parallel communication that nothing hides, (N,): async tensor parallelism cuts the gathers and reductions of
     sequence parallelism into pieces between those of the products, over the links of one node."""
-    cut = (layouts.sequence_parallel == 1) & (layouts.tp <= node_gpus)
+    cut = (layouts.sequence_parallel == 1) & (layouts.tp * layouts.stride("tp") <= node_gpus)
     communication = runtime.communication
     return (1.0 - communication.tensor_overlap) * np.where(cut, 1.0 - communication.async_tensor_overlap, 1.0)
 
@@ -223,6 +223,6 @@ def pipeline_transfers_s(
         split = split | (layouts.tp > 1)
     size = BYTES_OF[job.precision] * layouts.micro_batch * job.seq / layouts.cp * model.hidden
     size = size / np.where(split, layouts.tp, 1)
-    one = point_to_point_s(tiers, size, layouts.pp, layouts.tp * layouts.cp * layouts.dp)
+    one = point_to_point_s(tiers, size, layouts.pp, layouts.stride("pp"))
     exposed = 2.0 * layouts.virtual_stages * (micro_batches + layouts.pp - 1.0) * one
     return np.where(layouts.pp > 1, exposed * (1.0 - runtime.communication.pipeline_overlap), 0.0)

@@ -26,7 +26,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from shardplan.costmodel.layout import SCHEDULES
 from shardplan.costmodel.model import Model, attended_tokens, layer_order, matrix_parameters
-from shardplan.costmodel.runtime import StageRule
+from shardplan.costmodel.runtime_stages import StageRule
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]

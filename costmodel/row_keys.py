@@ -35,7 +35,8 @@ class RowKeys:
     pace_of: IntArray
     work_of_pace: IntArray
     states: LayoutTable
-    """What a rank holds and exchanges: tp, stage contents, data-parallel ranks, one or more micro-batches, SHARING, (T,)."""
+    """What a rank holds and exchanges: tp, stage contents, data-parallel ranks, their order, one or more
+    micro-batches, SHARING, (T,)."""
     states_of: IntArray
     work_of_states: IntArray
 
@@ -49,7 +50,7 @@ def row_keys(layouts: LayoutTable, communication: Communication, global_batch: i
     placed = work.v_placed.astype(np.int64)
     contents = keys_of(work.tp, work.ep, work.etp, work.pp, work.virtual_stages, work.split, placed)
     accumulates = (global_batch > work.dp * work.micro_batch).astype(np.int64)
-    ranks = keys_of(contents.of_row, work.dp, work.cp, accumulates)
+    ranks = keys_of(contents.of_row, work.dp, work.cp, accumulates, work.order)
     exchanging = _exchanging(work, layouts.take(by_sharing.row), communication, by_work, by_sharing)
     by_pace = keys_of(by_work.of_row, exchanging, dense=True)
     by_states = keys_of(ranks.of_row.take(by_work.of_row), by_sharing.of_row, dense=True)

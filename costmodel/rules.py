@@ -20,6 +20,7 @@ from shardplan.costmodel.layout import (
 from shardplan.costmodel.memory import parameter_bytes
 from shardplan.costmodel.model_rules import MODEL_RULES, missing_parts
 from shardplan.costmodel.offload_rules import OFFLOAD_RULES
+from shardplan.costmodel.order_rules import ORDER_RULES
 from shardplan.costmodel.recompute import ALL_LAYERS, PART_BITS, RECOMPUTE, split_recompute
 from shardplan.costmodel.rule import BoolArray, Rejection, Rule, Setting
 from shardplan.costmodel.rule_parts import (
@@ -325,6 +326,7 @@ RULES: tuple[Rule, ...] = (
     *RUNTIME_RULES,
     *OFFLOAD_RULES,
     *ZEROPP_RULES,
+    *ORDER_RULES,
 )
 STRUCTURAL: tuple[Rule, ...] = tuple(rule for rule in RULES if rule.structural)
 

@@ -11,11 +11,13 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from shardplan.costmodel.axis_order import DEFAULT_ORDER, ORDERS
 from shardplan.costmodel.model import PART_NAMES, LayerPart
 from shardplan.costmodel.recompute import Part
 from shardplan.costmodel.runtime_document import runtime_document, runtime_file, state_row, switched
 from shardplan.costmodel.runtime_experts import ExpertParallel
 from shardplan.costmodel.runtime_offload import Offloading
+from shardplan.costmodel.runtime_stages import StageRule
 from shardplan.costmodel.runtime_states import States, WorkingSet
 from shardplan.costmodel.runtime_tuning import Tuning
 from shardplan.hw_profiles.errors import InputError
@@ -89,6 +91,8 @@ class Abilities(_FromFile):
     """Words of `recompute` that do."""
     schedules_on_gpu_only: tuple[str, ...] = ()
     """Schedules that do not run over gloo."""
+    orders: tuple[str, ...] = (DEFAULT_ORDER,)
+    """Orders of mesh axes (words of `axis_order.ORDERS`), the default one first; the file may say "any"."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,18 +204,6 @@ class Communication(_FromFile):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StageRule(_FromFile):
-    """How layers are spread over stages when the layout does not say."""
-
-    embedding_weight: float
-    """Embedding counted as this many layers."""
-    head_weight: float
-    """Head and loss counted as this many layers."""
-    weigh_ends_to_divide: bool = False
-    """Count both as one layer each where only that makes the split even."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Runtime(_FromFile):
     """One runtime at one version."""
 
@@ -279,8 +271,11 @@ def _read(text: str, place: str, switches: list[str]) -> Runtime:
     from pydantic import ValidationError
 
     document = switched(runtime_document(text, place), switches, place)
+    abilities: dict[str, Any] = document.get("abilities", {})
+    if abilities.get("orders") == "any":
+        abilities["orders"] = ORDERS
     precisions: dict[str, dict[str, Any]] = document.get("states", {})
-    if "fp8" in document.get("abilities", {}).get("precisions", ()):  # only products are in fp8
+    if "fp8" in abilities.get("precisions", ()):  # only products are in fp8
         precisions.setdefault("fp8", dict(precisions.get("bf16", {})))
     for states in precisions.values():
         if isinstance(states, dict):  # pyright: ignore[reportUnnecessaryIsInstance]

@@ -19,6 +19,7 @@ from shardplan.costmodel.model import LayerKind, Model, split_parameters
 from shardplan.costmodel.op import Op
 from shardplan.costmodel.operators import Shapes, embedding_ops, head_ops, layer_ops, logits_bytes
 from shardplan.costmodel.pipeline import stage_table
+from shardplan.costmodel.rank_groups import stage_stride
 from shardplan.costmodel.recompute import ALL_LAYERS
 from shardplan.costmodel.runtime import Runtime
 from shardplan.hw_profiles.machine import Cluster
@@ -91,12 +92,16 @@ def _shapes(job: Job, at: LayoutTable, flash: NDArray[np.bool_]) -> Shapes:
         seq=job.seq / at.cp,
         cp=at.cp.astype(np.float64),
         cp_kind=at.cp_kind,
+        cp_stride=at.stride("cp").astype(np.float64),
         tp=tp,
+        tp_stride=at.stride("tp").astype(np.float64),
         sp=np.where(at.sequence_parallel == 1, tp, 1.0),
         flash=flash,
         library=at.attention == ATTENTION.index("flash"),
         ep=at.ep.astype(np.float64),
         expert_tp=at.expert_tp.astype(np.float64),
+        ep_stride=stage_stride(at, at.expert_tp).astype(np.float64),
+        expert_tp_stride=stage_stride(at, np.ones_like(at.tp)).astype(np.float64),
         expert_load=expert_load(job, at),
         recompute_parts=at.recompute_parts,
         element_bytes=BYTES_OF[job.precision],
@@ -105,15 +110,22 @@ def _shapes(job: Job, at: LayoutTable, flash: NDArray[np.bool_]) -> Shapes:
     )
 
 
+def _strides(layouts: LayoutTable) -> tuple[NDArray[np.int64], ...]:
+    """Of the groups that a layer exchanges in, each (N,)."""
+    experts = (stage_stride(layouts, layouts.expert_tp), stage_stride(layouts, np.ones_like(layouts.tp)))
+    return (layouts.stride("tp"), layouts.stride("cp"), *(experts if layouts.dispatches.any() else ()))
+
+
 def block_rows(
     model: Model, job: Job, cluster: Cluster, layouts: LayoutTable, runtime: Runtime, tiers: TierTable
 ) -> BlockRows:
-    """Costs of layers, embedding and head: once per unique (tp, sp, cp and its kind, ep, etp, micro-batch, attention, recomputed parts),
-    then gathered."""
+    """Costs of layers, embedding and head: once per unique (tp, sp, cp and its kind, ep, etp, their strides, micro-batch, attention,
+    recomputed parts), then gathered."""
     default = ATTENTION.index(runtime.abilities.attention[0])
     context = layouts.cp * len(CP_KINDS) + layouts.cp_kind
     work = (layouts.tp, layouts.sequence_parallel, context, layouts.ep, layouts.etp, layouts.micro_batch)
-    first, inverse = unique_keys(*work, layouts.attention, layouts.recompute_parts)
+    apart = _strides(layouts) if layouts.order.any() else ()  # in the default order tp and etp say them
+    first, inverse = unique_keys(*work, layouts.attention, layouts.recompute_parts, *apart)
     at = layouts.take(first)
     attention = np.where(at.attention == 0, default, at.attention)
     shapes = _shapes(job, at, attention != ATTENTION.index("unfused"))

@@ -234,7 +234,7 @@ def held_times(
     tied = None
     if model.tied_embeddings:
         table = element * model.vocab * model.hidden / layouts.tp
-        apart = layouts.gpus / layouts.pp * np.maximum(layouts.pp - 1, 1)
+        apart = layouts.stride("pp") * np.maximum(layouts.pp - 1, 1)
         between = collective_s(tiers, "all_reduce", table, 2.0, apart)
         tied = np.where((layouts.pp > 1) & ~layouts.v_placed, between, 0.0)
     return HeldTimes(

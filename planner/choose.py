@@ -10,7 +10,9 @@ from shardplan.costmodel.estimates import DEFAULT_HEADROOM
 from shardplan.costmodel.job import Job
 from shardplan.costmodel.model import Model
 from shardplan.costmodel.model_config import model_digest
+from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.runtime import Runtime
+from shardplan.planner.placement import placement_document
 from shardplan.planner.plan import Plan, digest
 from shardplan.planner.search import SearchResult, judge, search_document
 
@@ -27,15 +29,18 @@ def make_plan(
     headroom: float = DEFAULT_HEADROOM,
     fix: str = "",
     forbid: Sequence[str] = (),
+    allow: Sequence[str] = (),
     objective: str = "throughput",
+    forms: Sequence[Mapping[str, Any]] = (),
     version: str,
 ) -> Plan:
-    """The best layout of a search that found one, as a plan; `runtime_name` is what loads the runtime again, `fix`, `forbid` and
-    `objective` are the words that the search was asked with."""
+    """The best layout of a search that found one, as a plan; `runtime_name` is what loads the runtime again, `fix`, `forbid`, `allow`
+    and `objective` are the words that the search was asked with, `forms` what other forms of the question found (`variants.py`)."""
     if result.ranked is None:
         raise ValueError("the search found no layout that fits")
     layout = result.ranked.layouts.row(0)
     prediction = judge(layout, model=model, job=job, cluster=result.cluster, runtime=runtime, headroom=headroom)
+    setting = Setting(model=model, job=job, cluster=result.cluster, runtime=runtime)
     if not isinstance(prediction, dict):
         raise AssertionError(f"a ranked layout is refused: {prediction}")
     return Plan(
@@ -47,11 +52,14 @@ def make_plan(
         layout=layout,
         prediction=prediction,
         search={
-            **search_document(result, top),
+            **(account := search_document(result, top)),
+            "placement": {**(account["placement"] or {}), **placement_document(setting, layout)},
             "headroom": headroom,
             "fix": fix,
             "forbid": list(forbid),
+            "allow": list(allow),
             "objective": objective,
+            "forms": [dict(one) for one in forms],
         },
         digests={
             "model": model_digest(model),

@@ -11,11 +11,14 @@ from shardplan.costmodel.estimates import DEFAULT_HEADROOM
 from shardplan.costmodel.job import PRECISIONS, Job
 from shardplan.costmodel.layout import layout_from_document, parse_layout
 from shardplan.costmodel.model import Model
+from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.runtime import Runtime, load_runtime
 from shardplan.costmodel.step_time import TIME_PARTS
 from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.load import cluster_from_document
 from shardplan.hw_profiles.machine import Cluster
+from shardplan.planner.deadline import DEADLINE
+from shardplan.planner.placement import placement_document
 from shardplan.planner.plan import Plan, digest
 from shardplan.planner.search import SearchResult, judge, search, search_document
 from shardplan.planner.sensitivity import Question, network_needed, one_change
@@ -42,18 +45,22 @@ def explain_plan(plan: Plan) -> dict[str, Any]:
     compared = [
         _compared(row["layout"], prediction, plan.model, plan.job, cluster, runtime, headroom) for row in runners
     ]
+    setting = Setting(model=plan.model, job=plan.job, cluster=cluster, runtime=runtime)
     question = Question(
         model=plan.model,
         job=plan.job,
         cluster=cluster,
         runtime=runtime,
-        wishes=parse_wishes(str(plan.search.get("fix", "")), plan.search.get("forbid", ())),
+        wishes=parse_wishes(
+            str(plan.search.get("fix", "")), plan.search.get("forbid", ()), plan.search.get("allow", ())
+        ),
         headroom=headroom,
     )
     return {
         **prediction,
         "subject": {"model": plan.model.name, "cluster": cluster.name, "job": dataclasses.asdict(plan.job)},
         "binds": what_binds(prediction),
+        "placement": placement_document(setting, plan.layout),
         "one_change": one_change(question),
         "network_needed": network_needed(question, plan.layout),
         "runners_up": [row for row in compared if row],
@@ -74,12 +81,17 @@ def explain_layout(
     """The user's own layout against the best of the whole space."""
     question = Question(model=model, job=job, cluster=cluster, runtime=runtime, wishes=Wishes(), headroom=headroom)
     result = question.search()
+    setting, own = (
+        Setting(model=model, job=job, cluster=cluster, runtime=runtime),
+        layout_from_document(answer["layout"]),
+    )
     document: dict[str, Any] = {
         **answer,
         "subject": {"model": model.name, "cluster": cluster.name, "job": dataclasses.asdict(job)},
         "binds": what_binds(answer) if answer["time"] else [],
+        "placement": placement_document(setting, own) if answer["time"] else None,
         "one_change": [],
-        "network_needed": network_needed(question, layout_from_document(answer["layout"])) if answer["time"] else None,
+        "network_needed": network_needed(question, own) if answer["time"] else None,
         "runners_up": [],
         "search": search_document(result, 5),
         "notes": [],
@@ -94,7 +106,7 @@ def explain_layout(
         slower = answer["time"]["step_s"] / against["step_s"]
         document["notes"].append(
             "this layout is the best of the space"
-            if layout_from_document(answer["layout"]) == best
+            if own == best
             else f"{slower:.2f} times the step time of the best layout that fits: {best.words()}"
         )
     else:
@@ -183,6 +195,11 @@ def what_would_fit(
 ) -> dict[str, Any]:
     """The account of a search that found nothing: the closest layout, its rejections, and changes that would fit."""
     document: dict[str, Any] = {"fits": False, "rejections": [], "search": search_document(result, 0), "closest": None}
+    if result.refused and result.refused[0].rule == DEADLINE:
+        late = result.refused[0].example
+        document["rejections"] = [{"rule": DEADLINE, "detail": late, "remedy": "give more days or more GPUs"}]
+        document["would_fit"] = []
+        return document
     if result.closest is not None:
         closest = result.closest.layouts.row(0)
         judged = judge(closest, model=model, job=job, cluster=cluster, runtime=runtime, headroom=headroom)

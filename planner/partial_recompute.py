@@ -13,26 +13,28 @@ from shardplan.costmodel.layout import LayoutTable
 from shardplan.costmodel.recompute import RECOMPUTE
 from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.rules import broken_rules
+from shardplan.planner.placement import least_step_s
 from shardplan.planner.space import Wishes
 
 NONE, FULL = RECOMPUTE.index("none"), RECOMPUTE.index("full")
 
 
 def partly_recomputed(
-    setting: Setting, estimates: Estimates, wishes: Wishes, headroom: float
+    setting: Setting, estimates: Estimates, wishes: Wishes, headroom: float, *, best_s: float = np.inf
 ) -> tuple[LayoutTable | None, int]:
     """(layouts that fit once some layers of each stage are recomputed, with the least number that does; layouts estimated for it).
 
-    Taken are the layouts without recompute that do not fit and are faster than everything that fits: recompute only adds time, so no
-    other can become the fastest. None where the runtime recomputes all layers or none, or the user asked otherwise.
+    Taken are the layouts without recompute that do not fit and could be faster than everything that fits: recompute only adds time, so
+    no other can become the fastest, in whatever order of axes. None where the runtime recomputes all layers or none, or the user asked
+    otherwise.
     """
     asked = "recompute" in wishes.fixed_words or any(word == "recompute" for word, _ in wishes.forbidden)
     if asked or not setting.runtime.abilities.partial_recompute:
         return None, 0
     fits = estimates.fits(headroom)
-    fastest = float(estimates.step_s[fits].min()) if fits.any() else np.inf
+    fastest = min(best_s, float(np.min(estimates.step_s, where=fits, initial=np.inf)))
     layouts = estimates.layouts
-    hopeful = ~fits & (layouts.recompute == NONE) & (estimates.step_s < fastest)
+    hopeful = ~fits & (layouts.recompute == NONE) & (least_step_s(setting, estimates, wishes) < fastest)
     hopeful &= layouts.pp * 2 <= setting.model.layer_count
     rows = layouts.take(np.flatnonzero(hopeful))
     looked_at = 0

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,44 +13,20 @@ from shardplan.costmodel.answer import answer
 from shardplan.costmodel.estimate import estimate
 from shardplan.costmodel.estimates import DEFAULT_HEADROOM, Estimates
 from shardplan.costmodel.job import Job
-from shardplan.costmodel.layout import COLUMNS, Layout, LayoutTable
+from shardplan.costmodel.layout import Layout
 from shardplan.costmodel.model import Model
 from shardplan.costmodel.rule import Rejection, Setting
-from shardplan.costmodel.rules import RULES, broken_rules, rejections
+from shardplan.costmodel.rules import rejections
 from shardplan.costmodel.runtime import Runtime, load_runtime
 from shardplan.hw_profiles.errors import InputError, nearest
 from shardplan.hw_profiles.machine import Cluster
-from shardplan.planner.partial_recompute import partly_recomputed
+from shardplan.planner.deadline import days_needed, within_deadline
+from shardplan.planner.one_size import OBJECTIVES, Objective, Refusal, SearchResult, search_one_size
 from shardplan.planner.shortlist import distinct, memory_front
-from shardplan.planner.space import Wishes, join_tables, runtime_tiers, space_pieces
+from shardplan.planner.space import Wishes
+from shardplan.planner.watch import Watch
 
-Objective = Literal["throughput", "cost", "gpus", "memory"]
-OBJECTIVES: tuple[Objective, ...] = ("throughput", "cost", "gpus", "memory")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Refusal:
-    """How many layouts one rule refused, with one example told in words."""
-
-    rule: str
-    count: int
-    example: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchResult:
-    """Ranked layouts that fit, and the account of the others."""
-
-    cluster: Cluster
-    ranked: Estimates | None
-    """Best first; None when nothing fits."""
-    closest: Estimates | None
-    """The valid layout that needs least device memory, when nothing fits."""
-    looked_at: int
-    refused: tuple[Refusal, ...]
-    """Largest first; a layout that breaks several rules counts for the first in the list of rules."""
-    does_not_fit: int
-    seconds: float
+__all__ = ["OBJECTIVES", "Objective", "Refusal", "SearchResult", "gpu_counts", "judge", "search", "search_document"]
 
 
 def search(
@@ -63,29 +38,50 @@ def search(
     wishes: Wishes | None = None,
     objective: Objective = "throughput",
     headroom: float = DEFAULT_HEADROOM,
+    days: float | None = None,
+    watch: Watch | None = None,
 ) -> SearchResult:
-    """Rank every layout of `model` on all GPUs of `cluster` (objectives `gpus` and `cost`: on the part of them that
-    needs fewest GPUs, or least money)."""
+    """Rank every layout of `model` on all GPUs of `cluster` (objectives `gpus`, `cost` and `deadline`: on the part of them that
+    needs fewest GPUs, least money, or is the smallest that trains the job's tokens in `days`)."""
     if not 0.0 <= headroom < 1.0:
         raise InputError(f"headroom={headroom:g} is not a fraction", place="--headroom", remedy="use 0 up to below 1")
     chosen = load_runtime(runtime) if isinstance(runtime, str) else runtime
-    if objective == "cost" and cluster.node.usd_per_hour is None:
-        raise InputError(
-            f"cluster {cluster.name!r} has no price", place="--objective", remedy="set node.usd_per_hour in its profile"
-        )
-    if objective not in OBJECTIVES:
-        raise InputError(
-            f"objective={objective!r} is unknown", place="--objective", remedy=nearest(objective, OBJECTIVES)
-        )
+    _check_objective(objective, job, cluster, days)
+    watching = watch or Watch()
 
     def on(gpus: int) -> SearchResult:
-        return _search_one(model, job, cluster.with_gpus(gpus), chosen, wishes, objective, headroom)
+        setting = Setting(model=model, job=job, cluster=cluster.with_gpus(gpus), runtime=chosen)
+        return search_one_size(setting, wishes or Wishes(), objective, headroom, watching)
 
     if objective == "gpus":
         return _fewest(cluster, on)
     if objective == "cost":
         return _cheapest(cluster, on)
+    if objective == "deadline" and days is not None:
+        return within_deadline(
+            gpu_counts(cluster), cluster.node.gpus, on, lambda one: days_needed(one, model, job, chosen), days
+        )
     return on(cluster.gpus)
+
+
+def _check_objective(objective: Objective, job: Job, cluster: Cluster, days: float | None) -> None:
+    """InputError for an objective that is unknown or lacks what it is measured by."""
+    if objective not in OBJECTIVES:
+        raise InputError(
+            f"objective={objective!r} is unknown", place="--objective", remedy=nearest(objective, OBJECTIVES)
+        )
+    if objective == "cost" and cluster.node.usd_per_hour is None:
+        raise InputError(
+            f"cluster {cluster.name!r} has no price", place="--objective", remedy="set node.usd_per_hour in its profile"
+        )
+    if (objective == "deadline") != (days is not None):
+        raise InputError(
+            "a deadline has days", place="--objective", remedy="give --objective deadline and --days together"
+        )
+    if days is not None and not 0.0 < days < float("inf"):
+        raise InputError(f"{days:g} days are no deadline", place="--days", remedy="give more than 0")
+    if days is not None and job.tokens is None:
+        raise InputError("a deadline is for a number of tokens", place="--days", remedy="give --tokens too")
 
 
 def _fewest(cluster: Cluster, on: Callable[[int], SearchResult]) -> SearchResult:
@@ -93,10 +89,18 @@ def _fewest(cluster: Cluster, on: Callable[[int], SearchResult]) -> SearchResult
     last, result = 0, None
     for gpus in gpu_counts(cluster):
         result = on(gpus)
+        if result.partial:
+            return result
         if result.ranked is not None:
             node = cluster.node.gpus
             between = range(last // node * node + node, gpus, node) if gpus > node else range(0)
-            return next((one for size in between if (one := on(size)).ranked is not None), result)
+            for size in between:
+                one = on(size)
+                if one.partial:  # what was found stands, fewer were not all tried
+                    return replace(result, partial=True, complete=False)
+                if one.ranked is not None:
+                    return one
+            return result
         last = gpus
     assert result is not None
     return result
@@ -104,11 +108,16 @@ def _fewest(cluster: Cluster, on: Callable[[int], SearchResult]) -> SearchResult
 
 def _cheapest(cluster: Cluster, on: Callable[[int], SearchResult]) -> SearchResult:
     """On the size among `gpu_counts` whose best layout pays least per token; whole nodes are paid."""
-    found = [on(gpus) for gpus in gpu_counts(cluster)]
+    found: list[SearchResult] = []
+    for gpus in gpu_counts(cluster):
+        found.append(on(gpus))
+        if found[-1].partial:
+            break
     fitting = [one for one in found if one.ranked is not None]
     if not fitting:
         return found[-1]
-    return min(fitting, key=lambda r: float(r.ranked.step_s[0]) * r.cluster.nodes if r.ranked is not None else np.inf)
+    best = min(fitting, key=lambda r: float(r.ranked.step_s[0]) * r.cluster.nodes if r.ranked is not None else np.inf)
+    return replace(best, partial=True, complete=False) if found[-1].partial else best
 
 
 def gpu_counts(cluster: Cluster) -> tuple[int, ...]:
@@ -118,86 +127,6 @@ def gpu_counts(cluster: Cluster) -> tuple[int, ...]:
     while sizes[-1] * 2 < cluster.gpus:
         sizes.append(sizes[-1] * 2)
     return tuple(dict.fromkeys((*sizes, cluster.gpus)))
-
-
-def _search_one(
-    model: Model,
-    job: Job,
-    cluster: Cluster,
-    runtime: Runtime,
-    wishes: Wishes | None,
-    objective: Objective,
-    headroom: float,
-) -> SearchResult:
-    start = time.perf_counter()
-    setting = Setting(model=model, job=job, cluster=cluster, runtime=runtime)
-    wanted = wishes or Wishes()
-    looked_at, valid, refused = _sift_space(setting, wanted)
-    ranked = closest = None
-    misfits = 0
-    if len(valid):
-        estimates = estimate(model=model, job=job, cluster=cluster, layouts=valid, runtime=runtime)
-        fits = estimates.fits(headroom)
-        more, tried = partly_recomputed(setting, estimates, wanted, headroom)
-        if more is not None and len(more):
-            looked_at += tried
-            misfits = tried - len(more)
-            valid = join_tables([valid, more], wanted)
-            estimates = estimate(model=model, job=job, cluster=cluster, layouts=valid, runtime=runtime)
-            fits = estimates.fits(headroom)
-        misfits += int((~fits).sum())
-        order = _order(estimates, np.flatnonzero(fits), objective)
-        if len(order):
-            ranked = estimates.take(order)
-        else:
-            closest = estimates.take(np.asarray([int(estimates.device_peak_bytes.argmin())]))
-    return SearchResult(
-        cluster=cluster,
-        ranked=ranked,
-        closest=closest,
-        looked_at=looked_at,
-        refused=refused,
-        does_not_fit=misfits,
-        seconds=time.perf_counter() - start,
-    )
-
-
-def _sift_space(setting: Setting, wishes: Wishes) -> tuple[int, LayoutTable, tuple[Refusal, ...]]:
-    """(layouts looked at, those that break no rule, the account of the others), one piece of the space at a time."""
-    looked_at, kept = 0, list[LayoutTable]()
-    refused: dict[str, Refusal] = {}
-    kinds, tiers = setting.runtime.abilities.context_parallel, runtime_tiers(setting.runtime)
-    for piece in space_pieces(setting.model, setting.job, setting.cluster.gpus, wishes, kinds, tiers):
-        if len(piece):
-            looked_at += len(piece)
-            kept.append(_sift(setting, piece, refused))
-    ordered = sorted(refused.values(), key=lambda r: (-r.count, r.rule))
-    return looked_at, join_tables(kept, wishes), tuple(ordered)
-
-
-def _sift(setting: Setting, space: LayoutTable, refused: dict[str, Refusal]) -> LayoutTable:
-    """Rows that break no rule; the others are added to `refused` under the first rule they break."""
-    broken = broken_rules(setting, space)
-    open_rows = np.ones(len(space), dtype=bool)
-    for rule in RULES:
-        if rule.id in broken:
-            new = broken[rule.id] & open_rows
-            open_rows &= ~new
-            if new.any():
-                before = refused.get(rule.id)
-                example = before.example if before else rule.detail(setting, space.row(int(np.flatnonzero(new)[0])))
-                count = int(new.sum()) + (before.count if before else 0)
-                refused[rule.id] = Refusal(rule=rule.id, count=count, example=example)
-    return space.take(open_rows)
-
-
-def _order(estimates: Estimates, rows: NDArray[np.intp], objective: Objective) -> NDArray[np.intp]:
-    """`rows` best first; ties break by the other figure, then by the layout's columns."""
-    first, second = estimates.step_s[rows], estimates.device_peak_bytes[rows]
-    if objective == "memory":
-        first, second = second, first
-    columns = [getattr(estimates.layouts, name)[rows] for name in reversed(COLUMNS)]
-    return rows[np.lexsort((*columns, second, first))]
 
 
 def summary_rows(estimates: Estimates, rows: NDArray[np.intp], *, capacity_bytes: float) -> list[dict[str, Any]]:
@@ -237,6 +166,10 @@ def search_document(result: SearchResult, top: int) -> dict[str, Any]:
         "looked_at": result.looked_at,
         "refused": {r.rule: {"count": r.count, "reason": r.example} for r in result.refused},
         "does_not_fit": result.does_not_fit,
+        "refined": result.refined,
+        "complete": result.complete,
+        "partial": result.partial,
+        "placement": result.placement.document() if result.placement else None,
         "seconds": result.seconds,
         "ideas": ideas,
         "ranked": ranked,

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.costmodel.estimates import Estimates
-from shardplan.costmodel.layout import LayoutTable
+from shardplan.costmodel.layout import Layout, LayoutTable, layout_table
 from shardplan.costmodel.recompute import ALL_LAYERS, RECOMPUTE
 
 IDEA_COLUMNS = ("dp", "tp", "pp", "cp", "ep", "zero", "offload_optimizer")
@@ -28,6 +28,12 @@ def distinct(layouts: LayoutTable) -> tuple[IndexArray, IndexArray]:
     _, first, counts = np.unique(code, return_index=True, return_counts=True)
     order = np.argsort(first)
     return first[order], counts[order]
+
+
+def same_idea(one: Layout, other: Layout) -> bool:
+    """Whether two layouts are variants of one idea."""
+    first, _ = distinct(layout_table([one, other]))
+    return len(first) == 1
 
 
 def _recomputes_all(layouts: LayoutTable) -> NDArray[np.bool_]:

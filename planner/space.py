@@ -52,10 +52,17 @@ class Wishes:
     fixed_words: frozenset[str] = frozenset()
     forbidden: tuple[tuple[str, str | None], ...] = ()
     """(word, value) pairs; without a value everything but the word's default is forbidden."""
+    allowed: frozenset[str] = frozenset()
+    """What changes numerical results and is looked at only when asked for: qwz, qgz."""
 
 
-def parse_wishes(fix: str = "", forbid: Sequence[str] = ()) -> Wishes:
-    """Read `--fix "tp=8 zero=1"` and `--forbid offload --forbid zero=3`; raises InputError for unknown words."""
+ALLOWABLE = ("qwz", "qgz")
+"""Layout words for --allow."""
+
+
+def parse_wishes(fix: str = "", forbid: Sequence[str] = (), allow: Sequence[str] = ()) -> Wishes:
+    """Read `--fix "tp=8 zero=1"`, `--forbid offload --forbid zero=3` and the layout words of `--allow`; raises InputError for unknown
+    words."""
     pairs: list[tuple[str, str | None]] = []
     for item in " ".join(forbid).replace(",", " ").split():
         word, equals, value = item.partition("=")
@@ -70,7 +77,12 @@ def parse_wishes(fix: str = "", forbid: Sequence[str] = ()) -> Wishes:
                 _checked(f"{name}={value}")
             pairs.append((name, value.lower() if equals else None))
     try:
-        return Wishes(fixed=parse_layout(fix), fixed_words=given_words(fix), forbidden=tuple(pairs))
+        return Wishes(
+            fixed=parse_layout(fix),
+            fixed_words=given_words(fix),
+            forbidden=tuple(pairs),
+            allowed=frozenset(word for word in allow if word in ALLOWABLE),
+        )
     except InputError as bad:
         raise InputError(bad.problem, place="--fix", remedy=bad.remedy) from None
 
@@ -100,7 +112,8 @@ def layout_space(
     model: Model, job: Job, gpus: int, wishes: Wishes | None = None, cp_kinds: Sequence[str] = ()
 ) -> LayoutTable:
     """All layouts of `model` on `gpus` GPUs within the wishes; may be empty. Order is deterministic."""
-    return join_tables(list(space_pieces(model, job, gpus, wishes, cp_kinds)), wishes or Wishes())
+    pieces = [piece for _, piece in space_pieces(model, job, gpus, wishes, cp_kinds)]
+    return join_tables(pieces, wishes or Wishes())
 
 
 def join_tables(pieces: Sequence[LayoutTable], wishes: Wishes) -> LayoutTable:
@@ -129,24 +142,27 @@ def space_pieces(
     wishes: Wishes | None = None,
     cp_kinds: Sequence[str] = (),
     tiers: Sequence[tuple[int, int]] | None = None,
-) -> Iterator[LayoutTable]:
-    """The space in pieces of about ROWS_OF_A_PIECE rows; `cp_kinds` are the kinds of context parallelism to look at, `tiers` the pairs of
-    TIERS (all when left out)."""
+) -> Iterator[tuple[float, LayoutTable]]:
+    """(share of the factorisations behind it, piece of the space of about ROWS_OF_A_PIECE rows); `cp_kinds` are the kinds of context
+    parallelism to look at, `tiers` the pairs of TIERS (all when left out)."""
     wanted = wishes or Wishes()
     blocks: list[dict[str, IntArray]] = []
     rows = 0
-    for cp in _context_degrees(job, gpus, wanted, cp_kinds):
-        for tp in divisors(gpus // cp, most=gpus):
-            for pp in divisors(gpus // cp // tp, most=model.layer_count):
-                dp = gpus // cp // tp // pp
-                if job.global_batch % dp == 0 and _agrees(wanted, tp=tp, pp=pp, dp=dp):
-                    blocks.append(_block(model, job, tp, pp, dp, cp, wanted, cp_kinds, tiers or TIERS))
-                    rows += len(blocks[-1]["dp"])
-                    if rows >= ROWS_OF_A_PIECE:
-                        yield _piece(blocks, wanted)
-                        blocks, rows = [], 0
+    degrees = [
+        (tp, pp, gpus // cp // tp // pp, cp)
+        for cp in _context_degrees(job, gpus, wanted, cp_kinds)
+        for tp in divisors(gpus // cp, most=gpus)
+        for pp in divisors(gpus // cp // tp, most=model.layer_count)
+    ]
+    for at, (tp, pp, dp, cp) in enumerate(degrees):
+        if job.global_batch % dp == 0 and _agrees(wanted, tp=tp, pp=pp, dp=dp):
+            blocks.append(_block(model, job, tp, pp, dp, cp, wanted, cp_kinds, tiers or TIERS))
+            rows += len(blocks[-1]["dp"])
+            if rows >= ROWS_OF_A_PIECE:
+                yield (at + 1) / len(degrees), _piece(blocks, wanted)
+                blocks, rows = [], 0
     if blocks:
-        yield _piece(blocks, wanted)
+        yield 1.0, _piece(blocks, wanted)
 
 
 def _context_degrees(job: Job, gpus: int, wishes: Wishes, cp_kinds: Sequence[str]) -> list[int]:

@@ -15,6 +15,7 @@ from shardplan.costmodel.result import cost_document, result_document
 from shardplan.costmodel.runtime import Runtime
 from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.machine import Cluster
+from shardplan.planner.deadline import between
 from shardplan.planner.search import SearchResult, gpu_counts, search
 from shardplan.planner.space import Wishes
 
@@ -39,8 +40,6 @@ COLUMNS = (
     "layout",
     "reason",
 )
-SIZES_BETWEEN = 7
-"""Sizes tried between the last that misses a deadline and the first that meets it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,15 +168,13 @@ def network_gbps_per_gpu(cluster: Cluster) -> float | None:
 
 
 def _sizes_between(cluster: Cluster, rows: Sequence[Mapping[str, Any]], days: float) -> list[int]:
-    """Whole nodes, evenly between the two sizes, at most SIZES_BETWEEN."""
+    """Whole nodes, evenly between the two sizes, as `deadline.between` says."""
     met = sorted(row["gpus"] for row in rows if row["fits"] and (days_of(row) or 0.0) <= days)
     if not met:
         return []
     node = cluster.node.gpus
     missed = max((row["gpus"] for row in rows if row["gpus"] < met[0]), default=0)
-    between = range(missed // node * node + node, met[0], node)
-    step = -(-len(between) // SIZES_BETWEEN) if between else 1
-    return list(between[::step])
+    return between(missed, met[0], node)
 
 
 def _why_nothing(found: SearchResult) -> str:

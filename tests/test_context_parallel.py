@@ -124,7 +124,7 @@ def seconds(kind: str, *, attention_s: float, overlap: float = 1.0, tiers: TierT
         tiers,
         kinds=np.array([CP_KINDS.index(kind)]),
         cp=CP,
-        tp=np.ones(1),
+        stride=np.ones(1),
         query_bytes=QUERIES,
         key_value_bytes=KEYS_VALUES,
         forward_s=np.array([attention_s]),

@@ -62,7 +62,11 @@ CASES = [
     (4, "llama", 4, "dp=2 pp=2 zero=2 schedule=gpipe"),
     (4, "llama", 4, "dp=2 pp=2 zero=3 recompute=full"),
     (4, "llama", 8, "dp=2 pp=2 zero=3 schedule=interleaved virtual_stages=2"),
+    (4, "llama", 4, "dp=2 tp=2 zero=3 order=dp-tp-cp-pp"),
+    (4, "gpt-tied", 2, "dp=2 tp=2 zero=1 sequence_parallel=true order=dp-pp-tp-cp"),
+    (4, "llama", 4, "dp=2 pp=2 zero=2 order=tp-cp-pp-dp"),
     (4, "llama", 2, "tp=2 pp=2"),
+    (4, "llama", 2, "tp=2 pp=2 sequence_parallel=true order=pp-tp-cp-dp"),
     (4, "llama", 2, "tp=2 pp=2 sequence_parallel=true"),
 ]
 

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from shardplan.costmodel.job import Job
-from shardplan.costmodel.layout import Layout, parse_layout, rank_coordinates
+from shardplan.costmodel.layout import Layout, parse_layout
 from shardplan.costmodel.model import LayerKind, parameter_counts
 from shardplan.costmodel.model_config import load_model
+from shardplan.costmodel.rank_groups import rank_coordinates
 from shardplan.executor import measure
 from shardplan.executor.check import refusals
 from shardplan.executor.data import batch, load_text
@@ -69,14 +70,27 @@ def test_every_split_of_the_global_batch_sees_the_same_sequences():
 # --- mesh, stages, model (torch, one process) -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("words", ["dp=4 tp=2 pp=2 zero=3", "dp=4 dp_shard=2 tp=2 zero=1", "dp=2 pp=4 zero=0"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "dp=4 tp=2 pp=2 zero=3",
+        "dp=4 dp_shard=2 tp=2 zero=1",
+        "dp=2 pp=4 zero=0",
+        "dp=4 dp_shard=2 tp=2 pp=2 zero=3 order=dp-tp-cp-pp",
+        "dp=2 tp=2 pp=2 cp=2 zero=1 order=tp-cp-pp-dp",
+        "dp=4 dp_shard=2 tp=2 pp=2 zero=2 order=pp-cp-dp-tp",
+    ],
+)
 def test_mesh_follows_the_rank_map_of_the_cost_model(words):
     pytest.importorskip("torch")
-    from shardplan.executor.mesh import MESH_AXES, mesh_shape
+    from shardplan.executor.mesh import MESH_AXES, mesh_ranks
 
     layout = parse_layout(words)
-    grid = np.indices(mesh_shape(layout)).reshape(len(MESH_AXES), -1)
-    at = dict(zip(MESH_AXES, grid, strict=True))
+    ranks = mesh_ranks(layout).numpy()
+    at = {axis: np.empty(layout.gpus, dtype=int) for axis in MESH_AXES}
+    for place, rank in np.ndenumerate(ranks):
+        for axis, coordinate in zip(MESH_AXES, place, strict=True):
+            at[axis][rank] = coordinate
     expected = rank_coordinates(layout)
     assert np.array_equal(at["dp_replicate"] * layout.shard_ranks + at["dp_shard"], expected["dp"])
     assert all(np.array_equal(at[axis], expected[axis]) for axis in ("pp", "cp", "tp"))

@@ -53,7 +53,7 @@ def test_structural_rules_read_columns_of_one_kind_of_key() -> None:
     table = layout_table(
         [parse_layout("dp=8 pp=2 zero=1 dp_shard=4"), parse_layout("dp=2 tp=8 zero=3 stage_layers=32")]
     )
-    of_stages = {"dp", "tp", "pp", "cp", "virtual_stages", "split"}
+    of_stages = {"dp", "tp", "pp", "cp", "virtual_stages", "split", "order"}
     for rule in STRUCTURAL:
         read = columns_read(rule, setting("megatron"), table)
         assert not read & set(SHARING) or read <= of_stages | set(SHARING), (rule.id, read)

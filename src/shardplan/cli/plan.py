@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,18 +12,27 @@ from shardplan.cli import options
 if TYPE_CHECKING:
     from shardplan.planner.plan import Plan
     from shardplan.planner.search import SearchResult
+    from shardplan.planner.variants import Answer
 
 
 def plan(
     model: options.ModelArgument,
     cluster: options.ClusterOption,
-    global_batch: options.GlobalBatchOption,
+    global_batch: Annotated[
+        str,
+        typer.Option(
+            "--global-batch",
+            help="Sequences per optimizer step: a number, or a range 512:2048 (doubling; the smallest within 1 % of the best).",
+        ),
+    ],
     seq: options.SeqOption,
     gpus: options.GpusOption = None,
     objective: Annotated[
         str,
         typer.Option(
-            "--objective", help="throughput, cost (of any part of the GPUs), gpus (fewest that fit) or memory."
+            "--objective",
+            help="throughput, cost (of any part of the GPUs), gpus (fewest that fit), memory, or deadline (fewest GPUs that train "
+            "--tokens in --days).",
         ),
     ] = "throughput",
     runtime: options.RuntimeOption = "shardplan",
@@ -31,6 +41,14 @@ def plan(
         list[str] | None,
         typer.Option("--forbid", help="Word or word=value to leave out: offload, zero=3, pp. Repeatable."),
     ] = None,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow",
+            help="Also look at a precision (fp8), a switch of the runtime (compile) or qwz, qgz: they change results. Repeatable.",
+        ),
+    ] = None,
+    days: Annotated[float | None, typer.Option("--days", help="With --objective deadline: days for --tokens.")] = None,
     headroom: options.HeadroomOption = 0.05,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Write the best plan to this file.")] = None,
     top: Annotated[int, typer.Option("--top", min=1, help="Layouts to list.")] = 10,
@@ -52,13 +70,16 @@ def plan(
 
     Example: shardplan plan llama-3-70b --cluster h100-ib --gpus 64 --global-batch 1024 --seq 8192 -o plan.json
 
-    Exit code 1 when nothing fits; then it says what would have to change.
+    Exit code 1 when nothing fits (then it says what would have to change), 130 after Ctrl-C, which leaves the best so far.
     """
+    from shardplan.planner.variants import batch_range
+
+    batches = batch_range(global_batch)
     inputs = options.read_inputs(
         model,
         cluster,
         gpus,
-        global_batch=global_batch,
+        global_batch=batches[0],
         seq=seq,
         runtime=runtime,
         precision=precision,
@@ -74,43 +95,87 @@ def plan(
         price=price,
         gpu_hours_per_failure=gpu_hours_per_failure,
     )
-    result = _search(inputs, fix, forbid or [], objective, headroom)
+    words = [word.lower() for item in allow or [] for word in item.replace(",", " ").split()]
+    asked: dict[str, Any] = {"fix": fix, "forbid": forbid or [], "allow": words, "objective": objective.lower()}
+    answers, chosen = _search(inputs, runtime, batches, asked, days, headroom)
+    result, inputs = chosen.result, replace(inputs, job=chosen.form.job, runtime=chosen.form.runtime)
+    stopped = any(one.result.partial for one in answers)
+    if stopped:
+        _tell_stopped(replace(result, partial=True), as_json=as_json)
     if result.ranked is None:
-        _nothing_fits(inputs, result, fix, forbid or [], headroom, as_json=as_json)
-        raise typer.Exit(1)
-    asked: dict[str, Any] = {"fix": fix, "forbid": forbid or [], "objective": objective.lower()}
-    best = _best_plan(inputs, result, runtime, top, headroom, asked)
+        if not stopped:
+            _nothing_fits(inputs, result, fix, forbid or [], headroom, as_json=as_json)
+        raise typer.Exit(130 if stopped else 1)
+    if len(answers) > 1:
+        asked["forms"] = [one.row() for one in answers]
+    best = _best_plan(inputs, replace(result, partial=stopped), chosen.form.runtime_name, top, headroom, asked)
     if output:
         best.write(output)
     if as_json:
         import json
 
         typer.echo(json.dumps(best.document(), indent=1))
-        return
-    from shardplan.cli.tables import print_plan
+    else:
+        from shardplan.cli.tables import print_plan
 
-    print_plan(best.document(), written_to=output)
+        print_plan(best.document(), written_to=output)
+    if stopped:
+        raise typer.Exit(130)
 
 
-def _search(inputs: options.Inputs, fix: str, forbid: list[str], objective: str, headroom: float) -> SearchResult:
+def _tell_stopped(result: SearchResult, *, as_json: bool) -> None:
+    """One line on stderr; where nothing was found by then the account of the search is all there is to say."""
+    found = "what follows is the best" if result.ranked is not None else "nothing fits"
+    typer.echo(f"shardplan: stopped; {found} of the {result.looked_at:,} layouts looked at so far", err=True)
+    if result.ranked is None and as_json:
+        import json
+
+        from shardplan.planner.search import search_document
+
+        account: dict[str, Any] = {"search": search_document(result, 0), "closest": None, "would_fit": []}
+        typer.echo(json.dumps({"fits": False, "rejections": [], **account}, indent=1))
+
+
+def _search(
+    inputs: options.Inputs,
+    runtime: str,
+    batches: tuple[int, ...],
+    asked: dict[str, Any],
+    days: float | None,
+    headroom: float,
+) -> tuple[list[Answer], Answer]:
+    """(what every form of the question found, the best of it)."""
+    from shardplan.cli.progress import TerminalWatch
     from shardplan.hw_profiles.errors import InputError, nearest
     from shardplan.planner.search import OBJECTIVES, Objective, search
     from shardplan.planner.space import parse_wishes
+    from shardplan.planner.variants import ask_all, best_answer, forms
 
-    chosen: Objective | None = next((word for word in OBJECTIVES if word == objective.lower()), None)
+    word = asked["objective"]
+    chosen: Objective | None = next((known for known in OBJECTIVES if known == word), None)
     if chosen is None:
-        raise InputError(
-            f"objective={objective!r} is unknown", place="--objective", remedy=nearest(objective, OBJECTIVES)
+        raise InputError(f"objective={word!r} is unknown", place="--objective", remedy=nearest(word, OBJECTIVES))
+    wishes = parse_wishes(asked["fix"], asked["forbid"], asked["allow"])
+    questions = list(forms(inputs.job, runtime, batches, asked["allow"]))
+    watch = TerminalWatch()
+    try:
+        answers = ask_all(
+            questions,
+            lambda form: search(
+                model=inputs.model,
+                job=form.job,
+                cluster=inputs.cluster,
+                runtime=form.runtime,
+                wishes=wishes,
+                objective=chosen,
+                headroom=headroom,
+                days=days,
+                watch=watch,
+            ),
         )
-    return search(
-        model=inputs.model,
-        job=inputs.job,
-        cluster=inputs.cluster,
-        runtime=inputs.runtime,
-        wishes=parse_wishes(fix, forbid),
-        objective=chosen,
-        headroom=headroom,
-    )
+    finally:
+        watch.close()
+    return answers, best_answer(answers, chosen)
 
 
 def _best_plan(

@@ -44,15 +44,38 @@ def print_plan(document: Mapping[str, Any], *, written_to: str | None) -> None:
         f"[bold]{escape(str(document['cluster']['name']))}[/bold], runtime {escape(document['runtime'])}: "
         f"global batch {job['global_batch']}, sequence {job['seq']}, {job['precision']}\n"
     )
+    print_forms(console, search["forms"])
     print_ranking(console, search["ranked"])
     console.print()
     print_front(console, search["memory_front"])
     print_breakdown(console, best)
     console.print()
+    print_placement(console, search["placement"])
     print_account(console, search)
     print_assumptions(console, best["assumptions"])
     if written_to:
         console.print(f"\nplan written to {escape(written_to)}; next: shardplan explain {escape(written_to)}")
+
+
+def print_forms(console: Console, forms: Sequence[Mapping[str, Any]]) -> None:
+    """What each precision, switch and batch found, where the question left several open."""
+    if not forms:
+        return
+    table = new_table(
+        "What was left open",
+        ("global batch", "right"),
+        ("precision", "left"),
+        ("runtime", "left"),
+        ("GPUs", "right"),
+        ("tokens/s", "right"),
+        ("layout", "left"),
+    )
+    for row in forms:
+        rate = "" if row["tokens_per_s"] is None else f"{row['tokens_per_s']:,.0f}"
+        words = [str(row["global_batch"]), row["precision"], row["runtime"], str(row["gpus"]), rate]
+        table.add_row(*map(escape, (*words, row["layout"] or "nothing fits")))
+    console.print(table)
+    console.print()
 
 
 def print_ranking(console: Console, ranked: Sequence[Mapping[str, Any]]) -> None:
@@ -161,14 +184,29 @@ def _print_stages(console: Console, memory: Mapping[str, Any]) -> None:
         console.print(f"host memory {gib(memory['host_bytes'])} GiB per node")
 
 
+def print_placement(console: Console, placement: Mapping[str, Any] | None) -> None:
+    """Which axis of the mesh lies inside a node and which across, and what other orders would take."""
+    from shardplan.planner.placement import placement_lines
+
+    for line in placement_lines(placement) if placement else ():
+        console.print(f"• {escape(line)}")
+
+
 def print_account(console: Console, search: Mapping[str, Any]) -> None:
     """How many layouts were looked at, how many refused and why."""
     refused = sum(rule["count"] for rule in search["refused"].values())
     fitting = search["looked_at"] - refused - search["does_not_fit"]
+    more = f", and {search['refined']:,} variants of those that they could help" if search["refined"] else ""
     console.print(
         f"looked at {search['looked_at']:,} layouts in {seconds(search['seconds'])}: {refused:,} refused by a rule, "
-        f"{search['does_not_fit']:,} do not fit in memory, {fitting:,} fit"
+        f"{search['does_not_fit']:,} do not fit in memory, {fitting:,} fit{more}"
     )
+    if search["partial"]:
+        console.print("[red]stopped before the end: a better layout may exist[/red]")
+    elif not search["complete"]:
+        console.print(
+            "variants or orders of the slower layouts were left out to save time: a better one may exist among them"
+        )
     for name, rule in list(search["refused"].items())[:8]:
         console.print(f"  {rule['count']:>9,}  {escape(name)}  [dim]{escape(rule['reason'])}[/dim]")
 
@@ -205,6 +243,7 @@ def print_explanation(document: Mapping[str, Any]) -> None:
     console.print()
     for line in (*document["binds"], *document["notes"]):
         console.print(f"• {escape(line)}")
+    print_placement(console, document["placement"])
     from shardplan.planner.explain import TIME_WORDS
 
     for other in document["runners_up"]:
@@ -246,7 +285,8 @@ def print_nothing_fits(document: Mapping[str, Any]) -> None:
     from shardplan.costmodel.layout import layout_from_document
 
     console = make_console()
-    console.print("[red]no layout fits[/red]")
+    late = any(one["rule"] == "deadline" for one in document["rejections"])
+    console.print("[red]no layout is in time[/red]" if late else "[red]no layout fits[/red]")
     print_account(console, document["search"])
     if document["closest"]:
         console.print(f"\nclosest: {escape(layout_from_document(document['closest']['layout']).words())}")
@@ -257,5 +297,5 @@ def print_nothing_fits(document: Mapping[str, Any]) -> None:
         console.print("\nwhat would fit instead:")
         for change in document["would_fit"]:
             console.print(f"  • {escape(change)}")
-    else:
+    elif not late:
         console.print("\nneither more GPUs of this kind, shorter sequences nor another runtime alone makes it fit")

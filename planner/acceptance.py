@@ -1,0 +1,110 @@
+"""Published tuned layouts against the planner's own: `python -m shardplan.planner.acceptance` prints the table of docs/acceptance.md.
+
+Each published layout is fixed in the words that were published, the search fills in the rest. It is accepted when it fits and its step
+is predicted within NEAR of the best of the whole space for that runtime and machine, or it is among the first TOP ideas of the ranking.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from typing import Any
+
+from shardplan.costmodel.job import Job
+from shardplan.costmodel.layout import Layout
+from shardplan.costmodel.model_config import load_model
+from shardplan.hw_profiles.load import load_cluster
+from shardplan.planner.search import SearchResult, search
+from shardplan.planner.shortlist import distinct, same_idea
+from shardplan.planner.space import Wishes, parse_wishes
+
+NEAR = 0.10
+TOP = 5
+
+
+def tuned_layouts() -> list[dict[str, Any]]:
+    """The published layouts, as planner/tuned_layouts.toml holds them."""
+    text = (resources.files("shardplan.planner") / "tuned_layouts.toml").read_text(encoding="utf-8")
+    return tomllib.loads(text)["layouts"]
+
+
+def verdict(published: Mapping[str, Any]) -> dict[str, Any]:
+    """`fits`, `behind` (step over the best step, less 1), `rank` among the ideas that fit, `same` idea as ours, `accepted`, and both
+    layouts in words; None where nothing fits."""
+    given = parse_wishes(published["layout"])
+    best, theirs = (_searched(published, wishes) for wishes in (Wishes(), given))
+    row = {**published, "fits": theirs.ranked is not None, "behind": None, "rank": None, "same": False}
+    row |= {"theirs": None, "ours": None if best.ranked is None else best.ranked.layouts.row(0).words()}
+    if best.ranked is None or theirs.ranked is None:
+        return {**row, "accepted": False}
+    layout = theirs.ranked.layouts.row(0)
+    behind = float(theirs.ranked.step_s[0] / best.ranked.step_s[0]) - 1.0
+    rank = _rank(best, layout)
+    return {
+        **row,
+        "theirs": layout.words(),
+        "behind": behind,
+        "rank": rank,
+        "same": rank == 1,
+        "accepted": behind <= NEAR or (rank is not None and rank <= TOP),
+    }
+
+
+def _searched(published: Mapping[str, Any], wishes: Wishes) -> SearchResult:
+    return search(
+        model=load_model(published["model"]),
+        job=Job(
+            seq=published["seq"],
+            global_batch=published["global_batch"],
+            precision=published.get("precision", "bf16"),
+            method=published.get("method", "full"),
+        ),
+        cluster=load_cluster(published["cluster"], gpus=published["gpus"]),
+        runtime=published.get("runtime", "megatron"),
+        wishes=wishes,
+    )
+
+
+def _rank(result: SearchResult, layout: Layout) -> int | None:
+    """Place of the layout's idea among those of the ranking, 1 = the best; None where it is not among them."""
+    assert result.ranked is not None
+    first, _ = distinct(result.ranked.layouts)
+    return next(
+        (at + 1 for at, row in enumerate(first) if same_idea(result.ranked.layouts.row(int(row)), layout)), None
+    )
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """The table, line by line."""
+    yield "| case | runtime | published (the rest filled in) | behind our best | rank | accepted | our best |"
+    yield "|---|---|---|---|---|---|---|"
+    for row in rows:
+        behind = "does not fit" if row["behind"] is None else f"{row['behind']:+.1%}"
+        rank = "–" if row["rank"] is None else str(row["rank"])
+        assumed = f" ({row['assumed']})" if "assumed" in row else ""
+        cells = (
+            f"{row['name']}{assumed}; {row['source']}",
+            row.get("runtime", "megatron"),
+            f"`{row['theirs'] or row['layout']}`",
+            behind,
+            rank,
+            "yes" if row["accepted"] else "**no**",
+            f"`{row['ours']}`" if row["ours"] else "nothing fits",
+        )
+        yield f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    """Print the table and the count."""
+    rows = [verdict(one) for one in tuned_layouts()]
+    accepted = sum(row["accepted"] for row in rows)
+    for line in markdown(rows):
+        print(line)
+    print(
+        f"\n{accepted} of {len(rows)} accepted, {sum(row['same'] for row in rows)} of them the same idea as our best."
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""A deadline for a token budget: the fewest GPUs whose best layout trains the tokens in time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from shardplan.costmodel.job import Job
+from shardplan.costmodel.model import Model
+from shardplan.costmodel.result import result_document
+from shardplan.costmodel.runtime import Runtime
+from shardplan.planner.one_size import Refusal, SearchResult
+
+DEADLINE = "deadline"
+"""Stands where a rule's name does: the layouts fit, none is in time."""
+SIZES_BETWEEN = 7
+"""Sizes of whole nodes tried between the last that misses the deadline and the first that meets it."""
+
+
+def days_needed(found: SearchResult, model: Model, job: Job, runtime: Runtime) -> float:
+    """Days of the best layout to the job's tokens, with failures where goodput is known; infinite where nothing fits."""
+    if found.ranked is None:
+        return float("inf")
+    result = result_document(
+        model=model,
+        job=job,
+        cluster=found.cluster,
+        runtime=runtime,
+        layout=found.ranked.layouts.row(0),
+        step_s=float(found.ranked.step_s[0]),
+    )
+    assert result is not None, "a job with a token budget has a result"
+    days = result["days"] if result["days_with_failures"] is None else result["days_with_failures"]
+    assert days is not None, "steps take days"
+    return days
+
+
+def between(missed: int, met: int, node_gpus: int) -> list[int]:
+    """Whole nodes between two sizes, evenly, at most SIZES_BETWEEN."""
+    sizes = range(missed // node_gpus * node_gpus + node_gpus, met, node_gpus)
+    step = -(-len(sizes) // SIZES_BETWEEN) if sizes else 1
+    return list(sizes[::step])
+
+
+def within_deadline(
+    sizes: Sequence[int],
+    node_gpus: int,
+    on: Callable[[int], SearchResult],
+    days_of: Callable[[SearchResult], float],
+    days: float,
+) -> SearchResult:
+    """The result on the first of `sizes` (ascending) in time, or on fewer whole nodes before it; nothing ranked where none is in time."""
+    missed, fastest, least = 0, None, float("inf")
+    for gpus in sizes:
+        found = on(gpus)
+        needed = days_of(found)
+        if needed <= days:
+            for fewer in between(missed, gpus, node_gpus):
+                one = on(fewer)
+                if one.partial:
+                    return replace(found, partial=True, complete=False)
+                if days_of(one) <= days:
+                    return one
+            return found
+        if fastest is None or needed < least:
+            fastest, least = found, needed
+        if found.partial:
+            break
+        missed = gpus
+    assert fastest is not None
+    if fastest.ranked is None:
+        return fastest
+    late = Refusal(
+        rule=DEADLINE,
+        count=len(fastest.ranked),
+        example=f"the fastest, on {fastest.cluster.gpus} GPUs, takes {least:.3g} days, the deadline is {days:g}",
+    )
+    return replace(fastest, ranked=None, refused=(late, *fastest.refused))

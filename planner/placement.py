@@ -1,0 +1,238 @@
+"""Which mesh axis lies inside a node and which across: every order of axes that the runtime knows, for every layout it could make the best.
+
+The order changes what exchanges cost and nothing else: neither memory nor compute. So a layout that fits in one order fits in all, and
+its compute, recompute, update and fixed host time are the least a step can take in any. Layouts whose least time is above the step of
+the best one so far need no second look; the others are estimated in every order that gives them other groups of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardplan.costmodel.axis_order import AXES, DEFAULT_ORDER, ORDERS, SAME_AS, used_axes
+from shardplan.costmodel.collectives import members_per_node
+from shardplan.costmodel.estimate import estimate
+from shardplan.costmodel.estimates import Estimates
+from shardplan.costmodel.layout import Layout, LayoutTable, layout_table
+from shardplan.costmodel.order_rules import ORDER_RULES
+from shardplan.costmodel.rule import Setting
+from shardplan.costmodel.rule_parts import codes
+from shardplan.costmodel.rules import rejections
+from shardplan.hw_profiles.topology import tier_table
+from shardplan.planner.space import Wishes
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+
+FIRST_LAYOUTS = 2048
+"""Of the ranking in the default order, placed whatever their least time: the shortlist shows them."""
+MOST_ROWS = 400_000
+"""Layouts times orders that are estimated at most; beyond it the best are placed, and the account says that not all were."""
+BETTER = 1.0 - 1e-9
+"""Times the step in the default order that another must undercut: orders of the same groups differ in rounding only."""
+
+ALIKE = 5e-4
+"""Difference of step times that is not told."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """The account of it."""
+
+    orders: tuple[str, ...]
+    """That were open: those of the runtime, or the one the user fixed."""
+    layouts: int
+    """Looked at in more than one order."""
+    estimated: int
+    """Layouts in another order than the default."""
+    moved: int
+    """Layouts for which another order is better."""
+    complete: bool
+    """No other layout of the space could become the best by another order."""
+
+    def document(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            **{name: value for name, value in self.__dict__.items() if name != "orders"},
+            "open_orders": list(self.orders),
+        }
+
+
+def open_orders(setting: Setting, wishes: Wishes) -> tuple[str, ...]:
+    """Orders that the runtime knows and the user leaves open, the default one first."""
+    if "order" in wishes.fixed_words:
+        return (wishes.fixed.order,)
+    out = {value for word, value in wishes.forbidden if word == "order"}
+    if None in out:
+        return (DEFAULT_ORDER,)
+    return tuple(order for order in setting.runtime.abilities.orders if order not in out)
+
+
+def least_step_s(setting: Setting, estimates: Estimates, wishes: Wishes, changes: tuple[str, ...] = ()) -> FloatArray:
+    """Seconds that each layout takes at least, (N,), in any open order and whatever the time parts `changes` shrink to."""
+    time, orders = estimates.time, open_orders(setting, wishes)
+    as_it_is = np.array(time["step_s"])
+    for part in changes:
+        as_it_is -= time[part]
+    if len(orders) < 2:
+        return as_it_is
+    if all(order.startswith(INNER) for order in orders):  # tp, cp and experts lie the same way in all
+        moved = as_it_is - sum((time[part] for part in ("dp_exposed_s", "pp_exposed_s") if part not in changes), 0.0)
+    else:
+        kept = [part for part in ("compute_s", "recompute_s", "optimizer_s") if part not in changes]
+        moved = np.sum([time[part] for part in kept], axis=0)
+    return np.where(_movable(estimates.layouts, orders), moved, as_it_is)
+
+
+INNER = "tp-cp-"
+
+
+def _movable(layouts: LayoutTable, orders: tuple[str, ...]) -> NDArray[np.bool_]:
+    """Rows that some order gives other groups than the default one, as far as their axes go and, with few orders, their experts."""
+    used = used_axes([getattr(layouts, axis) for axis in AXES])
+    several = np.any([SAME_AS[code, used] != SAME_AS[0, used] for code in codes(orders, ORDERS)], axis=0)
+    if not all(order.startswith(INNER) for order in orders):
+        return several
+    inside = layouts.tp * layouts.cp  # what a pipeline surrounds has to be an expert group (`order_rules.py`)
+    return several & (~layouts.dispatches | (layouts.ep * layouts.expert_tp == inside))
+
+
+def place(setting: Setting, ranked: Estimates, wishes: Wishes) -> tuple[Estimates, Placement]:
+    """(the layouts of a ranking, each in its best order, not ranked anew; the account)."""
+    orders = open_orders(setting, wishes)
+    layouts = ranked.layouts
+    nothing = Placement(orders=orders, layouts=0, estimated=0, moved=0, complete=True)
+    if len(orders) < 2:
+        return ranked, nothing
+    step_s, least_s = np.array(ranked.step_s), least_step_s(setting, ranked, wishes)
+    order = np.array(layouts.order)
+    first = np.arange(min(FIRST_LAYOUTS, len(layouts)))
+    estimated = _try(setting, layouts, first, orders, step_s, order)
+    hopeful = np.flatnonzero((least_s < step_s.min()) & _movable(layouts, orders))
+    later = hopeful[hopeful >= len(first)]
+    later = later[np.argsort(step_s[later], kind="stable")]
+    enough = np.searchsorted(np.cumsum(_ways(layouts.take(later), orders)), MOST_ROWS - estimated, side="right")
+    estimated += _try(setting, layouts, later[:enough], orders, step_s, order)
+    moved = int((order != layouts.order).sum())
+    account = replace(
+        nothing,
+        layouts=len(first) + int(enough),
+        estimated=estimated,
+        moved=moved,
+        complete=bool(enough == len(later) or (least_s[later[enough:]] >= step_s.min()).all()),
+    )
+    if not moved:
+        return ranked, account
+    return _estimated(setting, replace(layouts, order=order)), account
+
+
+def _estimated(setting: Setting, layouts: LayoutTable) -> Estimates:
+    return estimate(
+        model=setting.model, job=setting.job, cluster=setting.cluster, layouts=layouts, runtime=setting.runtime
+    )
+
+
+def _other_groups(layouts: LayoutTable, orders: tuple[str, ...]) -> dict[int, NDArray[np.bool_]]:
+    """Rows to which each order, by its code, gives other groups than all orders before it."""
+    used = used_axes([getattr(layouts, axis) for axis in AXES])
+    found: dict[int, NDArray[np.bool_]] = {}
+    before: list[IntArray] = [SAME_AS[layouts.order, used]]
+    for code in codes(orders, ORDERS):
+        same = SAME_AS[code, used]
+        found[code] = ~np.any([same == one for one in before], axis=0)
+        before.append(same)
+    return found
+
+
+def _ways(layouts: LayoutTable, orders: tuple[str, ...]) -> IntArray:
+    """Other orders to estimate of each row."""
+    return np.asarray(np.sum(list(_other_groups(layouts, orders).values()), axis=0, dtype=np.int64))
+
+
+def _try(
+    setting: Setting,
+    layouts: LayoutTable,
+    rows: NDArray[np.intp],
+    orders: tuple[str, ...],
+    step_s: FloatArray,
+    order: IntArray,
+) -> int:
+    """Estimate `rows` in every other order and note the better ones in `step_s` and `order`; how many that were."""
+    some = layouts.take(rows)
+    tried: list[LayoutTable] = []
+    of: list[NDArray[np.intp]] = []
+    for code, other in _other_groups(some, orders).items():
+        at = np.flatnonzero(other)
+        table = replace(some.take(at), order=np.full(len(at), code, dtype=np.int64))
+        good = ~np.any([np.broadcast_to(rule.broken(setting, table), len(at)) for rule in ORDER_RULES], axis=0)
+        tried.append(table.take(good))
+        of.append(rows[at[good]])
+    whole = {name: np.concatenate([getattr(one, name) for one in tried]) for name in layouts.columns()}
+    if not len(whole["order"]):
+        return 0
+    found = _estimated(setting, LayoutTable(**whole, splits=layouts.splits)).step_s
+    start = 0
+    for table, at in zip(tried, of, strict=True):
+        one = found[start : start + len(at)]
+        start += len(at)
+        better = one < BETTER * step_s[at]
+        step_s[at[better]], order[at[better]] = one[better], table.order[better]
+    return len(found)
+
+
+def placement_document(setting: Setting, layout: Layout) -> dict[str, Any]:
+    """Where each axis of a layout lies, and the step time in every order that gives other groups.
+
+    `axes`: {axis, ranks, stride, ranks_in_node, nodes}; `orders`: {order, step_s, runtime_knows}, fastest first.
+    """
+    tiers = tier_table(setting.cluster)
+    table = layout_table([layout])
+    axes: list[dict[str, Any]] = []
+    for axis in layout.order.split("-"):
+        ranks, stride = getattr(layout, axis), int(table.stride(axis)[0])
+        if ranks > 1:
+            inside = int(members_per_node(tiers, ranks, stride))
+            node = {"ranks_in_node": inside, "nodes": ranks // inside}
+            axes.append({"axis": axis, "ranks": ranks, "stride": stride, **node})
+    every = [layout, *(replace(layout, order=ORDERS[c]) for c, new in _other_groups(table, ORDERS).items() if new[0])]
+    rows: list[dict[str, Any]] = []
+    for one in every:
+        broken, structural = rejections(setting, one)
+        if not structural:
+            step_s = float(_estimated(setting, layout_table([one])).step_s[0])
+            knows = all(rule.rule != "runtime-order" for rule in broken)
+            rows.append({"order": one.order, "step_s": step_s, "runtime_knows": knows})
+    return {"order": layout.order, "axes": axes, "orders": sorted(rows, key=lambda row: float(row["step_s"]))}
+
+
+def placement_lines(document: Mapping[str, Any]) -> list[str]:
+    """The same in sentences: where the axes lie, and what the next order and the best one that the runtime lacks would take."""
+    if not document["axes"]:
+        return []
+    told = ", ".join(f"{row['axis']}={row['ranks']} {_where(row)}" for row in document["axes"])
+    lines = [f"placement (order={document['order']}): {told}"]
+    own = next(row["step_s"] for row in document["orders"] if row["order"] == document["order"])
+    others = [row for row in document["orders"] if row["order"] != document["order"]]
+    known = [row for row in others if row["runtime_knows"]]
+    told_of = next((row for row in known if row["order"] == DEFAULT_ORDER), known[0] if known else None)
+    if told_of:
+        more = told_of["step_s"] / own - 1.0
+        lines.append(f"order={told_of['order']} would take {'as long' if abs(more) < ALIKE else f'{more:+.1%}'}")
+    lacking = [row for row in others if not row["runtime_knows"] and row["step_s"] < (1.0 - ALIKE) * own]
+    if lacking:
+        gain = 1.0 - lacking[0]["step_s"] / own
+        lines.append(f"order={lacking[0]['order']} would save {gain:.1%}, but the runtime does not know it")
+    return lines
+
+
+def _where(row: Mapping[str, Any]) -> str:
+    if row["nodes"] == 1:
+        return "inside a node"
+    if row["ranks_in_node"] == 1:
+        return f"across {row['nodes']} nodes"
+    return f"across {row['nodes']} nodes, {row['ranks_in_node']} in each"

@@ -1,0 +1,267 @@
+"""Words that only help some layouts, found where they could make the best one instead of being multiplied into the whole space.
+
+A knob (named parts to recompute, a share of the optimizer off the GPU, activations in host memory, ZeRO++) changes a layout of the space in
+a few ways. It starts from the layouts it could help, each with the least a step of it can take whatever this and later knobs do; those
+above the best step found so far are left. So nothing that would win is missed, and a space with no use for a knob pays nothing for it.
+
+Recompute comes last: it only adds time, so a layout that fits needs none, and for one that does not the quickest that fits is taken, with
+all other words as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain, combinations, product
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardplan.costmodel.estimate import estimate
+from shardplan.costmodel.estimates import Estimates
+from shardplan.costmodel.layout import OFFLOAD, RATIO_STEPS, LayoutTable
+from shardplan.costmodel.recompute import PART_BITS, RECOMPUTE
+from shardplan.costmodel.rule import Setting
+from shardplan.costmodel.rule_parts import divisors
+from shardplan.costmodel.rules import broken_rules
+from shardplan.planner.partial_recompute import partly_recomputed
+from shardplan.planner.placement import least_step_s
+from shardplan.planner.space import Wishes
+
+BoolArray = NDArray[np.bool_]
+FloatArray = NDArray[np.float64]
+Variant = Mapping[str, int]
+"""Columns that a variant sets."""
+
+NONE, SELECTIVE, FULL = (RECOMPUTE.index(word) for word in ("none", "selective", "full"))
+CPU = OFFLOAD.index("cpu")
+RATIOS = tuple(range(RATIO_STEPS // 10, RATIO_STEPS, RATIO_STEPS // 10))
+"""Shares of the optimizer states that are tried: 0.1 to 0.9."""
+LAYOUTS_AT_ONCE = 2048
+MOST_ROWS = 300_000
+"""Variants that one knob estimates at most, the most hopeful layouts first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Knob:
+    """One word, or a few that go together."""
+
+    words: tuple[str, ...]
+    """The user may fix or forbid them: then the knob is left as it is."""
+    variants: tuple[Variant, ...]
+    rows: Callable[[LayoutTable], BoolArray]
+    """Layouts that it applies to."""
+    changes: tuple[str, ...] = ()
+    """Time parts that may shrink; all others stay or grow."""
+    saves_memory: bool = False
+    """It may lower the least memory of the whole space."""
+
+
+@dataclass(kw_only=True)
+class Refinement:
+    """What was found so far."""
+
+    best_s: float
+    """The quickest step that fits."""
+    found: list[Estimates] = field(default_factory=list[Estimates])
+    """Variants that fit."""
+    tried: int = 0
+    complete: bool = True
+    """All that could win were tried."""
+
+
+def knobs(setting: Setting, wishes: Wishes) -> tuple[Knob, ...]:
+    """Those that the runtime has and the user leaves open, in the order they are turned; recompute not among them."""
+    runtime = setting.runtime
+    whole = runtime.offload.ratio_zero
+    every = (
+        Knob(
+            words=("offload_activations",),
+            variants=tuple({"offload_activations": 1} for tier in runtime.offload.activations if tier == "cpu"),
+            rows=lambda t: (t.recompute == FULL) & (t.offload_activations == 0),
+            saves_memory=True,
+        ),
+        Knob(
+            words=("offload_ratio",),
+            variants=tuple({"offload_ratio": ratio} for ratio in RATIOS) if whole else (),
+            rows=lambda t: (t.offload_optimizer == CPU) & np.isin(t.zero, whole) & (t.offload_ratio == RATIO_STEPS),
+            changes=("offload_exposed_s", "optimizer_s"),
+        ),
+        Knob(
+            words=("hpz", "qwz", "qgz"),
+            variants=_zeropp(setting, wishes) if runtime.abilities.zeropp else (),
+            rows=lambda t: (t.zero == 3) & (t.dp_shard == t.dp) & (t.offload_params == 0) & (t.dp * t.cp > 1),
+            changes=("dp_exposed_s",),
+        ),
+    )
+    return tuple(knob for knob in every if knob.variants and not any(_asked(wishes, word) for word in knob.words))
+
+
+def _asked(wishes: Wishes, word: str) -> bool:
+    return word in wishes.fixed_words or any(forbidden == word for forbidden, _ in wishes.forbidden)
+
+
+def _named_sets(setting: Setting) -> tuple[Variant, ...]:
+    """Every set of parts that the runtime can run again and the model has, the small ones first, all parts last."""
+    latents = any(kind.kv_lora_rank for kind in setting.kinds)
+    parts = [part for part in setting.runtime.abilities.recompute_parts if latents or part != "mla_up_proj"]
+    sets = chain.from_iterable(combinations(parts, size) for size in range(1, len(parts) + 1))
+    return tuple({"recompute": SELECTIVE, "recompute_parts": sum(PART_BITS[part] for part in some)} for some in sets)
+
+
+def _zeropp(setting: Setting, wishes: Wishes) -> tuple[Variant, ...]:
+    """A second copy of the parameters among ranks of a node; fewer bits on the wire where the user allows them, as they change results."""
+    copies = divisors(setting.cluster.node.gpus)
+    bits = [(0, 1) if word in wishes.allowed else (0,) for word in ("qwz", "qgz")]
+    every = ({"hpz": hpz, "qwz": qwz, "qgz": qgz} for hpz, qwz, qgz in product(copies, *bits))
+    return tuple(one for one in every if one != {"hpz": 1, "qwz": 0, "qgz": 0})
+
+
+def refine(
+    setting: Setting, space: Sequence[Estimates], wishes: Wishes, headroom: float, *, least_memory: bool = False
+) -> Refinement:
+    """Variants of the layouts of the space that fit and may be the fastest, or with `least_memory` the leanest."""
+    fastest = (float(np.min(one.step_s, where=one.fits(headroom), initial=np.inf)) for one in space)
+    state = Refinement(best_s=min(fastest, default=np.inf))
+    for batch in space:
+        _recompute_some(setting, batch, wishes, headroom, state)
+    turned, made = knobs(setting, wishes), list[Estimates]()
+    for at in range(len(turned)):
+        for batch in (*space, *made):
+            more = _turn(setting, batch, turned[at:], wishes, headroom, state, least_memory=least_memory)
+            if more is not None:
+                made.append(more)
+    for batch in made:
+        fits = batch.fits(headroom)
+        state.found.append(batch.take(np.flatnonzero(fits)))
+        _recompute_some(setting, batch, wishes, headroom, state)
+    state.found = [one for one in state.found if len(one)]
+    return state
+
+
+def _least_s(setting: Setting, estimates: Estimates, wishes: Wishes, later: Sequence[Knob]) -> FloatArray:
+    """Seconds that a step of each layout takes at least, whatever `later` knobs do."""
+    if not later:
+        return least_step_s(setting, estimates, wishes)
+    least = least_step_s(setting, estimates, wishes)
+    for size in range(1, len(later) + 1):
+        for some in combinations(later, size):
+            together = np.all([knob.rows(estimates.layouts) for knob in some], axis=0)
+            changes = tuple(dict.fromkeys(chain.from_iterable(knob.changes for knob in some)))
+            if changes and together.any():
+                changed = least_step_s(setting, estimates, wishes, changes)
+                least = np.where(together, np.minimum(least, changed), least)
+    return least
+
+
+def _turn(
+    setting: Setting,
+    estimates: Estimates,
+    turned: Sequence[Knob],
+    wishes: Wishes,
+    headroom: float,
+    state: Refinement,
+    *,
+    least_memory: bool,
+) -> Estimates | None:
+    """The variants by the first knob that may still be the fastest once the later ones are turned and some layers recomputed."""
+    knob, later = turned[0], turned[1:]
+    everything = least_memory and knob.saves_memory
+    least_s = _least_s(setting, estimates, wishes, turned)
+    usable = knob.rows(estimates.layouts)
+    if not knob.changes and not everything:  # it only costs time, but room for what others add
+        room = [np.zeros(len(usable), dtype=bool), *(one.rows(estimates.layouts) for one in later)]
+        usable = usable & (~estimates.fits(headroom) | np.any(room, axis=0))
+    rows = np.flatnonzero(usable & ((least_s < state.best_s) | everything))
+    rows = rows[np.argsort(least_s[rows], kind="stable")]
+    spent, kept = 0, list[LayoutTable]()
+    for start in range(0, len(rows), LAYOUTS_AT_ONCE):
+        some = rows[start : start + LAYOUTS_AT_ONCE]
+        some = some[(least_s[some] < state.best_s) | everything]
+        if spent + len(some) * len(knob.variants) > MOST_ROWS:
+            state.complete = False
+            break
+        found = _variants(setting, estimates.layouts.take(some), knob.variants)
+        spent += len(some) * len(knob.variants)
+        if found is None:
+            continue
+        fits = found.fits(headroom)
+        state.best_s = min(state.best_s, float(np.min(found.step_s, where=fits, initial=np.inf)))
+        roomy = fits | (found.layouts.recompute == NONE) | (found.device_peak_bytes <= found.capacity_bytes)
+        hopeful = roomy & (_least_s(setting, found, wishes, later) <= state.best_s)
+        kept.append(found.layouts.take(np.flatnonzero(hopeful | (fits & everything))))
+    state.tried += spent
+    whole = _joined(kept)
+    return None if whole is None else _estimated(setting, whole)
+
+
+def _recompute_some(setting: Setting, estimates: Estimates, wishes: Wishes, headroom: float, state: Refinement) -> None:
+    """Where nothing is recomputed and the layout does not fit: the fewest layers, and the quickest set of named parts, that make it."""
+    if _asked(wishes, "recompute"):
+        return
+    more, tried = partly_recomputed(setting, estimates, wishes, headroom, best_s=state.best_s)
+    state.tried += tried
+    if more is not None and len(more):
+        state.found.append(_estimated(setting, more))
+        state.best_s = min(state.best_s, float(state.found[-1].step_s.min()))
+    variants = _named_sets(setting)
+    if not variants:
+        return
+    least_s = least_step_s(setting, estimates, wishes)
+    rows = np.flatnonzero(~estimates.fits(headroom) & (estimates.layouts.recompute == NONE) & (least_s < state.best_s))
+    rows = rows[_fit_with(setting, estimates.layouts.take(rows), variants[-1], headroom)]  # no fewer parts save more
+    state.tried += len(rows)
+    rows = rows[np.argsort(least_s[rows], kind="stable")]
+    spent, kept = 0, list[LayoutTable]()
+    for start in range(0, len(rows), LAYOUTS_AT_ONCE):
+        some = rows[start : start + LAYOUTS_AT_ONCE]
+        some = some[least_s[some] < state.best_s]
+        if spent + len(some) * len(variants) > MOST_ROWS:
+            state.complete = False
+            break
+        found = _variants(setting, estimates.layouts.take(some), variants)
+        spent += len(some) * len(variants)
+        if found is not None:
+            fits = found.fits(headroom)
+            state.best_s = min(state.best_s, float(np.min(found.step_s, where=fits, initial=np.inf)))
+            could_win = fits & (least_step_s(setting, found, wishes) <= state.best_s)
+            kept.append(found.layouts.take(np.flatnonzero(could_win)))
+    state.tried += spent
+    whole = _joined(kept)
+    if whole is not None:
+        state.found.append(_estimated(setting, whole))
+
+
+def _fit_with(setting: Setting, layouts: LayoutTable, variant: Variant, headroom: float) -> BoolArray:
+    """Layouts that fit with a variant, whether a rule refuses it or not."""
+    if not len(layouts):
+        return np.zeros(0, dtype=bool)
+    table = replace(layouts, **{name: np.full(len(layouts), value) for name, value in variant.items()})
+    return _estimated(setting, table).fits(headroom)
+
+
+def _variants(setting: Setting, layouts: LayoutTable, variants: Sequence[Variant]) -> Estimates | None:
+    """Every variant of every layout that breaks no rule; None where there is none."""
+    count = len(layouts)
+    if not count:
+        return None
+    whole = layouts.take(np.tile(np.arange(count), len(variants)))
+    names = {name for variant in variants for name in variant}
+    table = replace(whole, **{name: np.repeat([variant[name] for variant in variants], count) for name in names})
+    broken = broken_rules(setting, table)
+    good = table.take(np.flatnonzero(~np.any([np.zeros(len(table), dtype=bool), *broken.values()], axis=0)))
+    return _estimated(setting, good) if len(good) else None
+
+
+def _joined(tables: Sequence[LayoutTable]) -> LayoutTable | None:
+    """Rows of all tables, None where there are none."""
+    if not sum(map(len, tables)):
+        return None
+    columns = {name: np.concatenate([getattr(one, name) for one in tables]) for name in tables[0].columns()}
+    return LayoutTable(**columns, splits=tables[0].splits).with_constants()
+
+
+def _estimated(setting: Setting, layouts: LayoutTable) -> Estimates:
+    return estimate(
+        model=setting.model, job=setting.job, cluster=setting.cluster, layouts=layouts, runtime=setting.runtime
+    )

@@ -1,0 +1,42 @@
+"""The progress bar of a search: on a terminal, when it takes longer than a second; an interrupt leaves the best so far."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from shardplan.planner.watch import Watch
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+QUIET_S = 1.0
+
+
+class TerminalWatch(Watch):
+    """Draws on stderr; nothing where that is no terminal."""
+
+    def __init__(self) -> None:
+        super().__init__(keeps_best=True)
+        self._start = time.monotonic()
+        self._bar: Progress | None = None
+
+    def phase(self, name: str, done: float, looked_at: int) -> None:
+        """Now at `name`."""
+        if time.monotonic() - self._start < QUIET_S or not sys.stderr.isatty():
+            return
+        if self._bar is None:
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn
+
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[layouts]} layouts"))
+            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._bar.add_task(name, total=1.0, layouts="0")
+            self._bar.start()
+        self._bar.update(self._bar.task_ids[0], description=name, completed=done, layouts=f"{looked_at:,}")
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.stop()

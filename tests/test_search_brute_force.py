@@ -1,0 +1,159 @@
+"""The search against writing out every layout: all words multiplied, every number of recomputed layers, every order; no bounds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import chain, combinations
+
+import numpy as np
+import pytest
+
+from shardplan.costmodel.axis_order import ORDERS
+from shardplan.costmodel.estimate import estimate
+from shardplan.costmodel.estimates import Estimates
+from shardplan.costmodel.job import Job
+from shardplan.costmodel.layout import LayoutTable
+from shardplan.costmodel.model_config import load_model
+from shardplan.costmodel.recompute import ALL_LAYERS, PART_BITS, RECOMPUTE
+from shardplan.costmodel.rule import Setting
+from shardplan.costmodel.rules import broken_rules
+from shardplan.costmodel.runtime import load_runtime
+from shardplan.hw_profiles.load import load_cluster
+from shardplan.hw_profiles.machine import Cluster
+from shardplan.planner.one_size import Objective
+from shardplan.planner.refine import RATIOS
+from shardplan.planner.search import search
+from shardplan.planner.space import layout_space, parse_wishes
+from shardplan.planner.sweep import with_network_rate
+
+NONE, SELECTIVE, FULL = range(len(RECOMPUTE))
+
+
+def every_layout(at: Setting) -> LayoutTable:
+    """All words of the space, each as often as there are values of the others."""
+    runtime = at.runtime
+    table = layout_space(at.model, at.job, at.cluster.gpus, cp_kinds=runtime.abilities.context_parallel)
+    parts = runtime.abilities.recompute_parts
+    sets = chain.from_iterable(combinations(parts, size) for size in range(1, len(parts) + 1))
+    plain = table.take(table.recompute == NONE)
+    pieces = [table]
+    for layers in range(1, at.model.layer_count + 1) if runtime.abilities.partial_recompute else ():
+        pieces.append(changed(plain, recompute=FULL, recompute_layers=layers))
+    pieces += [changed(plain, recompute=SELECTIVE, recompute_parts=sum(PART_BITS[p] for p in some)) for some in sets]
+    pieces = list(chain.from_iterable([one, *others(at, one)] for one in pieces))
+    pieces = list(chain.from_iterable(in_orders(one, runtime.abilities.orders) for one in pieces))
+    return joined([valid(at, one) for one in pieces])
+
+
+def others(at: Setting, table: LayoutTable) -> list[LayoutTable]:
+    """The same with activations in host memory, shares of the optimizer, a second copy of the parameters, and these together."""
+    found = [table]
+    if "cpu" in at.runtime.offload.activations:
+        found.append(changed(table.take(table.recompute == FULL), offload_activations=1))
+    if at.runtime.offload.ratio_zero:
+        found += [changed(one, offload_ratio=ratio) for one in list(found) for ratio in RATIOS]
+    if at.runtime.abilities.zeropp:
+        found += [changed(one, hpz=hpz) for one in list(found) for hpz in (2, 4, 8)]
+    return found[1:]
+
+
+def in_orders(table: LayoutTable, orders: tuple[str, ...]) -> list[LayoutTable]:
+    return [changed(table, order=ORDERS.index(order)) for order in orders]
+
+
+def changed(table: LayoutTable, **columns: int) -> LayoutTable:
+    return replace(table, **{name: np.full(len(table), value) for name, value in columns.items()})
+
+
+def valid(at: Setting, table: LayoutTable) -> LayoutTable:
+    return table.take(~np.any([np.zeros(len(table), dtype=bool), *broken_rules(at, table).values()], axis=0))
+
+
+def joined(pieces: list[LayoutTable]) -> LayoutTable:
+    columns = {name: np.concatenate([getattr(one, name) for one in pieces]) for name in pieces[0].columns()}
+    return LayoutTable(**columns, splits=pieces[0].splits)
+
+
+def estimated(at: Setting, table: LayoutTable) -> Estimates:
+    return estimate(model=at.model, job=at.job, cluster=at.cluster, layouts=table, runtime=at.runtime)
+
+
+def short_of_memory(cluster: Cluster, gib: float) -> Cluster:
+    """The cluster with smaller GPUs, so that knobs have something to do."""
+    gpu = replace(cluster.node.gpu, memory_bytes=gib * 2**30)
+    return replace(cluster, node_runs=((replace(cluster.node, gpu=gpu), cluster.nodes),))
+
+
+CASES = [  # model, cluster, GPUs, Gbit/s a GPU, GiB a GPU, runtime, seq, batch
+    ("gpt2", "h100-ib", 8, None, 6.0, "megatron", 1024, 16),
+    ("llama-3-8b", "h100-ib", 8, None, 24.0, "deepspeed", 2048, 16),
+    ("llama-3-8b", "h100-ib", 16, 50.0, 30.0, "megatron", 4096, 32),
+    ("llama-3-8b", "selene", 16, 25.0, 40.0, "shardplan", 2048, 32),
+    ("llama-2-7b", "h100-ib", 16, 10.0, 24.0, "deepspeed", 2048, 32),
+    ("llama-2-7b", "selene", 8, None, 20.0, "fsdp2", 4096, 16),
+    ("mixtral-8x7b", "h100-ib", 16, 100.0, 60.0, "megatron", 2048, 32),
+    ("llama-3-8b", "h100-ib", 8, None, 40.0, "megatron", 8192, 16),
+]
+
+
+@pytest.mark.parametrize(("model", "cluster", "gpus", "gbps", "gib", "runtime", "seq", "batch"), CASES)
+def test_nothing_better_exists(
+    model: str, cluster: str, gpus: int, gbps: float | None, gib: float, runtime: str, seq: int, batch: int
+) -> None:
+    machine = short_of_memory(load_cluster(cluster, gpus=gpus), gib)
+    at = Setting(
+        model=load_model(model),
+        job=Job(seq=seq, global_batch=batch, precision="bf16"),
+        cluster=machine if gbps is None else with_network_rate(machine, gbps),
+        runtime=load_runtime(runtime),
+    )
+    everything = estimated(at, every_layout(at))
+    fits = everything.fits()
+    assert fits.any()
+    assert not fits.all()
+    objectives: tuple[tuple[Objective, float], ...] = (
+        ("throughput", float(everything.step_s[fits].min())),
+        ("memory", float(everything.device_peak_bytes[fits].min())),
+    )
+    for objective, least in objectives:
+        found = search(model=at.model, job=at.job, cluster=at.cluster, runtime=at.runtime, objective=objective)
+        assert found.ranked is not None
+        assert found.complete
+        figure = found.ranked.step_s if objective == "throughput" else found.ranked.device_peak_bytes
+        best = everything.layouts.row(int(np.flatnonzero(fits)[everything.step_s[fits].argmin()])).words()
+        assert float(figure[0]) == pytest.approx(least, rel=1e-9), (best, found.ranked.layouts.row(0).words())
+        assert found.ranked.fits().all()
+
+
+@pytest.mark.parametrize("runtime", ["megatron", "deepspeed"])
+def test_sizes_against_trying_each(runtime: str) -> None:
+    """Fewest GPUs, least money and a deadline, against the search on every size that is tried."""
+    model, job = load_model("llama-3-8b"), Job(seq=4096, global_batch=96, precision="bf16", tokens=1e11)
+    cluster, asked = load_cluster("h100-ib", gpus=32), {"model": model, "job": job, "runtime": runtime}
+    each = {g: search(**asked, cluster=cluster.with_gpus(g)) for g in (1, 2, 4, 8, 16, 24, 32)}
+    fitting = {g: float(one.ranked.step_s[0]) for g, one in each.items() if one.ranked is not None}
+    assert search(**asked, cluster=cluster, objective="gpus").cluster.gpus == min(fitting)
+    cheapest = search(**asked, cluster=cluster, objective="cost")
+    price = {g: step * each[g].cluster.nodes for g, step in fitting.items() if g != 24}
+    assert price[cheapest.cluster.gpus] == min(price.values())
+    days = {g: step * job.tokens / (job.seq * job.global_batch) / 86400 for g, step in fitting.items()}
+    late = 1.02 * days[24]  # failures on so few GPUs cost less than 2 %
+    met = search(**asked, cluster=cluster, objective="deadline", days=late)
+    assert met.cluster.gpus == min(g for g in days if days[g] <= late)
+    never = search(**asked, cluster=cluster, objective="deadline", days=0.01)
+    assert never.ranked is None
+    assert never.refused[0].rule == "deadline"
+
+
+def test_what_changes_results_is_only_looked_at_when_allowed() -> None:
+    machine = with_network_rate(load_cluster("h100-ib", gpus=32), 5.0)
+    asked = {"model": load_model("llama-3-8b"), "job": Job(seq=2048, global_batch=64, precision="bf16")}
+    plain = search(**asked, cluster=machine, runtime="deepspeed", wishes=parse_wishes("zero=3 micro_batch=1"))
+    allowed = parse_wishes("zero=3 micro_batch=1", allow=("qwz", "qgz"))
+    quantised = search(**asked, cluster=machine, runtime="deepspeed", wishes=allowed)
+    assert plain.ranked is not None
+    assert quantised.ranked is not None
+    assert not plain.ranked.layouts.qgz.any()
+    assert quantised.ranked.layouts.row(0).qgz
+    assert quantised.ranked.step_s[0] < plain.ranked.step_s[0]
+    assert (plain.ranked.layouts.recompute_layers == ALL_LAYERS).all()
