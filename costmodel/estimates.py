@@ -160,11 +160,19 @@ def joined(pieces: Sequence[Estimates], layouts: LayoutTable) -> Estimates:
 
 
 def _stacked(maps: Sequence[Mapping[str, NDArray[Number]]]) -> dict[str, NDArray[Number]]:
-    return {name: np.concatenate([one[name] for one in maps]) for name in maps[0]}
+    return {name: _below_each_other([one[name] for one in maps]) for name in maps[0]}
 
 
 def _stacked_when_read(maps: Sequence[Mapping[str, NDArray[Number]]]) -> Mapping[str, NDArray[Number]]:
     def stack(name: str) -> NDArray[Number]:
-        return np.concatenate([one[name] for one in maps])
+        return _below_each_other([one[name] for one in maps])
 
     return LazyColumns({name: partial(stack, name) for name in maps[0]})
+
+
+def _below_each_other(columns: Sequence[NDArray[Number]]) -> NDArray[Number]:
+    """Columns one below the other; what has fewer stages repeats its last one."""
+    if columns[0].ndim == 1:
+        return np.concatenate(columns)
+    most = max(column.shape[1] for column in columns)
+    return np.concatenate([column[:, np.minimum(np.arange(most), column.shape[1] - 1)] for column in columns])

@@ -67,6 +67,8 @@ class Abilities(_FromFile):
     recompute: tuple[str, ...]
     partial_recompute: bool
     """`full:N` with N below the layers of a stage."""
+    recompute_by_stage: bool = False
+    """`full:4,2,0`: another number of layers on each stage."""
     recompute_parts: tuple[Part, ...] = ()
     """Parts of `recompute.PARTS` that `selective:PART+PART` may name."""
     attention: tuple[str, ...]
@@ -302,8 +304,7 @@ def runtime_names() -> tuple[str, ...]:
 def load_runtime(name: str) -> Runtime:
     """A shipped runtime by name, or a TOML file, with switches after "+" (fsdp2+compile).
 
-    Raises InputError naming file, field and remedy.
-    """
+    Raises InputError naming file, field and remedy."""
     name, *switches = name.split("+")
     if name.endswith(".toml"):
         path = Path(name)
@@ -390,7 +391,7 @@ def _read(text: str, place: str, switches: list[str]) -> Runtime:
 
 
 def _state_row(states: dict[str, Any], stage: int) -> dict[str, Any]:
-    """Row of one ZeRO stage; a stage that is not given repeats the one below."""
+    """Row of one ZeRO stage; one not given repeats the one below."""
     empty: dict[str, Any] = {"whole": {}, "sharded": {}, "accumulating": {}, "stepping": {}}
     for candidate in range(stage, -1, -1):
         row = states.get(f"zero_{candidate}")

@@ -7,7 +7,7 @@ its states. `StepTime` gathers both and lets exchanges hide behind compute, row 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -269,8 +269,11 @@ class StepTime:
     pace_of: IntArray
     states_of: IntArray
 
-    def parts(self) -> Mapping[str, FloatArray]:
-        """Seconds by part (TIME_PARTS) and `step_s`, (N,). What a row has from its keys alone is gathered when it is read."""
+    def parts(self, *, waits_least: bool = False) -> Mapping[str, FloatArray]:
+        """Seconds by part (TIME_PARTS) and `step_s`, (N,). What a row has from its keys alone is gathered when it is read.
+
+        `waits_least` is a lower bound: what can hide behind compute does, however little of that there is.
+        """
         rows, paced = len(self.pace_of), self.paced
         own = ("dp_exposed_s", "offload_exposed_s", "host_s", "step_s")
         time = {name: np.empty(rows) for name in own}
@@ -278,8 +281,8 @@ class StepTime:
         for start in range(0, rows, ROWS_IN_CACHE):
             some = slice(start, start + ROWS_IN_CACHE)
             at, of = self.pace_of[some], self.states_of[some]
-            exposed, _ = self._data_parallel(at, of)
-            offload, _ = self._offload(at, of, exposed)
+            exposed, _ = self._data_parallel(at, of, waits_least=waits_least)
+            offload = 0.0 if waits_least else self._offload(at, of, exposed)[0]
             host = paced.host_s.take(at)
             if self.cluster.gpu.device != "cpu":  # while a GPU waits for its links, the host launches ahead
                 host = np.maximum(host - exposed - offload, 0.0)
@@ -308,7 +311,7 @@ class StepTime:
         """A column over the keys of the pace for every row; None stands for zeros."""
         return np.zeros(len(self.pace_of)) if column is None else column.take(self.pace_of)
 
-    def _data_parallel(self, at: IntArray, of: IntArray) -> tuple[FloatArray, FloatArray]:
+    def _data_parallel(self, at: IntArray, of: IntArray, *, waits_least: bool = False) -> tuple[FloatArray, FloatArray]:
         """(exposed, hidden) seconds of gradient reduction and parameter gathers of the rows with keys `at` and `of`, with the slowdown
         of compute they hide behind."""
         paced, held = self.paced, self.held
@@ -318,7 +321,11 @@ class StepTime:
             reduce_share=held.exchange.reduce_share.take(of),
             gather_share=held.exchange.gather_share.take(of),
         )
-        exposed, hidden = exposed_exchange_s(exchange, paced.windows.take(at))
+        windows = paced.windows.take(at)
+        if waits_least:
+            endless = np.full(len(at), np.inf)
+            windows = replace(windows, reducing_s=endless, gathering_s=endless, shared=np.zeros(len(at)))
+        exposed, hidden = exposed_exchange_s(exchange, windows)
         if held.tied_s is not None:
             exposed += held.tied_s.take(of)
         return exposed + self.runtime.execution.compute_slowdown * hidden, hidden

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 
 from shardplan.costmodel.answer import answer
 from shardplan.costmodel.estimate import estimate
-from shardplan.costmodel.estimates import DEFAULT_HEADROOM, Estimates
+from shardplan.costmodel.estimates import DEFAULT_HEADROOM, Estimates, joined
 from shardplan.costmodel.job import Job
 from shardplan.costmodel.layout import COLUMNS, Layout, LayoutTable
+from shardplan.costmodel.layout_join import stacked
 from shardplan.costmodel.model import Model
 from shardplan.costmodel.rule import Rejection, Setting
 from shardplan.costmodel.rules import RULES, broken_rules, rejections
@@ -22,6 +23,7 @@ from shardplan.costmodel.runtime import Runtime, load_runtime
 from shardplan.hw_profiles.errors import InputError, nearest
 from shardplan.hw_profiles.machine import Cluster
 from shardplan.planner.partial_recompute import partly_recomputed
+from shardplan.planner.refine import refined
 from shardplan.planner.shortlist import distinct, memory_front
 from shardplan.planner.space import Wishes, join_tables, runtime_tiers, space_pieces
 
@@ -144,6 +146,13 @@ def _search_one(
             misfits = tried - len(more)
             valid = join_tables([valid, more], wanted)
             estimates = estimate(model=model, job=job, cluster=cluster, layouts=valid, runtime=runtime)
+            fits = estimates.fits(headroom)
+        cut = refined(setting, estimates, wanted, headroom)
+        looked_at += cut.looked_at
+        if cut.found is not None:
+            misfits += cut.looked_at - len(cut.found)
+            valid = stacked([valid, cut.found.layouts])
+            estimates = joined([estimates, cut.found], valid)
             fits = estimates.fits(headroom)
         misfits += int((~fits).sum())
         order = _order(estimates, np.flatnonzero(fits), objective)
