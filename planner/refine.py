@@ -13,18 +13,22 @@ from numpy.typing import NDArray
 
 from shardplan.costmodel.estimate import estimate, lower_bounds
 from shardplan.costmodel.estimates import MEMORY_BAND, Estimates
-from shardplan.costmodel.layout import Layout, LayoutTable, layout_table
-from shardplan.costmodel.recompute import RECOMPUTE
+from shardplan.costmodel.keys import unique_keys
+from shardplan.costmodel.layout import SCHEDULES, Layout, LayoutTable, layout_table
+from shardplan.costmodel.recompute import RECOMPUTE, RECOMPUTE_COLUMNS
 from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.rules import broken_rules
+from shardplan.costmodel.stage_trials import StageTrials
 from shardplan.planner.space import Wishes
 from shardplan.planner.stages import Part, Wanted, can_cut, cut_stages
 
 NONE, FULL = RECOMPUTE.index("none"), RECOMPUTE.index("full")
-FIRST_CUT, AT_ONCE = 8, 256
-"""Layouts cut before bounds are looked at again: first, and doubled up to."""
-MOST_CUT = 2048
+FIRST_CUT, AT_ONCE = 32, 2048
+"""Layouts cut before bounds are looked at again: first, and four times as many each time up to."""
+MOST_CUT = 8192
 """Layouts cut in one search; where it is reached the search says so."""
+STRUCTURE = ("pp", "schedule", "virtual_stages")
+"""Columns that layouts whose stages are cut together agree in, beside those of recompute."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,13 +51,13 @@ def refined(setting: Setting, estimates: Estimates, wishes: Wishes, headroom: fl
     wanted = _wanted(setting, wishes, headroom)
     fits = estimates.fits(headroom)
     fastest = float(estimates.step_s[fits].min()) if fits.any() else np.inf
-    rows, bounds = _hopeful(setting, estimates.layouts, wanted, fastest)
+    rows, bounds = _hopeful(setting, estimates.layouts, wishes, wanted, fastest)
     kept, looked_at, at, size = list[Layout](), 0, 0, FIRST_CUT
     while at < len(rows) and bounds[at] < fastest and looked_at < MOST_CUT:
         some = slice(at, at + size)
         hope = bounds[some] < fastest
         chosen, slack_s = rows[some][hope], fastest - bounds[some][hope]
-        at, looked_at, size = at + size, looked_at + len(chosen), min(2 * size, AT_ONCE)
+        at, looked_at, size = at + size, looked_at + len(chosen), min(4 * size, AT_ONCE)
         table = _cut(setting, estimates.layouts.take(chosen), slack_s, wanted)
         if table is None:
             continue
@@ -84,12 +88,14 @@ def _wanted(setting: Setting, wishes: Wishes, headroom: float) -> Wanted:
 
 
 def _hopeful(
-    setting: Setting, layouts: LayoutTable, wanted: Wanted, fastest: float
+    setting: Setting, layouts: LayoutTable, wishes: Wishes, wanted: Wanted, fastest: float
 ) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
     """(rows with a pipeline whose bounds leave hope, their bounds), most hopeful first."""
     plain = (layouts.pp > 1) & (layouts.split == 0)
     if wanted.partial_recompute:  # a layout without recompute stands for any number of recomputed layers
         plain &= layouts.recompute != FULL
+    if "schedule" not in wishes.fixed_words and "1f1b" in setting.runtime.abilities.schedules:
+        plain &= layouts.schedule != SCHEDULES.index("gpipe")  # as fast as 1f1b, with more in flight
     rows = np.flatnonzero(plain)
     if not len(rows):
         return rows, np.zeros(0)
@@ -127,17 +133,15 @@ def _could_fit(
 
 def _cut(setting: Setting, layouts: LayoutTable, slack_s: NDArray[np.float64], wanted: Wanted) -> LayoutTable | None:
     """The best cut of every layout that has one which no rule refuses; `slack_s` is how far its bound is below the fastest."""
-    groups: dict[tuple[object, ...], list[int]] = {}
-    for row in range(len(layouts)):
-        one = layouts.row(row)
-        if can_cut(setting.model, one):
-            groups.setdefault((one.pp, one.schedule, one.virtual_stages, one.recompute), []).append(row)
-    found: dict[int, Layout | None] = {}
-    for (pp, *_), rows in groups.items():
-        assert isinstance(pp, int)
-        some, at = layouts.take(np.asarray(rows)), np.asarray(rows)
-        found |= dict(zip(rows, cut_stages([Part(setting=setting, stages=pp)], some, wanted, slack_s[at]), strict=True))
-    cut = [one for row in sorted(found) if (one := found[row]) is not None]
+    same = [getattr(layouts, name) for name in (*STRUCTURE, *RECOMPUTE_COLUMNS)]
+    trials, found = StageTrials.of(setting, layouts), dict[int, list[Layout]]()
+    first, group_of = unique_keys(*same)
+    for group, row in enumerate(first.tolist()):
+        if can_cut(setting.model, layouts.row(row)):
+            at = np.flatnonzero(group_of == group)
+            part = Part(setting=setting, trials=trials.take(at), stages=int(layouts.pp[row]))
+            found |= dict(zip(at.tolist(), cut_stages([part], wanted, slack_s[at]), strict=True))
+    cut = [one for row in sorted(found) for one in found[row]]
     if not cut:
         return None
     table = layout_table(cut)

@@ -53,6 +53,8 @@ class SearchResult:
     refused: tuple[Refusal, ...]
     """Largest first; a layout that breaks several rules counts for the first in the list of rules."""
     does_not_fit: int
+    proved: bool
+    """No cut of the layers into stages that was left out could be faster than the best."""
     seconds: float
 
 
@@ -136,7 +138,7 @@ def _search_one(
     wanted = wishes or Wishes()
     looked_at, valid, refused = _sift_space(setting, wanted)
     ranked = closest = None
-    misfits = 0
+    misfits, proved = 0, True
     if len(valid):
         estimates = estimate(model=model, job=job, cluster=cluster, layouts=valid, runtime=runtime)
         fits = estimates.fits(headroom)
@@ -148,7 +150,7 @@ def _search_one(
             estimates = estimate(model=model, job=job, cluster=cluster, layouts=valid, runtime=runtime)
             fits = estimates.fits(headroom)
         cut = refined(setting, estimates, wanted, headroom)
-        looked_at += cut.looked_at
+        looked_at, proved = looked_at + cut.looked_at, cut.proved
         if cut.found is not None:
             misfits += cut.looked_at - len(cut.found)
             valid = stacked([valid, cut.found.layouts])
@@ -167,6 +169,7 @@ def _search_one(
         looked_at=looked_at,
         refused=refused,
         does_not_fit=misfits,
+        proved=proved,
         seconds=time.perf_counter() - start,
     )
 
@@ -246,6 +249,7 @@ def search_document(result: SearchResult, top: int) -> dict[str, Any]:
         "looked_at": result.looked_at,
         "refused": {r.rule: {"count": r.count, "reason": r.example} for r in result.refused},
         "does_not_fit": result.does_not_fit,
+        "proved": result.proved,
         "seconds": result.seconds,
         "ideas": ideas,
         "ranked": ranked,

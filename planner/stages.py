@@ -26,6 +26,8 @@ from shardplan.planner.chain import best_cut
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
+MOST_CUTS = 16
+"""Of one layout."""
 FULL, NONE = RECOMPUTE.index("full"), RECOMPUTE.index("none")
 
 
@@ -35,6 +37,8 @@ class Part:
 
     setting: Setting
     """With a cluster of such nodes alone, as large as the whole."""
+    trials: StageTrials
+    """Of the layouts whose stages are cut."""
     stages: int
 
 
@@ -54,27 +58,30 @@ def can_cut(model: Model, layout: Layout) -> bool:
     return layout.pp > 1 and (layout.virtual_stages == 1 or (len(model.runs) == 1 and not model.mtp_modules))
 
 
-def cut_stages(parts: Sequence[Part], layouts: LayoutTable, wanted: Wanted, slack_s: FloatArray) -> list[Layout | None]:
-    """The best cut of each of N layouts that agree in pp, schedule, virtual stages and recompute; None where no cut fits with a step
-    at most `slack_s`, (N,), longer than if every stage held 1/pp of everything."""
-    first, setting = layouts.row(0), parts[0].setting
+def cut_stages(parts: Sequence[Part], wanted: Wanted, slack_s: FloatArray) -> list[list[Layout]]:
+    """The best cuts of each of N layouts that agree in pp, schedule, virtual stages and recompute: that with the fastest pipeline, and
+    slower ones whose fullest stage has fewer parameters to exchange and update. None where no cut fits with a step at most `slack_s`,
+    (N,), longer than if every stage held 1/pp of everything."""
+    layouts, setting = parts[0].trials.layouts, parts[0].setting
+    first = layouts.row(0)
     chain = _Chain.of(setting.model, first)
-    on_parts = [StageTrials(part.setting, layouts) for part in parts]
+    on_parts = [part.trials for part in parts]
     weights = pipeline_weights(setting, layouts)
     mean_s = np.min([trials.mean_seconds() for trials in on_parts], axis=0)
     most_peak_s = mean_s + slack_s / np.maximum(weights[:, 0], 1e-9)
     contents = _within(chain, on_parts, most_peak_s)
     if not len(contents):
-        return [None] * len(layouts)
+        return [[] for _ in range(len(layouts))]
     options = _Options.of(parts, on_parts, chain, contents, first.recompute, wanted)
     possible = options.could_cover(chain, most_peak_s)
     if not possible.any():
-        return [None] * len(layouts)
+        return [[] for _ in range(len(layouts))]
     segments = chain.segments(contents)
+    most_s = (weights[:, 0] + weights[:, 1] * chain.pp) * mean_s + slack_s
     return [
-        _best(layouts.row(row), chain, segments, options, row, weights[row], wanted, setting, float(most_peak_s[row]))
+        _cuts(layouts.row(row), chain, segments, options, row, weights[row], wanted, setting, float(most_s[row]))
         if possible[row]
-        else None
+        else []
         for row in range(len(layouts))
     ]
 
@@ -177,6 +184,8 @@ class _Options:
     """Seconds that recomputing one layer more adds, (N, O)."""
     fewest: IntArray
     """Fewest more layers to recompute that make it fit, (N, O); -1 where nothing does."""
+    parameters: FloatArray
+    """Parameters a rank holds, (N, O)."""
 
     @staticmethod
     def of(
@@ -196,7 +205,8 @@ class _Options:
             trials = replace(trials, recomputed=layers)
         partly = recompute == "none" and wanted.partial_recompute
         shape = (len(on_parts[0].layouts), len(stage))
-        plain, full, fewest, end = np.empty(shape), np.empty(shape), np.empty(shape, dtype=np.int64), 0
+        plain, full, parameters = np.empty(shape), np.empty(shape), on_parts[0].parameters(trials)
+        fewest, end = np.empty(shape, dtype=np.int64), 0
         for part, tried in zip(parts, on_parts, strict=True):
             some = (stage >= end) & (stage < end + part.stages)
             end += part.stages
@@ -206,7 +216,8 @@ class _Options:
             if partly:
                 full[:, some] = tried.seconds(replace(own, recomputed=layers[some]))
             fewest[:, some] = _fewest(tried, own, layers[some] if partly else own.recomputed, usable)
-        return _Options(layers=layers, plain_s=plain, repeating_s=(full - plain) / np.maximum(layers, 1), fewest=fewest)
+        repeating = (full - plain) / np.maximum(layers, 1)
+        return _Options(layers=layers, plain_s=plain, repeating_s=repeating, fewest=fewest, parameters=parameters)
 
     def seconds(self, row: int, depth: int) -> tuple[FloatArray, IntArray]:
         """(seconds, more layers recomputed) of every option, (O,): as few as make it fit, or `depth` of each stage where that is not
@@ -230,27 +241,44 @@ class _Options:
 
 
 def _fewest(tried: StageTrials, trials: Trials, most: IntArray, usable_bytes: float) -> IntArray:
-    """Fewest layers to recompute beyond those of `trials`, up to `most` in all, with which each fits, (N, S); -1 where none do."""
+    """Fewest layers to recompute beyond those of `trials`, up to `most` in all, with which each fits, (N, S); -1 where none do.
+
+    From one layer on, each one more saves as much: where that says how many it takes, that number and the one below are weighed; what
+    they do not settle is bisected.
+    """
     start = trials.recomputed
     fits_plain = tried.needed_bytes(trials) <= usable_bytes
     found = np.where(fits_plain, 0, -1)
     open_ = np.flatnonzero(~fits_plain.all(axis=0) & (most > start))
     if not len(open_):
         return found
-    full = replace(trials.take(open_), recomputed=most[open_])
-    fits_full = tried.needed_bytes(full) <= usable_bytes
-    open_, fits_full = open_[fits_full.any(axis=0)], fits_full[:, fits_full.any(axis=0)]
-    own = trials.take(open_)
-    low, high = (np.repeat(depth[open_][None], len(found), axis=0) for depth in (start, most))
-    while (high - low > 1).any():
+    with_all = tried.needed_bytes(replace(trials.take(open_), recomputed=most[open_]))
+    fitting = (with_all <= usable_bytes) & ~fits_plain[:, open_]
+    some = fitting.any(axis=0)
+    if not some.any():
+        return found
+    open_, fitting, with_all = open_[some], fitting[:, some], with_all[:, some]
+    own, full = trials.take(open_), np.broadcast_to(most[open_], with_all.shape)
+
+    def fits(recomputed: IntArray) -> NDArray[np.bool_]:
+        return tried.needed_bytes(replace(own, recomputed=recomputed)) <= usable_bytes
+
+    with_one = tried.needed_bytes(replace(own, recomputed=start[open_] + 1))
+    saving = np.maximum(with_one - with_all, 1.0) / np.maximum(full - start[open_] - 1, 1)
+    guess = start[open_] + 1 + np.ceil((with_one - usable_bytes) / saving - 1e-9).astype(np.int64)
+    guess = np.clip(guess, start[open_] + 1, full)
+    enough, less = fits(guess), fits(np.maximum(guess - 1, start[open_] + 1)) & (guess - 1 > start[open_])
+    low = np.where(enough, np.where(less, start[open_], guess - 1), guess)
+    high = np.where(enough, np.where(less, guess - 1, guess), full)
+    while ((high - low > 1) & fitting).any():
         middle = (low + high) // 2
-        enough = tried.needed_bytes(replace(own, recomputed=middle)) <= usable_bytes
+        enough = fits(middle)
         low, high = np.where(enough, low, middle), np.where(enough, middle, high)
-    found[:, open_] = np.where(fits_plain[:, open_], 0, np.where(fits_full, high - start[open_], -1))
+    found[:, open_] = np.where(fitting, high - start[open_], found[:, open_])
     return found
 
 
-def _best(
+def _cuts(
     layout: Layout,
     chain: _Chain,
     segments: IntArray,
@@ -259,27 +287,71 @@ def _best(
     weights: FloatArray,
     wanted: Wanted,
     setting: Setting,
-    most_peak_s: float,
-) -> Layout | None:
-    """The layout with its best cut."""
-    peak_weight, sum_weight = (float(weight) for weight in weights)
-    best, chosen = np.inf, None
+    most_s: float,
+) -> list[Layout]:
+    """The layout with its best cuts, the pipeline of each at most `most_s`: the fastest first, then with ever fewer parameters."""
+    found, fewer = list[Layout](), np.inf
     uniform = not wanted.by_stage and options.fewest[row].max() > 0
-    for depth in range(int(options.fewest[row].max()) + 1) if uniform else (-1,):
-        flat_s, flat_taken = options.seconds(row, depth)
-        table, taken = flat_s.reshape(chain.pp, -1), flat_taken.reshape(chain.pp, -1)
-        seconds = np.where(segments >= 0, table[:, segments], np.inf)
-        seconds = np.where(seconds <= most_peak_s, seconds, np.inf)
-        counts = best_cut(seconds, peak_weight=peak_weight, sum_weight=sum_weight)
-        if counts is None:
-            continue
-        ends = np.cumsum(counts)
-        at, stages = segments[ends - counts, ends], np.arange(chain.pp)
-        times, repeated = table[stages, at], taken[stages, at]
-        worth = float(peak_weight * times.max() + sum_weight * times.sum())
-        if worth < best:
-            best, chosen = worth, _with_stages(layout, chain, counts, repeated.tolist(), depth, setting)
-    return chosen
+    depths = range(int(options.fewest[row].max()) + 1) if uniform else (-1,)
+    while len(found) < MOST_CUTS:
+        best, chosen, holds = np.inf, None, 0.0
+        for depth in depths:
+            cut = _fastest(chain, segments, options, row, depth, fewer, weights, most_s)
+            if cut is not None and cut.seconds < best:
+                best, holds = cut.seconds, cut.parameters
+                chosen = _with_stages(layout, chain, cut.counts, cut.repeated, depth, setting)
+        if chosen is None:
+            break
+        found.append(chosen)
+        fewer = holds
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Cut:
+    """One cut of the layers."""
+
+    counts: tuple[int, ...]
+    repeated: list[int]
+    """Layers recomputed on each stage beyond those the layout says."""
+    seconds: float
+    """The slowest stage for all micro-batches, and filling and draining the others."""
+    parameters: float
+    """Of the stage that holds most."""
+
+
+def _fastest(
+    chain: _Chain,
+    segments: IntArray,
+    options: _Options,
+    row: int,
+    depth: int,
+    fewer: float,
+    weights: FloatArray,
+    most_s: float,
+) -> _Cut | None:
+    """The fastest pipeline whose stages hold `fewer` parameters than that."""
+    peak_weight, sum_weight = (float(weight) for weight in weights)
+    seconds, taken = options.seconds(row, depth)
+    seconds = np.where(options.parameters[row] < fewer, seconds, np.inf)
+    seconds = np.where(peak_weight * seconds <= most_s, seconds, np.inf)
+    table, taken = seconds.reshape(chain.pp, -1), taken.reshape(chain.pp, -1)
+    of_cut = np.where(segments >= 0, table[:, segments], np.inf)
+    counts = best_cut(of_cut, peak_weight=peak_weight, sum_weight=sum_weight)
+    if counts is None:
+        return None
+    ends, stages = np.cumsum(counts), np.arange(chain.pp)
+    at = segments[ends - counts, ends]
+    times = table[stages, at]
+    worth = float(peak_weight * times.max() + sum_weight * times.sum())
+    if worth > most_s * (1.0 + 1e-9):
+        return None
+    return _Cut(
+        counts=counts,
+        repeated=taken[stages, at].tolist(),
+        seconds=worth,
+        parameters=float(options.parameters[row].reshape(chain.pp, -1)[stages, at].max()),
+    )
 
 
 def _with_stages(
@@ -305,6 +377,7 @@ def _chunks(counts: tuple[int, ...], chain: _Chain, layout: Layout) -> tuple[int
     if chunks == 1:
         return counts
     of_rank = [[n // chunks + (turn < n % chunks) for turn in range(chunks)] for n in counts]
+    of_rank[0].reverse()  # the chunk with the embedding is the shorter one
     v_placed = layout.schedule in V_PLACED
     order = [(turn, pp - 1 - at if v_placed and turn % 2 else at) for turn in range(chunks) for at in range(pp)]
     return tuple(of_rank[rank][turn] for turn, rank in order)
