@@ -14,7 +14,7 @@ from shardplan.costmodel.layout import LayoutTable
 from shardplan.costmodel.pace import stage_seconds
 from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.rule_parts import micro_batches
-from shardplan.costmodel.stage_cost import StageRows, block_rows, mean_stage_rows, stage_parameters
+from shardplan.costmodel.stage_cost import BlockRows, StageRows, block_rows, mean_stage_rows, stage_parameters
 from shardplan.hw_profiles.topology import tier_table
 
 FloatArray = NDArray[np.float64]
@@ -48,13 +48,23 @@ class Trials:
 class StageTrials:
     """N layouts on a homogeneous cluster, of which stages can be tried."""
 
-    def __init__(self, setting: Setting, layouts: LayoutTable) -> None:
-        self.setting, self.layouts = prepared(setting), layouts
-        ready = self.setting
-        self._batches = micro_batches(ready, layouts)
-        self._blocks = block_rows(
-            ready.model, ready.job, ready.cluster, layouts, ready.runtime, tier_table(ready.cluster)
+    def __init__(self, setting: Setting, layouts: LayoutTable, blocks: BlockRows) -> None:
+        """`setting` as `estimate.prepared` returns it; `blocks` are those of the `layouts`."""
+        self.setting, self.layouts, self._blocks = setting, layouts, blocks
+        self._batches = micro_batches(setting, layouts)
+
+    @staticmethod
+    def of(setting: Setting, layouts: LayoutTable) -> StageTrials:
+        """The trials of any layouts, in `setting` as it is."""
+        ready = prepared(setting)
+        tiers = tier_table(ready.cluster)
+        return StageTrials(
+            ready, layouts, block_rows(ready.model, ready.job, ready.cluster, layouts, ready.runtime, tiers)
         )
+
+    def take(self, rows: IntArray) -> StageTrials:
+        """Those of the layouts at `rows`."""
+        return StageTrials(self.setting, self.layouts.take(rows), self._blocks.take(rows))
 
     def seconds(self, trials: Trials) -> FloatArray:
         """Seconds of one micro-batch, (N, S)."""
@@ -63,6 +73,11 @@ class StageTrials:
     def mean_seconds(self) -> FloatArray:
         """The same of a stage that holds 1/pp of everything, (N,)."""
         return self._seconds(mean_stage_rows(self.setting.model, self.layouts))[:, 0]
+
+    def parameters(self, trials: Trials) -> FloatArray:
+        """Parameters a rank holds, (N, S)."""
+        ready = self.setting
+        return stage_parameters(ready.model, ready.job, self.layouts, ready.runtime, self._rows(trials)).stage
 
     def needed_bytes(self, trials: Trials) -> FloatArray:
         """Bytes on the device, (N, S)."""

@@ -37,7 +37,7 @@ class Refined:
 
     found: Estimates | None
     looked_at: int
-    """Layouts whose stages were cut."""
+    """Layouts with cut stages that were estimated."""
     proved: bool
     """No layout left could have been faster than the fastest."""
 
@@ -53,18 +53,18 @@ def refined(setting: Setting, estimates: Estimates, wishes: Wishes, headroom: fl
     fastest = float(estimates.step_s[fits].min()) if fits.any() else np.inf
     rows, bounds = _hopeful(setting, estimates.layouts, wishes, wanted, fastest)
     kept, looked_at, at, size = list[Layout](), 0, 0, FIRST_CUT
-    while at < len(rows) and bounds[at] < fastest and looked_at < MOST_CUT:
+    while at < len(rows) and bounds[at] < fastest and at < MOST_CUT:
         some = slice(at, at + size)
         hope = bounds[some] < fastest
         chosen, slack_s = rows[some][hope], fastest - bounds[some][hope]
-        at, looked_at, size = at + size, looked_at + len(chosen), min(4 * size, AT_ONCE)
+        at, size = at + size, min(4 * size, AT_ONCE)
         table = _cut(setting, estimates.layouts.take(chosen), slack_s, wanted)
         if table is None:
             continue
         its = estimate(
             model=setting.model, job=setting.job, cluster=setting.cluster, layouts=table, runtime=setting.runtime
         )
-        fit = its.fits(headroom)
+        looked_at, fit = looked_at + len(table), its.fits(headroom)
         kept += [table.row(int(row)) for row in np.flatnonzero(fit)]
         fastest = min(fastest, float(its.step_s[fit].min()) if fit.any() else np.inf)
     found = None
