@@ -19,7 +19,7 @@ from shardplan.costmodel.keys import LazyColumns, in_pieces
 from shardplan.costmodel.layout import Layout, LayoutTable, layout_table
 from shardplan.costmodel.model import Model, attended_tokens, matrix_parameters
 from shardplan.costmodel.offload import activation_copies_s
-from shardplan.costmodel.pace import pipeline_pace, pipeline_transfers_s
+from shardplan.costmodel.pace import pipeline_pace, pipeline_transfers_s, stage_seconds
 from shardplan.costmodel.row_keys import RowKeys, row_keys
 from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.rule_parts import micro_batches
@@ -55,8 +55,8 @@ from shardplan.hw_profiles.topology import TierTable, tier_table
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
-StageChoice = Literal["worst", "every", "mean"]
-"""Stages that are looked at: the few that can be the worst, all, or one that holds 1/pp of everything."""
+StageChoice = Literal["worst", "every", "mean"] | slice
+"""Stages that are looked at: the few that can be the worst, all, one that holds 1/pp of everything, or some of all."""
 
 ROWS_AT_ONCE = 1 << 18
 """Rows of one pass: enough to share what unique keys cost, few enough to bound memory (about 0.2 GB)."""
@@ -91,6 +91,23 @@ def lower_bounds(
     """
     found = _estimate_table(model, job, cluster, layouts, runtime, None, stages="mean")
     return found.step_s, found.device_peak_bytes
+
+
+def on_stages(setting: Setting, layouts: LayoutTable, some: slice) -> Estimates:
+    """Estimates of layouts of the same pp as far as `some` of their stages go; the bubble is of a pipeline on this cluster alone."""
+    return _estimate_table(setting.model, setting.job, setting.cluster, layouts, setting.runtime, None, stages=some)
+
+
+def stage_times(setting: Setting, layouts: LayoutTable) -> tuple[FloatArray, FloatArray]:
+    """(seconds of one micro-batch, layers under full recompute) of every stage of layouts of the same pp, each (N, pp)."""
+    ready = prepared(setting)
+    model, cluster, runtime = ready.model, ready.cluster, ready.runtime
+    stages = stage_rows(model, layouts, runtime, every_stage=True)
+    blocks = block_rows(model, ready.job, cluster, layouts, runtime, tier_table(cluster))
+    return (
+        stage_seconds(cluster, layouts, runtime, blocks, stages, micro_batches(ready, layouts)),
+        stages.recomputed,
+    )
 
 
 def prepared(setting: Setting, constants: Fitted | None = None) -> Setting:
@@ -150,8 +167,10 @@ def _estimate_rows(
 ) -> Estimates:
     model, job, cluster, runtime = setting.model, setting.job, setting.cluster, setting.runtime
     blocks = block_rows(model, job, cluster, keys.work, runtime, tiers)
-    mean, every = chosen == "mean", chosen == "every"
+    mean, every = chosen == "mean", chosen != "worst"
     stages = mean_stage_rows(model, keys.work) if mean else stage_rows(model, keys.work, runtime, every_stage=every)
+    if isinstance(chosen, slice):
+        stages = stages.some(chosen)
     counts = stages.layers.sum(axis=2).astype(np.int64)
     flop = _hardware_flop(model, job, keys.work, blocks, stages.recomputed_total)
     held = stages.take(keys.work_of_contents)

@@ -200,6 +200,17 @@ class StageRows:
             head=gathered(self.head, rows),
         )
 
+    def some(self, which: slice) -> StageRows:
+        """Those stages."""
+        return StageRows(
+            stage=self.stage[:, which],
+            layers=self.layers[:, which],
+            recomputed=self.recomputed[:, which],
+            recomputed_total=self.recomputed_total,
+            embedding=self.embedding[:, which],
+            head=self.head[:, which],
+        )
+
 
 def stage_rows(model: Model, layouts: LayoutTable, runtime: Runtime, *, every_stage: bool) -> StageRows:
     """Stage contents: once per unique (pp, virtual stages, split, V-placed), then gathered; full recompute once per unique depth too."""

@@ -48,7 +48,7 @@ def refined(setting: Setting, estimates: Estimates, wishes: Wishes, headroom: fl
     asked = {"stage_layers"} & (wishes.fixed_words | {word for word, _ in wishes.forbidden})
     if asked or not setting.runtime.abilities.uneven_stages:
         return nothing
-    wanted = _wanted(setting, wishes, headroom)
+    wanted = wanted_of(setting, wishes, headroom)
     fits = estimates.fits(headroom)
     fastest = float(estimates.step_s[fits].min()) if fits.any() else np.inf
     rows, bounds = _hopeful(setting, estimates.layouts, wishes, wanted, fastest)
@@ -77,7 +77,7 @@ def refined(setting: Setting, estimates: Estimates, wishes: Wishes, headroom: fl
     return Refined(found=found, looked_at=looked_at, proved=proved)
 
 
-def _wanted(setting: Setting, wishes: Wishes, headroom: float) -> Wanted:
+def wanted_of(setting: Setting, wishes: Wishes, headroom: float) -> Wanted:
     asked = "recompute" in wishes.fixed_words or any(word == "recompute" for word, _ in wishes.forbidden)
     abilities = setting.runtime.abilities
     return Wanted(

@@ -16,9 +16,10 @@ from shardplan.costmodel.estimates import DEFAULT_HEADROOM, Estimates, joined
 from shardplan.costmodel.job import Job
 from shardplan.costmodel.layout import COLUMNS, Layout, LayoutTable
 from shardplan.costmodel.layout_join import stacked
+from shardplan.costmodel.mixed import estimate_any, mixed_rejections
 from shardplan.costmodel.model import Model
 from shardplan.costmodel.rule import Rejection, Setting
-from shardplan.costmodel.rules import RULES, broken_rules, rejections
+from shardplan.costmodel.rules import RULES, broken_rules
 from shardplan.costmodel.runtime import Runtime, load_runtime
 from shardplan.hw_profiles.errors import InputError, nearest
 from shardplan.hw_profiles.machine import Cluster
@@ -73,7 +74,7 @@ def search(
     if not 0.0 <= headroom < 1.0:
         raise InputError(f"headroom={headroom:g} is not a fraction", place="--headroom", remedy="use 0 up to below 1")
     chosen = load_runtime(runtime) if isinstance(runtime, str) else runtime
-    if objective == "cost" and cluster.node.usd_per_hour is None:
+    if objective == "cost" and not cluster.parts and cluster.node.usd_per_hour is None:
         raise InputError(
             f"cluster {cluster.name!r} has no price", place="--objective", remedy="set node.usd_per_hour in its profile"
         )
@@ -81,6 +82,12 @@ def search(
         raise InputError(
             f"objective={objective!r} is unknown", place="--objective", remedy=nearest(objective, OBJECTIVES)
         )
+
+    if cluster.parts:
+        from shardplan.planner.mixed_search import search_mixed
+
+        whole = Setting(model=model, job=job, cluster=cluster, runtime=chosen)
+        return search_mixed(whole, wishes or Wishes(), objective, headroom)
 
     def on(gpus: int) -> SearchResult:
         return _search_one(model, job, cluster.with_gpus(gpus), chosen, wishes, objective, headroom)
@@ -136,7 +143,7 @@ def _search_one(
     start = time.perf_counter()
     setting = Setting(model=model, job=job, cluster=cluster, runtime=runtime)
     wanted = wishes or Wishes()
-    looked_at, valid, refused = _sift_space(setting, wanted)
+    looked_at, valid, refused = sift_space(setting, wanted)
     ranked = closest = None
     misfits, proved = 0, True
     if len(valid):
@@ -157,7 +164,7 @@ def _search_one(
             estimates = joined([estimates, cut.found], valid)
             fits = estimates.fits(headroom)
         misfits += int((~fits).sum())
-        order = _order(estimates, np.flatnonzero(fits), objective)
+        order = order_of(estimates, np.flatnonzero(fits), objective)
         if len(order):
             ranked = estimates.take(order)
         else:
@@ -174,7 +181,7 @@ def _search_one(
     )
 
 
-def _sift_space(setting: Setting, wishes: Wishes) -> tuple[int, LayoutTable, tuple[Refusal, ...]]:
+def sift_space(setting: Setting, wishes: Wishes) -> tuple[int, LayoutTable, tuple[Refusal, ...]]:
     """(layouts looked at, those that break no rule, the account of the others), one piece of the space at a time."""
     looked_at, kept = 0, list[LayoutTable]()
     refused: dict[str, Refusal] = {}
@@ -203,7 +210,7 @@ def _sift(setting: Setting, space: LayoutTable, refused: dict[str, Refusal]) -> 
     return space.take(open_rows)
 
 
-def _order(estimates: Estimates, rows: NDArray[np.intp], objective: Objective) -> NDArray[np.intp]:
+def order_of(estimates: Estimates, rows: NDArray[np.intp], objective: Objective) -> NDArray[np.intp]:
     """`rows` best first; ties break by the other figure, then by the layout's columns."""
     first, second = estimates.step_s[rows], estimates.device_peak_bytes[rows]
     if objective == "memory":
@@ -212,7 +219,7 @@ def _order(estimates: Estimates, rows: NDArray[np.intp], objective: Objective) -
     return rows[np.lexsort((*columns, second, first))]
 
 
-def summary_rows(estimates: Estimates, rows: NDArray[np.intp], *, capacity_bytes: float) -> list[dict[str, Any]]:
+def summary_rows(estimates: Estimates, rows: NDArray[np.intp]) -> list[dict[str, Any]]:
     """The ranked layouts at `rows` as plain values for tables and plan files; `rank` counts all layouts."""
     gpus = estimates.layouts.gpus
     return [
@@ -223,7 +230,7 @@ def summary_rows(estimates: Estimates, rows: NDArray[np.intp], *, capacity_bytes
             "tokens_per_s_per_gpu": float(estimates.tokens_per_s[i] / gpus[i]),
             "mfu": float(estimates.mfu[i]),
             "device_peak_bytes": float(estimates.device_peak_bytes[i]),
-            "headroom_fraction": float(1.0 - estimates.device_peak_bytes[i] / capacity_bytes),
+            "headroom_fraction": float(1.0 - estimates.device_peak_bytes[i] / estimates.capacities[i]),
         }
         for i in rows
     ]
@@ -235,16 +242,13 @@ def search_document(result: SearchResult, top: int) -> dict[str, Any]:
     front: list[dict[str, Any]] = []
     ideas = 0
     if result.ranked is not None and top:
-        capacity = result.ranked.capacity_bytes
         first, variants = distinct(result.ranked.layouts)
         ideas = len(first)
         ranked = [
             {**row, "variants": int(count)}
-            for row, count in zip(
-                summary_rows(result.ranked, first[:top], capacity_bytes=capacity), variants[:top], strict=True
-            )
+            for row, count in zip(summary_rows(result.ranked, first[:top]), variants[:top], strict=True)
         ]
-        front = summary_rows(result.ranked, memory_front(result.ranked), capacity_bytes=capacity)
+        front = summary_rows(result.ranked, memory_front(result.ranked))
     return {
         "looked_at": result.looked_at,
         "refused": {r.rule: {"count": r.count, "reason": r.example} for r in result.refused},
@@ -267,8 +271,9 @@ def judge(
     headroom: float = DEFAULT_HEADROOM,
 ) -> dict[str, Any] | list[Rejection]:
     """The answer of `shardplan estimate --json` for one layout, or only its rejections when it has no meaning here."""
-    broken, structural = rejections(Setting(model=model, job=job, cluster=cluster, runtime=runtime), layout)
+    setting = Setting(model=model, job=job, cluster=cluster, runtime=runtime)
+    broken, structural = mixed_rejections(setting, layout)
     if structural:
         return broken
-    one = estimate(model=model, job=job, cluster=cluster, layouts=layout, runtime=runtime)
+    one = estimate_any(setting, layout)
     return answer(one, 0, model=model, job=job, cluster=cluster, runtime=runtime, rejections=broken, headroom=headroom)

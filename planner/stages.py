@@ -67,7 +67,7 @@ def cut_stages(parts: Sequence[Part], wanted: Wanted, slack_s: FloatArray) -> li
     chain = _Chain.of(setting.model, first)
     on_parts = [part.trials for part in parts]
     weights = pipeline_weights(setting, layouts)
-    mean_s = np.min([trials.mean_seconds() for trials in on_parts], axis=0)
+    least_s, mean_s = mean_stage_seconds(parts)
     most_peak_s = mean_s + slack_s / np.maximum(weights[:, 0], 1e-9)
     contents = _within(chain, on_parts, most_peak_s)
     if not len(contents):
@@ -77,7 +77,7 @@ def cut_stages(parts: Sequence[Part], wanted: Wanted, slack_s: FloatArray) -> li
     if not possible.any():
         return [[] for _ in range(len(layouts))]
     segments = chain.segments(contents)
-    most_s = (weights[:, 0] + weights[:, 1] * chain.pp) * mean_s + slack_s
+    most_s = weights[:, 0] * mean_s + weights[:, 1] * chain.pp * least_s + slack_s
     return [
         _cuts(layouts.row(row), chain, segments, options, row, weights[row], wanted, setting, float(most_s[row]))
         if possible[row]
@@ -147,6 +147,14 @@ def _before(kinds: IntArray, count: int) -> IntArray:
     """Layers of each kind before every position, (layers + 1, kinds)."""
     each = np.eye(count, dtype=np.int64)[kinds]
     return np.concatenate([np.zeros((1, count), dtype=np.int64), each.cumsum(axis=0)])
+
+
+def mean_stage_seconds(parts: Sequence[Part]) -> tuple[FloatArray, FloatArray]:
+    """Seconds of a micro-batch, each (N,), on a stage that holds 1/pp of everything: on the fastest kind of node, and of every stage if
+    each holds as much as makes all stages of the `parts` equally long."""
+    each = np.stack([part.trials.mean_seconds() for part in parts])
+    stages = np.asarray([part.stages for part in parts], dtype=np.float64)
+    return each.min(axis=0), stages.sum() / (stages[:, None] / each).sum(axis=0)
 
 
 def pipeline_weights(setting: Setting, layouts: LayoutTable) -> FloatArray:
