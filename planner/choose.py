@@ -11,6 +11,7 @@ from shardplan.costmodel.job import Job
 from shardplan.costmodel.model import Model
 from shardplan.costmodel.model_config import model_digest
 from shardplan.costmodel.runtime import Runtime
+from shardplan.hw_profiles.mixed import document_in_order
 from shardplan.planner.plan import Plan, digest
 from shardplan.planner.search import SearchResult, judge, search_document
 
@@ -38,10 +39,11 @@ def make_plan(
     prediction = judge(layout, model=model, job=job, cluster=result.cluster, runtime=runtime, headroom=headroom)
     if not isinstance(prediction, dict):
         raise AssertionError(f"a ranked layout is refused: {prediction}")
+    document = document_in_order(dict(cluster_document), result.cluster)
     return Plan(
         model=model,
         job=job,
-        cluster=cluster_document,
+        cluster=document,
         gpus=result.cluster.gpus,
         runtime=runtime_name,
         layout=layout,
@@ -55,7 +57,7 @@ def make_plan(
         },
         digests={
             "model": model_digest(model),
-            "cluster": digest(dict(cluster_document)),
+            "cluster": digest(document),
             "runtime": digest(dataclasses.asdict(runtime)),
         },
         shardplan_version=version,

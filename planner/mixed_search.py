@@ -28,7 +28,7 @@ from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.mixed import in_order
 from shardplan.planner.partial_recompute import partly_recomputed
 from shardplan.planner.refine import STRUCTURE, wanted_of
-from shardplan.planner.search import Objective, SearchResult, order_of, sift_space
+from shardplan.planner.search import Objective, SearchResult, largest_first, order_of, sift, sift_space
 from shardplan.planner.space import Wishes
 from shardplan.planner.stages import Part, Wanted, can_cut, cut_stages, mean_stage_seconds, pipeline_weights
 
@@ -47,16 +47,15 @@ def search_mixed(setting: Setting, wishes: Wishes, objective: Objective, headroo
         )
     start = time.perf_counter()
     parts = part_settings(setting)
-    looked_at, valid, refused = sift_space(parts[0], wishes)
+    _, valid, told = sift_space(parts[0], wishes)
+    refused = {one.rule: one for one in told}
     for part in parts[1:]:
-        valid = _allowed(part, valid)
+        valid = sift(part, valid, refused)
     tables = [valid]
     for part in parts if len(valid) else ():
         alone = estimate(model=part.model, job=part.job, cluster=part.cluster, layouts=valid, runtime=part.runtime)
-        more, tried = partly_recomputed(part, alone, wishes, headroom)
-        if more is not None:
-            looked_at += tried
-            tables.append(more)
+        more, _ = partly_recomputed(part, alone, wishes, headroom)
+        tables += [more] if more is not None else []
     table = stacked(tables)
     best: tuple[Setting, Estimates] | None = None
     closest: Estimates | None = None
@@ -76,8 +75,8 @@ def search_mixed(setting: Setting, wishes: Wishes, objective: Objective, headroo
         cluster=cluster,
         ranked=ranked,
         closest=None if ranked is not None else closest,
-        looked_at=looked_at + estimated - len(valid),
-        refused=refused,
+        looked_at=sum(one.count for one in refused.values()) + estimated,
+        refused=largest_first(refused),
         does_not_fit=estimated - (len(ranked) if ranked is not None else 0),
         proved=True,
         seconds=time.perf_counter() - start,

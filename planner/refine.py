@@ -78,6 +78,7 @@ def refined(setting: Setting, estimates: Estimates, wishes: Wishes, headroom: fl
 
 
 def wanted_of(setting: Setting, wishes: Wishes, headroom: float) -> Wanted:
+    """What of stages the runtime can do and the user left open."""
     asked = "recompute" in wishes.fixed_words or any(word == "recompute" for word, _ in wishes.forbidden)
     abilities = setting.runtime.abilities
     return Wanted(

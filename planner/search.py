@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -189,12 +189,16 @@ def sift_space(setting: Setting, wishes: Wishes) -> tuple[int, LayoutTable, tupl
     for piece in space_pieces(setting.model, setting.job, setting.cluster.gpus, wishes, kinds, tiers):
         if len(piece):
             looked_at += len(piece)
-            kept.append(_sift(setting, piece, refused))
-    ordered = sorted(refused.values(), key=lambda r: (-r.count, r.rule))
-    return looked_at, join_tables(kept, wishes), tuple(ordered)
+            kept.append(sift(setting, piece, refused))
+    return looked_at, join_tables(kept, wishes), largest_first(refused)
 
 
-def _sift(setting: Setting, space: LayoutTable, refused: dict[str, Refusal]) -> LayoutTable:
+def largest_first(refused: Mapping[str, Refusal]) -> tuple[Refusal, ...]:
+    """The account of refusals in order."""
+    return tuple(sorted(refused.values(), key=lambda r: (-r.count, r.rule)))
+
+
+def sift(setting: Setting, space: LayoutTable, refused: dict[str, Refusal]) -> LayoutTable:
     """Rows that break no rule; the others are added to `refused` under the first rule they break."""
     broken = broken_rules(setting, space)
     open_rows = np.ones(len(space), dtype=bool)
