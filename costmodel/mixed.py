@@ -11,12 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.costmodel.estimate import estimate, on_stages, stage_times
 from shardplan.costmodel.estimates import Estimates
+from shardplan.costmodel.keys import LazyColumns
 from shardplan.costmodel.layout import Layout, LayoutTable, layout_table
 from shardplan.costmodel.pace import fill_weight
 from shardplan.costmodel.rule import Rejection, Setting
@@ -154,9 +157,13 @@ def _times(found: Sequence[Estimates], slowest: NDArray[np.intp]) -> dict[str, F
     return {part: time.get(part, np.zeros(len(slowest))) for part in TIME_PARTS}
 
 
-def _side_by_side(maps: Sequence[Mapping[str, NDArray[np.float64]]]) -> dict[str, NDArray[np.float64]]:
-    """Columns by stage of all parts, (N, S)."""
-    return {name: np.concatenate([one[name] for one in maps], axis=1) for name in maps[0]}
+def _side_by_side(maps: Sequence[Mapping[str, NDArray[Any]]]) -> Mapping[str, NDArray[Any]]:
+    """Columns by stage of all parts, (N, S), made when they are read."""
+
+    def beside(name: str) -> NDArray[Any]:
+        return np.concatenate([one[name] for one in maps], axis=1)
+
+    return LazyColumns({name: partial(beside, name) for name in maps[0]})
 
 
 def stage_seconds_on(setting: Setting, layout: Layout) -> tuple[FloatArray, FloatArray]:

@@ -25,6 +25,7 @@ from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.rules import broken_rules
 from shardplan.costmodel.stage_trials import StageTrials
 from shardplan.hw_profiles.errors import InputError
+from shardplan.hw_profiles.machine import Cluster
 from shardplan.hw_profiles.mixed import in_order
 from shardplan.planner.partial_recompute import partly_recomputed
 from shardplan.planner.refine import STRUCTURE, wanted_of
@@ -33,7 +34,10 @@ from shardplan.planner.space import Wishes
 from shardplan.planner.stages import Part, Wanted, can_cut, cut_stages, mean_stage_seconds, pipeline_weights
 
 FULL = RECOMPUTE.index("full")
-FIRST_CUT, AT_ONCE = 32, 2048
+FIRST_CUT, AT_ONCE = 8, 2048
+"""Layouts cut before bounds are looked at again: first, and four times as many each time up to."""
+MOST_CUTS = 4
+"""Of one layout."""
 FloatArray = NDArray[np.float64]
 
 
@@ -60,9 +64,10 @@ def search_mixed(setting: Setting, wishes: Wishes, objective: Objective, headroo
     best: tuple[Setting, Estimates] | None = None
     closest: Estimates | None = None
     cluster, estimated = setting.cluster, 0
-    for order in permutations(range(len(parts))) if len(table) else ():
+    for order in orders(setting.cluster) if len(table) else ():
         ordered = replace(setting, cluster=in_order(setting.cluster, order))
-        found = _on(ordered, table, wishes, headroom)
+        so_far = float(best[1].step_s.min()) if best else np.inf
+        found = _on(ordered, table, wishes, headroom, so_far)
         estimated += len(found)
         rows = order_of(found, np.flatnonzero(found.fits(headroom)), objective)
         if len(rows) and (best is None or _ahead(found, int(rows[0]), best[1], objective)):
@@ -81,6 +86,28 @@ def search_mixed(setting: Setting, wishes: Wishes, objective: Objective, headroo
         proved=True,
         seconds=time.perf_counter() - start,
     )
+
+
+MOST_ORDERED = 3
+"""Parts that are tried in every order; more are tried as listed and the other way round."""
+
+
+def orders(cluster: Cluster) -> list[tuple[int, ...]]:
+    """Orders of the parts to try, those that only swap equal parts once."""
+    count = len(cluster.parts)
+    every = (
+        list(permutations(range(count))) if count <= MOST_ORDERED else [tuple(range(count)), tuple(range(count))[::-1]]
+    )
+    found: list[tuple[int, ...]] = []
+    kinds: list[list[tuple[object, ...]]] = []
+    for order in every:
+        kind: list[tuple[object, ...]] = [
+            (part.node, part.nodes, part.network) for part in (cluster.parts[index] for index in order)
+        ]
+        if kind not in kinds:
+            kinds.append(kind)
+            found.append(order)
+    return found
 
 
 def _ahead(found: Estimates, row: int, best: Estimates, objective: Objective) -> bool:
@@ -103,8 +130,8 @@ def _staged(setting: Setting, table: LayoutTable) -> NDArray[np.bool_]:
     return np.all([part.gpus % ranks == 0 for part in setting.cluster.parts], axis=0)
 
 
-def _on(setting: Setting, table: LayoutTable, wishes: Wishes, headroom: float) -> Estimates:
-    """Estimates of all layouts on the parts in their order, cut ones included."""
+def _on(setting: Setting, table: LayoutTable, wishes: Wishes, headroom: float, so_far: float) -> Estimates:
+    """Estimates of all layouts on the parts in their order, and of those with cut stages that could be faster than `so_far`."""
     staged = _staged(setting, table)
     found: list[Estimates] = []
     if not staged.all():
@@ -114,11 +141,13 @@ def _on(setting: Setting, table: LayoutTable, wishes: Wishes, headroom: float) -
         found.append(_on_parts(setting, plain.take(rows)))
     known = _together(found)
     fits = known.fits(headroom)
-    fastest = float(known.step_s[fits].min()) if fits.any() else np.inf
+    fastest = min(so_far, float(known.step_s[fits].min()) if fits.any() else np.inf)
     asked = {"stage_layers"} & (wishes.fixed_words | {word for word, _ in wishes.forbidden})
     if asked or not setting.runtime.abilities.uneven_stages:
         return known
-    return _together([known, *_cut_ones(setting, plain, wanted_of(setting, wishes, headroom), fastest)])
+    return _together(
+        [known, *_cut_ones(setting, plain, replace(wanted_of(setting, wishes, headroom), most_cuts=MOST_CUTS), fastest)]
+    )
 
 
 def _together(found: list[Estimates]) -> Estimates:
@@ -153,7 +182,10 @@ def _cut_ones(setting: Setting, staged: LayoutTable, wanted: Wanted, fastest: fl
         some = some[bounds[some] < fastest]
         at, size = at + size, min(4 * size, AT_ONCE)
         chosen = plain.take(some)
-        for rows in _alike(chosen, (*STRUCTURE, *RECOMPUTE_COLUMNS)):
+        for alike in _alike(chosen, (*STRUCTURE, *RECOMPUTE_COLUMNS)):
+            rows = alike[bounds[some[alike]] < fastest]
+            if not len(rows):
+                continue
             cut = _cut(setting, chosen.take(rows), wanted, fastest - bounds[some[rows]])
             if cut is None:
                 continue

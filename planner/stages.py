@@ -26,8 +26,6 @@ from shardplan.planner.chain import best_cut
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
-MOST_CUTS = 16
-"""Of one layout."""
 FULL, NONE = RECOMPUTE.index("full"), RECOMPUTE.index("none")
 
 
@@ -51,6 +49,8 @@ class Wanted:
     """Layers may be recomputed where a layout without recompute does not fit."""
     by_stage: bool
     """As many as each stage needs; else the same number of every stage."""
+    most_cuts: int = 16
+    """Of one layout."""
 
 
 def can_cut(model: Model, layout: Layout) -> bool:
@@ -301,7 +301,7 @@ def _cuts(
     found, fewer = list[Layout](), np.inf
     uniform = not wanted.by_stage and options.fewest[row].max() > 0
     depths = range(int(options.fewest[row].max()) + 1) if uniform else (-1,)
-    while len(found) < MOST_CUTS:
+    while len(found) < wanted.most_cuts:
         best, chosen, holds = np.inf, None, 0.0
         for depth in depths:
             cut = _fastest(chain, segments, options, row, depth, fewer, weights, most_s)
