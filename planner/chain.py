@@ -9,6 +9,8 @@ what the pipeline takes in a step. First the least maximum over all cuts (states
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -57,6 +59,13 @@ def _least(seconds: FloatArray, combine: np.ufunc) -> tuple[float, tuple[int, ..
     return float(so_far[-1]), tuple(reversed(counts))
 
 
+def bounds_of(counts: Sequence[int]) -> tuple[IntArray, IntArray]:
+    """(first layer, layer behind the last) of each stage."""
+    held = np.asarray(counts, dtype=np.int64)
+    ends: IntArray = held.cumsum()
+    return ends - held, ends
+
+
 def _times(seconds: FloatArray, counts: tuple[int, ...]) -> FloatArray:
-    ends = np.cumsum(counts)
-    return seconds[np.arange(len(counts)), ends - counts, ends]
+    first, end = bounds_of(counts)
+    return seconds[np.arange(len(counts)), first, end]

@@ -49,11 +49,12 @@ def _parts(prediction: Mapping[str, Any], stages: Sequence[Mapping[str, Any]]) -
 
 
 def _part(part: Mapping[str, Any], stages: Sequence[Mapping[str, Any]]) -> str:
-    own = [stages[stage] for stage in part["stages"]]
+    numbers: list[int] = part["stages"]
+    own: list[Mapping[str, Any]] = [stages[number] for number in numbers]
     layers, total = sum(one["layers"] for one in own), sum(one["layers"] for one in stages)
     each = sum(one["micro_batch_s"] for one in own) / max(layers, 1)
     fullest = max(own, key=lambda one: one["device_bytes"] / one["capacity_bytes"])
-    first, last = part["stages"][0], part["stages"][-1]
+    first, last = numbers[0], numbers[-1]
     which = f"stages {first} to {last}" if last > first else f"stage {first}"
     return (
         f"{which} on {part['name']} ({part['gpus']} GPUs): {layers} of {total} layers, since a layer with its share of the ends takes "

@@ -28,8 +28,9 @@ from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.machine import Cluster
 from shardplan.hw_profiles.mixed import in_order
 from shardplan.planner.partial_recompute import partly_recomputed
+from shardplan.planner.ranking import Objective, SearchResult, order_of
 from shardplan.planner.refine import STRUCTURE, wanted_of
-from shardplan.planner.search import Objective, SearchResult, largest_first, order_of, sift, sift_space
+from shardplan.planner.sift import largest_first, sift, sift_space
 from shardplan.planner.space import Wishes
 from shardplan.planner.stages import Part, Wanted, can_cut, cut_stages, mean_stage_seconds, pipeline_weights
 

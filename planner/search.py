@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,49 +13,21 @@ from shardplan.costmodel.answer import answer
 from shardplan.costmodel.estimate import estimate
 from shardplan.costmodel.estimates import DEFAULT_HEADROOM, Estimates, joined
 from shardplan.costmodel.job import Job
-from shardplan.costmodel.layout import COLUMNS, Layout, LayoutTable
+from shardplan.costmodel.layout import Layout
 from shardplan.costmodel.layout_join import stacked
 from shardplan.costmodel.mixed import estimate_any, mixed_rejections
 from shardplan.costmodel.model import Model
 from shardplan.costmodel.rule import Rejection, Setting
-from shardplan.costmodel.rules import RULES, broken_rules
 from shardplan.costmodel.runtime import Runtime, load_runtime
 from shardplan.hw_profiles.errors import InputError, nearest
 from shardplan.hw_profiles.machine import Cluster
+from shardplan.planner.mixed_search import search_mixed
 from shardplan.planner.partial_recompute import partly_recomputed
+from shardplan.planner.ranking import OBJECTIVES, Objective, SearchResult, order_of
 from shardplan.planner.refine import refined
 from shardplan.planner.shortlist import distinct, memory_front
-from shardplan.planner.space import Wishes, join_tables, runtime_tiers, space_pieces
-
-Objective = Literal["throughput", "cost", "gpus", "memory"]
-OBJECTIVES: tuple[Objective, ...] = ("throughput", "cost", "gpus", "memory")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Refusal:
-    """How many layouts one rule refused, with one example told in words."""
-
-    rule: str
-    count: int
-    example: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchResult:
-    """Ranked layouts that fit, and the account of the others."""
-
-    cluster: Cluster
-    ranked: Estimates | None
-    """Best first; None when nothing fits."""
-    closest: Estimates | None
-    """The valid layout that needs least device memory, when nothing fits."""
-    looked_at: int
-    refused: tuple[Refusal, ...]
-    """Largest first; a layout that breaks several rules counts for the first in the list of rules."""
-    does_not_fit: int
-    proved: bool
-    """No cut of the layers into stages that was left out could be faster than the best."""
-    seconds: float
+from shardplan.planner.sift import sift_space
+from shardplan.planner.space import Wishes, join_tables
 
 
 def search(
@@ -84,8 +55,6 @@ def search(
         )
 
     if cluster.parts:
-        from shardplan.planner.mixed_search import search_mixed
-
         whole = Setting(model=model, job=job, cluster=cluster, runtime=chosen)
         return search_mixed(whole, wishes or Wishes(), objective, headroom)
 
@@ -179,48 +148,6 @@ def _search_one(
         proved=proved,
         seconds=time.perf_counter() - start,
     )
-
-
-def sift_space(setting: Setting, wishes: Wishes) -> tuple[int, LayoutTable, tuple[Refusal, ...]]:
-    """(layouts looked at, those that break no rule, the account of the others), one piece of the space at a time."""
-    looked_at, kept = 0, list[LayoutTable]()
-    refused: dict[str, Refusal] = {}
-    kinds, tiers = setting.runtime.abilities.context_parallel, runtime_tiers(setting.runtime)
-    for piece in space_pieces(setting.model, setting.job, setting.cluster.gpus, wishes, kinds, tiers):
-        if len(piece):
-            looked_at += len(piece)
-            kept.append(sift(setting, piece, refused))
-    return looked_at, join_tables(kept, wishes), largest_first(refused)
-
-
-def largest_first(refused: Mapping[str, Refusal]) -> tuple[Refusal, ...]:
-    """The account of refusals in order."""
-    return tuple(sorted(refused.values(), key=lambda r: (-r.count, r.rule)))
-
-
-def sift(setting: Setting, space: LayoutTable, refused: dict[str, Refusal]) -> LayoutTable:
-    """Rows that break no rule; the others are added to `refused` under the first rule they break."""
-    broken = broken_rules(setting, space)
-    open_rows = np.ones(len(space), dtype=bool)
-    for rule in RULES:
-        if rule.id in broken:
-            new = broken[rule.id] & open_rows
-            open_rows &= ~new
-            if new.any():
-                before = refused.get(rule.id)
-                example = before.example if before else rule.detail(setting, space.row(int(np.flatnonzero(new)[0])))
-                count = int(new.sum()) + (before.count if before else 0)
-                refused[rule.id] = Refusal(rule=rule.id, count=count, example=example)
-    return space.take(open_rows)
-
-
-def order_of(estimates: Estimates, rows: NDArray[np.intp], objective: Objective) -> NDArray[np.intp]:
-    """`rows` best first; ties break by the other figure, then by the layout's columns."""
-    first, second = estimates.step_s[rows], estimates.device_peak_bytes[rows]
-    if objective == "memory":
-        first, second = second, first
-    columns = [getattr(estimates.layouts, name)[rows] for name in reversed(COLUMNS)]
-    return rows[np.lexsort((*columns, second, first))]
 
 
 def summary_rows(estimates: Estimates, rows: NDArray[np.intp]) -> list[dict[str, Any]]:

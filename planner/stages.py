@@ -22,7 +22,7 @@ from shardplan.costmodel.recompute import RECOMPUTE
 from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.rule_parts import micro_batches
 from shardplan.costmodel.stage_trials import StageTrials, Trials
-from shardplan.planner.chain import best_cut
+from shardplan.planner.chain import best_cut, bounds_of
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -348,8 +348,7 @@ def _fastest(
     counts = best_cut(of_cut, peak_weight=peak_weight, sum_weight=sum_weight)
     if counts is None:
         return None
-    ends, stages = np.cumsum(counts), np.arange(chain.pp)
-    at = segments[ends - counts, ends]
+    stages, at = np.arange(chain.pp), segments[bounds_of(counts)]
     times = table[stages, at]
     worth = float(peak_weight * times.max() + sum_weight * times.sum())
     if worth > most_s * (1.0 + 1e-9):
