@@ -189,5 +189,8 @@ def _below_each_other(columns: Sequence[NDArray[Number]]) -> NDArray[Number]:
     """Columns one below the other; what has fewer stages repeats its last one."""
     if columns[0].ndim == 1:
         return np.concatenate(columns)
-    most = max(column.shape[1] for column in columns)
-    return np.concatenate([column[:, np.minimum(np.arange(most), column.shape[1] - 1)] for column in columns])
+    widths: list[int] = [int(column.shape[1]) for column in columns]
+    every = np.arange(max(widths))
+    return np.concatenate(
+        [column[:, np.minimum(every, width - 1)] for column, width in zip(columns, widths, strict=True)]
+    )

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.costmodel.job import LARGEST
-from shardplan.costmodel.recompute import RECOMPUTE, RECOMPUTE_COLUMNS, layers_code, split_recompute, stored_recompute
+from shardplan.costmodel.recompute import RECOMPUTE, layers_code, split_recompute, stored_recompute
 from shardplan.hw_profiles.errors import InputError, nearest
 
 IntArray = NDArray[np.int64]
@@ -352,7 +352,7 @@ class LayoutTable:
             **values,
             etp=at["etp"] or None,
             dp_shard=None if at["dp_shard"] == at["dp"] else at["dp_shard"],
-            recompute=stored_recompute(*(at[name] for name in RECOMPUTE_COLUMNS), self.depths).word(),
+            recompute=stored_recompute(at, self.depths).word(),
             stage_layers=self.splits[at["split"]],
             offload_ratio=at["offload_ratio"] / RATIO_STEPS,
         )

@@ -82,7 +82,7 @@ def _plain(setting: Setting, layouts: LayoutTable | Layout) -> Estimates:
 def estimate_spread(setting: Setting, layouts: LayoutTable | Layout) -> Estimates:
     """Estimates of layouts whose stages lie on every kind of node: each as on the kind on which it takes longest."""
     found = [_plain(part, layouts) for part in part_settings(setting)]
-    slowest = np.stack([one.step_s for one in found]).argmax(axis=0)
+    slowest = np.asarray(np.stack([one.step_s for one in found]).argmax(axis=0), dtype=np.int64)
     least = min(found, key=lambda one: one.capacity_bytes - one.context_bytes)
     names = (*TIME_PARTS, "step_s")
     return replace(
@@ -96,7 +96,7 @@ def estimate_spread(setting: Setting, layouts: LayoutTable | Layout) -> Estimate
     )
 
 
-def _chosen(columns: Sequence[FloatArray], which: NDArray[np.intp]) -> FloatArray:
+def _chosen(columns: Sequence[FloatArray], which: NDArray[np.integer]) -> FloatArray:
     """Row n of column `which[n]`."""
     return np.stack(columns)[which, np.arange(len(which))]
 
@@ -117,7 +117,7 @@ def estimate_staged(setting: Setting, layouts: LayoutTable, stages: Sequence[int
         [stage_times(part, layouts)[0][:, some] for part, some in zip(parts, slices, strict=True)], axis=1
     )
     recomputed = stage_times(parts[0], layouts)[1].sum(axis=1) / setting.model.layer_count
-    slowest = np.searchsorted(ends, seconds.argmax(axis=1), side="right")
+    slowest = np.asarray(np.searchsorted(ends, seconds.argmax(axis=1), side="right"), dtype=np.int64)
     time = _times(found, slowest)
     weight = fill_weight(layouts, micro_batches(setting, layouts), recomputed)
     time["bubble_s"] = weight * (seconds.sum(axis=1) - seconds.max(axis=1))
@@ -141,7 +141,7 @@ def estimate_staged(setting: Setting, layouts: LayoutTable, stages: Sequence[int
     )
 
 
-def _times(found: Sequence[Estimates], slowest: NDArray[np.intp]) -> dict[str, FloatArray]:
+def _times(found: Sequence[Estimates], slowest: NDArray[np.integer]) -> dict[str, FloatArray]:
     """Seconds by part, (N,), without the bubble: the pace of the slowest part, then what the part that is done last has left to do."""
     time = {part: _chosen([one.time[part] for one in found], slowest) for part in OF_THE_SLOWEST}
     time["pp_exposed_s"] = np.max([one.time["pp_exposed_s"] for one in found], axis=0)

@@ -89,10 +89,11 @@ def layers_code(recompute: Recompute, depths: list[tuple[int, ...]]) -> int:
     return BY_STAGE - depths.index(recompute.by_stage)
 
 
-def stored_recompute(kind: int, layers: int, parts: int, depths: Sequence[tuple[int, ...]]) -> Recompute:
-    """Inverse: the word that three columns of a table store."""
+def stored_recompute(at: Mapping[str, int], depths: Sequence[tuple[int, ...]]) -> Recompute:
+    """Inverse: the word that three columns of a row of a table store."""
+    layers = at["recompute_layers"]
     own = depths[BY_STAGE - layers] if layers <= BY_STAGE else None
-    return Recompute(RECOMPUTE[kind], ALL_LAYERS if own else layers, parts, own)
+    return Recompute(RECOMPUTE[at["recompute"]], ALL_LAYERS if own else layers, at["recompute_parts"], own)
 
 
 def parts_with(operator: str) -> int:

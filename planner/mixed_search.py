@@ -32,7 +32,8 @@ from shardplan.planner.ranking import Objective, SearchResult, order_of
 from shardplan.planner.refine import STRUCTURE, wanted_of
 from shardplan.planner.sift import largest_first, sift, sift_space
 from shardplan.planner.space import Wishes
-from shardplan.planner.stages import Part, Wanted, can_cut, cut_stages, mean_stage_seconds, pipeline_weights
+from shardplan.planner.stage_options import Part, Wanted
+from shardplan.planner.stages import can_cut, cut_stages, mean_stage_seconds, pipeline_weights
 
 FULL = RECOMPUTE.index("full")
 FIRST_CUT, AT_ONCE = 8, 2048

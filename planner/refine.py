@@ -20,7 +20,8 @@ from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.rules import broken_rules
 from shardplan.costmodel.stage_trials import StageTrials
 from shardplan.planner.space import Wishes
-from shardplan.planner.stages import Part, Wanted, can_cut, cut_stages
+from shardplan.planner.stage_options import Part, Wanted
+from shardplan.planner.stages import can_cut, cut_stages
 
 NONE, FULL = RECOMPUTE.index("none"), RECOMPUTE.index("full")
 FIRST_CUT, AT_ONCE = 32, 2048
