@@ -59,6 +59,7 @@ class Chain:
 
     @staticmethod
     def of(model: Model, layout: Layout) -> Chain:
+        """The layers of `model` as pipelines like that of `layout` cut them."""
         kinds = np.asarray(layer_order(model), dtype=np.int64)
         before = _before(kinds, len(model.runs))
         most = len(kinds) - (layout.pp - 1) * layout.virtual_stages
