@@ -13,8 +13,9 @@ from shardplan.costmodel.job import Job
 from shardplan.costmodel.layout import Layout
 from shardplan.costmodel.model import Model
 from shardplan.costmodel.result import cost_assumptions, cost_document, result_document
-from shardplan.costmodel.rule import Rejection
+from shardplan.costmodel.rule import Rejection, Setting
 from shardplan.costmodel.runtime import Runtime
+from shardplan.costmodel.stage_document import mixed_document, stage_documents
 from shardplan.costmodel.step_time import TIME_PARTS
 from shardplan.hw_profiles.machine import Cluster
 
@@ -46,6 +47,10 @@ def answer(
         "gpus": layout.gpus,
         "runtime": runtime.name,
         "memory": _memory(estimates, row),
+        "stages": stage_documents(
+            Setting(model=model, job=job, cluster=cluster, runtime=runtime), layout, estimates, row
+        ),
+        **mixed_document(Setting(model=model, job=job, cluster=cluster, runtime=runtime), layout),
         "time": {
             "step_s": step_s,
             **{part: float(estimates.time[part][row]) for part in TIME_PARTS},
@@ -74,6 +79,7 @@ def refused_answer(
         "gpus": layout.gpus,
         "runtime": runtime.name,
         "memory": None,
+        "stages": None,
         "time": None,
         "throughput": None,
         "cost": None,
@@ -86,10 +92,10 @@ def refused_answer(
 def memory_rejections(estimates: Estimates, row: int, *, cluster: Cluster, headroom: float) -> list[Rejection]:
     """Rejections of a layout that does not fit GPU or host memory with `headroom` to spare."""
     told: list[Rejection] = []
-    need, capacity = float(estimates.device_peak_bytes[row]), estimates.capacity_bytes
+    need, capacity = float(estimates.device_peak_bytes[row]), float(estimates.capacities[row])
     usable = capacity * (1.0 - headroom)
     if need * (1.0 + MEMORY_BAND) > usable:
-        stage = int(estimates.stages["device"][row].argmax())
+        stage = fullest_stage(estimates, row)
         parts = {
             p: float(estimates.stages[p][row, stage]) for p in ("parameters", "gradients", "optimizer", "activations")
         }
@@ -99,7 +105,7 @@ def memory_rejections(estimates: Estimates, row: int, *, cluster: Cluster, headr
                 rule="device-memory",
                 detail=(
                     f"stage {int(estimates.stage_index[row, stage])} needs {need / GIB:.1f} GiB (+{MEMORY_BAND:.0%} band) of "
-                    f"{usable / GIB:.1f} GiB usable ({capacity / GIB:.1f} GiB less {headroom:.0%} headroom) on {cluster.gpu.name}"
+                    f"{usable / GIB:.1f} GiB usable ({capacity / GIB:.1f} GiB less {headroom:.0%} headroom) on {_gpu_of(cluster, capacity)}"
                 ),
                 remedy=(
                     f"largest part is {largest} ({parts[largest] / GIB:.1f} GiB): "
@@ -123,6 +129,17 @@ def memory_rejections(estimates: Estimates, row: int, *, cluster: Cluster, headr
     return told
 
 
+def fullest_stage(estimates: Estimates, row: int) -> int:
+    """Column of the stage with least memory to spare."""
+    needed, own = estimates.stages["device"][row], estimates.stage_capacity_bytes
+    return int((needed if own is None else needed / own).argmax())
+
+
+def _gpu_of(cluster: Cluster, capacity_bytes: float) -> str:
+    """Name of the GPU of that memory."""
+    return next((node.gpu.name for node, _ in cluster.node_runs if node.gpu.memory_bytes == capacity_bytes), "the GPU")
+
+
 def memory_remedy(part: str, layout: Layout) -> str:
     """The first knobs to turn when `part` fills the memory of a layout."""
     sharded_from = {"parameters": 3, "gradients": 2, "optimizer": 1}
@@ -139,9 +156,9 @@ def memory_remedy(part: str, layout: Layout) -> str:
 
 def _memory(estimates: Estimates, row: int) -> dict[str, Any]:
     stages = {part: values[row] for part, values in estimates.stages.items()}
-    peak = int(stages["device"].argmax())
+    peak = fullest_stage(estimates, row)
     return {
-        "capacity_bytes": estimates.capacity_bytes,
+        "capacity_bytes": float(estimates.capacities[row]),
         "allocated_peak_bytes": float(stages["allocated"][peak]),
         "reserved_peak_bytes": float(stages["allocated"][peak] + stages["slack"][peak]),
         "device_peak_bytes": float(stages["device"][peak]),
@@ -198,11 +215,14 @@ def assumptions(
         owned &= all(takes_own_kernel(job.precision, kind.head_dim) for kind, _ in model.runs)
         attention = "triton" if owned else runtime.abilities.attention[0]
     gradient = job.grad_dtype or runtime.states[job.precision].gradient_dtype
-    peak = cluster.gpu.peak_flop_per_s[job.precision] / 1e12
+    gpus = list(
+        dict.fromkeys((node.gpu.name, node.gpu.peak_flop_per_s[job.precision]) for node, _ in cluster.node_runs)
+    )
+    peak = " and ".join(f"{rate / 1e12:g}" for _, rate in gpus)
     lines = [
         f"runtime {runtime.name}: {runtime.version}; {attention} attention; gradients in {gradient}",
         f"MFU counts {'6' if job.adapters is None else '4 (frozen)'} FLOP per matrix parameter and token plus full attention, no "
-        f"recompute, of {peak:g} dense {job.precision} TFLOP/s ({cluster.gpu.name})",
+        f"recompute, of {peak} dense {job.precision} TFLOP/s ({' and '.join(name for name, _ in gpus)})",
         f"ranks are placed {layout.order.replace('-', ', then ')}; `fits` keeps {headroom:.0%} headroom below the upper edge of "
         "the memory band",
     ]

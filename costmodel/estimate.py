@@ -5,6 +5,9 @@ step = m t_max + (sum_i t_i - t_max) / v + exposed communication + optimizer + h
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Literal
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -14,15 +17,25 @@ from shardplan.costmodel.fitted import Fitted, fitted, with_fitted_cluster, with
 from shardplan.costmodel.job import Job
 from shardplan.costmodel.keys import LazyColumns, in_pieces
 from shardplan.costmodel.layout import Layout, LayoutTable, layout_table
+from shardplan.costmodel.memory import FULL
 from shardplan.costmodel.model import Model, attended_tokens, matrix_parameters
 from shardplan.costmodel.offload import activation_copies_s
-from shardplan.costmodel.pace import pipeline_pace, pipeline_transfers_s
+from shardplan.costmodel.pace import fill_weight, pipeline_pace, pipeline_transfers_s, stage_seconds
+from shardplan.costmodel.recompute import BY_STAGE
 from shardplan.costmodel.row_keys import RowKeys, row_keys
 from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.rule_parts import micro_batches
 from shardplan.costmodel.rules import STRUCTURAL
 from shardplan.costmodel.runtime import Runtime, load_runtime, without_overlap
-from shardplan.costmodel.stage_cost import BlockRows, StageRows, block_rows, stage_parameters, stage_rows
+from shardplan.costmodel.stage_cost import (
+    BlockRows,
+    StageParameters,
+    StageRows,
+    block_rows,
+    mean_stage_rows,
+    stage_parameters,
+    stage_rows,
+)
 from shardplan.costmodel.step_memory import (
     StepMemory,
     checkpoint_bytes,
@@ -43,6 +56,9 @@ from shardplan.hw_profiles.machine import Cluster
 from shardplan.hw_profiles.topology import TierTable, tier_table
 
 FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+StageChoice = Literal["worst", "every", "mean", "mean, all hidden"] | slice
+"""Stages that are looked at: the few that can be the worst, all, one that holds 1/pp of everything, or some of all."""
 
 ROWS_AT_ONCE = 1 << 18
 """Rows of one pass: enough to share what unique keys cost, few enough to bound memory (about 0.2 GB)."""
@@ -64,22 +80,95 @@ def estimate(
     `every_stage` reports all pipeline stages (default for a single layout) instead of the few that can be the worst.
     """
     table = layout_table([layouts]) if isinstance(layouts, Layout) else layouts
-    chosen = load_runtime(runtime) if isinstance(runtime, str) else runtime
-    used = fitted() if constants is None else constants
-    chosen = with_fitted_runtime(chosen, cluster, used)
-    cluster = with_fitted_cluster(cluster, used)
-    if cluster.gpu.device == "cpu":
-        chosen = without_overlap(chosen)
     every = isinstance(layouts, Layout) if every_stage is None else every_stage
+    return _estimate_table(model, job, cluster, table, runtime, constants, stages="every" if every else "worst")
+
+
+def lower_bounds(
+    *, model: Model, job: Job, cluster: Cluster, layouts: LayoutTable, runtime: Runtime
+) -> tuple[FloatArray, FloatArray]:
+    """(step seconds, bytes on the device), each (N,), below which no cut of the layers into stages gets a layout."""
+    found = on_mean_stage(Setting(model=model, job=job, cluster=cluster, runtime=runtime), layouts)
+    return found.step_s, found.device_peak_bytes
+
+
+def on_mean_stage(setting: Setting, layouts: LayoutTable, *, hides_all: bool = False) -> Estimates:
+    """The estimates whose step and peak are `lower_bounds`.
+
+    Every stage holds 1/pp of everything (`stage_cost.mean_stage_rows`), offload costs nothing, exchanges hide as they do at most
+    (`StepTime.hides_at_most_s`), or with `hides_all` all that can.
+    """
+    stages: StageChoice = "mean, all hidden" if hides_all else "mean"
+    return _estimate_table(setting.model, setting.job, setting.cluster, layouts, setting.runtime, None, stages=stages)
+
+
+def peak_weight(setting: Setting, layouts: LayoutTable) -> FloatArray:
+    """Micro-batches of the slowest stage that a step is made of, (N,), beside `pace.fill_weight` of all stages."""
+    batches = micro_batches(setting, layouts)
+    full = (layouts.recompute == FULL).astype(np.float64)
+    return np.maximum(batches - fill_weight(layouts, batches, full), 0.0)
+
+
+def on_stages(setting: Setting, layouts: LayoutTable, some: slice) -> Estimates:
+    """Estimates of layouts of the same pp as far as `some` of their stages go; the bubble is of a pipeline on this cluster alone."""
+    return _estimate_table(setting.model, setting.job, setting.cluster, layouts, setting.runtime, None, stages=some)
+
+
+def stage_times(setting: Setting, layouts: LayoutTable) -> tuple[FloatArray, FloatArray]:
+    """(seconds of one micro-batch, layers under full recompute) of every stage of layouts of the same pp, each (N, pp)."""
+    ready = prepared(setting)
+    model, cluster, runtime = ready.model, ready.cluster, ready.runtime
+    stages = stage_rows(model, layouts, runtime, every_stage=True)
+    blocks = block_rows(model, ready.job, cluster, layouts, runtime, tier_table(cluster))
+    return (
+        stage_seconds(cluster, layouts, runtime, blocks, stages, micro_batches(ready, layouts)),
+        stages.recomputed,
+    )
+
+
+def prepared(setting: Setting, constants: Fitted | None = None) -> Setting:
+    """The setting at the rates that training sustains (`fitted`)."""
+    used, cluster = fitted() if constants is None else constants, setting.cluster
+    runtime = with_fitted_runtime(setting.runtime, cluster, used)
+    if cluster.gpu.device == "cpu":
+        runtime = without_overlap(runtime)
+    return replace(setting, cluster=with_fitted_cluster(cluster, used), runtime=runtime)
+
+
+def _estimate_table(
+    model: Model,
+    job: Job,
+    cluster: Cluster,
+    table: LayoutTable,
+    runtime: Runtime | str,
+    constants: Fitted | None,
+    *,
+    stages: StageChoice,
+) -> Estimates:
+    chosen = load_runtime(runtime) if isinstance(runtime, str) else runtime
     if not len(table):
         raise InputError("no layouts to estimate", place="layouts", remedy="give at least one")
-    setting, tiers = Setting(model=model, job=job, cluster=cluster, runtime=chosen), tier_table(cluster)
+    setting = prepared(Setting(model=model, job=job, cluster=cluster, runtime=chosen), constants)
+    tiers, chosen = tier_table(setting.cluster), setting.runtime
+    if stages == "worst":  # which stage of an uneven pipeline is the worst, nobody knows beforehand
+        uneven = (table.split > 0) | (table.recompute_layers <= BY_STAGE)
+        if uneven.all():
+            stages = "every"
+        elif uneven.any():
+            at = np.argsort(uneven, kind="stable")
+            both = [
+                _estimate_table(
+                    model, job, cluster, table.take(at[uneven[at] == one]), chosen, constants, stages="worst"
+                )
+                for one in (False, True)
+            ]
+            return joined(both, table.take(at)).take(np.argsort(at, kind="stable"))
     starts = range(0, len(table), ROWS_AT_ONCE)
     pieces = [table.slice(start, start + ROWS_AT_ONCE) if len(starts) > 1 else table for start in starts]
     keys = [row_keys(piece, chosen.communication, job.global_batch) for piece in pieces]
     for its in keys:
         _check_meaning(setting, table, its)
-    found = [_estimate_rows(setting, one, its, tiers, every_stage=every) for one, its in zip(pieces, keys, strict=True)]
+    found = [_estimate_rows(setting, one, its, tiers, stages) for one, its in zip(pieces, keys, strict=True)]
     return joined(found, table)
 
 
@@ -101,41 +190,35 @@ def _check_meaning(setting: Setting, table: LayoutTable, keys: RowKeys) -> None:
 
 
 def _estimate_rows(
-    setting: Setting, layouts: LayoutTable, keys: RowKeys, tiers: TierTable, *, every_stage: bool
+    setting: Setting, layouts: LayoutTable, keys: RowKeys, tiers: TierTable, chosen: StageChoice
 ) -> Estimates:
     model, job, cluster, runtime = setting.model, setting.job, setting.cluster, setting.runtime
-    batches = micro_batches(setting, keys.work)
     blocks = block_rows(model, job, cluster, keys.work, runtime, tiers)
-    stages = stage_rows(model, keys.work, runtime, every_stage=every_stage)
+    mean, every = chosen in ("mean", "mean, all hidden"), chosen != "worst"
+    stages = mean_stage_rows(model, keys.work) if mean else stage_rows(model, keys.work, runtime, every_stage=every)
+    if isinstance(chosen, slice):
+        stages = stages.some(chosen)
     counts = stages.layers.sum(axis=2).astype(np.int64)
     flop = _hardware_flop(model, job, keys.work, blocks, stages.recomputed_total)
     held = stages.take(keys.work_of_contents)
     parameters = stage_parameters(model, job, keys.contents, runtime, held)
     time = _step_time(setting, keys, tiers, blocks, stages, heaviest_owner(parameters, held, job, runtime))
-    flying = micro_batches_in_flight(keys.work, stages, batches)
-    activations = stage_activations(model, blocks, stages, keys.work, flying, frees_loss=runtime.activations.frees_loss)
-    parked = parked_activations(model, keys.work, blocks, stages, flying)
-    outside = runtime.working_set.outside_bytes if cluster.gpus > 1 and cluster.gpu.device == "cuda" else 0.0
-    context_bytes = cluster.gpu.context_bytes + outside
-    memory = StepMemory(
-        held=held_bytes(
-            job,
-            cluster.gpu,
-            keys.states,
-            runtime,
-            parameters.take(keys.contents_of_work[keys.work_of_states]),
-            micro_batches(setting, keys.states),
-        ),
-        activations=activations if parked is None else activations - parked,
-        parked=parked,
+    hides_s = np.full(len(keys.work_of_pace), np.inf) if mean else None
+    if chosen == "mean":
+        hides_s = time.hides_at_most_s(keys.pace, micro_batches(setting, keys.pace), peak_weight(setting, keys.pace))
+    memory = stage_memory(
+        setting,
+        keys.work,
+        keys.states,
+        blocks,
+        stages,
+        parameters.take(keys.contents_of_work[keys.work_of_states]),
         states_of=keys.states_of,
         work_of=keys.work_of,
-        slack_fraction=runtime.allocator_slack_fraction,
-        context_bytes=context_bytes,
     )
     return Estimates(
         layouts=layouts,
-        time=time.parts(),
+        time=time.parts(hides_s=hides_s),
         hidden=time.hidden(),
         peaks=memory.peaks(),
         stages=memory.parts(),
@@ -145,7 +228,7 @@ def _estimate_rows(
                 "stage_layer_counts": lambda: counts[keys.work_of],
             }
         ),
-        context_bytes=context_bytes,
+        context_bytes=memory.context_bytes,
         capacity_bytes=cluster.gpu.memory_bytes,
         host_bytes=memory.host_bytes() * min(cluster.node.gpus, cluster.gpus),
         nvme_bytes=memory.nvme_bytes() * min(cluster.node.gpus, cluster.gpus),
@@ -156,6 +239,34 @@ def _estimate_rows(
         hardware_flop_per_step=flop.take(keys.work_of),
         peak_flop_per_s=cluster.gpu.peak_flop_per_s[job.precision],
         time_band=time_band(setting),
+    )
+
+
+def stage_memory(
+    setting: Setting,
+    work: LayoutTable,
+    states: LayoutTable,
+    blocks: BlockRows,
+    stages: StageRows,
+    parameters: StageParameters,
+    *,
+    states_of: IntArray,
+    work_of: IntArray,
+) -> StepMemory:
+    """Memory of the `stages` of layouts: `blocks` and `stages` are over the keys of the work, `parameters` over those of the states."""
+    model, job, cluster, runtime = setting.model, setting.job, setting.cluster, setting.runtime
+    flying = micro_batches_in_flight(work, stages, micro_batches(setting, work))
+    activations = stage_activations(model, blocks, stages, work, flying, frees_loss=runtime.activations.frees_loss)
+    parked = parked_activations(model, work, blocks, stages, flying)
+    outside = runtime.working_set.outside_bytes if cluster.gpus > 1 and cluster.gpu.device == "cuda" else 0.0
+    return StepMemory(
+        held=held_bytes(job, cluster.gpu, states, runtime, parameters, micro_batches(setting, states)),
+        activations=activations if parked is None else activations - parked,
+        parked=parked,
+        states_of=states_of,
+        work_of=work_of,
+        slack_fraction=runtime.allocator_slack_fraction,
+        context_bytes=cluster.gpu.context_bytes + outside,
     )
 
 

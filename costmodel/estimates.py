@@ -63,6 +63,10 @@ class Estimates:
     """The same with recomputed operators."""
     peak_flop_per_s: float
     time_band: float
+    row_capacity_bytes: FloatArray | None = None
+    """Of the GPU that `peaks` are of, (N,), where GPUs differ; else it is `capacity_bytes`."""
+    stage_capacity_bytes: FloatArray | None = None
+    """Of the GPUs of each stage, (S,), where they differ and all layouts have their stages on the same ones."""
 
     def __len__(self) -> int:
         return len(self.layouts)
@@ -76,6 +80,13 @@ class Estimates:
     def device_peak_bytes(self) -> FloatArray:
         """What nvidia-smi would show on the fullest stage."""
         return self.peaks["device"]
+
+    @property
+    def capacities(self) -> FloatArray:
+        """Memory of the GPU that is fullest, bytes, (N,)."""
+        if self.row_capacity_bytes is None:
+            return np.broadcast_to(np.float64(self.capacity_bytes), len(self))
+        return self.row_capacity_bytes
 
     @property
     def stage_index(self) -> IntArray:
@@ -104,11 +115,11 @@ class Estimates:
 
     def fits_likely(self) -> NDArray[np.bool_]:
         """The point estimate fits GPU and host memory."""
-        return (self.device_peak_bytes <= self.capacity_bytes) & self._fits_below_gpu(0.0)
+        return (self.device_peak_bytes <= self.capacities) & self._fits_below_gpu(0.0)
 
     def fits(self, headroom: float = DEFAULT_HEADROOM) -> NDArray[np.bool_]:
         """The upper edge of the memory band stays `headroom` below the capacity."""
-        usable = self.capacity_bytes * (1.0 - headroom)
+        usable = self.capacities * (1.0 - headroom)
         return (self.device_peak_bytes * (1.0 + MEMORY_BAND) <= usable) & self._fits_below_gpu(headroom)
 
     def _fits_below_gpu(self, headroom: float) -> NDArray[np.bool_]:
@@ -129,6 +140,7 @@ class Estimates:
             host_bytes=self.host_bytes[rows],
             nvme_bytes=self.nvme_bytes[rows],
             hardware_flop_per_step=self.hardware_flop_per_step[rows],
+            row_capacity_bytes=None if self.row_capacity_bytes is None else self.row_capacity_bytes[rows],
         )
 
 
@@ -145,8 +157,11 @@ def joined(pieces: Sequence[Estimates], layouts: LayoutTable) -> Estimates:
     """The estimates of consecutive pieces of `layouts` as one."""
     if len(pieces) == 1:
         return pieces[0]
+    mixed = any(piece.row_capacity_bytes is not None for piece in pieces)
     return replace(
         pieces[0],
+        row_capacity_bytes=np.concatenate([piece.capacities for piece in pieces]) if mixed else None,
+        stage_capacity_bytes=None,
         layouts=layouts,
         time=_stacked_when_read([piece.time for piece in pieces]),
         hidden=_stacked_when_read([piece.hidden for piece in pieces]),
@@ -160,11 +175,22 @@ def joined(pieces: Sequence[Estimates], layouts: LayoutTable) -> Estimates:
 
 
 def _stacked(maps: Sequence[Mapping[str, NDArray[Number]]]) -> dict[str, NDArray[Number]]:
-    return {name: np.concatenate([one[name] for one in maps]) for name in maps[0]}
+    return {name: _below_each_other([one[name] for one in maps]) for name in maps[0]}
 
 
 def _stacked_when_read(maps: Sequence[Mapping[str, NDArray[Number]]]) -> Mapping[str, NDArray[Number]]:
     def stack(name: str) -> NDArray[Number]:
-        return np.concatenate([one[name] for one in maps])
+        return _below_each_other([one[name] for one in maps])
 
     return LazyColumns({name: partial(stack, name) for name in maps[0]})
+
+
+def _below_each_other(columns: Sequence[NDArray[Number]]) -> NDArray[Number]:
+    """Columns one below the other; what has fewer stages repeats its last one."""
+    if columns[0].ndim == 1:
+        return np.concatenate(columns)
+    widths: list[int] = [int(column.shape[1]) for column in columns]
+    every = np.arange(max(widths))
+    return np.concatenate(
+        [column[:, np.minimum(every, width - 1)] for column, width in zip(columns, widths, strict=True)]
+    )

@@ -1,4 +1,4 @@
-"""How a model is spread over GPUs: `Layout` (one) and `LayoutTable` (N, a column per field); axis order and rank map.
+"""How a model is spread over GPUs: `Layout` (one) and `LayoutTable` (N, a column per field).
 
     gpus = dp * tp * pp * cp          ep * etp divides dp * cp * tp
 
@@ -7,9 +7,8 @@ Words are the fields of `Layout`: "dp=8 tp=8 pp=8 micro_batch=1 zero=1 recompute
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 
 from shardplan.costmodel.axis_order import DEFAULT_ORDER, ORDERS, axis_stride, read_order
 from shardplan.costmodel.job import LARGEST
-from shardplan.costmodel.recompute import RECOMPUTE, Recompute, split_recompute
+from shardplan.costmodel.recompute import RECOMPUTE, layers_code, split_recompute, stored_recompute
 from shardplan.hw_profiles.errors import InputError, nearest
 
 IntArray = NDArray[np.int64]
@@ -79,7 +78,7 @@ class Layout:
     sequence_parallel: bool = False
     """Megatron sequence parallelism: norms and dropout split along the sequence over tp."""
     recompute: str = "none"
-    """none, selective, full, full:N (N layers per stage) or selective:core_attn+mlp (parts of `recompute.PARTS`)."""
+    """none, selective, full, full:N (N layers per stage), full:4,2,0 (by stage) or selective:core_attn+mlp (`recompute.PARTS`)."""
     schedule: str = "1f1b"
     """One of SCHEDULES (see `schedules.py`); without meaning when pp = 1."""
     virtual_stages: int = 1
@@ -140,7 +139,7 @@ class Layout:
         default = Layout()
         kept = [
             (f.name, getattr(self, f.name))
-            for f in dataclasses.fields(self)
+            for f in fields(self)
             if every
             or f.name in ("dp", "tp", "pp", "micro_batch", "zero")
             or getattr(self, f.name) != getattr(default, f.name)
@@ -149,11 +148,11 @@ class Layout:
 
     def document(self) -> dict[str, object]:
         """Plain JSON-able values by word."""
-        values = dataclasses.asdict(self)
+        values = asdict(self)
         return {**values, "stage_layers": list(self.stage_layers) if self.stage_layers else None}
 
 
-FIELD_NAMES = tuple(f.name for f in dataclasses.fields(Layout))
+FIELD_NAMES = tuple(f.name for f in fields(Layout))
 
 
 def _positive(name: str, value: object) -> None:
@@ -258,7 +257,7 @@ class LayoutTable:
     sequence_parallel: IntArray
     recompute: IntArray
     recompute_layers: IntArray
-    """Layers per stage under full recompute; ALL_LAYERS = every one."""
+    """Layers per stage under full recompute; ALL_LAYERS = every one; from BY_STAGE down: see `depths`."""
     recompute_parts: IntArray
     """Sum of `recompute.PART_BITS` that selective runs again; 0 = what the runtime selects."""
     schedule: IntArray
@@ -277,6 +276,8 @@ class LayoutTable:
     order: IntArray
     splits: tuple[tuple[int, ...] | None, ...] = (None,)
     """Explicit `stage_layers` in use; entry 0 is None, the runtime's rule."""
+    depths: tuple[tuple[int, ...], ...] = ()
+    """Layers under full recompute of each stage, where stages differ; entry i is meant by recompute_layers = BY_STAGE - i."""
 
     def __len__(self) -> int:
         return len(self.dp)
@@ -332,20 +333,18 @@ class LayoutTable:
     def take(self, rows: NDArray[np.integer] | NDArray[np.bool_]) -> LayoutTable:
         """The rows at `rows` (indices or a mask)."""
         at = np.flatnonzero(rows) if rows.dtype == np.bool_ else rows
-        return LayoutTable(**{name: _taken(column, at) for name, column in self.columns().items()}, splits=self.splits)
+        return replace(self, **{name: _taken(column, at) for name, column in self.columns().items()})
 
     def with_constants(self) -> LayoutTable:
         """The same rows; columns of one value keep it once, and are not copied when rows are taken."""
         if not len(self):
             return self
         constant = {name: column for name, column in self.columns().items() if (column == column[0]).all()}
-        return dataclasses.replace(
-            self, **{name: np.broadcast_to(column[0], len(column)) for name, column in constant.items()}
-        )
+        return replace(self, **{name: np.broadcast_to(column[0], len(column)) for name, column in constant.items()})
 
     def slice(self, start: int, stop: int) -> LayoutTable:
         """The rows from `start` up to `stop`, not copied."""
-        return LayoutTable(**{name: column[start:stop] for name, column in self.columns().items()}, splits=self.splits)
+        return replace(self, **{name: column[start:stop] for name, column in self.columns().items()})
 
     def row(self, index: int) -> Layout:
         """One layout back as words."""
@@ -359,7 +358,7 @@ class LayoutTable:
             **values,
             etp=at["etp"] or None,
             dp_shard=None if at["dp_shard"] == at["dp"] else at["dp_shard"],
-            recompute=Recompute(RECOMPUTE[at["recompute"]], at["recompute_layers"], at["recompute_parts"]).word(),
+            recompute=stored_recompute(at, self.depths).word(),
             stage_layers=self.splits[at["split"]],
             offload_ratio=at["offload_ratio"] / RATIO_STEPS,
         )
@@ -370,12 +369,13 @@ def _taken(column: IntArray, rows: NDArray[Any]) -> IntArray:
     return np.broadcast_to(column[0], len(rows)) if column.strides == (0,) and len(rows) else column.take(rows)
 
 
-COLUMNS = tuple(f.name for f in dataclasses.fields(LayoutTable) if f.name != "splits")
+COLUMNS = tuple(f.name for f in fields(LayoutTable) if f.name not in ("splits", "depths"))
 
 
 def layout_table(layouts: Sequence[Layout]) -> LayoutTable:
     """Columns of `layouts`, in order."""
     splits: list[tuple[int, ...] | None] = [None]
+    depths: list[tuple[int, ...]] = []
     rows: list[tuple[int, ...]] = []
     for one in layouts:
         if one.stage_layers not in splits:
@@ -386,7 +386,7 @@ def layout_table(layouts: Sequence[Layout]) -> LayoutTable:
             "dp_shard": one.dp_shard or one.dp,
             "etp": one.etp or 0,
             "recompute": RECOMPUTE.index(recompute.kind),
-            "recompute_layers": recompute.layers,
+            "recompute_layers": layers_code(recompute, depths),
             "recompute_parts": recompute.parts,
             "split": splits.index(one.stage_layers),
             "offload_ratio": round(one.offload_ratio * RATIO_STEPS),
@@ -394,4 +394,5 @@ def layout_table(layouts: Sequence[Layout]) -> LayoutTable:
         }
         rows.append(tuple(row[name] for name in COLUMNS))
     matrix = np.asarray(rows, dtype=np.int64).reshape(len(rows), len(COLUMNS))
-    return LayoutTable(**{name: matrix[:, i].copy() for i, name in enumerate(COLUMNS)}, splits=tuple(splits))
+    columns = {name: matrix[:, i].copy() for i, name in enumerate(COLUMNS)}
+    return LayoutTable(**columns, splits=tuple(splits), depths=tuple(depths))

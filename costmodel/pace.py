@@ -40,11 +40,7 @@ def pipeline_pace(
 ) -> dict[str, FloatArray]:
     """Seconds of one micro-batch on the slowest stage by part, and the `bubble` of a step; columns of shape (N,)."""
     gpu = cluster.gpu
-    each_micro_batch = {
-        "exchanging": _exchange_host_s(gpu, layouts, runtime, micro_batches),
-        "accumulating": _accumulating(layouts, runtime, micro_batches),
-        "showing": _tensor_showing(layouts, runtime, cluster.node.gpus),
-    }
+    each_micro_batch = _each_micro_batch(cluster, layouts, runtime, micro_batches)
     share = _recomputed_share(layouts, stages)
     paces = _block_paces(gpu, runtime, blocks, share, each_micro_batch)
     counts = [*np.moveaxis(stages.layers, 2, 0), stages.embedding, stages.head]
@@ -58,6 +54,42 @@ def pipeline_pace(
     whole = _over_blocks([*(float(count) for _, count in model.runs), 1.0, 1.0], [_busy(pace)[:, 0] for pace in paces])
     recomputed = np.broadcast_to(stages.recomputed_total / model_layers, whole.shape)
     return {**worst, "bubble": _bubble_s(layouts, micro_batches, whole - _at_stage(total, slowest), recomputed)}
+
+
+def stage_seconds(
+    cluster: Cluster,
+    layouts: LayoutTable,
+    runtime: Runtime,
+    blocks: BlockRows,
+    stages: StageRows,
+    micro_batches: FloatArray,
+) -> FloatArray:
+    """Seconds of one micro-batch on each stage, (N, S)."""
+    total = stages.layers.sum(axis=2)
+    share = np.divide(stages.recomputed, total, out=np.zeros_like(total), where=total > 0)
+    each_micro_batch = _each_micro_batch(cluster, layouts, runtime, micro_batches)
+    paces = _block_paces(cluster.gpu, runtime, blocks, share, each_micro_batch)
+    counts = [*np.moveaxis(stages.layers, 2, 0), stages.embedding, stages.head]
+    return np.broadcast_to(_over_blocks(counts, [_busy(pace) for pace in paces]), total.shape)
+
+
+def fill_weight(layouts: LayoutTable, micro_batches: FloatArray, recomputed: FloatArray | float) -> FloatArray:
+    """Bubble per second that one micro-batch takes on the other stages, (N,); `recomputed` is the share of layers under full
+    recompute. See `_bubble_s`."""
+    share = hop_share(layouts.schedule, 1.0, 1.0 + np.broadcast_to(recomputed, len(layouts)), 1.0)
+    hops = bubble_hops(layouts.schedule, layouts.pp, micro_batches, layouts.virtual_stages)
+    weight = share * (hops / np.maximum(layouts.pp - 1, 1)) / layouts.virtual_stages
+    return np.where(layouts.pp > 1, weight, 0.0)
+
+
+def _each_micro_batch(
+    cluster: Cluster, layouts: LayoutTable, runtime: Runtime, micro_batches: FloatArray
+) -> dict[str, FloatArray]:
+    return {
+        "exchanging": _exchange_host_s(cluster.gpu, layouts, runtime, micro_batches),
+        "accumulating": _accumulating(layouts, runtime, micro_batches),
+        "showing": _tensor_showing(layouts, runtime, cluster.node.gpus),
+    }
 
 
 def _recomputed_share(layouts: LayoutTable, stages: StageRows) -> FloatArray:
@@ -97,10 +129,7 @@ def _bubble_s(layouts: LayoutTable, micro_batches: FloatArray, fill: FloatArray,
     recomputed forward with the gradients of the input. Times of one machine are not taken for it: a GPU that shortens only W would
     lengthen the bubble.
     """
-    share = hop_share(layouts.schedule, 1.0, 1.0 + recomputed, 1.0)
-    hops = bubble_hops(layouts.schedule, layouts.pp, micro_batches, layouts.virtual_stages)
-    filled = fill / layouts.virtual_stages * share * (hops / np.maximum(layouts.pp - 1, 1))
-    return np.where(layouts.pp > 1, filled, 0.0)
+    return fill * fill_weight(layouts, micro_batches, recomputed)
 
 
 def _accumulating(layouts: LayoutTable, runtime: Runtime, micro_batches: FloatArray) -> FloatArray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shardplan.costmodel.adapters import trainable_parameters
@@ -18,6 +19,7 @@ from shardplan.costmodel.layout import Layout
 from shardplan.costmodel.model import Model, parameter_counts
 from shardplan.costmodel.runtime import Runtime
 from shardplan.hw_profiles.machine import Cluster, Failures
+from shardplan.hw_profiles.mixed import as_all
 
 DAY_S = 86400.0
 LEAST_GOODPUT = 1e-4
@@ -35,8 +37,15 @@ class CheckpointStorage:
 
 def usd_per_s(cluster: Cluster) -> float | None:
     """Price of the cluster; None without a price. A partly used node is paid in full."""
+    if cluster.parts:
+        return _sum_or_none([usd_per_s(part) for part in cluster.parts])
     price = cluster.node.usd_per_hour
     return None if price is None else price * cluster.nodes / 3600.0
+
+
+def _sum_or_none(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if len(known) == len(values) else None
 
 
 def power_w(cluster: Cluster) -> tuple[float, str] | None:
@@ -44,6 +53,10 @@ def power_w(cluster: Cluster) -> tuple[float, str] | None:
 
     Full power is more than training draws: an upper estimate of what it counts. A power cap lowers it by what each GPU loses.
     """
+    if cluster.parts:
+        each = [power_w(part) for part in cluster.parts]
+        total = _sum_or_none([one[0] if one else None for one in each])
+        return None if total is None else (total, " and ".join(one[1] for one in each if one))
     node, gpu = cluster.node, cluster.gpu
     cap = gpu.power_cap_w if gpu.power_cap_w is not None else gpu.power_w
     saved = gpu.power_w - cap if gpu.power_w is not None and cap is not None else 0.0
@@ -73,6 +86,10 @@ def cost_document(cluster: Cluster, job: Job, step_s: float) -> dict[str, float 
 
 def checkpoint_storage(cluster: Cluster) -> CheckpointStorage | None:
     """The shared storage, as far as all NICs and host links reach; without one the nodes' own flash; None when neither is known."""
+    if cluster.parts:  # all parts write their share at once, as fast as the slowest
+        each = [one for part in cluster.parts if (one := checkpoint_storage(as_all(cluster, part))) is not None]
+        whole = len(each) == len(cluster.parts)
+        return min(each, key=lambda one: one.write_bytes_per_s) if whole else None
     node, shared = cluster.node, cluster.storage
     links = [node.gpus * cluster.nodes * node.host.pcie_bytes_per_s]
     if shared is not None and shared.write_bytes_per_s is not None:
@@ -94,12 +111,16 @@ def checkpoint_storage(cluster: Cluster) -> CheckpointStorage | None:
 
 def gpu_hours_per_failure(cluster: Cluster) -> float:
     """Of the profile, or what Llama 3 405B saw."""
+    if cluster.parts:
+        return min(gpu_hours_per_failure(part) for part in cluster.parts)
     known = (cluster.failures or Failures()).gpu_hours_per_failure
     return GPU_HOURS_PER_FAILURE if known is None else known
 
 
 def restart_without_load_s(cluster: Cluster) -> float:
     """Of the profile, or the default guess."""
+    if cluster.parts:
+        return max(restart_without_load_s(part) for part in cluster.parts)
     known = (cluster.failures or Failures()).restart_s
     return RESTART_S if known is None else known
 
@@ -157,6 +178,9 @@ def _goodput(
 
 def cost_assumptions(job: Job, cluster: Cluster) -> list[str]:
     """What cost and, with a token budget, time to result rest on, in sentences."""
+    if cluster.parts:
+        told = [line for part in cluster.parts for line in cost_assumptions(job, part)]
+        return list(dict.fromkeys(told))
     node, said = cluster.node, cluster.provenance
     lines: list[str] = []
     if node.usd_per_hour is not None:

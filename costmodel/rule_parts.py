@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from shardplan.costmodel.layout import Layout, LayoutTable
 from shardplan.costmodel.model import LayerKind
+from shardplan.costmodel.recompute import BY_STAGE
 from shardplan.costmodel.rule import BoolArray, Setting
 from shardplan.costmodel.runtime import Runtime
 
@@ -71,6 +72,14 @@ def split_is_wrong(setting: Setting, table: LayoutTable) -> BoolArray:
             uses = table.split == index
             broken |= uses & (table.pp * table.virtual_stages != len(split))
             broken |= uses & (sum(split) != setting.model.layer_count)
+    return broken
+
+
+def depth_is_wrong(_: Setting, table: LayoutTable) -> BoolArray:
+    """Predicate: recomputed layers by stage for another number of stages than the layout has, or of stages of several chunks."""
+    broken = np.zeros(len(table), dtype=bool)
+    for index, depth in enumerate(table.depths):
+        broken |= (table.recompute_layers == BY_STAGE - index) & ((table.pp != len(depth)) | (table.virtual_stages > 1))
     return broken
 
 

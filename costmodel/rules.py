@@ -21,11 +21,12 @@ from shardplan.costmodel.memory import parameter_bytes
 from shardplan.costmodel.model_rules import MODEL_RULES, missing_parts
 from shardplan.costmodel.offload_rules import OFFLOAD_RULES
 from shardplan.costmodel.order_rules import ORDER_RULES
-from shardplan.costmodel.recompute import ALL_LAYERS, PART_BITS, RECOMPUTE, split_recompute
+from shardplan.costmodel.recompute import ALL_LAYERS, BY_STAGE, PART_BITS, RECOMPUTE, split_recompute
 from shardplan.costmodel.rule import BoolArray, Rejection, Rule, Setting
 from shardplan.costmodel.rule_parts import (
     can,
     codes,
+    depth_is_wrong,
     divisors,
     gradient_dtypes,
     not_in,
@@ -106,6 +107,15 @@ STRUCTURE: tuple[Rule, ...] = (
             f"recompute={x.recompute} names more layers than a stage of {s.model.layer_count}/{x.pp} has"
         ),
         remedy=lambda s, x: "use recompute=full, or fewer layers",
+        structural=True,
+    ),
+    Rule(
+        id="recompute-by-stage",
+        broken=depth_is_wrong,
+        detail=lambda s, x: (
+            f"recompute={x.recompute} does not name a number of layers for each of pp={x.pp} stages of one chunk"
+        ),
+        remedy=lambda s, x: f"give {x.pp} numbers with virtual_stages=1, or one for all stages",
         structural=True,
     ),
 )
@@ -211,6 +221,12 @@ RUNTIME_RULES: tuple[Rule, ...] = (
         broken=lambda s, t: (t.recompute_layers != ALL_LAYERS) & (not can(s, "partial_recompute")),
         detail=runtime_lacks("full recompute of some layers only (full:N)"),
         remedy=lambda s, x: "use recompute=full or none",
+    ),
+    Rule(
+        id="runtime-recompute-by-stage",
+        broken=lambda s, t: (t.recompute_layers <= BY_STAGE) & (not can(s, "recompute_by_stage")),
+        detail=runtime_lacks("another number of recomputed layers on each stage (full:4,2,0)"),
+        remedy=lambda s, x: "use recompute=full:N, the same of every stage",
     ),
     Rule(
         id="runtime-attention",

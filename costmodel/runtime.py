@@ -66,6 +66,8 @@ class Abilities(_FromFile):
     recompute: tuple[str, ...]
     partial_recompute: bool
     """`full:N` with N below the layers of a stage."""
+    recompute_by_stage: bool = False
+    """`full:4,2,0`: another number of layers on each stage."""
     recompute_parts: tuple[Part, ...] = ()
     """Parts of `recompute.PARTS` that `selective:PART+PART` may name."""
     attention: tuple[str, ...]
@@ -253,8 +255,7 @@ def without_overlap(runtime: Runtime) -> Runtime:
 def load_runtime(name: str) -> Runtime:
     """A shipped runtime by name, or a TOML file, with switches after "+" (fsdp2+compile).
 
-    Raises InputError naming file, field and remedy.
-    """
+    Raises InputError naming file, field and remedy."""
     name, *switches = name.split("+")
     return _read(*runtime_file(name, Path()), switches)
 

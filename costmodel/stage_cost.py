@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +20,7 @@ from shardplan.costmodel.op import Op
 from shardplan.costmodel.operators import Shapes, embedding_ops, head_ops, layer_ops, logits_bytes
 from shardplan.costmodel.pipeline import stage_table
 from shardplan.costmodel.rank_groups import stage_stride
-from shardplan.costmodel.recompute import ALL_LAYERS
+from shardplan.costmodel.recompute import ALL_LAYERS, BY_STAGE
 from shardplan.costmodel.runtime import Runtime
 from shardplan.hw_profiles.machine import Cluster
 from shardplan.hw_profiles.topology import TierTable
@@ -213,6 +213,17 @@ class StageRows:
             head=gathered(self.head, rows),
         )
 
+    def some(self, which: slice) -> StageRows:
+        """Those stages."""
+        return StageRows(
+            stage=self.stage[:, which],
+            layers=self.layers[:, which],
+            recomputed=self.recomputed[:, which],
+            recomputed_total=self.recomputed_total,
+            embedding=self.embedding[:, which],
+            head=self.head[:, which],
+        )
+
 
 def stage_rows(model: Model, layouts: LayoutTable, runtime: Runtime, *, every_stage: bool) -> StageRows:
     """Stage contents: once per unique (pp, virtual stages, split, V-placed), then gathered; full recompute once per unique depth too."""
@@ -231,14 +242,43 @@ def stage_rows(model: Model, layouts: LayoutTable, runtime: Runtime, *, every_st
     depth = np.where(layouts.recompute_layers == ALL_LAYERS, model.layer_count, layouts.recompute_layers)
     depth = np.where(layouts.recompute == FULL, depth, 0)
     at, back = unique_keys(inverse, depth)
-    totals = np.minimum(table.total_layers[inverse[at]], depth[at][:, None]).sum(axis=1).astype(np.float64)
+    limits = _depth_of_stages(depth[at], layouts.depths, table.total_layers.shape[1])
+    totals = np.minimum(table.total_layers[inverse[at]], limits).sum(axis=1).astype(np.float64)
+    own = depth[:, None]
+    if layouts.depths:
+        own = np.take_along_axis(limits[back], table.stage[inverse], axis=1)
     return StageRows(
         stage=gathered(table.stage, inverse),
         layers=layers,
-        recomputed=np.minimum(layers.sum(axis=2), depth[:, None]),
+        recomputed=np.minimum(layers.sum(axis=2), own),
         recomputed_total=totals[back],
         embedding=gathered(table.embedding.astype(np.float64), inverse),
         head=gathered(table.head.astype(np.float64), inverse),
+    )
+
+
+def _depth_of_stages(depth: IntArray, depths: Sequence[tuple[int, ...]], stages: int) -> IntArray:
+    """Most layers under full recompute of each of `stages` stages, (K, stages)."""
+    limits = np.repeat(depth[:, None], stages, axis=1)
+    for row in np.flatnonzero(depth <= BY_STAGE):
+        own = depths[BY_STAGE - int(depth[row])][:stages]
+        limits[row] = [*own, *[0] * (stages - len(own))]
+    return limits
+
+
+def mean_stage_rows(model: Model, layouts: LayoutTable) -> StageRows:
+    """One stage that holds 1/pp of everything, as the last stage of the pipeline: no cut of the layers leaves every stage with less
+    work, or with fewer states."""
+    share = 1.0 / layouts.pp
+    counts = np.asarray([count for _, count in model.runs], dtype=np.float64)
+    full = np.where(layouts.recompute == FULL, float(model.layer_count), 0.0)
+    return StageRows(
+        stage=(layouts.pp - 1)[:, None],
+        layers=share[:, None, None] * counts,
+        recomputed=(share * full)[:, None],
+        recomputed_total=full,
+        embedding=share[:, None],
+        head=share[:, None],
     )
 
 

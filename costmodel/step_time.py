@@ -7,7 +7,7 @@ its states. `StepTime` gathers both and lets exchanges hide behind compute, row 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -20,7 +20,9 @@ from shardplan.costmodel.data_parallel import (
     exchange_s,
     exchange_windows,
     exposed_exchange_s,
+    gathered_ahead,
     one_exchange_s,
+    reduces_often,
 )
 from shardplan.costmodel.job import BYTES_OF, PAGED, Job
 from shardplan.costmodel.kernels_time import memory_bound_s
@@ -51,6 +53,8 @@ from shardplan.hw_profiles.topology import TierTable
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
+LEAST_PEAK_WEIGHT = 2.0
+"""See `StepTime.hides_at_most_s`."""
 TIME_PARTS = (
     "compute_s",
     "recompute_s",
@@ -284,8 +288,11 @@ class StepTime:
     pace_of: IntArray
     states_of: IntArray
 
-    def parts(self) -> Mapping[str, FloatArray]:
-        """Seconds by part (TIME_PARTS) and `step_s`, (N,). What a row has from its keys alone is gathered when it is read."""
+    def parts(self, *, hides_s: FloatArray | None = None) -> Mapping[str, FloatArray]:
+        """Seconds by part (TIME_PARTS) and `step_s`, (N,). What a row has from its keys alone is gathered when it is read.
+
+        With `hides_s`, (K,) over the keys of the pace, a lower bound: of exchanges up to so many seconds hide, if they can; offload all.
+        """
         rows, paced = len(self.pace_of), self.paced
         own = ("dp_exposed_s", "offload_exposed_s", "host_s", "step_s")
         time = {name: np.empty(rows) for name in own}
@@ -293,8 +300,8 @@ class StepTime:
         for start in range(0, rows, ROWS_IN_CACHE):
             some = slice(start, start + ROWS_IN_CACHE)
             at, of = self.pace_of[some], self.states_of[some]
-            exposed, _ = self._data_parallel(at, of)
-            offload, _ = self._offload(at, of, exposed)
+            exposed, _ = self._data_parallel(at, of, hides_s)
+            offload = 0.0 if hides_s is not None else self._offload(at, of, exposed)[0]
             host = paced.host_s.take(at)
             if self.cluster.gpu.device != "cpu":  # while a GPU waits for its links, the host launches ahead
                 host = np.maximum(host - exposed - offload, 0.0)
@@ -320,13 +327,27 @@ class StepTime:
             }
         )
 
+    def hides_at_most_s(self, pace: LayoutTable, micro_batches: FloatArray, peak_weight: FloatArray) -> FloatArray:
+        """Seconds of exchanges per step, (K,) over the keys of the pace, that hide at most if the slowest stage goes at this pace: where
+        none repeats by micro-batch they hide behind one, whatever blocks it has; else without bound.
+
+        A slower stage hides at most as much more as one of its micro-batches takes longer. So that this never makes a step shorter, of
+        which `peak_weight` micro-batches of the slowest stage are a part, it is only bounded where those are two or more.
+        """
+        repeats = reduces_often(pace, self.runtime.communication) | gathered_ahead(pace, self.runtime.communication)
+        bounded = ~repeats & (peak_weight >= LEAST_PEAK_WEIGHT) & (self.paced.offload is None)
+        busy = [seconds for part, seconds in self.paced.parts.items() if part not in ("pp_exposed_s", "bubble_s")]
+        return np.where(bounded, (np.sum(busy, axis=0) + self.paced.host_s) / micro_batches, np.inf)
+
     def _of_pace(self, column: FloatArray | None) -> FloatArray:
         """A column over the keys of the pace for every row; None stands for zeros."""
         return np.zeros(len(self.pace_of)) if column is None else column.take(self.pace_of)
 
-    def _data_parallel(self, at: IntArray, of: IntArray) -> tuple[FloatArray, FloatArray]:
+    def _data_parallel(
+        self, at: IntArray, of: IntArray, hides_s: FloatArray | None = None
+    ) -> tuple[FloatArray, FloatArray]:
         """(exposed, hidden) seconds of gradient reduction and parameter gathers of the rows with keys `at` and `of`, with the slowdown
-        of compute they hide behind."""
+        of compute they hide behind; with `hides_s` see `parts`."""
         paced, held = self.paced, self.held
         exchange = Exchange(
             reduce_s=held.exchange.reduce_s.take(of) * paced.exchanges.reduce_s.take(at),
@@ -334,7 +355,14 @@ class StepTime:
             reduce_share=held.exchange.reduce_share.take(of),
             gather_share=held.exchange.gather_share.take(of),
         )
-        exposed, hidden = exposed_exchange_s(exchange, paced.windows.take(at))
+        windows = paced.windows.take(at)
+        if hides_s is not None:
+            endless = np.full(len(at), np.inf)
+            windows = replace(windows, reducing_s=endless, gathering_s=endless, shared=np.zeros(len(at)))
+        exposed, hidden = exposed_exchange_s(exchange, windows)
+        if hides_s is not None:
+            too_much = np.maximum(hidden - hides_s.take(at), 0.0)
+            exposed, hidden = exposed + too_much, hidden - too_much
         if held.tied_s is not None:
             exposed += held.tied_s.take(of)
         exposed = exposed + held.reduce_copy_s.take(of) * paced.exchanges.reduce_s.take(at)

@@ -19,7 +19,7 @@ def parallelize(model: Transformer, layout: Layout, job: Job, mesh: DeviceMesh) 
         apply_tensor_parallel(model, mesh["tp"], sequence_parallel=layout.sequence_parallel)
 
     # 2. Recomputation wraps layers, collectives of tensor parallelism included.
-    apply_recompute(model, layout.recompute)
+    apply_recompute(model, layout.recompute, mesh.get_local_rank("pp"))
 
     # 3. ZeRO last: it shards what is left on the rank, and its gathers must surround the recomputation.
     apply_zero(model, job, mesh, zero=layout.zero)

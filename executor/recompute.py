@@ -26,11 +26,14 @@ def _keep_matrix_products(_context: Any, operator: Any, *_args: Any, **_kwargs: 
     return CheckpointPolicy.MUST_SAVE if operator in MATRIX_PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def apply_recompute(model: Transformer, word: str) -> None:
-    """Wrap the layers of this chunk as `word` (none, selective, full, full:N = the first N layers) says."""
-    kind, count, _ = split_recompute(word)  # parts are refused by rule `runtime-recompute-parts`
+def apply_recompute(model: Transformer, word: str, stage: int = 0) -> None:
+    """Wrap the layers of this chunk as `word` (none, selective, full, full:N = the first N layers, full:N0,N1,… = the first N of
+    each `stage`) says."""
+    kind, count, _, by_stage = split_recompute(word)  # parts are refused by rule `runtime-recompute-parts`
     if kind == "none":
         return
+    if by_stage is not None:
+        count = by_stage[stage]
     options: dict[str, Any] = {"checkpoint_impl": CheckpointImpl.NO_REENTRANT, "preserve_rng_state": False}
     if kind == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_matrix_products)

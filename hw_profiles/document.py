@@ -8,7 +8,7 @@ what is below it. After merging, every number and every curve carries both. Two 
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -132,6 +132,8 @@ def _parse(text: str, place: str) -> Document:
 
 def _expand(kind: PartKind, file: _File, depth: int) -> Document:
     """The file's words over those of its base and of the parts its sections start from."""
+    if kind == "clusters" and "parts" in file.table:
+        return _expand_parts(file, depth)
     table = _with_sources(file.table, file.default, file.place)
     base = table.pop("base", None)
 
@@ -153,6 +155,40 @@ def _expand(kind: PartKind, file: _File, depth: int) -> Document:
     if kind == "nodes":
         return {**merged, "node": _named(merged["node"], table["node"].get("name", file.stem))}
     return _named(merged, table.get("name", file.stem))
+
+
+def _expand_parts(file: _File, depth: int) -> Document:
+    """A mixed cluster: every entry of `parts` is a cluster of its own, which inherits source and network."""
+    rest: Document = {key: value for key, value in file.table.items() if key != "parts"}
+    given: object = file.table["parts"]
+    tables = cast("list[object]", given) if isinstance(given, list) else []
+    parts = [as_table(table) for table in tables]
+    if len(parts) < 2 or None in parts:
+        raise InputError(
+            "parts is not a list of two tables or more",
+            place=file.place,
+            remedy="write [[parts]] for each kind of node",
+        )
+    for word in ("base", "nodes", "node", "gpu"):
+        if word in rest:
+            raise InputError(
+                f"{word!r} stands beside [[parts]]", place=file.place, remedy="move it below the [[parts]] it is of"
+            )
+    default = _own_source(rest, file.default, file.place)
+    whole = _expand("clusters", replace(file, table=rest), depth)
+    network = as_table(rest.get("network"))
+    found: list[Document] = []
+    for index, table in enumerate(parts):
+        words = dict(table or {})
+        if network is not None and "network" not in words and "base" not in words:
+            words["network"] = network
+        part = replace(file, table=words, place=f"{file.place}, parts[{index}]", stem="", default=default)
+        one = _expand("clusters", part, depth)
+        gpu = as_table(one.get("gpu")) or {}
+        name = str(words.get("name", gpu.get("name", "part")))
+        taken = any(other["name"] == name for other in found)
+        found.append(_named(one, f"{name}-{index}" if taken else name))
+    return {**whole, "parts": found}
 
 
 def _named(part: Document, name: object) -> Document:

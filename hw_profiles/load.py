@@ -37,6 +37,7 @@ from shardplan.hw_profiles.machine import (
     Storage,
     plain_attention,
 )
+from shardplan.hw_profiles.mixed import mixed_cluster, with_part_defaults
 from shardplan.hw_profiles.power import cap_in_words, capped_curve, clock_fraction
 
 if TYPE_CHECKING:
@@ -77,13 +78,18 @@ def cluster_document(name_or_path: str | Path) -> Document:
         merged = merged_table("clusters", localhost_table(), name=LOCALHOST, place=LOCALHOST, default=source)
     else:
         merged = part_document("clusters", name_or_path)
-    document = _with_defaults(merged)
-    _checked(document, str(name_or_path))
+    document = with_part_defaults(merged, _with_defaults) if "parts" in merged else _with_defaults(merged)
+    if "parts" in document:
+        mixed_cluster(document, str(name_or_path), cluster_from_document)
+    else:
+        _checked(document, str(name_or_path))
     return document
 
 
 def cluster_from_document(document: Mapping[str, Any], *, place: str = "hardware document") -> Cluster:
     """The cluster that `cluster_document` described, for instance inside a plan file; InputError when it is damaged."""
+    if "parts" in document:
+        return mixed_cluster(document, place, cluster_from_document)
     part = _checked(document, place)
     node = _node(part.node, _gpu(part.gpu))
     return Cluster(

@@ -271,6 +271,8 @@ class Cluster:
     """Dotted path of the file key (for instance "gpu.memory_mib") to its source."""
     storage: Storage | None = None
     failures: Failures | None = None
+    parts: tuple[Cluster, ...] = ()
+    """Of a mixed cluster: the homogeneous clusters it is made of, in the order of its ranks; `network` is what joins them."""
 
     @property
     def node(self) -> Node:
@@ -278,7 +280,7 @@ class Cluster:
         if len(self.node_runs) != 1:
             raise InputError(
                 f"cluster {self.name!r} mixes {len(self.node_runs)} node types",
-                remedy="only homogeneous clusters can be planned",
+                remedy="give a cluster of one node type here; `shardplan plan` takes mixed ones",
             )
         return self.node_runs[0][0]
 
@@ -303,6 +305,8 @@ class Cluster:
 
         On a lone CPU machine more processes than it has slots share its cores and memory.
         """
+        if self.parts:
+            return self._all_of_it(gpus)
         node = self.node
         if gpus < 1:
             raise InputError(f"gpus={gpus} is not a positive number of GPUs", place="--gpus", remedy="give 1 or more")
@@ -329,6 +333,17 @@ class Cluster:
                 remedy=f"use {low} or {low + node.gpus}",
             )
         return replace(self, node_runs=((node, gpus // node.gpus),))
+
+    def _all_of_it(self, gpus: int) -> Cluster:
+        """A mixed cluster is used whole."""
+        if gpus != self.gpus:
+            have = " + ".join(f"{part.gpus} {part.gpu.name}" for part in self.parts)
+            raise InputError(
+                f"gpus={gpus} is not all of the mixed cluster {self.name!r} ({have})",
+                place="--gpus",
+                remedy=f"leave --gpus out ({self.gpus}), or change `nodes` of its parts",
+            )
+        return self
 
     def guesses(self) -> tuple[str, ...]:
         """Paths of the numbers that are guesses."""

@@ -12,6 +12,9 @@ def with_price(document: Document, usd_per_gpu_hour: float, gpus_per_node: int) 
     Raises InputError unless the price is above 0 and finite.
     """
     _check("price", usd_per_gpu_hour, "--price", "give USD per GPU and hour, or leave it out when unknown")
+    if "parts" in document:
+        each = [(part, part["node"]["gpus"]["value"]) for part in document["parts"]]
+        return {**document, "parts": [with_price(part, usd_per_gpu_hour, gpus) for part, gpus in each]}
     given = f"--price {usd_per_gpu_hour:g} per GPU and hour, {gpus_per_node} GPUs of each node in use"
     price = {"value": usd_per_gpu_hour * gpus_per_node, "source": given, "source_kind": "spec"}
     return {**document, "node": {**document["node"], "usd_per_hour": price}}
@@ -21,6 +24,8 @@ def with_failure_rate(document: Document, gpu_hours_per_failure: float) -> Docum
     """The cluster document with its own failure rate. Raises InputError unless it is above 0 and finite."""
     remedy = "give GPU-hours per failure, for instance 50000, or leave it out for the default"
     _check("gpu_hours_per_failure", gpu_hours_per_failure, "--gpu-hours-per-failure", remedy)
+    if "parts" in document:
+        return {**document, "parts": [with_failure_rate(part, gpu_hours_per_failure) for part in document["parts"]]}
     rate = {"value": gpu_hours_per_failure, "source": "--gpu-hours-per-failure", "source_kind": "spec"}
     return {**document, "failures": {**document.get("failures", {}), "gpu_hours_per_failure": rate}}
 

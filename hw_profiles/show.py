@@ -19,6 +19,7 @@ from shardplan.hw_profiles.document import (
 )
 from shardplan.hw_profiles.errors import InputError, nearest
 from shardplan.hw_profiles.load import cluster_digest, cluster_document, cluster_from_document
+from shardplan.hw_profiles.machine import Cluster
 from shardplan.hw_profiles.topology import tier_table
 
 Row = dict[str, Any]
@@ -82,6 +83,8 @@ def hardware_show(name: str | Path) -> Row:
         return {"name": str(name), "kind": kind.removesuffix("s"), "sections": _sections(sections)}
     document = cluster_document(name)
     cluster = cluster_from_document(document)
+    if cluster.parts:
+        return _mixed_shown(document, cluster)
     return {
         "name": cluster.name,
         "kind": "cluster",
@@ -93,6 +96,29 @@ def hardware_show(name: str | Path) -> Row:
         "sections": _sections(document),
         "guesses": list(cluster.guesses()),
         "tiers": tier_rows(document),
+    }
+
+
+def _mixed_shown(document: Document, cluster: Cluster) -> Row:
+    """A mixed cluster: the sections and tiers of every part, titled with its name; one price per GPU and hour over all parts."""
+    sections = [{"title": "network", "rows": list(_rows(document["network"]))}] if "network" in document else []
+    tiers: list[Row] = []
+    for part in document["parts"]:
+        sections += [{**one, "title": f"{part['name']}: {one['title']}"} for one in _sections(part)]
+        tiers += [{**row, "tier": f"{part['name']}: {row['tier']}"} for row in tier_rows(part)]
+    prices = [part.node.usd_per_hour for part in cluster.parts]
+    known = [price * part.nodes for price, part in zip(prices, cluster.parts, strict=True) if price is not None]
+    return {
+        "name": cluster.name,
+        "kind": "cluster",
+        "gpus": cluster.gpus,
+        "nodes": cluster.nodes,
+        "usd_per_gpu_hour": sum(known) / cluster.gpus if len(known) == len(prices) else None,
+        "price_date": None,
+        "digest": cluster_digest(document),
+        "sections": sections,
+        "guesses": list(cluster.guesses()),
+        "tiers": tiers,
     }
 
 

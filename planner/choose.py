@@ -12,6 +12,7 @@ from shardplan.costmodel.model import Model
 from shardplan.costmodel.model_config import model_digest
 from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.runtime import Runtime
+from shardplan.hw_profiles.mixed import document_in_order
 from shardplan.planner.placement import placement_document
 from shardplan.planner.plan import Plan, digest
 from shardplan.planner.search import SearchResult, judge, search_document
@@ -43,17 +44,19 @@ def make_plan(
     setting = Setting(model=model, job=job, cluster=result.cluster, runtime=runtime)
     if not isinstance(prediction, dict):
         raise AssertionError(f"a ranked layout is refused: {prediction}")
+    lies = placement_document(setting, layout)
+    document = document_in_order(dict(cluster_document), result.cluster)
     return Plan(
         model=model,
         job=job,
-        cluster=cluster_document,
+        cluster=document,
         gpus=result.cluster.gpus,
         runtime=runtime_name,
         layout=layout,
         prediction=prediction,
         search={
             **(account := search_document(result, top)),
-            "placement": {**(account["placement"] or {}), **placement_document(setting, layout)},
+            "placement": {**(account["placement"] or {}), **lies} if lies else None,
             "headroom": headroom,
             "fix": fix,
             "forbid": list(forbid),
@@ -63,7 +66,7 @@ def make_plan(
         },
         digests={
             "model": model_digest(model),
-            "cluster": digest(dict(cluster_document)),
+            "cluster": digest(document),
             "runtime": digest(dataclasses.asdict(runtime)),
         },
         shardplan_version=version,

@@ -9,7 +9,8 @@ from shardplan.costmodel.job import Job
 from shardplan.costmodel.model import Model
 from shardplan.costmodel.result import result_document
 from shardplan.costmodel.runtime import Runtime
-from shardplan.planner.one_size import Refusal, SearchResult
+from shardplan.planner.ranking import SearchResult
+from shardplan.planner.sift import Refusal
 
 DEADLINE = "deadline"
 """Stands where a rule's name does: the layouts fit, none is in time."""

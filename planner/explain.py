@@ -18,6 +18,7 @@ from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.load import cluster_from_document
 from shardplan.hw_profiles.machine import Cluster
 from shardplan.planner.deadline import DEADLINE
+from shardplan.planner.explain_stages import stage_lines
 from shardplan.planner.placement import placement_document
 from shardplan.planner.plan import Plan, digest
 from shardplan.planner.search import SearchResult, judge, search, search_document
@@ -61,8 +62,8 @@ def explain_plan(plan: Plan) -> dict[str, Any]:
         "subject": {"model": plan.model.name, "cluster": cluster.name, "job": dataclasses.asdict(plan.job)},
         "binds": what_binds(prediction),
         "placement": placement_document(setting, plan.layout),
-        "one_change": one_change(question),
-        "network_needed": network_needed(question, plan.layout),
+        "one_change": [] if cluster.parts else one_change(question),
+        "network_needed": None if cluster.parts else network_needed(question, plan.layout),
         "runners_up": [row for row in compared if row],
         "search": dict(plan.search),
         "notes": notes,
@@ -91,7 +92,7 @@ def explain_layout(
         "binds": what_binds(answer) if answer["time"] else [],
         "placement": placement_document(setting, own) if answer["time"] else None,
         "one_change": [],
-        "network_needed": network_needed(question, own) if answer["time"] else None,
+        "network_needed": network_needed(question, own) if answer["time"] and not cluster.parts else None,
         "runners_up": [],
         "search": search_document(result, 5),
         "notes": [],
@@ -143,7 +144,8 @@ def what_binds(prediction: Mapping[str, Any]) -> list[str]:
     time, memory = prediction["time"], prediction["memory"]
     lost = {part: time[part] for part in TIME_PARTS if part != "compute_s"}
     part = max(lost, key=lambda name: lost[name])
-    stage = max(memory["stages"], key=lambda s: s["device_bytes"])
+    room = {one["stage"]: one["capacity_bytes"] for one in prediction.get("stages") or ()}
+    stage = max(memory["stages"], key=lambda s: s["device_bytes"] / room.get(s["stage"], memory["capacity_bytes"]))
     sizes = {name: stage[f"{name}_bytes"] for name in ("parameters", "gradients", "optimizer", "activations")}
     largest = max(sizes, key=lambda name: sizes[name])
     return [
@@ -153,6 +155,7 @@ def what_binds(prediction: Mapping[str, Any]) -> list[str]:
         f"{memory['capacity_bytes'] / GIB:.1f} GiB, most of it {largest} ({sizes[largest] / GIB:.1f} GiB)",
         f"if it runs out of memory: {memory_remedy(largest, layout_from_document(prediction['layout']))}",
         *_allocator_line(stage),
+        *stage_lines(prediction),
     ]
 
 

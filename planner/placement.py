@@ -18,7 +18,7 @@ from shardplan.costmodel.axis_order import AXES, DEFAULT_ORDER, ORDERS, SAME_AS,
 from shardplan.costmodel.collectives import members_per_node
 from shardplan.costmodel.estimate import estimate
 from shardplan.costmodel.estimates import Estimates
-from shardplan.costmodel.layout import Layout, LayoutTable, layout_table
+from shardplan.costmodel.layout import COLUMNS, Layout, LayoutTable, layout_table
 from shardplan.costmodel.order_rules import ORDER_RULES
 from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.rule_parts import codes
@@ -163,19 +163,12 @@ def _try(
     order: IntArray,
 ) -> int:
     """Estimate `rows` in every other order and note the better ones in `step_s` and `order`; how many that were."""
-    some = layouts.take(rows)
-    tried: list[LayoutTable] = []
-    of: list[NDArray[np.intp]] = []
-    for code, other in _other_groups(some, orders).items():
-        at = np.flatnonzero(other)
-        table = replace(some.take(at), order=np.full(len(at), code, dtype=np.int64))
-        good = ~np.any([np.broadcast_to(rule.broken(setting, table), len(at)) for rule in ORDER_RULES], axis=0)
-        tried.append(table.take(good))
-        of.append(rows[at[good]])
+    tried, places = _in_other_orders(setting, layouts.take(rows), orders)
+    of = [rows[one] for one in places]
     whole = {name: np.concatenate([getattr(one, name) for one in tried]) for name in layouts.columns()}
     if not len(whole["order"]):
         return 0
-    found = _estimated(setting, LayoutTable(**whole, splits=layouts.splits)).step_s
+    found = _estimated(setting, replace(layouts, **whole)).step_s
     start = 0
     for table, at in zip(tried, of, strict=True):
         one = found[start : start + len(at)]
@@ -185,11 +178,36 @@ def _try(
     return len(found)
 
 
-def placement_document(setting: Setting, layout: Layout) -> dict[str, Any]:
-    """Where each axis of a layout lies, and the step time in every order that gives other groups.
+def in_other_orders(setting: Setting, layouts: LayoutTable, wishes: Wishes) -> LayoutTable:
+    """The layouts in every other open order that gives them other groups and breaks no rule."""
+    tried, _ = _in_other_orders(setting, layouts, open_orders(setting, wishes))
+    whole = {name: np.concatenate([getattr(one, name) for one in (layouts.slice(0, 0), *tried)]) for name in COLUMNS}
+    return replace(layouts, **whole)
+
+
+def _in_other_orders(
+    setting: Setting, layouts: LayoutTable, orders: tuple[str, ...]
+) -> tuple[list[LayoutTable], list[IntArray]]:
+    """Order by order."""
+    tried: list[LayoutTable] = []
+    of: list[IntArray] = []
+    for code, other in _other_groups(layouts, orders).items():
+        at = np.flatnonzero(other)
+        table = replace(layouts.take(at), order=np.full(len(at), code, dtype=np.int64))
+        good = ~np.any([np.broadcast_to(rule.broken(setting, table), len(at)) for rule in ORDER_RULES], axis=0)
+        tried.append(table.take(good))
+        of.append(at[good])
+    return tried, of
+
+
+def placement_document(setting: Setting, layout: Layout) -> dict[str, Any] | None:
+    """Where each axis of a layout lies, and the step time in every order that gives other groups; None on a mixed cluster, which
+    `planner/mixed_search.py` lays out by parts.
 
     `axes`: {axis, ranks, stride, ranks_in_node, nodes}; `orders`: {order, step_s, runtime_knows}, fastest first.
     """
+    if setting.cluster.parts:
+        return None
     tiers = tier_table(setting.cluster)
     table = layout_table([layout])
     axes: list[dict[str, Any]] = []

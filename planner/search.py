@@ -10,19 +10,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.costmodel.answer import answer
-from shardplan.costmodel.estimate import estimate
 from shardplan.costmodel.estimates import DEFAULT_HEADROOM, Estimates
 from shardplan.costmodel.job import Job
 from shardplan.costmodel.layout import Layout
+from shardplan.costmodel.mixed import estimate_any, mixed_rejections
 from shardplan.costmodel.model import Model
 from shardplan.costmodel.rule import Rejection, Setting
-from shardplan.costmodel.rules import rejections
 from shardplan.costmodel.runtime import Runtime, load_runtime
 from shardplan.hw_profiles.errors import InputError, nearest
 from shardplan.hw_profiles.machine import Cluster
 from shardplan.planner.deadline import days_needed, within_deadline
-from shardplan.planner.one_size import OBJECTIVES, Objective, Refusal, SearchResult, search_one_size
+from shardplan.planner.mixed_search import search_mixed
+from shardplan.planner.one_size import search_one_size
+from shardplan.planner.ranking import OBJECTIVES, Objective, SearchResult
 from shardplan.planner.shortlist import distinct, memory_front
+from shardplan.planner.sift import Refusal
 from shardplan.planner.space import Wishes
 from shardplan.planner.watch import Watch
 
@@ -48,6 +50,9 @@ def search(
     chosen = load_runtime(runtime) if isinstance(runtime, str) else runtime
     _check_objective(objective, job, cluster, days)
     watching = watch or Watch()
+    if cluster.parts:
+        whole = Setting(model=model, job=job, cluster=cluster, runtime=chosen)
+        return search_mixed(whole, wishes or Wishes(), objective, headroom, watching)
 
     def on(gpus: int) -> SearchResult:
         setting = Setting(model=model, job=job, cluster=cluster.with_gpus(gpus), runtime=chosen)
@@ -70,7 +75,7 @@ def _check_objective(objective: Objective, job: Job, cluster: Cluster, days: flo
         raise InputError(
             f"objective={objective!r} is unknown", place="--objective", remedy=nearest(objective, OBJECTIVES)
         )
-    if objective == "cost" and cluster.node.usd_per_hour is None:
+    if objective == "cost" and not cluster.parts and cluster.node.usd_per_hour is None:
         raise InputError(
             f"cluster {cluster.name!r} has no price", place="--objective", remedy="set node.usd_per_hour in its profile"
         )
@@ -129,7 +134,7 @@ def gpu_counts(cluster: Cluster) -> tuple[int, ...]:
     return tuple(dict.fromkeys((*sizes, cluster.gpus)))
 
 
-def summary_rows(estimates: Estimates, rows: NDArray[np.intp], *, capacity_bytes: float) -> list[dict[str, Any]]:
+def summary_rows(estimates: Estimates, rows: NDArray[np.intp]) -> list[dict[str, Any]]:
     """The ranked layouts at `rows` as plain values for tables and plan files; `rank` counts all layouts."""
     gpus = estimates.layouts.gpus
     return [
@@ -140,7 +145,7 @@ def summary_rows(estimates: Estimates, rows: NDArray[np.intp], *, capacity_bytes
             "tokens_per_s_per_gpu": float(estimates.tokens_per_s[i] / gpus[i]),
             "mfu": float(estimates.mfu[i]),
             "device_peak_bytes": float(estimates.device_peak_bytes[i]),
-            "headroom_fraction": float(1.0 - estimates.device_peak_bytes[i] / capacity_bytes),
+            "headroom_fraction": float(1.0 - estimates.device_peak_bytes[i] / estimates.capacities[i]),
         }
         for i in rows
     ]
@@ -152,21 +157,19 @@ def search_document(result: SearchResult, top: int) -> dict[str, Any]:
     front: list[dict[str, Any]] = []
     ideas = 0
     if result.ranked is not None and top:
-        capacity = result.ranked.capacity_bytes
         first, variants = distinct(result.ranked.layouts)
         ideas = len(first)
         ranked = [
             {**row, "variants": int(count)}
-            for row, count in zip(
-                summary_rows(result.ranked, first[:top], capacity_bytes=capacity), variants[:top], strict=True
-            )
+            for row, count in zip(summary_rows(result.ranked, first[:top]), variants[:top], strict=True)
         ]
-        front = summary_rows(result.ranked, memory_front(result.ranked), capacity_bytes=capacity)
+        front = summary_rows(result.ranked, memory_front(result.ranked))
     return {
         "looked_at": result.looked_at,
         "refused": {r.rule: {"count": r.count, "reason": r.example} for r in result.refused},
         "does_not_fit": result.does_not_fit,
         "refined": result.refined,
+        "proved": result.proved,
         "complete": result.complete,
         "partial": result.partial,
         "placement": result.placement.document() if result.placement else None,
@@ -187,8 +190,9 @@ def judge(
     headroom: float = DEFAULT_HEADROOM,
 ) -> dict[str, Any] | list[Rejection]:
     """The answer of `shardplan estimate --json` for one layout, or only its rejections when it has no meaning here."""
-    broken, structural = rejections(Setting(model=model, job=job, cluster=cluster, runtime=runtime), layout)
+    setting = Setting(model=model, job=job, cluster=cluster, runtime=runtime)
+    broken, structural = mixed_rejections(setting, layout)
     if structural:
         return broken
-    one = estimate(model=model, job=job, cluster=cluster, layouts=layout, runtime=runtime)
+    one = estimate_any(setting, layout)
     return answer(one, 0, model=model, job=job, cluster=cluster, runtime=runtime, rejections=broken, headroom=headroom)

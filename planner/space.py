@@ -24,7 +24,7 @@ from shardplan.costmodel.layout import (
     parse_layout,
 )
 from shardplan.costmodel.model import Model
-from shardplan.costmodel.recompute import ALL_LAYERS, RECOMPUTE
+from shardplan.costmodel.recompute import ALL_LAYERS, RECOMPUTE, RECOMPUTE_COLUMNS
 from shardplan.costmodel.rule_parts import divisors
 from shardplan.costmodel.runtime import Runtime
 from shardplan.hw_profiles.errors import InputError, nearest
@@ -97,8 +97,6 @@ def _checked(words: str) -> None:
 NONE, CPU, NVME = (OFFLOAD.index(tier) for tier in ("none", "cpu", "nvme"))
 TIERS = ((NONE, NONE), (CPU, NONE), (CPU, CPU), (NVME, NVME))
 """(optimizer, parameters) off the GPU: nothing, the optimizer, both in host memory (ZeRO-Infinity, FSDP), both on flash."""
-RECOMPUTE_COLUMNS = ("recompute", "recompute_layers", "recompute_parts")
-"""Columns that the word `recompute` fills."""
 ROWS_OF_A_PIECE = 200_000
 """Blocks are joined up to about this many rows, so that sifting one piece at a time bounds the memory."""
 
@@ -120,7 +118,7 @@ def join_tables(pieces: Sequence[LayoutTable], wishes: Wishes) -> LayoutTable:
     """Rows of all pieces of one space, in order."""
     empty = layout_table([wishes.fixed]).take(np.zeros(0, dtype=np.int64))
     columns = {name: np.concatenate([getattr(piece, name) for piece in (empty, *pieces)]) for name in COLUMNS}
-    return LayoutTable(**columns, splits=empty.splits).with_constants()
+    return LayoutTable(**columns, splits=empty.splits, depths=empty.depths).with_constants()
 
 
 def runtime_tiers(runtime: Runtime) -> tuple[tuple[int, int], ...]:
@@ -184,7 +182,7 @@ def _piece(blocks: Sequence[dict[str, IntArray]], wishes: Wishes) -> LayoutTable
     for name in COLUMNS:
         if name not in columns:
             columns[name] = np.repeat(getattr(fixed, name), rows)
-    table = LayoutTable(**columns, splits=fixed.splits)
+    table = LayoutTable(**columns, splits=fixed.splits, depths=fixed.depths)
     return table.take(_allowed(table, wishes))
 
 

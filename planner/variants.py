@@ -14,7 +14,7 @@ from typing import Any
 from shardplan.costmodel.job import PRECISIONS, Job
 from shardplan.costmodel.runtime import Runtime, load_runtime
 from shardplan.hw_profiles.errors import InputError, nearest
-from shardplan.planner.one_size import Objective, SearchResult
+from shardplan.planner.ranking import Objective, SearchResult
 from shardplan.planner.space import ALLOWABLE
 
 NEAR_BEST = 1.01

@@ -38,7 +38,7 @@ def searched(watch: Watch | None = None) -> SearchResult:
     )
 
 
-@pytest.mark.parametrize("phase", ["looking", "estimating", "refining", "placing"])
+@pytest.mark.parametrize("phase", ["looking", "estimating", "refining", "placing", "cutting"])
 def test_an_interrupt_leaves_the_best_so_far(phase: str) -> None:
     whole, stopped = searched(), searched(Stopping(phase))
     assert whole.ranked is not None
@@ -62,7 +62,8 @@ def test_a_watcher_sees_the_search_move() -> None:
     found = searched(watch)
     shares = [done for _, done, _ in watch.told]
     assert shares == sorted(shares)
-    assert list(dict.fromkeys(name for name, _, _ in watch.told)) == ["looking", "estimating", "refining", "placing"]
+    phases = ["looking", "estimating", "refining", "placing", "cutting"]
+    assert list(dict.fromkeys(name for name, _, _ in watch.told)) == phases
     assert watch.told[-1][2] >= found.looked_at
 
 

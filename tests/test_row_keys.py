@@ -68,7 +68,7 @@ def columns_read(rule: Rule, given: Setting, table: LayoutTable) -> set[str]:
                 read.add(name)
             return super().__getattribute__(name)
 
-    rule.broken(given, Watched(**table.columns(), splits=table.splits))
+    rule.broken(given, Watched(**table.columns(), splits=table.splits, depths=table.depths))
     return read
 
 

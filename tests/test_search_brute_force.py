@@ -20,8 +20,8 @@ from shardplan.costmodel.rules import broken_rules
 from shardplan.costmodel.runtime import load_runtime
 from shardplan.hw_profiles.load import load_cluster
 from shardplan.hw_profiles.machine import Cluster
-from shardplan.planner.one_size import Objective
-from shardplan.planner.refine import RATIOS
+from shardplan.planner.knobs import RATIOS
+from shardplan.planner.ranking import Objective
 from shardplan.planner.search import search
 from shardplan.planner.space import layout_space, parse_wishes
 from shardplan.planner.sweep import with_network_rate

@@ -143,11 +143,14 @@ def with_given_figures(
     if gpu_hours_per_failure is not None:
         document = with_failure_rate(document, gpu_hours_per_failure)
     if price is not None:
-        document = with_price(document, price, machine().node.gpus)
+        whole = machine()
+        document = with_price(document, price, whole.node_runs[0][0].gpus)
     return document, machine()
 
 
 def default_precision(cluster: Cluster, runtime: Runtime) -> str:
     """The first of bf16, fp16, fp32 that GPU and runtime both have; fp32 on a CPU."""
-    both = [w for w in ("bf16", "fp16") if w in cluster.gpu.peak_flop_per_s and w in runtime.abilities.precisions]
-    return both[0] if both and cluster.gpu.device != "cpu" else "fp32"
+    gpus = [node.gpu for node, _ in cluster.node_runs]
+    known = [w for w in runtime.abilities.precisions if all(w in gpu.peak_flop_per_s for gpu in gpus)]
+    both = [w for w in ("bf16", "fp16") if w in known]
+    return both[0] if both and gpus[0].device != "cpu" else "fp32"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -145,7 +145,7 @@ def print_breakdown(console: Console, prediction: Mapping[str, Any]) -> None:
         table.add_row(f"hidden behind compute: {axis}", seconds(value), "", style="dim")
     console.print(table)
     console.print()
-    _print_stages(console, prediction["memory"])
+    _print_stages(console, prediction["memory"], {one["stage"]: one for one in prediction.get("stages") or ()})
     rate = prediction["throughput"]
     console.print(
         f"\n{rate['tokens_per_s']:,.0f} tokens/s, {rate['tokens_per_s_per_gpu']:,.0f} per GPU; "
@@ -155,7 +155,7 @@ def print_breakdown(console: Console, prediction: Mapping[str, Any]) -> None:
         console.print(escape(line))
 
 
-def _print_stages(console: Console, memory: Mapping[str, Any]) -> None:
+def _print_stages(console: Console, memory: Mapping[str, Any], timed: Mapping[int, Mapping[str, Any]]) -> None:
     right = "right"
     names = ("parameters", "gradients", "optimizer", "activations", "buffers")
     table = new_table(
@@ -167,6 +167,9 @@ def _print_stages(console: Console, memory: Mapping[str, Any]) -> None:
         ("context", right),
         ("device", right),
     )
+    columns = _more_columns(timed)
+    for name in columns:
+        table.add_column(name, justify=right)
     shown = memory["stages"] if len(memory["stages"]) <= 8 else [*memory["stages"][:4], *memory["stages"][-3:]]
     for stage in shown:
         table.add_row(
@@ -176,6 +179,7 @@ def _print_stages(console: Console, memory: Mapping[str, Any]) -> None:
             gib(stage["allocator_slack_bytes"]),
             gib(stage["context_bytes"]),
             gib(stage["device_bytes"]),
+            *(say(timed[stage["stage"]]) for say in columns.values()),
         )
     console.print(table)
     if len(shown) < len(memory["stages"]):
@@ -190,6 +194,21 @@ def print_placement(console: Console, placement: Mapping[str, Any] | None) -> No
 
     for line in placement_lines(placement) if placement else ():
         console.print(f"• {escape(line)}")
+
+
+def _more_columns(timed: Mapping[int, Mapping[str, Any]]) -> dict[str, Callable[[Mapping[str, Any]], str]]:
+    """What is told of stages of pipelines: recomputed layers where stages differ, seconds of a micro-batch, the part they lie on."""
+    stages = list(timed.values())
+    if len(stages) < 2:
+        return {}
+    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {}
+    if len({one["recomputed_layers"] for one in stages}) > 1:
+        columns["recomputed"] = lambda one: str(one["recomputed_layers"])
+    columns["micro-batch"] = lambda one: seconds(one["micro_batch_s"])
+    if any(one["part"] for one in stages):
+        columns["on"] = lambda one: str(one["part"])
+        columns["capacity"] = lambda one: gib(one["capacity_bytes"])
+    return columns
 
 
 def print_account(console: Console, search: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Words that only help some layouts, found where they could make the best one instead of being multiplied into the whole space.
+"""Knobs: words that only help some layouts, found where they could make the best one instead of being multiplied into the whole space.
 
 A knob (named parts to recompute, a share of the optimizer off the GPU, activations in host memory, ZeRO++) changes a layout of the space in
 a few ways. It starts from the layouts it could help, each with the least a step of it can take whatever this and later knobs do; those
@@ -58,7 +58,7 @@ class Knob:
 
 
 @dataclass(kw_only=True)
-class Refinement:
+class Turned:
     """What was found so far."""
 
     best_s: float
@@ -70,7 +70,7 @@ class Refinement:
     """All that could win were tried."""
 
 
-def knobs(setting: Setting, wishes: Wishes) -> tuple[Knob, ...]:
+def knobs_of(setting: Setting, wishes: Wishes) -> tuple[Knob, ...]:
     """Those that the runtime has and the user leaves open, in the order they are turned; recompute not among them."""
     runtime = setting.runtime
     whole = runtime.offload.ratio_zero
@@ -94,10 +94,11 @@ def knobs(setting: Setting, wishes: Wishes) -> tuple[Knob, ...]:
             changes=("dp_exposed_s",),
         ),
     )
-    return tuple(knob for knob in every if knob.variants and not any(_asked(wishes, word) for word in knob.words))
+    return tuple(knob for knob in every if knob.variants and not any(asked(wishes, word) for word in knob.words))
 
 
-def _asked(wishes: Wishes, word: str) -> bool:
+def asked(wishes: Wishes, word: str) -> bool:
+    """Whether the user fixed or forbade the word or a value of it."""
     return word in wishes.fixed_words or any(forbidden == word for forbidden, _ in wishes.forbidden)
 
 
@@ -109,6 +110,13 @@ def _named_sets(setting: Setting) -> tuple[Variant, ...]:
     return tuple({"recompute": SELECTIVE, "recompute_parts": sum(PART_BITS[part] for part in some)} for some in sets)
 
 
+def named_recompute(setting: Setting, wishes: Wishes) -> tuple[Knob, ...]:
+    """The knob of named parts to recompute, where there is one: `turn_knobs` finds the quickest set that fits by itself."""
+    variants = () if asked(wishes, "recompute") else _named_sets(setting)
+    knob = Knob(words=("recompute",), variants=variants, rows=lambda t: t.recompute == NONE)
+    return (knob,) if variants else ()
+
+
 def _zeropp(setting: Setting, wishes: Wishes) -> tuple[Variant, ...]:
     """A second copy of the parameters among ranks of a node; fewer bits on the wire where the user allows them, as they change results."""
     copies = divisors(setting.cluster.node.gpus)
@@ -117,15 +125,15 @@ def _zeropp(setting: Setting, wishes: Wishes) -> tuple[Variant, ...]:
     return tuple(one for one in every if one != {"hpz": 1, "qwz": 0, "qgz": 0})
 
 
-def refine(
+def turn_knobs(
     setting: Setting, space: Sequence[Estimates], wishes: Wishes, headroom: float, *, least_memory: bool = False
-) -> Refinement:
+) -> Turned:
     """Variants of the layouts of the space that fit and may be the fastest, or with `least_memory` the leanest."""
     fastest = (float(np.min(one.step_s, where=one.fits(headroom), initial=np.inf)) for one in space)
-    state = Refinement(best_s=min(fastest, default=np.inf))
+    state = Turned(best_s=min(fastest, default=np.inf))
     for batch in space:
         _recompute_some(setting, batch, wishes, headroom, state)
-    turned, made = knobs(setting, wishes), list[Estimates]()
+    turned, made = knobs_of(setting, wishes), list[Estimates]()
     for at in range(len(turned)):
         for batch in (*space, *made):
             more = _turn(setting, batch, turned[at:], wishes, headroom, state, least_memory=least_memory)
@@ -139,7 +147,7 @@ def refine(
     return state
 
 
-def _least_s(setting: Setting, estimates: Estimates, wishes: Wishes, later: Sequence[Knob]) -> FloatArray:
+def least_s_with(setting: Setting, estimates: Estimates, wishes: Wishes, later: Sequence[Knob]) -> FloatArray:
     """Seconds that a step of each layout takes at least, whatever `later` knobs do."""
     if not later:
         return least_step_s(setting, estimates, wishes)
@@ -160,14 +168,14 @@ def _turn(
     turned: Sequence[Knob],
     wishes: Wishes,
     headroom: float,
-    state: Refinement,
+    state: Turned,
     *,
     least_memory: bool,
 ) -> Estimates | None:
     """The variants by the first knob that may still be the fastest once the later ones are turned and some layers recomputed."""
     knob, later = turned[0], turned[1:]
     everything = least_memory and knob.saves_memory
-    least_s = _least_s(setting, estimates, wishes, turned)
+    least_s = least_s_with(setting, estimates, wishes, turned)
     usable = knob.rows(estimates.layouts)
     if not knob.changes and not everything:  # it only costs time, but room for what others add
         room = [np.zeros(len(usable), dtype=bool), *(one.rows(estimates.layouts) for one in later)]
@@ -188,16 +196,16 @@ def _turn(
         fits = found.fits(headroom)
         state.best_s = min(state.best_s, float(np.min(found.step_s, where=fits, initial=np.inf)))
         roomy = fits | (found.layouts.recompute == NONE) | (found.device_peak_bytes <= found.capacity_bytes)
-        hopeful = roomy & (_least_s(setting, found, wishes, later) <= state.best_s)
+        hopeful = roomy & (least_s_with(setting, found, wishes, later) <= state.best_s)
         kept.append(found.layouts.take(np.flatnonzero(hopeful | (fits & everything))))
     state.tried += spent
     whole = _joined(kept)
     return None if whole is None else _estimated(setting, whole)
 
 
-def _recompute_some(setting: Setting, estimates: Estimates, wishes: Wishes, headroom: float, state: Refinement) -> None:
+def _recompute_some(setting: Setting, estimates: Estimates, wishes: Wishes, headroom: float, state: Turned) -> None:
     """Where nothing is recomputed and the layout does not fit: the fewest layers, and the quickest set of named parts, that make it."""
-    if _asked(wishes, "recompute"):
+    if asked(wishes, "recompute"):
         return
     more, tried = partly_recomputed(setting, estimates, wishes, headroom, best_s=state.best_s)
     state.tried += tried
@@ -241,6 +249,12 @@ def _fit_with(setting: Setting, layouts: LayoutTable, variant: Variant, headroom
 
 
 def _variants(setting: Setting, layouts: LayoutTable, variants: Sequence[Variant]) -> Estimates | None:
+    """Estimates of `variants_of` the layouts."""
+    good = variants_of(setting, layouts, variants)
+    return None if good is None else _estimated(setting, good)
+
+
+def variants_of(setting: Setting, layouts: LayoutTable, variants: Sequence[Variant]) -> LayoutTable | None:
     """Every variant of every layout that breaks no rule; None where there is none."""
     count = len(layouts)
     if not count:
@@ -250,7 +264,7 @@ def _variants(setting: Setting, layouts: LayoutTable, variants: Sequence[Variant
     table = replace(whole, **{name: np.repeat([variant[name] for variant in variants], count) for name in names})
     broken = broken_rules(setting, table)
     good = table.take(np.flatnonzero(~np.any([np.zeros(len(table), dtype=bool), *broken.values()], axis=0)))
-    return _estimated(setting, good) if len(good) else None
+    return good if len(good) else None
 
 
 def _joined(tables: Sequence[LayoutTable]) -> LayoutTable | None:
@@ -258,7 +272,7 @@ def _joined(tables: Sequence[LayoutTable]) -> LayoutTable | None:
     if not sum(map(len, tables)):
         return None
     columns = {name: np.concatenate([getattr(one, name) for one in tables]) for name in tables[0].columns()}
-    return LayoutTable(**columns, splits=tables[0].splits).with_constants()
+    return replace(tables[0], **columns).with_constants()
 
 
 def _estimated(setting: Setting, layouts: LayoutTable) -> Estimates:

@@ -1,0 +1,105 @@
+"""What many thinkable stages of some layouts would take and need: seconds of a micro-batch and bytes on the device, from the formulas of
+`estimate` on stages that no cut of the layers has chosen yet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardplan.costmodel.estimate import prepared, stage_memory
+from shardplan.costmodel.keys import gathered
+from shardplan.costmodel.layout import LayoutTable
+from shardplan.costmodel.pace import stage_seconds
+from shardplan.costmodel.rule import Setting
+from shardplan.costmodel.rule_parts import micro_batches
+from shardplan.costmodel.stage_cost import BlockRows, StageRows, block_rows, mean_stage_rows, stage_parameters
+from shardplan.hw_profiles.topology import tier_table
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trials:
+    """S thinkable stages, each an array over them."""
+
+    stage: IntArray
+    """Position in the pipeline."""
+    layers: IntArray
+    """Layers by kind, (S, kinds)."""
+    recomputed: IntArray
+    """Of them under full recompute; (N, S) where layouts differ."""
+    embedding: NDArray[np.bool_]
+    head: NDArray[np.bool_]
+
+    def take(self, which: NDArray[np.bool_] | NDArray[np.intp]) -> Trials:
+        """Those at `which`, a mask or indices."""
+        return Trials(
+            stage=self.stage[which],
+            layers=self.layers[which],
+            recomputed=self.recomputed[which],
+            embedding=self.embedding[which],
+            head=self.head[which],
+        )
+
+
+class StageTrials:
+    """N layouts on a homogeneous cluster, of which stages can be tried."""
+
+    def __init__(self, setting: Setting, layouts: LayoutTable, blocks: BlockRows) -> None:
+        """`setting` as `estimate.prepared` returns it; `blocks` are those of the `layouts`."""
+        self.setting, self.layouts, self._blocks = setting, layouts, blocks
+        self._batches = micro_batches(setting, layouts)
+
+    @staticmethod
+    def of(setting: Setting, layouts: LayoutTable) -> StageTrials:
+        """The trials of any layouts, in `setting` as it is."""
+        ready = prepared(setting)
+        tiers = tier_table(ready.cluster)
+        return StageTrials(
+            ready, layouts, block_rows(ready.model, ready.job, ready.cluster, layouts, ready.runtime, tiers)
+        )
+
+    def take(self, rows: IntArray) -> StageTrials:
+        """Those of the layouts at `rows`."""
+        return StageTrials(self.setting, self.layouts.take(rows), self._blocks.take(rows))
+
+    def seconds(self, trials: Trials) -> FloatArray:
+        """Seconds of one micro-batch, (N, S)."""
+        return self._seconds(self._rows(trials))
+
+    def mean_seconds(self) -> FloatArray:
+        """The same of a stage that holds 1/pp of everything, (N,)."""
+        return self._seconds(mean_stage_rows(self.setting.model, self.layouts))[:, 0]
+
+    def parameters(self, trials: Trials) -> FloatArray:
+        """Parameters a rank holds, (N, S)."""
+        ready = self.setting
+        return stage_parameters(ready.model, ready.job, self.layouts, ready.runtime, self._rows(trials)).stage
+
+    def needed_bytes(self, trials: Trials) -> FloatArray:
+        """Bytes on the device, (N, S)."""
+        ready, stages = self.setting, self._rows(trials)
+        parameters = stage_parameters(ready.model, ready.job, self.layouts, ready.runtime, stages)
+        each = np.arange(len(self.layouts))
+        memory = stage_memory(
+            ready, self.layouts, self.layouts, self._blocks, stages, parameters, states_of=each, work_of=each
+        )
+        return memory.parts()["device"]
+
+    def _seconds(self, stages: StageRows) -> FloatArray:
+        ready = self.setting
+        return stage_seconds(ready.cluster, self.layouts, ready.runtime, self._blocks, stages, self._batches)
+
+    def _rows(self, trials: Trials) -> StageRows:
+        rows, recomputed = np.zeros(len(self.layouts), dtype=np.int64), trials.recomputed.astype(np.float64)
+        return StageRows(
+            stage=gathered(trials.stage[None], rows),
+            layers=gathered(trials.layers[None].astype(np.float64), rows),
+            recomputed=gathered(recomputed[None], rows) if recomputed.ndim == 1 else recomputed,
+            recomputed_total=np.zeros(len(self.layouts)),
+            embedding=gathered(trials.embedding[None].astype(np.float64), rows),
+            head=gathered(trials.head[None].astype(np.float64), rows),
+        )

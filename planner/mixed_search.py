@@ -1,0 +1,246 @@
+"""Search on a mixed cluster: same tp, cp and dp on all stages, every stage on one kind of node, layers by what each kind can take.
+
+Layouts of the usual space are ranked as they are: with whole stages on each part where the ranks of a stage divide it, else at the pace
+of the slowest kind. Those with whole stages then get their layers cut exactly (`stages.cut_stages`), best bound first, with the parts in
+every order. What treats all GPUs as the slowest is in the space, so that the best is never worse.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from itertools import permutations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardplan.costmodel.estimate import estimate, on_mean_stage
+from shardplan.costmodel.estimates import Estimates, joined
+from shardplan.costmodel.keys import unique_keys
+from shardplan.costmodel.layout import Layout, LayoutTable, layout_table
+from shardplan.costmodel.layout_join import stacked
+from shardplan.costmodel.mixed import estimate_spread, estimate_staged, part_settings, stages_on_parts
+from shardplan.costmodel.recompute import RECOMPUTE
+from shardplan.costmodel.rule import Setting
+from shardplan.costmodel.rules import broken_rules
+from shardplan.costmodel.stage_trials import StageTrials
+from shardplan.hw_profiles.errors import InputError
+from shardplan.hw_profiles.machine import Cluster
+from shardplan.hw_profiles.mixed import in_order
+from shardplan.planner.knobs import knobs_of, named_recompute, turn_knobs
+from shardplan.planner.placement import open_orders
+from shardplan.planner.ranking import Objective, SearchResult, order_of
+from shardplan.planner.sift import Sifted, largest_first, sift, sift_space
+from shardplan.planner.space import Wishes
+from shardplan.planner.stage_options import Part, Wanted
+from shardplan.planner.stage_search import STRUCTURE, leaves_stages_open, wanted_of
+from shardplan.planner.stages import can_cut, cut_stages, mean_stage_seconds, pipeline_weights
+from shardplan.planner.watch import Watch
+
+FULL = RECOMPUTE.index("full")
+FIRST_CUT, AT_ONCE = 8, 2048
+"""Layouts cut before bounds are looked at again: first, and four times as many each time up to."""
+MOST_CUTS = 4
+"""Of one layout."""
+FloatArray = NDArray[np.float64]
+
+
+def search_mixed(setting: Setting, wishes: Wishes, objective: Objective, headroom: float, watch: Watch) -> SearchResult:
+    """The ranking in the order of parts whose best is best; `cluster` of the result has its parts in that order.
+
+    Axes lie in the order that is fixed, else the default one; knobs (`knobs.py`) are turned where they would help on a part alone.
+    `complete` is only said where the runtime has no other orders and no knobs. An interrupt ends it.
+    """
+    if objective not in ("throughput", "memory"):
+        raise InputError(
+            f"objective={objective!r} takes parts of a cluster, and the mixed {setting.cluster.name!r} is used whole",
+            place="--objective",
+            remedy="use throughput or memory",
+        )
+    start = time.perf_counter()
+    parts = part_settings(setting)
+    sifted = Sifted()
+    sift_space(parts[0], wishes, sifted, watch)
+    valid, refused = sifted.valid(wishes), sifted.refused
+    for part in parts[1:]:
+        valid = sift(part, valid, refused)
+    tables = [valid]
+    for part in parts if len(valid) else ():
+        alone = estimate(model=part.model, job=part.job, cluster=part.cluster, layouts=valid, runtime=part.runtime)
+        tables += [one.layouts for one in turn_knobs(part, [alone], wishes, headroom).found]
+    table = stacked(tables)
+    best: tuple[Setting, Estimates] | None = None
+    closest: Estimates | None = None
+    cluster, estimated = setting.cluster, 0
+    for order in orders(setting.cluster) if len(table) else ():
+        ordered = replace(setting, cluster=in_order(setting.cluster, order))
+        so_far = float(best[1].step_s.min()) if best else np.inf
+        found = _on(ordered, table, wishes, headroom, so_far)
+        estimated += len(found)
+        rows = order_of(found, np.flatnonzero(found.fits(headroom)), objective)
+        if len(rows) and (best is None or _ahead(found, int(rows[0]), best[1], objective)):
+            best, cluster = (ordered, found.take(rows)), ordered.cluster
+        if closest is None:
+            full = found.device_peak_bytes / found.capacities
+            closest = found.take(np.asarray([int(full.argmin())]))
+    ranked = best[1] if best else None
+    return SearchResult(
+        cluster=cluster,
+        ranked=ranked,
+        closest=None if ranked is not None else closest,
+        looked_at=sum(one.count for one in refused.values()) + estimated,
+        refused=largest_first(refused),
+        does_not_fit=estimated - (len(ranked) if ranked is not None else 0),
+        refined=0,
+        placement=None,
+        proved=True,
+        complete=len(open_orders(setting, wishes)) < 2
+        and not any((*knobs_of(parts[0], wishes), *named_recompute(parts[0], wishes))),
+        seconds=time.perf_counter() - start,
+    )
+
+
+MOST_ORDERED = 3
+"""Parts that are tried in every order; more are tried as listed and the other way round."""
+
+
+def orders(cluster: Cluster) -> list[tuple[int, ...]]:
+    """Orders of the parts to try, those that only swap equal parts once."""
+    count = len(cluster.parts)
+    every = (
+        list(permutations(range(count))) if count <= MOST_ORDERED else [tuple(range(count)), tuple(range(count))[::-1]]
+    )
+    found: list[tuple[int, ...]] = []
+    kinds: list[list[tuple[object, ...]]] = []
+    for order in every:
+        kind: list[tuple[object, ...]] = [
+            (part.node, part.nodes, part.network) for part in (cluster.parts[index] for index in order)
+        ]
+        if kind not in kinds:
+            kinds.append(kind)
+            found.append(order)
+    return found
+
+
+def _ahead(found: Estimates, row: int, best: Estimates, objective: Objective) -> bool:
+    if objective == "memory":
+        return float(found.device_peak_bytes[row]) < float(best.device_peak_bytes[0])
+    return float(found.step_s[row]) < float(best.step_s[0]) * (1.0 - 1e-9)
+
+
+def _allowed(setting: Setting, table: LayoutTable) -> LayoutTable:
+    """Rows that break no rule."""
+    if not len(table):
+        return table
+    broken = broken_rules(setting, table)
+    return table.take(~np.any([np.zeros(len(table), dtype=bool), *broken.values()], axis=0))
+
+
+def _staged(setting: Setting, table: LayoutTable) -> NDArray[np.bool_]:
+    """Rows whose stages each lie on one part."""
+    ranks = table.dp * table.tp * table.cp
+    behind = (table.pp == 1) | (table.stride("pp") == ranks)
+    return behind & np.all([part.gpus % ranks == 0 for part in setting.cluster.parts], axis=0)
+
+
+def _on(setting: Setting, table: LayoutTable, wishes: Wishes, headroom: float, so_far: float) -> Estimates:
+    """Estimates of all layouts on the parts in their order, and of those with cut stages that could be faster than `so_far`."""
+    staged = _staged(setting, table)
+    found: list[Estimates] = []
+    if not staged.all():
+        found.append(estimate_spread(setting, table.take(~staged)))
+    plain = table.take(staged)
+    for rows in _alike(plain, ("pp",)):
+        found.append(_on_parts(setting, plain.take(rows)))
+    known = _together(found)
+    fits = known.fits(headroom)
+    fastest = min(so_far, float(known.step_s[fits].min()) if fits.any() else np.inf)
+    if not leaves_stages_open(setting, wishes):
+        return known
+    return _together(
+        [known, *_cut_ones(setting, plain, replace(wanted_of(setting, wishes, headroom), most_cuts=MOST_CUTS), fastest)]
+    )
+
+
+def _together(found: list[Estimates]) -> Estimates:
+    return joined(found, stacked([one.layouts for one in found])) if len(found) > 1 else found[0]
+
+
+def _alike(table: LayoutTable, columns: tuple[str, ...]) -> list[NDArray[np.intp]]:
+    """Rows that agree in `columns`, group by group."""
+    if not len(table):
+        return []
+    first, group_of = unique_keys(*(getattr(table, name) for name in columns))
+    return [np.flatnonzero(group_of == group) for group in range(len(first))]
+
+
+def _on_parts(setting: Setting, table: LayoutTable) -> Estimates:
+    """Estimates of staged layouts of the same pp."""
+    stages = stages_on_parts(setting.cluster, table.row(0))
+    assert stages is not None
+    return estimate_staged(setting, table, stages)
+
+
+def _cut_ones(setting: Setting, staged: LayoutTable, wanted: Wanted, fastest: float) -> list[Estimates]:
+    """Estimates of the layouts with the best cuts, most hopeful first, until no bound is below the fastest."""
+    plain = staged.take(
+        (staged.pp > 1) & (staged.split == 0) & ((staged.recompute != FULL) | (not wanted.partial_recompute))
+    )
+    bounds = _bounds(setting, plain)
+    order = np.argsort(bounds, kind="stable")
+    at, size, found = 0, FIRST_CUT, list[Estimates]()
+    while at < len(order) and bounds[order[at]] < fastest:
+        some = order[at : at + size]
+        some = some[bounds[some] < fastest]
+        at, size = at + size, min(4 * size, AT_ONCE)
+        chosen = plain.take(some)
+        for alike in _alike(chosen, STRUCTURE):
+            rows = alike[bounds[some[alike]] < fastest]
+            if not len(rows):
+                continue
+            cut = _cut(setting, chosen.take(rows), wanted, fastest - bounds[some[rows]])
+            if cut is None:
+                continue
+            its = _on_parts(setting, cut)
+            found.append(its)
+            fit = its.fits(wanted.headroom)
+            fastest = min(fastest, float(its.step_s[fit].min()) if fit.any() else np.inf)
+    return found
+
+
+def _parts(setting: Setting, table: LayoutTable) -> list[Part]:
+    """The parts with the stages of layouts of the same pp."""
+    stages = stages_on_parts(setting.cluster, table.row(0))
+    assert stages is not None
+    return [
+        Part(setting=part, trials=StageTrials.of(part, table), stages=count)
+        for part, count in zip(part_settings(setting), stages, strict=True)
+    ]
+
+
+def _cut(setting: Setting, table: LayoutTable, wanted: Wanted, slack_s: FloatArray) -> LayoutTable | None:
+    if not can_cut(setting.model, table.row(0)):
+        return None
+    cut: list[Layout] = [one for each in cut_stages(_parts(setting, table), wanted, slack_s) for one in each]
+    if not cut:
+        return None
+    found = layout_table(cut)
+    for part in part_settings(setting):
+        found = _allowed(part, found)
+    return found if len(found) else None
+
+
+def _bounds(setting: Setting, table: LayoutTable) -> FloatArray:
+    """Step seconds, (N,), that layers shared out by speed leave: every stage as long as any other, all exchanges hidden that can be,
+    what else a step takes as on the kind of node that takes least."""
+    bounds = np.full(len(table), np.inf)
+    for rows in _alike(table, ("pp",)):
+        some = table.take(rows)
+        parts, weights = _parts(setting, some), pipeline_weights(setting, some)
+        rest: list[FloatArray] = []
+        for part in parts:
+            alone = on_mean_stage(part.setting, some, hides_all=True).step_s
+            rest.append(alone - (weights[:, 0] + weights[:, 1] * some.pp) * part.trials.mean_seconds())
+        least_s, mean_s = mean_stage_seconds(parts)
+        bounds[rows] = weights[:, 0] * mean_s + weights[:, 1] * some.pp * least_s + np.min(rest, axis=0)
+    return bounds

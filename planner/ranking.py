@@ -1,0 +1,54 @@
+"""What a search answers, and the order of its layouts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardplan.costmodel.estimates import Estimates
+from shardplan.costmodel.layout import COLUMNS
+from shardplan.hw_profiles.machine import Cluster
+from shardplan.planner.placement import Placement
+from shardplan.planner.sift import Refusal
+
+Objective = Literal["throughput", "cost", "gpus", "memory", "deadline"]
+OBJECTIVES: tuple[Objective, ...] = ("throughput", "cost", "gpus", "memory", "deadline")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchResult:
+    """Ranked layouts that fit, and the account of the others."""
+
+    cluster: Cluster
+    ranked: Estimates | None
+    """Best first; None when nothing fits."""
+    closest: Estimates | None
+    """The valid layout that needs least device memory, when nothing fits."""
+    looked_at: int
+    refused: tuple[Refusal, ...]
+    """Largest first; a layout that breaks several rules counts for the first in the list of rules."""
+    does_not_fit: int
+    refined: int
+    """Variants looked at beyond the space: recompute of some layers or parts, shares of the optimizer, ZeRO++ (`knobs.py`), stages
+    cut otherwise than evenly (`stage_search.py`)."""
+    placement: Placement | None
+    """How the axes of the ranked layouts were laid on the cluster."""
+    proved: bool
+    """No cut of the layers into stages that was left out could be better than the first."""
+    complete: bool
+    """No layout is better than the first: nothing that could be was left out to save time, cuts included."""
+    partial: bool = False
+    """It was interrupted: the best of what was looked at by then."""
+    seconds: float
+
+
+def order_of(estimates: Estimates, rows: NDArray[np.intp], objective: Objective) -> NDArray[np.intp]:
+    """`rows` best first; ties break by the other figure, then by the layout's columns."""
+    first, second = estimates.step_s[rows], estimates.device_peak_bytes[rows]
+    if objective == "memory":
+        first, second = second, first
+    columns = [getattr(estimates.layouts, name)[rows] for name in reversed(COLUMNS)]
+    return rows[np.lexsort((*columns, second, first))]

@@ -1,0 +1,243 @@
+"""What stages a cut could have: contents that consecutive layers can have, what each takes on every stage, and what makes it fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardplan.costmodel.estimates import MEMORY_BAND
+from shardplan.costmodel.layout import V_PLACED, Layout
+from shardplan.costmodel.model import Model, layer_order
+from shardplan.costmodel.rule import Setting
+from shardplan.costmodel.stage_trials import StageTrials, Trials
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Consecutive stages on one kind of node; a homogeneous cluster is one part."""
+
+    setting: Setting
+    """With a cluster of such nodes alone, as large as the whole."""
+    trials: StageTrials
+    """Of the layouts whose stages are cut."""
+    stages: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What the search allows of stages."""
+
+    headroom: float
+    partial_recompute: bool
+    """Layers may be recomputed where a layout without recompute does not fit."""
+    by_stage: bool
+    """As many as each stage needs; else the same number of every stage."""
+    most_cuts: int = 16
+    """Of one layout."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chain:
+    """The layers of the model in order, and what consecutive ones can hold."""
+
+    kinds: IntArray
+    """Kind of each layer."""
+    contents: IntArray
+    """Different numbers of layers by kind that consecutive layers have, (C, kinds)."""
+    pp: int
+    chunks: int
+    last: int
+    """Stage with head and loss."""
+    extra: IntArray
+    """Layers by kind that the last stage holds besides: prediction modules."""
+
+    @staticmethod
+    def of(model: Model, layout: Layout) -> Chain:
+        """The layers of `model` as pipelines like that of `layout` cut them."""
+        kinds = np.asarray(layer_order(model), dtype=np.int64)
+        before = _before(kinds, len(model.runs))
+        most = len(kinds) - (layout.pp - 1) * layout.virtual_stages
+        lengths = range(layout.virtual_stages, most + 1)
+        found = np.concatenate([before[n:] - before[:-n] for n in lengths])
+        extra = np.zeros(len(model.runs), dtype=np.int64)
+        extra[len(model.layers) :] = model.mtp_modules
+        return Chain(
+            kinds=kinds,
+            contents=np.unique(found, axis=0),
+            pp=layout.pp,
+            chunks=layout.virtual_stages,
+            last=0 if layout.schedule in V_PLACED else layout.pp - 1,
+            extra=extra,
+        )
+
+    def segments(self, contents: IntArray) -> IntArray:
+        """Index into `contents` of layers i to j - 1, (layers + 1, layers + 1); -1 where it is none of them."""
+        before = _before(self.kinds, contents.shape[1])
+        known = {tuple(row): index for index, row in enumerate(contents.tolist())}
+        ends = len(before)
+        found = np.full((ends, ends), -1, dtype=np.int64)
+        for length in sorted(set(contents.sum(axis=1).tolist())):
+            held = (before[length:] - before[:-length]).tolist()
+            index = [known.get(tuple(row), -1) for row in held]
+            found[np.arange(ends - length), np.arange(length, ends)] = index
+        return found
+
+    def trials(self, stage: IntArray, layers: IntArray) -> Trials:
+        """Stages at positions `stage` with `layers` by kind, none of them recomputed."""
+        head = stage == self.last
+        return Trials(
+            stage=stage,
+            layers=layers + head[:, None] * self.extra,
+            recomputed=np.zeros(len(stage), dtype=np.int64),
+            embedding=stage == 0,
+            head=head,
+        )
+
+
+def _before(kinds: IntArray, count: int) -> IntArray:
+    """Layers of each kind before every position, (layers + 1, kinds)."""
+    each = np.eye(count, dtype=np.int64)[kinds]
+    return np.concatenate([np.zeros((1, count), dtype=np.int64), each.cumsum(axis=0)])
+
+
+def within(chain: Chain, on_parts: Sequence[StageTrials], most_peak_s: FloatArray) -> IntArray:
+    """Contents that some layout could have on some stage with all stages below `most_peak_s`."""
+    count = len(chain.contents)
+    plain = Trials(
+        stage=np.full(count, chain.pp - 1),
+        layers=chain.contents,
+        recomputed=np.zeros(count, dtype=np.int64),
+        embedding=np.zeros(count, dtype=bool),
+        head=np.zeros(count, dtype=bool),
+    )
+    least = np.min([trials.seconds(plain) for trials in on_parts], axis=0)
+    possible, lengths = (least <= most_peak_s[:, None]).any(axis=0), chain.contents.sum(axis=1)
+    most = int(lengths[possible].max(initial=0))
+    return chain.contents[possible & (lengths >= len(chain.kinds) - (chain.pp - 1) * most)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What every content takes on every stage, for N layouts; O = stages * contents, stage by stage."""
+
+    layers: IntArray
+    """Layers of each option, prediction modules included, (O,)."""
+    plain_s: FloatArray
+    """Seconds of a micro-batch with the layers recomputed that the layout itself says, (N, O)."""
+    repeating_s: FloatArray
+    """Seconds that recomputing one layer more adds, (N, O)."""
+    fewest: IntArray
+    """Fewest more layers to recompute that make it fit, (N, O); -1 where nothing does."""
+    parameters: FloatArray
+    """Parameters a rank holds, (N, O)."""
+
+    @staticmethod
+    def of(
+        parts: Sequence[Part],
+        on_parts: Sequence[StageTrials],
+        chain: Chain,
+        contents: IntArray,
+        recompute: str,
+        wanted: Wanted,
+    ) -> Options:
+        """Timed and weighed on the part of each stage."""
+        grid = np.meshgrid(np.arange(chain.pp), np.arange(len(contents)), indexing="ij")
+        stage, which = (axis.ravel() for axis in grid)
+        trials = chain.trials(stage, contents[which])
+        layers = trials.layers.sum(axis=1)
+        if recompute == "full":
+            trials = replace(trials, recomputed=layers)
+        partly = recompute == "none" and wanted.partial_recompute
+        shape = (len(on_parts[0].layouts), len(stage))
+        plain, full, parameters = np.empty(shape), np.empty(shape), on_parts[0].parameters(trials)
+        fewest, end = np.empty(shape, dtype=np.int64), 0
+        for part, tried in zip(parts, on_parts, strict=True):
+            some = (stage >= end) & (stage < end + part.stages)
+            end += part.stages
+            own = trials.take(some)
+            usable = part.setting.cluster.gpu.memory_bytes * (1.0 - wanted.headroom) / (1.0 + MEMORY_BAND)
+            plain[:, some] = full[:, some] = tried.seconds(own)
+            if partly:
+                full[:, some] = tried.seconds(replace(own, recomputed=layers[some]))
+            fewest[:, some] = _fewest(tried, own, layers[some] if partly else own.recomputed, usable)
+        repeating = (full - plain) / np.maximum(layers, 1)
+        return Options(layers=layers, plain_s=plain, repeating_s=repeating, fewest=fewest, parameters=parameters)
+
+    def seconds(self, row: int, depth: int) -> tuple[FloatArray, IntArray]:
+        """(seconds, more layers recomputed) of every option, (O,): as few as make it fit, or `depth` of each stage where that is not
+        -1."""
+        fewest = self.fewest[row]
+        taken = fewest if depth < 0 else np.minimum(depth, self.layers)
+        fits = (fewest >= 0) & (taken >= fewest)
+        return np.where(fits, self.plain_s[row] + taken * self.repeating_s[row], np.inf), taken
+
+    def least_peak(self, chain: Chain, most_peak_s: FloatArray) -> FloatArray:
+        """Seconds, (N,), of the slowest stage below which no cut of the layers gets: with less, stages that are in time and fit hold too
+        few layers, or too many, in all; infinite where that takes more than `most_peak_s`."""
+        seconds = np.where(self.fewest >= 0, self.plain_s + self.fewest * self.repeating_s, np.inf)
+        caps = np.sort(seconds, axis=1)
+        low = np.zeros(len(caps), dtype=np.int64)
+        high = (caps <= most_peak_s[:, None]).sum(axis=1) - 1
+        every = np.arange(len(caps))
+        covered = (high >= 0) & self._cover(chain, seconds, caps[every, np.maximum(high, 0)])
+        high = np.where(covered, high, low)
+        while (low < high).any():
+            middle = (low + high) // 2
+            enough = self._cover(chain, seconds, caps[every, middle])
+            low, high = np.where(enough, low, np.minimum(middle + 1, high)), np.where(enough, middle, high)
+        return np.where(covered, caps[every, high], np.inf)
+
+    def _cover(self, chain: Chain, seconds: FloatArray, most_peak_s: FloatArray) -> NDArray[np.bool_]:
+        """Layouts, (N,), whose stages hold all layers if each takes as many as fit and are in time, and no more than all if each takes
+        as few."""
+        rows, none = len(seconds), 10**6
+        own = self.layers.reshape(chain.pp, -1).copy()
+        own[chain.last] -= chain.extra.sum()
+        good = (seconds <= most_peak_s[:, None]).reshape(rows, chain.pp, -1)
+        most = np.where(good, own, -none).max(axis=2).sum(axis=1)
+        least = np.where(good, own, none).min(axis=2).sum(axis=1)
+        return (most >= len(chain.kinds)) & (least <= len(chain.kinds))
+
+
+def _fewest(tried: StageTrials, trials: Trials, most: IntArray, usable_bytes: float) -> IntArray:
+    """Fewest layers to recompute beyond those of `trials`, up to `most` in all, with which each fits, (N, S); -1 where none do.
+
+    From one layer on, each one more saves as much: where that says how many it takes, that number and the one below are weighed; what
+    they do not settle is bisected.
+    """
+    start = trials.recomputed
+    fits_plain = tried.needed_bytes(trials) <= usable_bytes
+    found = np.where(fits_plain, 0, -1)
+    open_ = np.flatnonzero(~fits_plain.all(axis=0) & (most > start))
+    if not len(open_):
+        return found
+    with_all = tried.needed_bytes(replace(trials.take(open_), recomputed=most[open_]))
+    fitting = (with_all <= usable_bytes) & ~fits_plain[:, open_]
+    some = fitting.any(axis=0)
+    if not some.any():
+        return found
+    open_, fitting, with_all = open_[some], fitting[:, some], with_all[:, some]
+    own, full = trials.take(open_), np.broadcast_to(most[open_], with_all.shape)
+
+    def fits(recomputed: IntArray) -> NDArray[np.bool_]:
+        return tried.needed_bytes(replace(own, recomputed=recomputed)) <= usable_bytes
+
+    with_one = tried.needed_bytes(replace(own, recomputed=start[open_] + 1))
+    saving = np.maximum(with_one - with_all, 1.0) / np.maximum(full - start[open_] - 1, 1)
+    guess = start[open_] + 1 + np.ceil((with_one - usable_bytes) / saving - 1e-9).astype(np.int64)
+    guess = np.clip(guess, start[open_] + 1, full)
+    enough, less = fits(guess), fits(np.maximum(guess - 1, start[open_] + 1)) & (guess - 1 > start[open_])
+    low = np.where(enough, np.where(less, start[open_], guess - 1), guess)
+    high = np.where(enough, np.where(less, guess - 1, guess), full)
+    while ((high - low > 1) & fitting).any():
+        middle = (low + high) // 2
+        enough = fits(middle)
+        low, high = np.where(enough, low, middle), np.where(enough, middle, high)
+    found[:, open_] = np.where(fitting, high - start[open_], found[:, open_])
+    return found

@@ -1,0 +1,290 @@
+"""From the table to integers: the most promising pipelines get their stages cut exactly, best first, until no bound is left below the best.
+
+`estimate.lower_bounds` says what no cut of the layers can beat. A layout that does not fit with equal stages, or without recompute, is
+as hopeful as its bound. Once the least bound left passes the best plan found, that plan is the fastest of the space.
+
+Knobs (`knobs.py`) and orders of mesh axes (`placement.py`) are bounded in the same way. The layouts of the space are cut first, as they
+are; then those that could still win with other words beside, whatever these do to time, get those words, and so bounds of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardplan.costmodel.estimate import estimate, lower_bounds, on_mean_stage, peak_weight
+from shardplan.costmodel.estimates import MEMORY_BAND, Estimates, joined
+from shardplan.costmodel.keys import unique_keys
+from shardplan.costmodel.layout import SCHEDULES, Layout, LayoutTable, layout_table
+from shardplan.costmodel.layout_join import stacked
+from shardplan.costmodel.recompute import RECOMPUTE
+from shardplan.costmodel.rule import Setting
+from shardplan.costmodel.rules import broken_rules
+from shardplan.costmodel.stage_trials import StageTrials
+from shardplan.costmodel.step_time import LEAST_PEAK_WEIGHT
+from shardplan.planner.knobs import Knob, asked, knobs_of, least_s_with, named_recompute, variants_of
+from shardplan.planner.placement import in_other_orders, open_orders
+from shardplan.planner.space import Wishes
+from shardplan.planner.stage_options import Part, Wanted
+from shardplan.planner.stages import Cuttable, can_cut
+
+BoolArray = NDArray[np.bool_]
+FloatArray = NDArray[np.float64]
+NONE, FULL = RECOMPUTE.index("none"), RECOMPUTE.index("full")
+FIRST_LOOKED_AT, AT_ONCE = 512, 8192
+"""Layouts whose stages are timed and weighed before bounds are looked at again: first, and each time after."""
+FIRST_CUT, MOST_CUT_AT_ONCE = 4, 128
+"""Of them, cut before bounds are looked at again: first, and twice as many each time up to."""
+MOST_CUT = 8192
+"""Layouts cut in one search; where it is reached the search says so."""
+MOST_ROWS = 300_000
+"""Variants by one knob, or in other orders, that get a bound; where there are more the search says so."""
+STRUCTURE = ("pp", "schedule", "virtual_stages", "recompute", "recompute_layers")
+"""Columns that layouts whose stages are cut together agree in."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CutStages:
+    """Layouts whose stages were cut, those that fit."""
+
+    found: Estimates | None
+    looked_at: int
+    """Layouts with cut stages that were estimated."""
+    proved: bool
+    """No layout left could have been faster than the fastest."""
+
+
+@dataclass(kw_only=True)
+class _State:
+    """What is known so far."""
+
+    setting: Setting
+    wishes: Wishes
+    wanted: Wanted
+    fastest: float
+    """The quickest step that fits."""
+    told: Callable[[int], None]
+    kept: list[Estimates] = field(default_factory=list[Estimates])
+    looked_at: int = 0
+    cut: int = 0
+    proved: bool = True
+
+
+def search_stages(
+    setting: Setting,
+    layouts: LayoutTable,
+    wishes: Wishes,
+    headroom: float,
+    *,
+    fastest: float,
+    told: Callable[[int], None] = lambda looked_at: None,
+) -> CutStages:
+    """Cut the stages of every layout of the space whose bound is below `fastest`, the best step known (infinite: none fits).
+
+    `layouts` have equal stages; `told` hears how many cuts were looked at.
+    """
+    if not leaves_stages_open(setting, wishes):
+        return CutStages(found=None, looked_at=0, proved=True)
+    state = _State(
+        setting=setting, wishes=wishes, wanted=wanted_of(setting, wishes, headroom), fastest=fastest, told=told
+    )
+    piped = _pipelines(setting, layouts, wishes)
+    if len(piped):
+        bounds = on_mean_stage(setting, piped)
+        _best_first(state, _could_fit(state, bounds.take(np.flatnonzero(_plain(state, bounds)))))
+        turned = (*knobs_of(setting, wishes), *named_recompute(setting, wishes))
+        if not np.isfinite(state.fastest):  # other words than these need no less memory
+            saving = [knob for knob in turned if knob.saves_memory]
+            for some in _with_knobs(state, bounds, saving):
+                _best_first(state, some)
+        if np.isfinite(state.fastest):
+            _best_first(state, *_with_other_words(state, bounds, turned))
+    found = joined(state.kept, stacked([one.layouts for one in state.kept])) if state.kept else None
+    return CutStages(found=found, looked_at=state.looked_at, proved=state.proved)
+
+
+def least_cut_bytes(setting: Setting, layouts: LayoutTable, wishes: Wishes, headroom: float) -> float:
+    """Bytes on the device below which no cut of a layout of the space gets, with whatever words beside; infinite where none is cut."""
+    piped = _pipelines(setting, layouts, wishes)
+    if not len(piped) or not leaves_stages_open(setting, wishes):
+        return np.inf
+    state = _State(
+        setting=setting,
+        wishes=wishes,
+        wanted=wanted_of(setting, wishes, headroom),
+        fastest=np.inf,
+        told=lambda looked_at: None,
+    )
+    saving = [knob for knob in knobs_of(setting, wishes) if knob.saves_memory]
+    bounds = on_mean_stage(setting, piped)
+    every = [bounds, *_with_knobs(state, bounds, saving)]
+    return min(float(_least_bytes(state, one.layouts).min()) for one in every)
+
+
+def leaves_stages_open(setting: Setting, wishes: Wishes) -> bool:
+    """Whether the runtime runs uneven stages and the user said nothing of them."""
+    return setting.runtime.abilities.uneven_stages and not asked(wishes, "stage_layers")
+
+
+def wanted_of(setting: Setting, wishes: Wishes, headroom: float) -> Wanted:
+    """What of stages the runtime can do and the user left open."""
+    abilities = setting.runtime.abilities
+    return Wanted(
+        headroom=headroom,
+        partial_recompute=abilities.partial_recompute and not asked(wishes, "recompute"),
+        by_stage=abilities.recompute_by_stage,
+    )
+
+
+def _pipelines(setting: Setting, layouts: LayoutTable, wishes: Wishes) -> LayoutTable:
+    """Rows that have stages to cut."""
+    piped = (layouts.pp > 1) & (layouts.split == 0)
+    if "schedule" not in wishes.fixed_words and "1f1b" in setting.runtime.abilities.schedules:
+        piped &= layouts.schedule != SCHEDULES.index("gpipe")  # as fast as 1f1b, with more in flight
+    return layouts.take(np.flatnonzero(piped))
+
+
+def _plain(state: _State, bounds: Estimates) -> BoolArray:
+    """Rows that are cut as they are: a layout without recompute stands for any number of recomputed layers."""
+    near = bounds.step_s < state.fastest
+    return near & (bounds.layouts.recompute != FULL) if state.wanted.partial_recompute else near
+
+
+def _could_fit(state: _State, bounds: Estimates) -> Estimates:
+    """Those whose states and, recomputing every layer, activations fit if they were spread evenly."""
+    return bounds.take(np.flatnonzero(_have_room(state, bounds.layouts))) if len(bounds) else bounds
+
+
+def _have_room(state: _State, layouts: LayoutTable) -> BoolArray:
+    usable = state.setting.cluster.gpu.memory_bytes * (1.0 - state.wanted.headroom)
+    return _least_bytes(state, layouts) * (1.0 + MEMORY_BAND) <= usable
+
+
+def _least_bytes(state: _State, layouts: LayoutTable) -> FloatArray:
+    """Bytes on the device that each needs at least, (N,), however it is cut."""
+    if state.wanted.partial_recompute:
+        layouts = replace(layouts, recompute=np.where(layouts.recompute == NONE, FULL, layouts.recompute))
+    its = state.setting
+    return lower_bounds(model=its.model, job=its.job, cluster=its.cluster, layouts=layouts, runtime=its.runtime)[1]
+
+
+def _with_other_words(state: _State, bounds: Estimates, turned: Sequence[Knob]) -> list[Estimates]:
+    """Bounds of what could be the fastest with knobs turned, in another order of axes, or both."""
+    setting, wishes = state.setting, state.wishes
+    made = _with_knobs(state, bounds, turned)
+    if len(open_orders(setting, wishes)) < 2:
+        return made
+    found = list(made)
+    for batch in (bounds, *made):
+        good = least_s_with(setting, batch, wishes, ()) < state.fastest
+        if batch is bounds and state.wanted.partial_recompute:
+            good &= batch.layouts.recompute != FULL
+        some = _could_fit(state, batch.take(np.flatnonzero(good)))
+        ordered = in_other_orders(setting, some.layouts, wishes) if len(some) else some.layouts
+        if len(ordered) > MOST_ROWS:
+            state.proved = False
+            ordered = ordered.slice(0, MOST_ROWS)
+        if len(some) and len(ordered):
+            its = on_mean_stage(setting, ordered)
+            found.append(its.take(np.flatnonzero(its.step_s < state.fastest)))
+    return found
+
+
+def _with_knobs(state: _State, bounds: Estimates, turned: Sequence[Knob]) -> list[Estimates]:
+    """Bounds of the variants by any of the knobs together that could be the fastest, in their own order of axes or another."""
+    setting, wishes, made = state.setting, state.wishes, list[Estimates]()
+    for at, knob in enumerate(turned):
+        for batch in (bounds, *made):
+            least_s = least_s_with(setting, batch, wishes, turned[at:])
+            useful = knob.rows(batch.layouts) & (least_s < state.fastest)
+            if state.wanted.partial_recompute and not knob.saves_memory:  # see `_plain`
+                useful &= (batch.layouts.recompute != FULL) | (batch.layouts.offload_activations > 0)
+            rows = np.flatnonzero(useful)
+            if len(rows) and not knob.saves_memory:
+                rows = rows[_have_room(state, batch.layouts.take(rows))]
+            most = MOST_ROWS // len(knob.variants)
+            if len(rows) > most:
+                state.proved = False
+                rows = rows[np.argsort(least_s[rows], kind="stable")][:most]
+            table = variants_of(setting, batch.layouts.take(rows), knob.variants)
+            if table is None:
+                continue
+            its = on_mean_stage(setting, table)
+            its = its.take(np.flatnonzero(least_s_with(setting, its, wishes, turned[at + 1 :]) < state.fastest))
+            its = _could_fit(state, its)
+            if len(its):
+                made.append(its)
+    return made
+
+
+def _best_first(state: _State, *candidates: Estimates) -> None:
+    """Cut the candidates, least bound first, until no bound is below the fastest."""
+    some = [one for one in candidates if len(one)]
+    if not some:
+        return
+    layouts = stacked([one.layouts for one in some])
+    bounds = np.concatenate([one.step_s for one in some])
+    rows = np.argsort(bounds, kind="stable")
+    at, size = 0, FIRST_LOOKED_AT
+    while at < len(rows) and bounds[rows[at]] < state.fastest and state.proved:
+        chosen = rows[at : at + size]
+        chosen = chosen[bounds[chosen] < state.fastest]
+        at, size = at + size, AT_ONCE
+        _cut_some(state, layouts.take(chosen), bounds[chosen])
+
+
+def _cut_some(state: _State, layouts: LayoutTable, bounds: FloatArray) -> None:
+    """Cut layouts, least bound first, once what their stages can hold in whole layers says more than `bounds` do."""
+    ready: list[Cuttable] = []
+    of, place, least_s = np.zeros(len(layouts), dtype=np.int64), np.zeros(len(layouts), dtype=np.int64), bounds + np.inf
+    # seconds of pipeline that a step must be longer by a second for: while it waits, a little more of its exchanges hides
+    longer = peak_weight(state.setting, layouts)
+    longer = np.where(longer >= LEAST_PEAK_WEIGHT, longer / np.maximum(longer - 1.0, 1.0), 1.0)
+    for rows, part in _alike(state.setting, layouts):
+        found = Cuttable.of([part], state.wanted, (state.fastest - bounds[rows]) * longer[rows])
+        if found is not None:
+            of[rows], place[rows] = len(ready), np.arange(len(rows))
+            least_s[rows] = bounds[rows] + found.more_s / longer[rows]
+            ready.append(found)
+    order = np.argsort(least_s, kind="stable")
+    at, size = 0, FIRST_CUT
+    while at < len(order) and least_s[order[at]] < state.fastest:
+        if state.cut >= MOST_CUT:
+            state.proved = False
+            return
+        chosen = order[at : at + size]
+        chosen = chosen[least_s[chosen] < state.fastest]
+        at, size, state.cut = at + size, min(2 * size, MOST_CUT_AT_ONCE), state.cut + len(chosen)
+        slack_s = (state.fastest - bounds[chosen]) * longer[chosen]
+        cut = [ready[of[row]].cuts(int(place[row]), float(s)) for row, s in zip(chosen, slack_s, strict=True)]
+        _keep(state, [one for each in cut for one in each])
+        state.told(state.looked_at)
+
+
+def _alike(setting: Setting, layouts: LayoutTable) -> Iterator[tuple[NDArray[np.intp], Part]]:
+    """Rows whose stages are cut together, group by group."""
+    trials = StageTrials.of(setting, layouts)
+    first, group_of = unique_keys(*(getattr(layouts, name) for name in STRUCTURE))
+    for group, row in enumerate(first.tolist()):
+        if can_cut(setting.model, layouts.row(row)):
+            at = np.flatnonzero(group_of == group)
+            yield at, Part(setting=setting, trials=trials.take(at), stages=int(layouts.pp[row]))
+
+
+def _keep(state: _State, cut: Sequence[Layout]) -> None:
+    """Estimate layouts with cut stages that no rule refuses, and keep those that fit."""
+    if not cut:
+        return
+    its, table = state.setting, layout_table(cut)
+    table = table.take(~np.any([np.zeros(len(table), dtype=bool), *broken_rules(its, table).values()], axis=0))
+    state.looked_at += len(table)
+    if not len(table):
+        return
+    found = estimate(model=its.model, job=its.job, cluster=its.cluster, layouts=table, runtime=its.runtime)
+    fits = np.flatnonzero(found.fits(state.wanted.headroom))
+    if len(fits):
+        state.kept.append(found.take(fits))
+        state.fastest = min(state.fastest, float(state.kept[-1].step_s.min()))
