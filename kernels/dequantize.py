@@ -127,6 +127,11 @@ def unroll(sources: int) -> int:
     return math.gcd(sources, MAX_UNROLL)
 
 
+def launch_of(kind: str, sources: int) -> Launch:
+    """Several sources are read as a reduction reads them: fewer elements a thread, more reads in flight."""
+    return LAUNCHES["dequantize" if sources == 1 else "reduce", kind]
+
+
 def power_of_two(factor: float) -> bool:
     """Whether multiplying by `factor` rounds nothing."""
     return math.frexp(factor)[0] == 0.5
@@ -164,7 +169,7 @@ def _dequantize(
     packing = Packing(kind=kind, block=block, scale_dtype=scale_dtype)
     if not takes_kernel(packed):
         return reference.dequantize(packed, numel, dtype, packing, devices_per_node, factor)
-    return run(packed, numel, dtype, packing, devices_per_node, factor, LAUNCHES["dequantize", kind])
+    return run(packed, numel, dtype, packing, devices_per_node, factor, launch_of(kind, packed.shape[0]))
 
 
 def run(
@@ -254,7 +259,7 @@ def _shipped(
     packing: Packing, dtype: torch.dtype, sources: int, parted: bool, capabilities: tuple[int, ...]
 ) -> Shipped:
     old = packing.kind == "fp8" and capabilities == (80,)
-    launch = LAUNCHES["dequantize", packing.kind]
+    launch = launch_of(packing.kind, sources)
     words = " parts" * parted + " software" * old
     return Shipped(
         name=f"dequantize {variant_name(packing)} {POINTERS[dtype][1:]} sources {sources}{words}",
