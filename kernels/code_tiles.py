@@ -22,6 +22,10 @@ class Launch:
         """Elements a program handles when `block` of them share a scale."""
         return max(self.tile, block)
 
+    def warps_for(self, block: int) -> int:
+        """Warps of a program: more where a block is larger than the tile, for no more than 32 elements a thread."""
+        return self.warps if block <= self.tile else max(self.warps, block // 1024)
+
 
 LAUNCHES: dict[tuple[str, str], Launch] = {
     ("quantize", "int8"): Launch(tile=8192, warps=8),
@@ -30,8 +34,9 @@ LAUNCHES: dict[tuple[str, str], Launch] = {
     ("dequantize", "int8"): Launch(tile=8192, warps=8),
     ("dequantize", "int4"): Launch(tile=8192, warps=8),
     ("dequantize", "fp8"): Launch(tile=8192, warps=8),
-    ("reduce", "int8"): Launch(tile=4096, warps=8),
-    ("reduce", "int4"): Launch(tile=4096, warps=8),
-    ("reduce", "fp8"): Launch(tile=4096, warps=8),
+    ("reduce", "int8"): Launch(tile=2048, warps=4),
+    ("reduce", "int4"): Launch(tile=4096, warps=4),
+    ("reduce", "fp8"): Launch(tile=2048, warps=4),
 }
-"""By (step, kind): 32 elements a thread; 16 where eight sources are read, so that the reads of all are in flight together."""
+"""By (step, kind): reads of 16 bytes. Reductions of int8 and fp8 have 16 elements a thread, so that the reads of eight
+sources are in flight together."""

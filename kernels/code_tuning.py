@@ -36,7 +36,7 @@ COPY = "copy"
 SHAPES: dict[str, tuple[tuple[int, int], ...]] = {
     "quantize": ((8192, 8), (4096, 8), (4096, 4), (2048, 4), (16384, 8)),
     "dequantize": ((8192, 8), (4096, 8), (4096, 4), (2048, 4)),
-    "reduce": ((8192, 8), (4096, 8), (4096, 4), (2048, 4), (8192, 16), (2048, 2)),
+    "reduce": ((8192, 8), (4096, 8), (4096, 4), (2048, 4), (2048, 2), (8192, 16)),
 }
 """(elements of a program, warps) by step; a block of 2,048 is never cut."""
 

@@ -62,9 +62,9 @@ def decode_sum(
     offset = tl.zeros((TILE_BLOCKS, 1), tl.float32)
     for group in tl.range(0, SOURCES, UNROLL):
         for step in tl.static_range(UNROLL):
-            source = tl.cast(group + step, tl.int64) * source_bytes
-            code = tl.load(codes + source + block * WIDTH + column)
-            scale = load_scale(scales + source // (2 if HALF_SCALE else 4) + block, HALF_SCALE)
+            source = tl.cast(group + step, tl.int64)
+            code = tl.load(codes + source * source_bytes + block * WIDTH + column)
+            scale = load_scale(scales + source * (source_bytes // (2 if HALF_SCALE else 4)) + block, HALF_SCALE)
             if FOLD:
                 scale *= factor
             value, other = decode(code, KIND, HARDWARE_FP8)
@@ -150,12 +150,15 @@ def combine_factor(combine: str, sources: int) -> float:
     return 1.0 / sources if combine == "mean" else 1.0
 
 
-@torch.library.custom_op(
+torch.library.define(
     "shardplan::dequantize",
-    mutates_args=(),
-    schema="(Tensor packed, SymInt numel, ScalarType dtype, str kind, int block, ScalarType scale_dtype,"
+    "(Tensor packed, SymInt numel, ScalarType dtype, str kind, int block, ScalarType scale_dtype,"
     " int devices_per_node, float factor) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
 )
+
+
+@torch.library.impl("shardplan::dequantize", "CompositeExplicitAutograd")
 def _dequantize(
     packed: torch.Tensor,
     numel: int,
@@ -197,12 +200,12 @@ def run(
             SOURCES=sources, UNROLL=unroll(sources), KIND=kind, BLOCK=block, TILE_BLOCKS=tile // block,
             HALF_SCALE=packing.scale_bytes == 2, PARTED=partitions > 1,
             HARDWARE_FP8=kind == "fp8" and hardware_fp8(packed.device), FOLD=power_of_two(factor),
-            num_warps=launch.warps, enable_fp_fusion=False,
+            num_warps=launch.warps_for(block), enable_fp_fusion=False,
         )  # fmt: skip
     return out
 
 
-@_dequantize.register_fake
+@torch.library.register_fake("shardplan::dequantize")
 def _(packed, numel, dtype, kind, block, scale_dtype, devices_per_node, factor):
     return packed.new_empty((numel,), dtype=dtype)
 
@@ -252,7 +255,9 @@ def dequantize_reduce(
     row_bytes = packing.row_bytes(part_numel(numel, partitions))
     check_packed(packed, (sources, partitions, row_bytes), packing, numel)
     factor = combine_factor(combine, sources)
-    return _dequantize(packed, numel, dtype, packing.kind, packing.block, packing.scale_dtype, devices_per_node, factor)
+    return torch.ops.shardplan.dequantize.default(
+        packed, numel, dtype, packing.kind, packing.block, packing.scale_dtype, devices_per_node, factor
+    )
 
 
 def _shipped(
@@ -284,7 +289,7 @@ def _shipped(
             "HARDWARE_FP8": packing.kind == "fp8" and not old,
             "FOLD": power_of_two(1.0 / sources),
         },
-        warps=launch.warps,
+        warps=launch.warps_for(packing.block),
         stages=3,
         undivided=frozenset({"devices_per_node", "nodes", "blocks"}),
         capabilities=capabilities,

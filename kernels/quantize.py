@@ -138,12 +138,15 @@ def empty_rows(like: torch.Tensor, rows: int, part: int, packing: Packing) -> to
     return packed
 
 
-@torch.library.custom_op(
+torch.library.define(
     "shardplan::quantize",
-    mutates_args=(),
-    schema="(Tensor x, Tensor? seed, str kind, int block, ScalarType scale_dtype,"
+    "(Tensor x, Tensor? seed, str kind, int block, ScalarType scale_dtype,"
     " int partitions, int devices_per_node) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
 )
+
+
+@torch.library.impl("shardplan::quantize", "CompositeExplicitAutograd")
 def _quantize(
     x: torch.Tensor,
     seed: torch.Tensor | None,
@@ -182,12 +185,12 @@ def run(
             KIND=kind, BLOCK=block, TILE_BLOCKS=tile // block, HALF_SCALE=packing.scale_bytes == 2,
             PARTED=partitions > 1, DITHERED=seed is not None,
             HARDWARE_FP8=kind == "fp8" and hardware_fp8(x.device), PACKED=launch.packed,
-            num_warps=launch.warps, enable_fp_fusion=False,
+            num_warps=launch.warps_for(block), enable_fp_fusion=False,
         )  # fmt: skip
     return packed
 
 
-@_quantize.register_fake
+@torch.library.register_fake("shardplan::quantize")
 def _(x, seed, kind, block, scale_dtype, partitions, devices_per_node):
     packing = Packing(kind=kind, block=block, scale_dtype=scale_dtype)
     return x.new_empty((partitions, packing.row_bytes(part_numel(x.numel(), partitions))), dtype=torch.uint8)
@@ -215,7 +218,9 @@ def quantize(
     if seed is not None and packing.kind == "fp8":
         raise ValueError("seed with kind='fp8': stochastic rounding is for int8 and int4; leave the seed out")
     key = seed_tensor(seed, x.device)
-    return _quantize(x, key, packing.kind, packing.block, packing.scale_dtype, partitions, devices_per_node)
+    return torch.ops.shardplan.quantize.default(
+        x, key, packing.kind, packing.block, packing.scale_dtype, partitions, devices_per_node
+    )
 
 
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
@@ -259,7 +264,7 @@ def _shipped(
             "HARDWARE_FP8": packing.kind == "fp8" and not old,
             "PACKED": launch.packed,
         },
-        warps=launch.warps,
+        warps=launch.warps_for(packing.block),
         stages=3,
         undivided=frozenset({"devices_per_node", "nodes", "blocks"}),
         capabilities=capabilities,

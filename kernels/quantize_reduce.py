@@ -87,11 +87,14 @@ def _reduce_kernel(
     store_scale(out_scales + scale_start + block, scale, present, HALF_SCALE)
 
 
-@torch.library.custom_op(
+torch.library.define(
     "shardplan::dequantize_reduce_quantize",
-    mutates_args=(),
-    schema="(Tensor packed, Tensor? seed, SymInt numel, str kind, int block, ScalarType scale_dtype, float factor) -> Tensor",
+    "(Tensor packed, Tensor? seed, SymInt numel, str kind, int block, ScalarType scale_dtype, float factor) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
 )
+
+
+@torch.library.impl("shardplan::dequantize_reduce_quantize", "CompositeExplicitAutograd")
 def _reduce(
     packed: torch.Tensor,
     seed: torch.Tensor | None,
@@ -130,12 +133,12 @@ def run(
             SOURCES=sources, UNROLL=unroll(sources), KIND=kind, BLOCK=block, TILE_BLOCKS=tile // block,
             HALF_SCALE=scale_bytes == 2, DITHERED=seed is not None,
             HARDWARE_FP8=kind == "fp8" and hardware_fp8(packed.device), PACKED=launch.packed,
-            FOLD=power_of_two(factor), num_warps=launch.warps, enable_fp_fusion=False,
+            FOLD=power_of_two(factor), num_warps=launch.warps_for(block), enable_fp_fusion=False,
         )  # fmt: skip
     return out
 
 
-@_reduce.register_fake
+@torch.library.register_fake("shardplan::dequantize_reduce_quantize")
 def _(packed, seed, numel, kind, block, scale_dtype, factor):
     return packed.new_empty(packed.shape[1:])
 
@@ -166,7 +169,9 @@ def dequantize_reduce_quantize(
     check_packed(packed, (sources, rows, packing.row_bytes(numel)), packing, numel)
     factor = combine_factor(combine, sources)
     key = seed_tensor(seed, packed.device)
-    return _reduce(packed, key, numel, packing.kind, packing.block, packing.scale_dtype, factor)
+    return torch.ops.shardplan.dequantize_reduce_quantize.default(
+        packed, key, numel, packing.kind, packing.block, packing.scale_dtype, factor
+    )
 
 
 def _shipped(packing: Packing, sources: int, dithered: bool, capabilities: tuple[int, ...]) -> Shipped:
@@ -197,7 +202,7 @@ def _shipped(packing: Packing, sources: int, dithered: bool, capabilities: tuple
             "PACKED": launch.packed,
             "FOLD": power_of_two(1.0 / sources),
         },
-        warps=launch.warps,
+        warps=launch.warps_for(packing.block),
         stages=3,
         undivided=frozenset({"blocks"}),
         capabilities=capabilities,

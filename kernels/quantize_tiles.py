@@ -113,7 +113,7 @@ def pack_halves(low, high, kept):
         prmt.b32 next, $7, $8, 0x0040;
         prmt.b32 high, high, next, 0x5410;
         shl.b32 high, high, 4;
-        lop3.b32 low, low, high, 0x0F0F0F0F, 0xAC;
+        lop3.b32 low, low, high, 0x0F0F0F0F, 0xE4;
         and.b32 $0, low, $9;
         }""",
         "=r,r,r,r,r,r,r,r,r,r",
