@@ -16,7 +16,7 @@ from shardplan.kernels.benchmark_attention import attention_targets
 from shardplan.kernels.benchmark_case import COPY, CUDNN, FLASH, MUST, OURS, Case, Setting, Target
 from shardplan.kernels.benchmark_cases import all_cases
 from shardplan.kernels.benchmark_rows import COLUMNS, Outcome, long_rows, summary, table
-from shardplan.kernels.benchmark_timing import Plan, Stopwatch, Timing
+from shardplan.kernels.benchmark_timing import MOST_FLUSHES, Plan, Stopwatch, Timing, flushes_before
 
 CPU = torch.device("cpu")
 DRY = Setting(device=CPU, dry=True)
@@ -110,6 +110,12 @@ def test_rows_are_long() -> None:
     assert rows[0]["unit"] == "us"
     assert float(rows[1]["p20"]) < float(rows[1]["p50"]) < float(rows[1]["p80"])
     assert rows[-1]["note"] == "no kernel"
+
+
+def test_the_device_is_kept_busy_while_the_host_queues_a_call() -> None:
+    assert flushes_before(each_s=3e-3, queue_s=1e-4, flush_s=6e-5) == 1
+    assert flushes_before(each_s=1.6e-4, queue_s=1.5e-4, flush_s=6e-5) == 5
+    assert flushes_before(each_s=1.0, queue_s=1.0, flush_s=6e-5) == MOST_FLUSHES
 
 
 def test_rounds_are_interleaved_and_failures_are_named() -> None:
