@@ -242,18 +242,11 @@ def rotary(
 ) -> tuple[Tensor, Tensor]:
     """`q` (B, S, N, D) and `k` (B, S, K, D) turned by their positions; both contiguous, in the inputs' dtype.
 
-<<<<<<< HEAD
-    `cos` and `sin` (T, R/2) hold cos and sin of position · frequency; R ≤ D elements of a head turn. The position of index s is
-    offset + s, or `positions` ((S,) or (B, S), integers) when given, as under context parallelism, where a rank holds parts of
-    a sequence. A position outside the table gives NaN (IndexError on a CPU). q and k may have any strides; a last dim that is
-    not contiguous costs a copy. Differentiable in q and k. ValueError on shapes that do not agree. Sources [1], [2] above.
-=======
     `cos` and `sin` (T, R/2) hold cos and sin of position · frequency; R ≤ D elements of a head turn. The position of
     index s is offset + s, or `positions` ((S,) or (B, S), integers) when given, as under context parallelism, where a rank
     holds parts of a sequence. A position outside the table gives NaN (IndexError on a CPU). q and k may have any strides; a
     last dim that is not contiguous costs a copy. Differentiable in q and k. ValueError on shapes that do not agree. Sources
     [1], [2] above.
->>>>>>> fused
     """
     _check(q, cos, sin, positions, offset)
     _check(k, cos, sin, positions, offset)
