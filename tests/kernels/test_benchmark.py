@@ -16,7 +16,7 @@ from shardplan.kernels.benchmark_attention import attention_targets
 from shardplan.kernels.benchmark_case import COPY, CUDNN, FLASH, MUST, OURS, Case, Setting, Target
 from shardplan.kernels.benchmark_cases import all_cases
 from shardplan.kernels.benchmark_rows import COLUMNS, Outcome, long_rows, summary, table
-from shardplan.kernels.benchmark_timing import MOST_FLUSHES, Plan, Stopwatch, Timing, flushes_before
+from shardplan.kernels.benchmark_timing import Plan, Stopwatch, Timing
 
 CPU = torch.device("cpu")
 DRY = Setting(device=CPU, dry=True)
@@ -112,10 +112,10 @@ def test_rows_are_long() -> None:
     assert rows[-1]["note"] == "no kernel"
 
 
-def test_the_device_is_kept_busy_while_the_host_queues_a_call() -> None:
-    assert flushes_before(each_s=3e-3, queue_s=1e-4, flush_s=6e-5) == 1
-    assert flushes_before(each_s=1.6e-4, queue_s=1.5e-4, flush_s=6e-5) == 5
-    assert flushes_before(each_s=1.0, queue_s=1.0, flush_s=6e-5) == MOST_FLUSHES
+def test_the_time_of_the_host_is_a_row_where_it_was_measured() -> None:
+    timing = Timing(p20_s=1e-4, p50_s=1e-4, p80_s=1e-4, host_s=2.5e-5)
+    rows = long_rows([Outcome(case=outcome(1.0).case, found={OURS: timing})], {})
+    assert [(row["metric"], row["p50"]) for row in rows[:2]] == [("time", "100"), ("host time", "25")]
 
 
 def test_rounds_are_interleaved_and_failures_are_named() -> None:
