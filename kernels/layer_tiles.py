@@ -48,9 +48,9 @@ class HeadTiles(NamedTuple):
     per_thread: int
 
 
-FORWARD = RowTiles(4_096, 16, 1, 0)
+FORWARD = RowTiles(4_096, 32, 1, 0)
 BACKWARD = RowTiles(4_096, 16, 3, 2)
-SUM = SumTile(128, 16, 4)
+SUM = SumTile(256, 16, 8)
 ROTARY = HeadTiles(1_024, 16)
 
 
