@@ -85,6 +85,23 @@ def _replays(folder: Path, kernel: str) -> Iterator[Replay]:
         yield Replay(name=name, measured=metrics, answer=answer)
 
 
+def told(one: Replay) -> str:
+    """Measured and predicted, in a line."""
+    step_s, peak = one.answer["time"]["step_s"], one.answer["memory"]["allocated_peak_bytes"]
+    return (
+        f"{one.name:<46} {one.measured['step_s'] * 1e3:7.1f} ms  predicted {step_s * 1e3:7.1f} ({one.step_error:+6.1%})"
+        f"  {one.measured['allocated_bytes'] / 2**30:6.2f} GiB  predicted {peak / 2**30:6.2f}"
+        f" ({one.error(peak, 'allocated_bytes'):+6.1%})  MFU {one.measured['mfu']:.1%}"
+    )
+
+
+def test_measured_beside_predicted() -> None:
+    """With -s: every case, one line each."""
+    lines = [told(one) for one in (*replays(), *later())]
+    print("\n".join(["", *lines]))
+    assert len(lines) == 27
+
+
 def test_every_measured_case_is_there() -> None:
     assert len(replays()) == 13
 
