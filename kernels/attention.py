@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from shardplan.kernels import attention_launch, attention_launch_backward
-from shardplan.kernels.attention_reference import Shape, reference
+from shardplan.kernels.attention_reference import Shape, reference, reference_gradients
 from shardplan.kernels.attention_trial import trusted
 from shardplan.kernels.interpreter import takes_kernel
 
@@ -263,15 +263,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape = Shape(scale=scale, left=left, right=right, top_left=top_left, softcap=softcap, dropout=dropout)
     if not takes_kernel(q):
-        with torch.enable_grad():
-            leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-            again, again_lse = reference(
-                leaves[0], leaves[1], leaves[2], shape, slopes=slopes, seed=seed, cu_q=cu_q, cu_k=cu_k
-            )
-        wanted = [(again, grad)] if grad_lse is None else [(again, grad), (again_lse, grad_lse)]
-        gradients = torch.autograd.grad([o for o, _ in wanted], leaves, [g for _, g in wanted])
-        dq, dk, dv = (g.contiguous() for g in gradients)
-        return dq, dk, dv
+        return reference_gradients(grad, grad_lse, q, k, v, shape, slopes=slopes, seed=seed, cu_q=cu_q, cu_k=cu_k)
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     sequences = attention_launch.Sequences(q, k, cu_q, cu_k, (longest_q, longest_k))
     return attention_launch_backward.backward(grad, grad_lse, q, k, v, out, lse, shape, sequences, slopes, seed)

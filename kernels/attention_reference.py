@@ -140,3 +140,71 @@ def _dense(
         weight = torch.where(keep, weight / (1 - shape.dropout), 0.0)
     wide_v = v.repeat_interleave(q.shape[2] // v.shape[2], dim=2).float()
     return torch.einsum("bhij,bjhd->bihd", weight, wide_v).to(q.dtype), lse
+
+
+def reference_gradients(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    shape: Shape,
+    *,
+    slopes: Tensor | None = None,
+    seed: Tensor | None = None,
+    cu_q: Tensor | None = None,
+    cu_k: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dQ, dK, dV) of `reference` by the formulas of attention_backward, for where autograd does not reach: inside an operator."""
+    key = 0 if seed is None else int(seed)
+    dq, dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (q, k, v))
+    if cu_q is None or cu_k is None:
+        parts = [(0, (0, q.shape[1]), (0, k.shape[1]))]
+    else:
+        q_ends, k_ends = cu_q.tolist(), cu_k.tolist()
+        parts = [(i, (q_ends[i], q_ends[i + 1]), (k_ends[i], k_ends[i + 1])) for i in range(len(q_ends) - 1)]
+    for index, own_q, own_k in parts:
+        of_q, of_k = slice(*own_q), slice(*own_k)
+        own_slopes = slopes if cu_q is None or slopes is None or slopes.dim() == 1 else slopes[index : index + 1]
+        own_lse = None if grad_lse is None else grad_lse[:, :, of_q]
+        found = _dense_gradients(
+            grad[:, of_q], own_lse, q[:, of_q], k[:, of_k], v[:, of_k], shape, own_slopes, key, index
+        )
+        for whole, part, own in zip((dq, dk, dv), found, (of_q, of_k, of_k), strict=True):
+            whole[:, own] = part
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _dense_gradients(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    shape: Shape,
+    slopes: Tensor | None,
+    seed: int,
+    first: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    heads, kv_heads = q.shape[2], k.shape[2]
+    wide_k, wide_v = (x.float().repeat_interleave(heads // kv_heads, dim=2) for x in (k, v))
+    score = scores(q, k, shape, slopes)
+    lse = torch.logsumexp(score, dim=-1)
+    weight = torch.exp(score - torch.where(torch.isneginf(lse), torch.inf, lse)[..., None])
+    keep: Tensor | float = 1.0
+    if shape.dropout:
+        kept_pairs = kept(seed, first, q.shape[0], heads, q.shape[1], k.shape[1], shape.dropout, q.device)
+        keep = kept_pairs.float() / (1 - shape.dropout)
+    dp = torch.einsum("bihd,bjhd->bhij", grad.float(), wide_v) * keep
+    delta = (weight * dp).sum(-1)  # = rowsum(dO ∘ O)
+    if grad_lse is not None:
+        delta = delta - torch.where(torch.isneginf(lse), 0.0, grad_lse.float())
+    ds = weight * (dp - delta[..., None])
+    if shape.softcap:
+        plain = torch.einsum("bihd,bjhd->bhij", q.float(), wide_k) * shape.scale
+        ds = ds * (1 - torch.tanh(plain / shape.softcap) ** 2)
+    dq = torch.einsum("bhij,bjhd->bihd", ds, wide_k) * shape.scale
+    dk = torch.einsum("bhij,bihd->bjhd", ds, q.float()) * shape.scale
+    dv = torch.einsum("bhij,bihd->bjhd", weight * keep, grad.float())
+    dk, dv = (x.unflatten(2, (kv_heads, heads // kv_heads)).sum(3) for x in (dk, dv))
+    return dq, dk, dv

@@ -56,7 +56,8 @@ def machine() -> dict[str, str]:
 
 
 def long_rows(outcomes: Iterable[Outcome], about: Mapping[str, str]) -> list[dict[str, Any]]:
-    """A row a provider and metric: time, rate, and the ratio of ours to it; or `not supported` with the reason as note."""
+    """A row a provider and metric: time on the device, time of the host to queue it, rate, and the ratio of ours to it; or
+    `not supported` with the reason as note."""
     rows: list[dict[str, Any]] = []
     for outcome in outcomes:
         for provider, timing in outcome.found.items():
@@ -73,6 +74,8 @@ def _metrics(outcome: Outcome, provider: str, timing: Timing | str) -> Iterable[
         return
     times = (timing.p20_s, timing.p50_s, timing.p80_s)
     yield {"metric": "time", "unit": "us"} | _percentiles(1e6 * one for one in times)
+    if timing.host_s is not None:
+        yield {"metric": "host time", "unit": "us", "p50": f"{1e6 * timing.host_s:.4g}"}
     scale, work = SCALES[outcome.case.unit], outcome.case.work_of(provider)
     yield {"metric": "rate", "unit": outcome.case.unit} | _percentiles(work / one / scale for one in reversed(times))
     ratio = outcome.ratio(provider)

@@ -1,4 +1,9 @@
-"""Times several ways to compute the same thing, in interleaved rounds, so that each meets the same clocks and heat."""
+"""Times several ways to compute the same thing, in interleaved rounds, so that each meets the same clocks and heat.
+
+What is timed is the device's work. Before each call the device is kept busy for longer than the host needs to queue it, so
+that a call of a few short kernels is not timed at the pace of the Python that launches them; the host's own time is
+measured beside it. That holds for any call, also for one that a CUDA graph cannot capture.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +19,11 @@ Call = Callable[[], object]
 FLUSH_BYTES = 256 * 2**20
 """More than any L2 cache holds: written before each call, so that a kernel reads device memory as it would in training."""
 HEAD_START = 8
-"""Flushes queued before a round: the host gets ahead, and short kernels are timed without their launches."""
+"""Flushes queued before a round, while the host gets ahead."""
+LEAD, LEAD_S, LONGEST_LEAD_S = 1.5, 50e-6, 20e-3
+"""The device waits so many times the host's time of a call, and so much more, before each; never longer than the last."""
+CYCLES_PER_S = 2e9
+"""No board runs faster, so waits are at least as long as asked for."""
 WARM_UP_S = 0.025
 FEWEST = 5
 MOST = 200
@@ -22,11 +31,13 @@ MOST = 200
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """Seconds of one call: percentiles of the round with the least median."""
+    """Seconds of one call on the device: percentiles of the round with the least median."""
 
     p20_s: float
     p50_s: float
     p80_s: float
+    host_s: float | None = None
+    """What the host needs to queue the call: an eager loop of such calls goes no faster. None where both are one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +65,12 @@ class Stopwatch:
     def interleaved(self, calls: Mapping[str, Call], plan: Plan) -> dict[str, Timing | str]:
         """Rounds of every provider in turn; what fails is reported as its error and left out of later rounds."""
         repeats: dict[str, int] = {}
+        hosts: dict[str, float] = {}
         rounds: dict[str, list[list[float]]] = {name: [] for name in calls}
         failed: dict[str, str] = {}
         for name, call in calls.items():
             try:
-                each_s = self._warm_up(call, plan.warm_up_s)
+                each_s, hosts[name] = self._warm_up(call, plan.warm_up_s)
                 repeats[name] = max(plan.fewest, min(MOST, round(plan.round_s / each_s)))
             except Exception as error:  # a provider may fail in any way; it is a row of the table then
                 failed[name] = first_line(error)
@@ -66,32 +78,36 @@ class Stopwatch:
             for name, count in repeats.items():
                 if name not in failed:
                     try:
-                        rounds[name].append(self._round(calls[name], count))
+                        rounds[name].append(self._round(calls[name], count, hosts[name]))
                     except Exception as error:
                         failed[name] = first_line(error)
-        return {name: failed[name] if name in failed else _best(rounds[name]) for name in calls}
+        return {
+            name: failed[name] if name in failed else _best(rounds[name], hosts[name] if self.cuda else None)
+            for name in calls
+        }
 
-    def _warm_up(self, call: Call, warm_up_s: float) -> float:
-        """Call once, for compilation, then until the time has passed; seconds of one call."""
+    def _warm_up(self, call: Call, warm_up_s: float) -> tuple[float, float]:
+        """Call once, for compilation, then until the time has passed; seconds of one call, and of the host to queue it."""
         call()
         self._wait()
-        start_s, count = time.perf_counter(), 0
+        start_s, queued = time.perf_counter(), list[float]()
         while True:
-            call()
+            queued.append(_wall_s(call))
             self._wait()
-            count += 1
             spent_s = time.perf_counter() - start_s
             if spent_s >= warm_up_s:
-                return max(spent_s / count, 1e-7)
+                return max(spent_s / len(queued), 1e-7), statistics.median(queued)
 
-    def _round(self, call: Call, count: int) -> list[float]:
+    def _round(self, call: Call, count: int, host_s: float) -> list[float]:
         if not self.cuda:
             return [_wall_s(call) for _ in range(count)]
         for _ in range(HEAD_START):
             self._flushed.zero_()
         events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
+        lead = round(min(LONGEST_LEAD_S, LEAD * host_s + LEAD_S) * CYCLES_PER_S)
         call()  # after another provider: its code and tables are cold
         for start, end in events:
+            torch.cuda._sleep(lead)  # pyright: ignore[reportPrivateUsage]
             self._flushed.zero_()
             start.record()
             call()
@@ -110,11 +126,11 @@ def _wall_s(call: Call) -> float:
     return time.perf_counter() - start_s
 
 
-def _best(rounds: list[list[float]]) -> Timing:
+def _best(rounds: list[list[float]], host_s: float | None) -> Timing:
     best = min(rounds, key=statistics.median)
     ordered = sorted(best)
     low, high = (ordered[round(share * (len(ordered) - 1))] for share in (0.2, 0.8))
-    return Timing(p20_s=low, p50_s=statistics.median(best), p80_s=high)
+    return Timing(p20_s=low, p50_s=statistics.median(best), p80_s=high, host_s=host_s)
 
 
 def first_line(error: BaseException) -> str:

@@ -21,13 +21,12 @@ import triton
 import triton.language as tl
 
 from shardplan.kernels import quantize_reference as reference
+from shardplan.kernels.code_tiles import LAUNCHES, Launch
 from shardplan.kernels.interpreter import takes_kernel
 from shardplan.kernels.packing import Packing, check_packed, check_split, part_numel
 from shardplan.kernels.quantize import (
     POINTERS,
-    TILE,
     VARIANTS,
-    WARPS,
     check_floats,
     hardware_fp8,
     scale_view,
@@ -40,40 +39,53 @@ MAX_UNROLL = 8
 
 
 @triton.jit
+def last_repeated(block, left):
+    """Blocks of a tile of which `left` are present, the last of them for all behind it: reads need no mask then."""
+    return tl.minimum(block, (left - 1).to(tl.int32))
+
+
+@triton.jit
 def decode_sum(
-    codes, scales, source_bytes, present, block, column,
+    codes, scales, source_bytes, block, column, factor,
     SOURCES: tl.constexpr, UNROLL: tl.constexpr, KIND: tl.constexpr, WIDTH: tl.constexpr, HALF_SCALE: tl.constexpr,
-    TILE_BLOCKS: tl.constexpr, HARDWARE_FP8: tl.constexpr,
+    TILE_BLOCKS: tl.constexpr, HARDWARE_FP8: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
-    """Sum over sources of the tile at `codes`, `scales`, in fp32: (whole block, 0) or (low half, high half) for int4.
+    """factor · sum over sources of the tile at `codes`, `scales`, in fp32: (whole block, 0) or (low, high half) for int4.
 
     Codes are read as code + offset, whose product with a scale is exact, and the offsets are taken off once at the end:
     one multiply-add an element and source. That adds an error of at most 3e-5 of a code step a source.
+    FOLD: the factor is a power of two, so multiplying the scales with it gives the same bits as multiplying the sums.
     """
-    LOW_OFFSET: tl.constexpr = 264.0 if KIND == "int4" else (384.0 if KIND == "int8" else 0.0)
+    OFFSET: tl.constexpr = 136.0 if KIND == "int4" else (384.0 if KIND == "int8" else 0.0)
     low = tl.zeros((TILE_BLOCKS, WIDTH), tl.float32)
     high = tl.zeros((TILE_BLOCKS, WIDTH if KIND == "int4" else 1), tl.float32)
-    low_offset = tl.zeros((TILE_BLOCKS, 1), tl.float32)
-    high_offset = tl.zeros((TILE_BLOCKS, 1), tl.float32)
+    offset = tl.zeros((TILE_BLOCKS, 1), tl.float32)
     for group in tl.range(0, SOURCES, UNROLL):
         for step in tl.static_range(UNROLL):
-            source = tl.cast(group + step, tl.int64) * source_bytes
-            code = tl.load(codes + source + block * WIDTH + column, mask=present, other=0)
-            scale = load_scale(scales + source // (2 if HALF_SCALE else 4) + block, present, HALF_SCALE)
+            source = tl.cast(group + step, tl.int64)
+            code = tl.load(codes + source * source_bytes + block * WIDTH + column)
+            scale = load_scale(scales + source * (source_bytes // (2 if HALF_SCALE else 4)) + block, HALF_SCALE)
+            if FOLD:
+                scale *= factor
             value, other = decode(code, KIND, HARDWARE_FP8)
             low = tl.fma(value, tl.broadcast_to(scale, (TILE_BLOCKS, WIDTH)), low)
-            low_offset += scale * LOW_OFFSET
+            offset += scale * OFFSET
             if KIND == "int4":
                 high = tl.fma(other, tl.broadcast_to(scale, (TILE_BLOCKS, WIDTH)), high)
-                high_offset += scale * 24.0
-    return low - low_offset, high - high_offset
+    if KIND != "fp8":
+        low -= offset
+        high -= offset
+    if not FOLD:
+        low *= factor
+        high *= factor
+    return low, high
 
 
 @triton.jit(do_not_specialize=["blocks", "devices_per_node", "nodes"])
 def _dequantize_kernel(
     codes, scales, out, numel, part, blocks, row_bytes, source_bytes, devices_per_node, nodes, factor,
     SOURCES: tl.constexpr, UNROLL: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr, TILE_BLOCKS: tl.constexpr,
-    HALF_SCALE: tl.constexpr, PARTED: tl.constexpr, HARDWARE_FP8: tl.constexpr,
+    HALF_SCALE: tl.constexpr, PARTED: tl.constexpr, HARDWARE_FP8: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
     """[SOURCES, rows] of `packing.py` -> out [numel] = factor · sum over sources; program (tile of a part, part)."""
     WIDTH: tl.constexpr = BLOCK // 2 if KIND == "int4" else BLOCK
@@ -84,12 +96,11 @@ def _dequantize_kernel(
     block = tl.arange(0, TILE_BLOCKS)[:, None]
     # As many codes a thread as it writes elements in 16 bytes: wider reads would go through shared memory to the writers.
     column = tl.max_contiguous(tl.arange(0, WIDTH), 128 // out.dtype.element_ty.primitive_bitwidth)[None, :]
-    present = tile * TILE_BLOCKS + block < blocks
     codes += row * row_bytes + tile * (TILE_BLOCKS * WIDTH)
     scales += row * (row_bytes // (2 if HALF_SCALE else 4)) + tile * TILE_BLOCKS
     low, high = decode_sum(
-        codes, scales, source_bytes, present, block, column,
-        SOURCES, UNROLL, KIND, WIDTH, HALF_SCALE, TILE_BLOCKS, HARDWARE_FP8,
+        codes, scales, source_bytes, last_repeated(block, blocks - tile * TILE_BLOCKS), column, factor,
+        SOURCES, UNROLL, KIND, WIDTH, HALF_SCALE, TILE_BLOCKS, HARDWARE_FP8, FOLD,
     )  # fmt: skip
     if PARTED:
         start = part_index.to(tl.int64) * part
@@ -99,8 +110,8 @@ def _dequantize_kernel(
         out += first
         left = numel - first
     place = block * BLOCK + column
-    low = as_output(low * factor, out)
-    high = as_output(high * factor, out)
+    low = as_output(low, out)
+    high = as_output(high, out)
     if left >= TILE_BLOCKS * BLOCK:
         tl.store(out + place, low)
         if KIND == "int4":
@@ -116,6 +127,16 @@ def unroll(sources: int) -> int:
     return math.gcd(sources, MAX_UNROLL)
 
 
+def launch_of(kind: str, sources: int) -> Launch:
+    """Several sources are read as a reduction reads them: fewer elements a thread, more reads in flight."""
+    return LAUNCHES["dequantize" if sources == 1 else "reduce", kind]
+
+
+def power_of_two(factor: float) -> bool:
+    """Whether multiplying by `factor` rounds nothing."""
+    return math.frexp(factor)[0] == 0.5
+
+
 def aligned(packed: torch.Tensor) -> torch.Tensor:
     """`packed` contiguous and on a 16-byte boundary, which its view as fp32 and wide loads need; a copy only if it is not."""
     packed = packed.contiguous()
@@ -129,12 +150,15 @@ def combine_factor(combine: str, sources: int) -> float:
     return 1.0 / sources if combine == "mean" else 1.0
 
 
-@torch.library.custom_op(
+torch.library.define(
     "shardplan::dequantize",
-    mutates_args=(),
-    schema="(Tensor packed, SymInt numel, ScalarType dtype, str kind, int block, ScalarType scale_dtype,"
+    "(Tensor packed, SymInt numel, ScalarType dtype, str kind, int block, ScalarType scale_dtype,"
     " int devices_per_node, float factor) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
 )
+
+
+@torch.library.impl("shardplan::dequantize", "CompositeExplicitAutograd")
 def _dequantize(
     packed: torch.Tensor,
     numel: int,
@@ -148,26 +172,40 @@ def _dequantize(
     packing = Packing(kind=kind, block=block, scale_dtype=scale_dtype)
     if not takes_kernel(packed):
         return reference.dequantize(packed, numel, dtype, packing, devices_per_node, factor)
+    return run(packed, numel, dtype, packing, devices_per_node, factor, launch_of(kind, packed.shape[0]))
+
+
+def run(
+    packed: torch.Tensor,
+    numel: int,
+    dtype: torch.dtype,
+    packing: Packing,
+    devices_per_node: int,
+    factor: float,
+    launch: Launch,
+) -> torch.Tensor:
+    """Launch the kernel as `launch` says."""
     out = torch.empty(numel, dtype=dtype, device=packed.device)
     if numel == 0:
         return out
     packed = aligned(packed)
     sources, partitions, row_bytes = packed.shape
     part = part_numel(numel, partitions)
+    kind, block, tile = packing.kind, packing.block, launch.elements(packing.block)
     with torch.cuda.device_of(packed):
-        _dequantize_kernel[(triton.cdiv(part, TILE), partitions)](
+        _dequantize_kernel[(triton.cdiv(part, tile), partitions)](
             packed, scale_view(packed, packing.code_bytes(part), packing.scale_bytes), out,
             numel, part, packing.blocks(part), row_bytes, partitions * row_bytes,
             devices_per_node, partitions // devices_per_node, factor,
-            SOURCES=sources, UNROLL=unroll(sources), KIND=kind, BLOCK=block, TILE_BLOCKS=TILE // block,
+            SOURCES=sources, UNROLL=unroll(sources), KIND=kind, BLOCK=block, TILE_BLOCKS=tile // block,
             HALF_SCALE=packing.scale_bytes == 2, PARTED=partitions > 1,
-            HARDWARE_FP8=kind == "fp8" and hardware_fp8(packed.device),
-            num_warps=WARPS, enable_fp_fusion=False,
+            HARDWARE_FP8=kind == "fp8" and hardware_fp8(packed.device), FOLD=power_of_two(factor),
+            num_warps=launch.warps_for(block), enable_fp_fusion=False,
         )  # fmt: skip
     return out
 
 
-@_dequantize.register_fake
+@torch.library.register_fake("shardplan::dequantize")
 def _(packed, numel, dtype, kind, block, scale_dtype, devices_per_node, factor):
     return packed.new_empty((numel,), dtype=dtype)
 
@@ -217,13 +255,16 @@ def dequantize_reduce(
     row_bytes = packing.row_bytes(part_numel(numel, partitions))
     check_packed(packed, (sources, partitions, row_bytes), packing, numel)
     factor = combine_factor(combine, sources)
-    return _dequantize(packed, numel, dtype, packing.kind, packing.block, packing.scale_dtype, devices_per_node, factor)
+    return torch.ops.shardplan.dequantize.default(
+        packed, numel, dtype, packing.kind, packing.block, packing.scale_dtype, devices_per_node, factor
+    )
 
 
 def _shipped(
     packing: Packing, dtype: torch.dtype, sources: int, parted: bool, capabilities: tuple[int, ...]
 ) -> Shipped:
     old = packing.kind == "fp8" and capabilities == (80,)
+    launch = launch_of(packing.kind, sources)
     words = " parts" * parted + " software" * old
     return Shipped(
         name=f"dequantize {variant_name(packing)} {POINTERS[dtype][1:]} sources {sources}{words}",
@@ -242,12 +283,13 @@ def _shipped(
             "UNROLL": unroll(sources),
             "KIND": packing.kind,
             "BLOCK": packing.block,
-            "TILE_BLOCKS": TILE // packing.block,
+            "TILE_BLOCKS": launch.elements(packing.block) // packing.block,
             "HALF_SCALE": packing.scale_bytes == 2,
             "PARTED": parted,
             "HARDWARE_FP8": packing.kind == "fp8" and not old,
+            "FOLD": power_of_two(1.0 / sources),
         },
-        warps=WARPS,
+        warps=launch.warps_for(packing.block),
         stages=3,
         undivided=frozenset({"devices_per_node", "nodes", "blocks"}),
         capabilities=capabilities,

@@ -21,26 +21,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from shardplan.kernels.launch import KERNEL_DTYPES, TRITON_TYPES, as_rows, on_device_of, resident_programs, uses_kernel
-from shardplan.kernels.norm_kernels import (
-    SUM_COLUMNS,
-    SUM_ROWS,
-    WIDEST,
-    WIDEST_HELD,
-    backward_tile,
-    forward_tile,
-    norm_backward_kernel,
-    norm_forward_kernel,
-    sum_parts_kernel,
-)
+from shardplan.kernels import norm_launch
+from shardplan.kernels.launch import KERNEL_DTYPES, TRITON_TYPES, as_rows, uses_kernel
+from shardplan.kernels.layer_tiles import SUM, WIDEST, WIDEST_HELD, backward_launch, forward_launch
+from shardplan.kernels.norm_kernels import norm_backward_kernel, norm_forward_kernel, sum_parts_kernel
 from shardplan.kernels.norm_reference import norm_backward_reference, norm_forward_reference
+from shardplan.kernels.operators import operator
 from shardplan.kernels.shipped import Shipped
 
 
-@torch.library.custom_op("shardplan::norm", mutates_args=())
 def _norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, centered: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -50,42 +41,27 @@ def _norm(
     if not uses_kernel(*given) or width > WIDEST:
         return norm_forward_reference(x, residual, weight, bias, eps, centered)
     x_rows = as_rows(x)
-    residual_rows = x_rows if residual is None else as_rows(residual)
-    count = x_rows.shape[0]
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = y.new_empty(0) if residual is None else torch.empty_like(y)
-    rstd = torch.empty(count, dtype=torch.float32, device=x.device)
+    rstd = torch.empty(x_rows.shape[0], dtype=torch.float32, device=x.device)
     mean = torch.empty_like(rstd) if centered else rstd.new_empty(0)
-    rows, block, warps = forward_tile(width)
     if x.numel():
-        with on_device_of(x):
-            norm_forward_kernel[(triton.cdiv(count, rows),)](
-                x_rows,
-                residual_rows,
-                weight.contiguous(),
-                weight if bias is None else bias.contiguous(),
-                y,
-                y if residual is None else total,
-                mean if centered else rstd,
-                rstd,
-                count,
-                width,
-                x_rows.stride(0),
-                residual_rows.stride(0),
-                eps,
-                CENTERED=centered,
-                HAS_RESIDUAL=residual is not None,
-                HAS_BIAS=bias is not None,
-                ROWS=rows,
-                BLOCK=block,
-                num_warps=warps,
-                num_stages=1,
-            )
+        norm_launch.forward(
+            x_rows,
+            None if residual is None else as_rows(residual),
+            weight.contiguous(),
+            None if bias is None else bias.contiguous(),
+            y,
+            total,
+            mean,
+            rstd,
+            eps,
+            forward_launch(width, x.element_size()),
+        )
     return y, total, mean, rstd
 
 
-@_norm.register_fake
-def _(
+def _fake_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, centered: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -95,7 +71,6 @@ def _(
     return y, total, torch.empty_like(rstd) if centered else rstd.new_empty(0), rstd
 
 
-@torch.library.custom_op("shardplan::norm_backward", mutates_args=())
 def _norm_backward(
     grad_y: Tensor, grad_total: Tensor | None, value: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, has_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,62 +79,33 @@ def _norm_backward(
     if not uses_kernel(grad_y, value, weight) or width > WIDEST:
         return norm_backward_reference(grad_y, grad_total, value, weight, mean, rstd, has_bias)
     dy_rows, value_rows = as_rows(grad_y), as_rows(value)
-    total_rows = dy_rows if grad_total is None else as_rows(grad_total)
-    count = value_rows.shape[0]
     grad_value = torch.empty(value.shape, dtype=value.dtype, device=value.device)
-    grad_weight = torch.zeros(width, dtype=weight.dtype, device=value.device)
-    grad_bias = torch.zeros_like(grad_weight) if has_bias else grad_weight.new_empty(0)
     if not value.numel():
-        return grad_value, grad_weight, grad_bias
-    centered = mean.numel() > 0
-    rows, block, warps, stages, per_multiprocessor = backward_tile(width, centered)
-    programs = min(resident_programs(value, per_multiprocessor), triton.cdiv(count, rows))
+        return grad_value, torch.zeros_like(weight), torch.zeros_like(weight) if has_bias else weight.new_empty(0)
+    grad_weight = weight.new_empty(width)
     held_bias = has_bias and width <= WIDEST_HELD  # in wider rows two sums a column do not fit the registers
     if has_bias and not held_bias:
         grad_bias = dy_rows.sum(0, dtype=torch.float32).to(weight.dtype)
-    outputs = 2 if held_bias else 1
-    parts = torch.empty((outputs, programs, width), dtype=torch.float32, device=value.device)
-    with on_device_of(value):
-        norm_backward_kernel[(programs,)](
-            dy_rows,
-            total_rows,
-            value_rows,
-            weight.contiguous(),
-            mean if centered else rstd,
-            rstd,
-            grad_value,
-            parts,
-            count,
-            width,
-            dy_rows.stride(0),
-            total_rows.stride(0),
-            value_rows.stride(0),
-            CENTERED=centered,
-            HAS_TOTAL=grad_total is not None,
-            HAS_BIAS=held_bias,
-            RELOAD=width > WIDEST_HELD,
-            ROWS=rows,
-            BLOCK=block,
-            STAGES=stages,
-            num_warps=warps,
-            num_stages=stages,
-        )
-        sum_parts_kernel[(triton.cdiv(width, SUM_COLUMNS), outputs)](
-            parts,
-            grad_weight,
-            grad_bias if held_bias else grad_weight,
-            programs,
-            width,
-            ROWS=SUM_ROWS,
-            COLUMNS=SUM_COLUMNS,
-            num_warps=4,
-            num_stages=1,
-        )
+    else:
+        grad_bias = weight.new_empty(width if has_bias else 0)
+    launch = backward_launch(width, value.element_size(), mean.numel() > 0)
+    parts = norm_launch.parts_of(value_rows, 2 if held_bias else 1, launch)
+    norm_launch.backward(
+        dy_rows,
+        None if grad_total is None else as_rows(grad_total),
+        value_rows,
+        weight.contiguous(),
+        mean,
+        rstd,
+        grad_value,
+        parts,
+        launch,
+    )
+    norm_launch.sum_parts(parts, grad_weight, grad_bias if held_bias else None)
     return grad_value, grad_weight, grad_bias
 
 
-@_norm_backward.register_fake
-def _(
+def _fake_norm_backward(
     grad_y: Tensor, grad_total: Tensor | None, value: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, has_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_weight = weight.new_empty(weight.shape)
@@ -183,11 +129,12 @@ def _differentiate(ctx: Any, grad_y: Tensor | None, grad_total: Tensor | None, *
     if grad_y is None:  # only the sum was used
         return grad_total, grad_total if ctx.has_residual else None, None, None, None, None
     grad_total = grad_total if ctx.has_residual else None
-    dx, dw, db = torch.ops.shardplan.norm_backward(grad_y, grad_total, value, weight, mean, rstd, ctx.has_bias)
+    dx, dw, db = _NORM_BACKWARD(grad_y, grad_total, value, weight, mean, rstd, ctx.has_bias)
     return dx, dx if ctx.has_residual else None, dw, db if ctx.has_bias else None, None, None
 
 
-_norm.register_autograd(_differentiate, setup_context=_save)
+_NORM_BACKWARD = operator(_norm_backward, _fake_norm_backward)
+_NORM = operator(_norm, _fake_norm, _differentiate, _save)
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-5) -> Tensor:
@@ -197,13 +144,13 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-5) -> Tensor:
     do not agree. Sources [2], [3] above.
     """
     _check(x, None, weight, None)
-    return _norm(x, None, weight, None, eps, False)[0]
+    return _NORM(x, None, weight, None, eps, False)[0]
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, *, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
     """(RMSNorm(x + residual), x + residual) in one pass; both (..., N) and both differentiable."""
     _check(x, residual, weight, None)
-    y, total, _, _ = _norm(x, residual, weight, None, eps, False)
+    y, total, _, _ = _NORM(x, residual, weight, None, eps, False)
     return y, total
 
 
@@ -214,7 +161,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: fl
     that do not agree. Sources [1], [3] above.
     """
     _check(x, None, weight, bias)
-    return _norm(x, None, weight, bias, eps, True)[0]
+    return _NORM(x, None, weight, bias, eps, True)[0]
 
 
 def add_layer_norm(
@@ -222,7 +169,7 @@ def add_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """(LayerNorm(x + residual), x + residual) in one pass; both (..., N) and both differentiable."""
     _check(x, residual, weight, bias)
-    y, total, _, _ = _norm(x, residual, weight, bias, eps, True)
+    y, total, _, _ = _NORM(x, residual, weight, bias, eps, True)
     return y, total
 
 
@@ -251,7 +198,7 @@ def shipped() -> list[Shipped]:
 
 
 def _shipped_forward(dtype: torch.dtype, width: int, centered: bool) -> Shipped:
-    rows, block, warps = forward_tile(width)
+    launch = forward_launch(width, dtype.itemsize)
     name = TRITON_TYPES[dtype]
     pointers = dict.fromkeys(("x", "residual", "weight", "bias", "y", "total"), f"*{name}")
     integers = dict.fromkeys(("rows", "width", "x_stride", "residual_stride"), "i32")
@@ -259,14 +206,15 @@ def _shipped_forward(dtype: torch.dtype, width: int, centered: bool) -> Shipped:
         name=f"norm_forward {'layer' if centered else 'rms'} N{width} {name}",
         kernel=norm_forward_kernel,
         signature=pointers | {"mean": "*fp32", "rstd": "*fp32"} | integers | {"eps": "fp32"},
-        constants={"CENTERED": centered, "HAS_RESIDUAL": True, "HAS_BIAS": centered, "ROWS": rows, "BLOCK": block},
-        warps=warps,
-        stages=1,
+        constants={"CENTERED": centered, "HAS_RESIDUAL": True, "HAS_BIAS": centered}
+        | {"ROWS": launch.rows, "BLOCK": launch.block, "STAGES": launch.stages},
+        warps=launch.warps,
+        stages=launch.stages,
     )
 
 
 def _shipped_backward(dtype: torch.dtype, width: int, centered: bool) -> Shipped:
-    rows, block, warps, stages, _ = backward_tile(width, centered)
+    launch = backward_launch(width, dtype.itemsize, centered)
     name = TRITON_TYPES[dtype]
     integers = dict.fromkeys(["rows", "width", "grad_y_stride", "grad_total_stride", "value_stride"], "i32")
     pointers = dict.fromkeys(["grad_y", "grad_total", "value", "weight", "grad_value"], f"*{name}")
@@ -276,9 +224,9 @@ def _shipped_backward(dtype: torch.dtype, width: int, centered: bool) -> Shipped
         name=f"norm_backward {'layer' if centered else 'rms'} N{width} {name}",
         kernel=norm_backward_kernel,
         signature=pointers | dict.fromkeys(["mean", "rstd", "parts"], "*fp32") | integers,
-        constants=flags | {"ROWS": rows, "BLOCK": block, "STAGES": stages},
-        warps=warps,
-        stages=stages,
+        constants=flags | {"ROWS": launch.rows, "BLOCK": launch.block, "STAGES": launch.stages},
+        warps=launch.warps,
+        stages=launch.stages,
     )
 
 
@@ -293,8 +241,8 @@ def _shipped_sum() -> Shipped:
             "programs": "i32",
             "width": "i32",
         },
-        constants={"ROWS": SUM_ROWS, "COLUMNS": SUM_COLUMNS},
-        warps=4,
+        constants={"ROWS": SUM.rows, "COLUMNS": SUM.columns},
+        warps=SUM.warps,
         stages=1,
         undivided=frozenset({"programs"}),
     )

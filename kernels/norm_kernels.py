@@ -1,6 +1,6 @@
-"""The kernels of RMSNorm and LayerNorm, and the tiles they are launched with; formulas and sources are in `norm.py`.
+"""The kernels of RMSNorm and LayerNorm; formulas and sources are in `norm.py`, launches in `norm_launch.py`.
 
-Shapes: M rows, N width, P programs of the backward.
+Shapes: M rows, N width, P programs.
 """
 
 # pyright: reportPossiblyUnboundVariable=false
@@ -9,16 +9,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-from shardplan.kernels.launch import next_power_of_two
-
-WIDEST = 16_384
-TILE_ELEMENTS = 4_096
-"""Elements of a program's tile where a row has fewer; then it holds several rows."""
-WIDEST_HELD = 8_192
-"""Widest row whose backward keeps s and dy in registers across the reduction; wider ones are read again, from cache."""
-SUM_COLUMNS = 32
-SUM_ROWS = 64
 
 
 @triton.jit
@@ -41,30 +31,37 @@ def norm_forward_kernel(
     HAS_BIAS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ) -> None:
-    """One program a tile of ROWS rows."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    """P programs; program p takes tiles p, p + P, … of ROWS rows."""
     column = tl.arange(0, BLOCK)
     inside = column < width
-    mask = (row < rows)[:, None] & inside[None, :]
-    value = tl.load(x + row[:, None] * x_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
-    place = row[:, None] * width + column[None, :]
-    if HAS_RESIDUAL:
-        added = tl.load(residual + row[:, None] * residual_stride + column[None, :], mask=mask, other=0.0)
-        # the statistics are those of the sum as it is stored, which is what the backward sees
-        rounded = (value + added.to(tl.float32)).to(total.dtype.element_ty)
-        tl.store(total + place, rounded, mask=mask)
-        value = rounded.to(tl.float32)
-    if CENTERED:
-        center = tl.sum(value, axis=1) / width
-        value = tl.where(mask, value - center[:, None], 0.0)
-        tl.store(mean + row, center, mask=row < rows)
-    scale = 1.0 / tl.sqrt(tl.sum(value * value, axis=1) / width + eps)
-    tl.store(rstd + row, scale, mask=row < rows)
-    out = value * scale[:, None] * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+    # read before the rows: held for all of them, and on their way while the first is
+    w = tl.load(weight + column, mask=inside, other=0.0, eviction_policy="evict_last")[None, :]
     if HAS_BIAS:
-        out += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)[None, :]
-    tl.store(y + place, out.to(y.dtype.element_ty), mask=mask)
+        b = tl.load(bias + column, mask=inside, other=0.0, eviction_policy="evict_last")[None, :]
+    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES):
+        row = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
+        alive = row < rows
+        mask = alive[:, None] & inside[None, :]
+        value = tl.load(x + row[:, None] * x_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        place = row[:, None] * width + column[None, :]
+        if HAS_RESIDUAL:
+            added = tl.load(residual + row[:, None] * residual_stride + column[None, :], mask=mask, other=0.0)
+            # the statistics are those of the sum as it is stored, which is what the backward sees
+            rounded = (value + added.to(tl.float32)).to(total.dtype.element_ty)
+            tl.store(total + place, rounded, mask=mask)
+            value = rounded.to(tl.float32)
+        if CENTERED:
+            center = tl.sum(value, axis=1) / width
+            value = tl.where(mask, value - center[:, None], 0.0)
+            tl.store(mean + row, center, mask=alive)
+        scale = 1.0 / tl.sqrt(tl.sum(value * value, axis=1) / width + eps)
+        tl.store(rstd + row, scale, mask=alive)
+        out = value * scale[:, None] * w.to(tl.float32)
+        if HAS_BIAS:
+            out += b.to(tl.float32)
+        tl.store(y + place, out.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -169,18 +166,3 @@ def sum_parts_kernel(
         tl.store(grad_weight + column, out.to(grad_weight.dtype.element_ty), mask=inside)
     else:
         tl.store(grad_bias + column, out.to(grad_bias.dtype.element_ty), mask=inside)
-
-
-def forward_tile(width: int) -> tuple[int, int, int]:
-    """(ROWS, BLOCK, warps): 16 elements a thread, 32 in the widest rows."""
-    block = max(16, next_power_of_two(width))
-    rows = max(1, TILE_ELEMENTS // block)
-    return rows, block, min(16, rows * block // 512)
-
-
-def backward_tile(width: int, centered: bool) -> tuple[int, int, int, int, int]:
-    """(ROWS, BLOCK, warps, stages, programs a multiprocessor)."""
-    rows, block, warps = forward_tile(width)
-    if width > WIDEST_HELD:
-        return rows, block, 32, 1, 1
-    return rows, block, warps, 2 if centered else 3, 1 if block > TILE_ELEMENTS else 2

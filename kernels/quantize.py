@@ -19,11 +19,14 @@ can be captured in a CUDA graph.
 # (a branch on a constexpr picks code when the kernel is compiled)
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
 from shardplan.kernels import quantize_reference as reference
+from shardplan.kernels.code_tiles import LAUNCHES, Launch
 from shardplan.kernels.interpreter import INTERPRETED, takes_kernel
 from shardplan.kernels.packing import Packing, check_split, part_numel
 from shardplan.kernels.quantize_tiles import (
@@ -36,7 +39,7 @@ from shardplan.kernels.quantize_tiles import (
 from shardplan.kernels.shipped import Shipped
 
 TILE = 8192
-"""Elements a program handles: 16 KiB of bf16, 32 elements a thread of 8 warps; a multiple of every block size."""
+"""Elements a program of `normal_float` handles: 16 KiB of bf16, 32 elements a thread of 8 warps."""
 WARPS = 8
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -46,7 +49,7 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 def _quantize_kernel(
     x, codes, scales, seed, numel, part, blocks, row_bytes, devices_per_node, nodes,
     KIND: tl.constexpr, BLOCK: tl.constexpr, TILE_BLOCKS: tl.constexpr, HALF_SCALE: tl.constexpr,
-    PARTED: tl.constexpr, DITHERED: tl.constexpr, HARDWARE_FP8: tl.constexpr,
+    PARTED: tl.constexpr, DITHERED: tl.constexpr, HARDWARE_FP8: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """x [numel] -> rows of `packing.py`; program (tile of a part, part)."""
     WIDTH: tl.constexpr = BLOCK // 2 if KIND == "int4" else BLOCK
@@ -70,6 +73,7 @@ def _quantize_kernel(
     else:
         low = tl.load(x + place, mask=place < left, other=0.0).to(tl.float32)
     largest = magnitude_bits(low)
+    high = low
     if KIND == "int4":
         if whole:
             high = tl.load(x + place + WIDTH).to(tl.float32)
@@ -77,21 +81,17 @@ def _quantize_kernel(
             high = tl.load(x + place + WIDTH, mask=place + WIDTH < left, other=0.0).to(tl.float32)
         largest = tl.maximum(largest, magnitude_bits(high))
     scale, inverse, finite = block_scale(tl.max(largest, axis=1, keep_dims=True), KIND, HALF_SCALE)
-    key = 0
-    dither = 0.0
+    low_dither = 0.0
+    high_dither = 0.0
     if DITHERED:
         key = tl.load(seed)
-        dither = draw_dither(key, part_index, 0, first, TILE_BLOCKS, BLOCK, WIDTH)
-    code = encode(low, inverse, finite, dither, KIND, DITHERED, HARDWARE_FP8)
-    if KIND == "int4":
-        if DITHERED:
-            dither = draw_dither(key, part_index, 0, first + WIDTH, TILE_BLOCKS, BLOCK, WIDTH)
-        code |= encode(high, inverse, finite, dither, KIND, DITHERED, HARDWARE_FP8) << 4
+        low_dither = draw_dither(key, part_index, 0, first, TILE_BLOCKS, BLOCK, WIDTH)
+        if KIND == "int4":
+            high_dither = draw_dither(key, part_index, 0, first + WIDTH, TILE_BLOCKS, BLOCK, WIDTH)
+    code = encode(low, high, inverse, finite, low_dither, high_dither, KIND, DITHERED, HARDWARE_FP8, PACKED)
     row = (part_index % devices_per_node * nodes + part_index // devices_per_node).to(tl.int64)
     present = tile * TILE_BLOCKS + block < blocks
-    tl.store(
-        codes + row * row_bytes + tile * (TILE_BLOCKS * WIDTH) + block * WIDTH + column, code.to(tl.uint8), present
-    )
+    tl.store(codes + row * row_bytes + tile * (TILE_BLOCKS * WIDTH) + block * WIDTH + column, code, present)
     scales += row * (row_bytes // (2 if HALF_SCALE else 4)) + tile * TILE_BLOCKS
     store_scale(scales + block, scale, present, HALF_SCALE)
 
@@ -101,9 +101,15 @@ def scale_view(packed: torch.Tensor, code_bytes: int, scale_bytes: int) -> torch
     return packed.view(-1)[code_bytes:].view(torch.float32 if scale_bytes == 4 else torch.int16)
 
 
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    """Asked once a device: the host must stay ahead of kernels of some 20 µs."""
+    return torch.cuda.get_device_capability(device)
+
+
 def hardware_fp8(device: torch.device) -> bool:
     """Whether the device converts to e4m3 itself; the interpreter's own conversion is off by one step in places."""
-    return not INTERPRETED and torch.cuda.get_device_capability(device) >= (8, 9)
+    return not INTERPRETED and _capability(device) >= (8, 9)
 
 
 def check_floats(dtype: torch.dtype, name: str) -> None:
@@ -132,12 +138,15 @@ def empty_rows(like: torch.Tensor, rows: int, part: int, packing: Packing) -> to
     return packed
 
 
-@torch.library.custom_op(
+torch.library.define(
     "shardplan::quantize",
-    mutates_args=(),
-    schema="(Tensor x, Tensor? seed, str kind, int block, ScalarType scale_dtype,"
+    "(Tensor x, Tensor? seed, str kind, int block, ScalarType scale_dtype,"
     " int partitions, int devices_per_node) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
 )
+
+
+@torch.library.impl("shardplan::quantize", "CompositeExplicitAutograd")
 def _quantize(
     x: torch.Tensor,
     seed: torch.Tensor | None,
@@ -150,24 +159,38 @@ def _quantize(
     packing = Packing(kind=kind, block=block, scale_dtype=scale_dtype)
     if not takes_kernel(x):
         return reference.quantize(x, packing, partitions, devices_per_node, seed)
+    return run(x, seed, packing, partitions, devices_per_node, LAUNCHES["quantize", kind])
+
+
+def run(
+    x: torch.Tensor,
+    seed: torch.Tensor | None,
+    packing: Packing,
+    partitions: int,
+    devices_per_node: int,
+    launch: Launch,
+) -> torch.Tensor:
+    """Launch the kernel as `launch` says."""
     x = x.reshape(-1)
     part = part_numel(x.numel(), partitions)
     packed = empty_rows(x, partitions, part, packing)
     if packed.numel() == 0:
         return packed
-    code_bytes, tile_blocks = packing.code_bytes(part), TILE // block
+    kind, block, tile = packing.kind, packing.block, launch.elements(packing.block)
+    scales = scale_view(packed, packing.code_bytes(part), packing.scale_bytes)
     with torch.cuda.device_of(x):
-        _quantize_kernel[(triton.cdiv(part, TILE), partitions)](
-            x, packed, scale_view(packed, code_bytes, packing.scale_bytes), x if seed is None else seed,
+        _quantize_kernel[(triton.cdiv(part, tile), partitions)](
+            x, packed, scales, x if seed is None else seed,
             x.numel(), part, packing.blocks(part), packed.shape[1], devices_per_node, partitions // devices_per_node,
-            KIND=kind, BLOCK=block, TILE_BLOCKS=tile_blocks, HALF_SCALE=packing.scale_bytes == 2, PARTED=partitions > 1,
-            DITHERED=seed is not None, HARDWARE_FP8=kind == "fp8" and hardware_fp8(x.device),
-            num_warps=WARPS, enable_fp_fusion=False,
+            KIND=kind, BLOCK=block, TILE_BLOCKS=tile // block, HALF_SCALE=packing.scale_bytes == 2,
+            PARTED=partitions > 1, DITHERED=seed is not None,
+            HARDWARE_FP8=kind == "fp8" and hardware_fp8(x.device), PACKED=launch.packed,
+            num_warps=launch.warps_for(block), enable_fp_fusion=False,
         )  # fmt: skip
     return packed
 
 
-@_quantize.register_fake
+@torch.library.register_fake("shardplan::quantize")
 def _(x, seed, kind, block, scale_dtype, partitions, devices_per_node):
     packing = Packing(kind=kind, block=block, scale_dtype=scale_dtype)
     return x.new_empty((partitions, packing.row_bytes(part_numel(x.numel(), partitions))), dtype=torch.uint8)
@@ -195,7 +218,9 @@ def quantize(
     if seed is not None and packing.kind == "fp8":
         raise ValueError("seed with kind='fp8': stochastic rounding is for int8 and int4; leave the seed out")
     key = seed_tensor(seed, x.device)
-    return _quantize(x, key, packing.kind, packing.block, packing.scale_dtype, partitions, devices_per_node)
+    return torch.ops.shardplan.quantize.default(
+        x, key, packing.kind, packing.block, packing.scale_dtype, partitions, devices_per_node
+    )
 
 
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
@@ -217,6 +242,7 @@ def _shipped(
     packing: Packing, dtype: torch.dtype, parted: bool, dithered: bool, capabilities: tuple[int, ...]
 ) -> Shipped:
     old = packing.kind == "fp8" and capabilities == (80,)
+    launch = LAUNCHES["quantize", packing.kind]
     words = (variant_name(packing), POINTERS[dtype][1:], "parts" * parted, "stochastic" * dithered, "software" * old)
     return Shipped(
         name=" ".join(("quantize", *filter(None, words))),
@@ -231,13 +257,14 @@ def _shipped(
         constants={
             "KIND": packing.kind,
             "BLOCK": packing.block,
-            "TILE_BLOCKS": TILE // packing.block,
+            "TILE_BLOCKS": launch.elements(packing.block) // packing.block,
             "HALF_SCALE": packing.scale_bytes == 2,
             "PARTED": parted,
             "DITHERED": dithered,
             "HARDWARE_FP8": packing.kind == "fp8" and not old,
+            "PACKED": launch.packed,
         },
-        warps=WARPS,
+        warps=launch.warps_for(packing.block),
         stages=3,
         undivided=frozenset({"devices_per_node", "nodes", "blocks"}),
         capabilities=capabilities,

@@ -26,13 +26,19 @@ import triton
 import triton.language as tl
 
 from shardplan.kernels import quantize_reference as reference
-from shardplan.kernels.dequantize import aligned, combine_factor, decode_sum, unroll
+from shardplan.kernels.code_tiles import LAUNCHES, Launch
+from shardplan.kernels.dequantize import (
+    aligned,
+    combine_factor,
+    decode_sum,
+    last_repeated,
+    power_of_two,
+    unroll,
+)
 from shardplan.kernels.interpreter import takes_kernel
 from shardplan.kernels.packing import Packing, check_packed
 from shardplan.kernels.quantize import (
-    TILE,
     VARIANTS,
-    WARPS,
     empty_rows,
     hardware_fp8,
     scale_view,
@@ -47,7 +53,8 @@ from shardplan.kernels.shipped import Shipped
 def _reduce_kernel(
     codes, scales, out_codes, out_scales, seed, blocks, row_bytes, source_bytes, factor,
     SOURCES: tl.constexpr, UNROLL: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr, TILE_BLOCKS: tl.constexpr,
-    HALF_SCALE: tl.constexpr, DITHERED: tl.constexpr, HARDWARE_FP8: tl.constexpr,
+    HALF_SCALE: tl.constexpr, DITHERED: tl.constexpr, HARDWARE_FP8: tl.constexpr, PACKED: tl.constexpr,
+    FOLD: tl.constexpr,
 ):  # fmt: skip
     """[SOURCES, rows] of `packing.py` -> [rows]; program (tile of a row, row)."""
     WIDTH: tl.constexpr = BLOCK // 2 if KIND == "int4" else BLOCK
@@ -59,35 +66,35 @@ def _reduce_kernel(
     code_start = row.to(tl.int64) * row_bytes + tile * (TILE_BLOCKS * WIDTH)
     scale_start = row.to(tl.int64) * (row_bytes // (2 if HALF_SCALE else 4)) + tile * TILE_BLOCKS
     low, high = decode_sum(
-        codes + code_start, scales + scale_start, source_bytes, present, block, column,
-        SOURCES, UNROLL, KIND, WIDTH, HALF_SCALE, TILE_BLOCKS, HARDWARE_FP8,
+        codes + code_start, scales + scale_start, source_bytes,
+        last_repeated(block, blocks - tile * TILE_BLOCKS), column, factor,
+        SOURCES, UNROLL, KIND, WIDTH, HALF_SCALE, TILE_BLOCKS, HARDWARE_FP8, FOLD,
     )  # fmt: skip
-    low *= factor
-    high *= factor
     largest = magnitude_bits(low)
     if KIND == "int4":
         largest = tl.maximum(largest, magnitude_bits(high))
     scale, inverse, finite = block_scale(tl.max(largest, axis=1, keep_dims=True), KIND, HALF_SCALE)
-    key = 0
-    dither = 0.0
-    first = tile * (TILE_BLOCKS * BLOCK)
+    low_dither = 0.0
+    high_dither = 0.0
     if DITHERED:
         key = tl.load(seed)
-        dither = draw_dither(key, row, 1, first, TILE_BLOCKS, BLOCK, WIDTH)
-    code = encode(low, inverse, finite, dither, KIND, DITHERED, HARDWARE_FP8)
-    if KIND == "int4":
-        if DITHERED:
-            dither = draw_dither(key, row, 1, first + WIDTH, TILE_BLOCKS, BLOCK, WIDTH)
-        code |= encode(high, inverse, finite, dither, KIND, DITHERED, HARDWARE_FP8) << 4
-    tl.store(out_codes + code_start + block * WIDTH + column, code.to(tl.uint8), present)
+        first = tile * (TILE_BLOCKS * BLOCK)
+        low_dither = draw_dither(key, row, 1, first, TILE_BLOCKS, BLOCK, WIDTH)
+        if KIND == "int4":
+            high_dither = draw_dither(key, row, 1, first + WIDTH, TILE_BLOCKS, BLOCK, WIDTH)
+    code = encode(low, high, inverse, finite, low_dither, high_dither, KIND, DITHERED, HARDWARE_FP8, PACKED)
+    tl.store(out_codes + code_start + block * WIDTH + column, code, present)
     store_scale(out_scales + scale_start + block, scale, present, HALF_SCALE)
 
 
-@torch.library.custom_op(
+torch.library.define(
     "shardplan::dequantize_reduce_quantize",
-    mutates_args=(),
-    schema="(Tensor packed, Tensor? seed, SymInt numel, str kind, int block, ScalarType scale_dtype, float factor) -> Tensor",
+    "(Tensor packed, Tensor? seed, SymInt numel, str kind, int block, ScalarType scale_dtype, float factor) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
 )
+
+
+@torch.library.impl("shardplan::dequantize_reduce_quantize", "CompositeExplicitAutograd")
 def _reduce(
     packed: torch.Tensor,
     seed: torch.Tensor | None,
@@ -100,25 +107,38 @@ def _reduce(
     packing = Packing(kind=kind, block=block, scale_dtype=scale_dtype)
     if not takes_kernel(packed):
         return reference.dequantize_reduce_quantize(packed, numel, packing, factor, seed)
+    return run(packed, seed, numel, packing, factor, LAUNCHES["reduce", kind])
+
+
+def run(
+    packed: torch.Tensor,
+    seed: torch.Tensor | None,
+    numel: int,
+    packing: Packing,
+    factor: float,
+    launch: Launch,
+) -> torch.Tensor:
+    """Launch the kernel as `launch` says."""
     packed = aligned(packed)
     sources, rows, row_bytes = packed.shape
     out = empty_rows(packed, rows, numel, packing)
     if out.numel() == 0:
         return out
     code_bytes, scale_bytes = packing.code_bytes(numel), packing.scale_bytes
+    kind, block, tile = packing.kind, packing.block, launch.elements(packing.block)
     with torch.cuda.device_of(packed):
-        _reduce_kernel[(triton.cdiv(numel, TILE), rows)](
+        _reduce_kernel[(triton.cdiv(numel, tile), rows)](
             packed, scale_view(packed, code_bytes, scale_bytes), out, scale_view(out, code_bytes, scale_bytes),
             packed if seed is None else seed, packing.blocks(numel), row_bytes, rows * row_bytes, factor,
-            SOURCES=sources, UNROLL=unroll(sources), KIND=kind, BLOCK=block, TILE_BLOCKS=TILE // block,
+            SOURCES=sources, UNROLL=unroll(sources), KIND=kind, BLOCK=block, TILE_BLOCKS=tile // block,
             HALF_SCALE=scale_bytes == 2, DITHERED=seed is not None,
-            HARDWARE_FP8=kind == "fp8" and hardware_fp8(packed.device),
-            num_warps=WARPS, enable_fp_fusion=False,
+            HARDWARE_FP8=kind == "fp8" and hardware_fp8(packed.device), PACKED=launch.packed,
+            FOLD=power_of_two(factor), num_warps=launch.warps_for(block), enable_fp_fusion=False,
         )  # fmt: skip
     return out
 
 
-@_reduce.register_fake
+@torch.library.register_fake("shardplan::dequantize_reduce_quantize")
 def _(packed, seed, numel, kind, block, scale_dtype, factor):
     return packed.new_empty(packed.shape[1:])
 
@@ -149,11 +169,14 @@ def dequantize_reduce_quantize(
     check_packed(packed, (sources, rows, packing.row_bytes(numel)), packing, numel)
     factor = combine_factor(combine, sources)
     key = seed_tensor(seed, packed.device)
-    return _reduce(packed, key, numel, packing.kind, packing.block, packing.scale_dtype, factor)
+    return torch.ops.shardplan.dequantize_reduce_quantize.default(
+        packed, key, numel, packing.kind, packing.block, packing.scale_dtype, factor
+    )
 
 
 def _shipped(packing: Packing, sources: int, dithered: bool, capabilities: tuple[int, ...]) -> Shipped:
     scales = "*fp32" if packing.scale_bytes == 4 else "*i16"
+    launch = LAUNCHES["reduce", packing.kind]
     old = packing.kind == "fp8" and capabilities == (80,)
     return Shipped(
         name=f"reduce {variant_name(packing)} sources {sources}{' stochastic' * dithered}{' software' * old}",
@@ -172,12 +195,14 @@ def _shipped(packing: Packing, sources: int, dithered: bool, capabilities: tuple
             "UNROLL": unroll(sources),
             "KIND": packing.kind,
             "BLOCK": packing.block,
-            "TILE_BLOCKS": TILE // packing.block,
+            "TILE_BLOCKS": launch.elements(packing.block) // packing.block,
             "HALF_SCALE": packing.scale_bytes == 2,
             "DITHERED": dithered,
             "HARDWARE_FP8": packing.kind == "fp8" and not old,
+            "PACKED": launch.packed,
+            "FOLD": power_of_two(1.0 / sources),
         },
-        warps=WARPS,
+        warps=launch.warps_for(packing.block),
         stages=3,
         undivided=frozenset({"blocks"}),
         capabilities=capabilities,

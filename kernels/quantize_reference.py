@@ -122,10 +122,8 @@ def reduce_sources(packed: torch.Tensor, blocks: int, packing: Packing, factor: 
     In the kernels' order of operations: sums of (code + offset) · scale, the offsets taken off at the end.
     """
     codes, scales = decode(packed, blocks, packing)
-    half = packing.block // 2
-    low, high = {"int4": (264.0, 24.0), "int8": (384.0, 384.0), "fp8": (0.0, 0.0)}[packing.kind]
-    offset = torch.tensor([low] * half + [high] * half, device=packed.device)
-    total, offsets = torch.zeros_like(codes[0]), torch.zeros_like(codes[0])
+    offset = {"int4": 136.0, "int8": 384.0, "fp8": 0.0}[packing.kind]
+    total, offsets = torch.zeros_like(codes[0]), torch.zeros_like(scales[0])
     for code, scale in zip(codes, scales, strict=True):
         total = total + (code + offset) * scale
         offsets = offsets + scale * offset

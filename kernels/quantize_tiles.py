@@ -1,7 +1,7 @@
 """Inside the quantise kernels: scale of a block, value to code, code to value, random dither. Layout: `packing.py`.
 
 Tiles are [blocks, elements of a block]. Codes are made and read by adding a power of two, never by int-to-float conversion
-units (16 lanes a clock against 128): 1.5 · 2^23 + v holds round-half-even(v) in its low bits, and 16 + n (256 + n) is the bits
+units (16 lanes a clock against 128): 1.5 · 2^23 + v holds round-half-even(v) in its low bits, and 128 + n (256 + n) is the bits
 of n behind a fixed exponent. The launches switch the contraction of a · b + c off, so that rounding equals the reference.
 """
 
@@ -51,12 +51,12 @@ def store_scale(pointer, scale, mask, HALF_SCALE: tl.constexpr):
 
 
 @triton.jit
-def load_scale(pointer, mask, HALF_SCALE: tl.constexpr):
-    """Read scales as fp32; 0 where masked."""
+def load_scale(pointer, HALF_SCALE: tl.constexpr):
+    """Read scales as fp32."""
     if HALF_SCALE:
-        scale = (tl.load(pointer, mask=mask, other=0).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+        scale = (tl.load(pointer).to(tl.int32) << 16).to(tl.float32, bitcast=True)
     else:
-        scale = tl.load(pointer, mask=mask, other=0.0)
+        scale = tl.load(pointer)
     return scale
 
 
@@ -71,21 +71,109 @@ def e4m3_bits(value):
 
 
 @triton.jit
-def encode(value, inverse, finite, dither, KIND: tl.constexpr, DITHERED: tl.constexpr, HARDWARE_FP8: tl.constexpr):
-    """Codes of `value`, as int32 of which the low 8 (int4: 4) bits count and the rest is zero; 0 where not finite."""
+def code_bits(value, inverse, dither, KIND: tl.constexpr, DITHERED: tl.constexpr):
+    """Bits of 1.5 · 2^23 + code: int8 and int4 codes in the low bits, something else above."""
     scaled = value * inverse
+    if DITHERED:
+        LARGEST_CODE: tl.constexpr = 127.0 if KIND == "int8" else 7.0
+        # 1 / scale is rounded, so the largest can come out a hair above its code, and dither would carry it over.
+        scaled = tl.minimum(tl.maximum(scaled, -LARGEST_CODE), LARGEST_CODE) + dither
+    return (scaled + ROUND_MAGIC).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def pack_bytes(bits, kept):
+    """Low bytes of `bits` where `kept` is 0xFF, else 0, as uint8: one instruction a byte."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 low, high;
+        prmt.b32 low, $1, $2, 0x0040;
+        prmt.b32 high, $3, $4, 0x0040;
+        prmt.b32 low, low, high, 0x5410;
+        and.b32 $0, low, $5;
+        }""",
+        "=r,r,r,r,r,r",
+        [bits, kept],
+        dtype=tl.uint8,
+        is_pure=True,
+        pack=4,
+    )
+
+
+@triton.jit
+def pack_halves(low, high, kept):
+    """Low four bits of `low`, and of `high` above them, where `kept` is 0xFF, else 0, as uint8."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 low, high, next;
+        prmt.b32 low, $1, $2, 0x0040;
+        prmt.b32 next, $3, $4, 0x0040;
+        prmt.b32 low, low, next, 0x5410;
+        prmt.b32 high, $5, $6, 0x0040;
+        prmt.b32 next, $7, $8, 0x0040;
+        prmt.b32 high, high, next, 0x5410;
+        shl.b32 high, high, 4;
+        lop3.b32 low, low, high, 0x0F0F0F0F, 0xE4;
+        and.b32 $0, low, $9;
+        }""",
+        "=r,r,r,r,r,r,r,r,r,r",
+        [low, high, kept],
+        dtype=tl.uint8,
+        is_pure=True,
+        pack=4,
+    )
+
+
+@triton.jit
+def pack_e4m3(value, kept):
+    """e4m3fn of `value` where `kept` is 0xFF, else 0, as uint8: two values a conversion, four codes a register."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b16 low, high;
+        .reg .b32 word;
+        cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
+        cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
+        mov.b32 word, {low, high};
+        and.b32 $0, word, $5;
+        }""",
+        "=r,f,f,f,f,r",
+        [value, kept],
+        dtype=tl.uint8,
+        is_pure=True,
+        pack=4,
+    )
+
+
+@triton.jit
+def encode(
+    low, high, inverse, finite, low_dither, high_dither,
+    KIND: tl.constexpr, DITHERED: tl.constexpr, HARDWARE_FP8: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """Codes of `low`, for int4 with those of `high` in the upper halves, as uint8; 0 where not finite."""
+    if PACKED and not WIDEN and (HARDWARE_FP8 or KIND != "fp8"):
+        # Of the shape of the codes: what a pack of four takes from it hangs on no layout, and equal words are made once.
+        kept = tl.broadcast_to(tl.where(finite, 0xFF, 0).to(tl.uint8), low.shape)
+        if KIND == "fp8":
+            code = pack_e4m3(low * inverse, kept)
+        elif KIND == "int8":
+            code = pack_bytes(code_bits(low, inverse, low_dither, KIND, DITHERED), kept)
+        else:
+            code = pack_halves(
+                code_bits(low, inverse, low_dither, KIND, DITHERED),
+                code_bits(high, inverse, high_dither, KIND, DITHERED),
+                kept,
+            )
+        return code
     if KIND == "fp8":
         if HARDWARE_FP8:
-            code = scaled.to(tl.float8e4nv).to(tl.uint8, bitcast=True).to(tl.int32)
+            bits = (low * inverse).to(tl.float8e4nv).to(tl.uint8, bitcast=True).to(tl.int32)
         else:
-            code = e4m3_bits(scaled)
+            bits = e4m3_bits(low * inverse)
     else:
-        if DITHERED:
-            LARGEST_CODE: tl.constexpr = 127.0 if KIND == "int8" else 7.0
-            # 1 / scale is rounded, so the largest can come out a hair above its code, and dither would carry it over.
-            scaled = tl.minimum(tl.maximum(scaled, -LARGEST_CODE), LARGEST_CODE) + dither
-        code = (scaled + ROUND_MAGIC).to(tl.int32, bitcast=True)
-    return code & tl.where(finite, 0xF if KIND == "int4" else 0xFF, 0)
+        bits = code_bits(low, inverse, low_dither, KIND, DITHERED)
+        if KIND == "int4":
+            bits = (bits & 0xF) | (code_bits(high, inverse, high_dither, KIND, DITHERED) << 4)
+    return (bits & tl.where(finite, 0xFF, 0)).to(tl.uint8)
 
 
 @triton.jit
@@ -121,28 +209,31 @@ def decode_bytes(code):
 
 @triton.jit
 def decode_halves(code):
-    """int4: value + 264 of the low halves and value + 24 of the high ones, behind the exponents of 256 and 16: one shift."""
+    """int4: value + 136 of the low and of the high halves: each, sign bit flipped, is put behind the exponent of 128.
+
+    In PTX, eight values a register: the byte that holds a half and the byte of the exponent come together in one permute.
+    """
     if WIDEN:
-        shifted = code.to(tl.int32) << 15
-        low, high = (shifted & 0x78000) ^ 0x43840000, (shifted & 0x780000) ^ 0x41C00000
+        low = ((code.to(tl.int32) << 16) & 0xF0000) ^ 0x43080000
+        high = ((code.to(tl.int32) << 12) & 0xF0000) ^ 0x43080000
     else:
         low, high = tl.inline_asm_elementwise(
             """{
-            .reg .b32 byte0, byte1, byte2, byte3;
-            shl.b32 byte0, $8, 15;
-            shl.b32 byte1, $8, 7;
-            shr.u32 byte2, $8, 1;
-            shr.u32 byte3, $8, 9;
-            lop3.b32 $0, byte0, 0x78000, 0x43840000, 0x6A;
-            lop3.b32 $1, byte1, 0x78000, 0x43840000, 0x6A;
-            lop3.b32 $2, byte2, 0x78000, 0x43840000, 0x6A;
-            lop3.b32 $3, byte3, 0x78000, 0x43840000, 0x6A;
-            lop3.b32 $4, byte0, 0x780000, 0x41C00000, 0x6A;
-            lop3.b32 $5, byte1, 0x780000, 0x41C00000, 0x6A;
-            lop3.b32 $6, byte2, 0x780000, 0x41C00000, 0x6A;
-            lop3.b32 $7, byte3, 0x780000, 0x41C00000, 0x6A;
+            .reg .b32 low, high, exponent;
+            mov.b32 exponent, 0x43000000;
+            lop3.b32 low, $8, 0x0F0F0F0F, 0x08080808, 0x6A;
+            shr.u32 high, $8, 4;
+            lop3.b32 high, high, 0x0F0F0F0F, 0x08080808, 0x6A;
+            prmt.b32 $0, low, exponent, 0x7044;
+            prmt.b32 $1, low, exponent, 0x7144;
+            prmt.b32 $2, low, exponent, 0x7244;
+            prmt.b32 $3, low, exponent, 0x7344;
+            prmt.b32 $4, high, exponent, 0x7044;
+            prmt.b32 $5, high, exponent, 0x7144;
+            prmt.b32 $6, high, exponent, 0x7244;
+            prmt.b32 $7, high, exponent, 0x7344;
             }""",
-            "=r,=r,=r,=r,=r,=r,=r,=r,r",
+            "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r",
             [code],
             dtype=(tl.int32, tl.int32),
             is_pure=True,

@@ -22,11 +22,10 @@ import triton.language as tl
 from torch import Tensor
 
 from shardplan.kernels.launch import KERNEL_DTYPES, TRITON_TYPES, next_power_of_two, on_device_of, uses_kernel
+from shardplan.kernels.layer_tiles import ROTARY, HeadTiles, head_launch
+from shardplan.kernels.operators import operator
 from shardplan.kernels.rotary_reference import rotary_reference
 from shardplan.kernels.shipped import Shipped
-
-TILE_ELEMENTS = 4_096
-"""Elements of the heads one program turns."""
 
 
 @triton.jit
@@ -101,8 +100,11 @@ def rotary_kernel(
     PAIRS: tl.constexpr,
     TAIL: tl.constexpr,
 ) -> None:
-    """Grid (B · S, blocks of q heads, then blocks of k heads); cos and sin are (T, R/2), contiguous, fp32."""
-    token = tl.program_id(0)
+    """A program a block of heads: q's of a token, k's, then the next token's; cos and sin (T, R/2) contiguous, fp32."""
+    q_blocks = tl.cdiv(q_heads, HEADS)
+    blocks = q_blocks + tl.cdiv(k_heads, HEADS)
+    token = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
     batch = (token // seq).to(tl.int64)
     index = (token % seq).to(tl.int64)
     if HAS_POSITIONS:
@@ -116,8 +118,6 @@ def rotary_kernel(
     sine = tl.load(sin + position * HALF + pair, mask=known, other=float("nan"))
     if INVERSE:
         sine = -sine
-    block = tl.program_id(1)
-    q_blocks = tl.cdiv(q_heads, HEADS)
     if block < q_blocks:
         at = q + batch * q_batch_stride + index * q_seq_stride
         to = q_out + token.to(tl.int64) * q_heads * DIM
@@ -131,15 +131,61 @@ def rotary_kernel(
         _turn_heads(at, to, first, k_heads, k_head_stride, cosine, sine, HALF, DIM, INTERLEAVED, HEADS, PAIRS, TAIL)
 
 
-def tile(q_heads: int, head_dim: int, half: int) -> tuple[int, int, int, int]:
-    """(HEADS, PAIRS, TAIL, warps) for heads of `head_dim` elements of which the first 2 · half turn."""
-    pairs = next_power_of_two(half)
-    tail = head_dim - 2 * half
-    heads = min(next_power_of_two(q_heads), max(1, TILE_ELEMENTS // (2 * pairs)))
-    return heads, pairs, next_power_of_two(tail) if tail else 0, max(1, min(8, heads * pairs // 256))
+def launch(
+    q: Tensor,
+    k: Tensor | None,
+    q_out: Tensor,
+    k_out: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    offset: int,
+    interleaved: bool,
+    inverse: bool,
+    tiles: HeadTiles = ROTARY,
+) -> None:
+    """q and k (B, S, heads, D), not empty, with a contiguous last dim; q_out and k_out are written."""
+    batch, seq, q_heads, head_dim = q.shape
+    half = cos.shape[1]
+    k_heads = 0 if k is None else k.shape[2]
+    heads, pairs, warps = head_launch(q_heads, k_heads, half, tiles)
+    blocks = triton.cdiv(q_heads, heads) + triton.cdiv(k_heads, heads)
+    strides = (0, 0) if positions is None else (0, *positions.stride())[-2:]
+    with on_device_of(q):
+        rotary_kernel[(batch * seq * blocks,)](
+            q,
+            q if k is None else k,
+            q_out,
+            q_out if k is None else k_out,
+            cos,
+            sin,
+            q if positions is None else positions,
+            offset,
+            cos.shape[0],
+            seq,
+            q_heads,
+            k_heads,
+            *q.stride()[:3],
+            *(q if k is None else k).stride()[:3],
+            *strides,
+            HAS_POSITIONS=positions is not None,
+            INTERLEAVED=interleaved,
+            INVERSE=inverse,
+            HALF=half,
+            DIM=head_dim,
+            HEADS=heads,
+            PAIRS=pairs,
+            TAIL=tail_of(head_dim, half),
+            num_warps=warps,
+            num_stages=1,
+        )
 
 
-@torch.library.custom_op("shardplan::rotary", mutates_args=())
+def tail_of(head_dim: int, half: int) -> int:
+    """Lanes for the elements of a head that do not turn."""
+    return next_power_of_two(head_dim - 2 * half) if head_dim > 2 * half else 0
+
+
 def _rotary(
     q: Tensor,
     k: Tensor | None,
@@ -162,44 +208,12 @@ def _rotary(
         return q_out, k_out
     q = q if q.stride(-1) == 1 else q.contiguous()
     k = k if k is None or k.stride(-1) == 1 else k.contiguous()
-    batch, seq, q_heads, head_dim = q.shape
-    heads, pairs, tail, warps = tile(q_heads, head_dim, cos.shape[1])
-    k_heads = 0 if k is None else k.shape[2]
-    blocks = triton.cdiv(q_heads, heads) + triton.cdiv(k_heads, heads)
-    strides = (0, 0) if positions is None else (0, *positions.stride())[-2:]
-    with on_device_of(q):
-        rotary_kernel[(batch * seq, blocks)](
-            q,
-            q if k is None else k,
-            q_out,
-            q_out if k is None else k_out,
-            cos.to(torch.float32).contiguous(),
-            sin.to(torch.float32).contiguous(),
-            q if positions is None else positions,
-            offset,
-            cos.shape[0],
-            seq,
-            q_heads,
-            k_heads,
-            *q.stride()[:3],
-            *(q if k is None else k).stride()[:3],
-            *strides,
-            HAS_POSITIONS=positions is not None,
-            INTERLEAVED=interleaved,
-            INVERSE=inverse,
-            HALF=cos.shape[1],
-            DIM=head_dim,
-            HEADS=heads,
-            PAIRS=pairs,
-            TAIL=tail,
-            num_warps=warps,
-            num_stages=1,
-        )
+    cos, sin = (table.to(torch.float32).contiguous() for table in (cos, sin))
+    launch(q, k, q_out, k_out, cos, sin, positions, offset, interleaved, inverse)
     return q_out, k_out
 
 
-@_rotary.register_fake
-def _(
+def _fake_rotary(
     q: Tensor,
     k: Tensor | None,
     cos: Tensor,
@@ -223,11 +237,11 @@ def _differentiate(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Any, ...]:
     cos, sin, positions = ctx.saved_tensors
     offset, interleaved, inverse = ctx.how
     given = grad_k if ctx.has_k else None
-    dq, dk = torch.ops.shardplan.rotary(grad_q, given, cos, sin, positions, offset, interleaved, not inverse)
+    dq, dk = _ROTARY(grad_q, given, cos, sin, positions, offset, interleaved, not inverse)
     return dq, dk if ctx.has_k else None, *[None] * 6
 
 
-_rotary.register_autograd(_differentiate, setup_context=_save)
+_ROTARY = operator(_rotary, _fake_rotary, _differentiate, _save)
 
 
 def rotary(
@@ -254,7 +268,7 @@ def rotary(
         raise ValueError(
             f"q {tuple(q.shape)} {q.dtype} and k {tuple(k.shape)} {k.dtype} may differ in the heads (dim 2) only"
         )
-    return _rotary(q, k, cos, sin, positions, offset, interleaved, False)
+    return _ROTARY(q, k, cos, sin, positions, offset, interleaved, False)
 
 
 def rotate(
@@ -268,7 +282,7 @@ def rotate(
 ) -> Tensor:
     """`x` (B, S, N, D) turned by its positions: `rotary` of one tensor."""
     _check(x, cos, sin, positions, offset)
-    return _rotary(x, None, cos, sin, positions, offset, interleaved, False)[0]
+    return _ROTARY(x, None, cos, sin, positions, offset, interleaved, False)[0]
 
 
 def _check(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, offset: int) -> None:
@@ -299,7 +313,7 @@ def shipped() -> list[Shipped]:
 
 
 def _shipped(dtype: torch.dtype, head_dim: int, half: int, interleaved: bool) -> Shipped:
-    heads, pairs, tail, warps = tile(32, head_dim, half)
+    heads, pairs, warps = head_launch(32, 8, half)
     name = TRITON_TYPES[dtype]
     strides = [f"{x}_{dim}_stride" for x in ("q", "k") for dim in ("batch", "seq", "head")]
     small = ("offset", "table_rows", "seq", "q_heads", "k_heads", "positions_batch_stride", "positions_seq_stride")
@@ -317,7 +331,7 @@ def _shipped(dtype: torch.dtype, head_dim: int, half: int, interleaved: bool) ->
             "DIM": head_dim,
             "HEADS": heads,
             "PAIRS": pairs,
-            "TAIL": tail,
+            "TAIL": tail_of(head_dim, half),
         },
         warps=warps,
         stages=1,

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from shardplan.kernels import attention as attention_module
 from shardplan.kernels import attention_trial
 from shardplan.kernels.attention import attention, attention_with_lse, merge
 from shardplan.kernels.attention_reference import Shape, kept, reference
@@ -221,6 +222,32 @@ def test_autocast_takes_its_precision(device: str) -> None:
     q, k, v = draw(device, (1, 32, 32, 1, 1, 16))
     with torch.autocast(device, dtype=torch.bfloat16):
         assert attention(q, k, v).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"causal": True},
+        {"softcap": 2.0, "window": (9, 3)},
+        {"dropout": 0.4, "causal": True},
+        {"top_left": True, "causal": True},
+    ],
+    ids=str,
+)
+def test_the_plain_path_has_the_gradients_of_autograd(
+    options: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_module, "takes_kernel", lambda _: False)
+    seeded = options | ({"seed": torch.tensor([9])} if "dropout" in options else {})
+    check((2, 30, 44, 4, 2, 16), "cpu", **seeded)
+    check((2, 30, 44, 4, 2, 16), "cpu", alibi_slopes=torch.tensor([0.5, 0.25, 0.1, 0.0]), **seeded)
+
+
+def test_the_plain_path_takes_packed_sequences_and_the_gradient_of_the_lse(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_module, "takes_kernel", lambda _: False)
+    test_packed_sequences_equal_a_loop("cpu")
+    test_the_gradient_of_the_lse("cpu")
+    test_merging_parts_of_the_keys_equals_the_whole_and_any_order("cpu")
 
 
 def test_empty_inputs(device: str) -> None:

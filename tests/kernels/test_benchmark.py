@@ -112,6 +112,12 @@ def test_rows_are_long() -> None:
     assert rows[-1]["note"] == "no kernel"
 
 
+def test_the_time_of_the_host_is_a_row_where_it_was_measured() -> None:
+    timing = Timing(p20_s=1e-4, p50_s=1e-4, p80_s=1e-4, host_s=2.5e-5)
+    rows = long_rows([Outcome(case=outcome(1.0).case, found={OURS: timing})], {})
+    assert [(row["metric"], row["p50"]) for row in rows[:2]] == [("time", "100"), ("host time", "25")]
+
+
 def test_rounds_are_interleaved_and_failures_are_named() -> None:
     order: list[str] = []
 
