@@ -95,7 +95,7 @@ def lower_bounds(
 def on_mean_stage(setting: Setting, layouts: LayoutTable, *, hides_all: bool = False) -> Estimates:
     """The estimates whose step and peak are `lower_bounds`.
 
-    Every stage holds 1/pp of everything (`stage_cost.mean_stage_rows`), offload costs nothing, exchanges hide as they do at most
+    Every stage holds 1/pp of everything (`stage_cost.mean_stage_rows`), of offload all hides that can, exchanges hide as they do at most
     (`StepTime.hides_at_most_s`), or with `hides_all` all that can.
     """
     stages: StageChoice = "mean, all hidden" if hides_all else "mean"
@@ -201,7 +201,7 @@ def _estimate_rows(
     counts = stages.layers.sum(axis=2).astype(np.int64)
     flop = _hardware_flop(model, job, keys.work, blocks, stages.recomputed_total)
     held = stages.take(keys.work_of_contents)
-    parameters = stage_parameters(model, job, keys.contents, runtime, held)
+    parameters = stage_parameters(model, job, keys.contents, runtime, held, of_one_kind=mean)
     time = _step_time(setting, keys, tiers, blocks, stages, heaviest_owner(parameters, held, job, runtime))
     hides_s = np.full(len(keys.work_of_pace), np.inf) if mean else None
     if chosen == "mean":
@@ -215,6 +215,7 @@ def _estimate_rows(
         parameters.take(keys.contents_of_work[keys.work_of_states]),
         states_of=keys.states_of,
         work_of=keys.work_of,
+        of_one_kind=mean,
     )
     return Estimates(
         layouts=layouts,
@@ -252,11 +253,16 @@ def stage_memory(
     *,
     states_of: IntArray,
     work_of: IntArray,
+    of_one_kind: bool = False,
 ) -> StepMemory:
-    """Memory of the `stages` of layouts: `blocks` and `stages` are over the keys of the work, `parameters` over those of the states."""
+    """Memory of the `stages` of layouts: `blocks` and `stages` are over the keys of the work, `parameters` over those of the states.
+
+    `of_one_kind` bounds that of stages that may lack any kind of layer.
+    """
     model, job, cluster, runtime = setting.model, setting.job, setting.cluster, setting.runtime
     flying = micro_batches_in_flight(work, stages, micro_batches(setting, work))
-    activations = stage_activations(model, blocks, stages, work, flying, frees_loss=runtime.activations.frees_loss)
+    frees_loss = runtime.activations.frees_loss
+    activations = stage_activations(model, blocks, stages, work, flying, frees_loss=frees_loss, of_one_kind=of_one_kind)
     parked = parked_activations(model, work, blocks, stages, flying)
     outside = runtime.working_set.outside_bytes if cluster.gpus > 1 and cluster.gpu.device == "cuda" else 0.0
     return StepMemory(

@@ -25,6 +25,9 @@ FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 Share = FloatArray | float
 
+LEAST_PEAK_WEIGHT = 2.0
+"""Micro-batches of the slowest stage in a step from which on a bound counts what exchanges cannot hide behind
+(`StepTime.hides_at_most_s`)."""
 PACE_PARTS = ("forward", "backward", "recompute", "tensor_exposed", "context_exposed", "expert_exposed", "host")
 """They add up to the seconds of one micro-batch on a stage."""
 

@@ -311,10 +311,11 @@ class StageParameters:
 
 
 def stage_parameters(
-    model: Model, job: Job, layouts: LayoutTable, runtime: Runtime, stages: StageRows
+    model: Model, job: Job, layouts: LayoutTable, runtime: Runtime, stages: StageRows, *, of_one_kind: bool = False
 ) -> StageParameters:
     """Matrices are divided by tp, norms and MLA's latents are not. An embedding that the last stage needs too, as the head or for
-    prediction modules, is held twice where it is another stage than the first."""
+    prediction modules, is held twice where it is another stage than the first. `of_one_kind`, the largest layer is of the smallest kind.
+    """
     tp = layouts.tp.astype(np.float64)
     split = [split_parameters(kind) for kind, _ in model.runs]
     by_kind = np.stack([divided / tp + whole for divided, whole in split], axis=-1)
@@ -335,6 +336,8 @@ def stage_parameters(
     largest = np.where(stages.layers > 0, by_kind[:, None, :], 0.0).max(axis=2)
     matrices = np.array([largest_matrix(kind) for kind, _ in model.runs], dtype=np.float64)
     matrix = np.where(stages.layers > 0, matrices, 0.0).max(axis=2) / tp[:, None]
+    if of_one_kind:
+        largest, matrix = by_kind.min(axis=1)[:, None], matrices.min() / tp[:, None]
     trained = None
     if job.adapters is not None:
         each = np.stack([adapter_parameters(kind, job.adapters, tp) for kind, _ in model.runs], axis=-1)

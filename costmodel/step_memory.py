@@ -69,12 +69,21 @@ def parked_activations(
 
 
 def stage_activations(
-    model: Model, blocks: BlockRows, stages: StageRows, layouts: LayoutTable, flying: FloatArray, *, frees_loss: bool
+    model: Model,
+    blocks: BlockRows,
+    stages: StageRows,
+    layouts: LayoutTable,
+    flying: FloatArray,
+    *,
+    frees_loss: bool,
+    of_one_kind: bool = False,
 ) -> FloatArray:
     """Bytes of activations, logits and loss, (N, S), at the peak of each stage: the backward of the oldest of the `flying`
-    micro-batches. With `frees_loss` logits are gone when a layer is rebuilt."""
+    micro-batches. With `frees_loss` logits are gone when a layer is rebuilt; `of_one_kind`, that kind of layer alone is rebuilt which
+    takes least."""
     total = stages.layers.sum(axis=2)
     activations, transient = np.zeros_like(total), np.zeros_like(total)
+    passing: list[FloatArray] = []
     for index in range(len(model.runs)):
         block = blocks.layers[index]
         layers = stages.layers[:, :, index]
@@ -89,12 +98,19 @@ def stage_activations(
             entering=block["input_bytes"],
         )
         activations += stored
+        beside = block.get("context_transient_bytes", np.zeros(len(layouts)))[:, None]
+        if of_one_kind:
+            passing.append(rebuilt + beside)
+            continue
         if frees_loss:
             transient = np.maximum(transient, rebuilt)
         else:
             activations += rebuilt
         if "context_transient_bytes" in block:
-            activations += np.where(layers > 0, block["context_transient_bytes"][:, None], 0.0)
+            activations += np.where(layers > 0, beside, 0.0)
+    if of_one_kind:
+        least = np.min(passing, axis=0)
+        transient, activations = (least, activations) if frees_loss else (transient, activations + least)
     activations += flying * stages.embedding * blocks.embedding["kept_bytes"][:, None]
     activations += stages.head * flying * blocks.head["kept_bytes"][:, None]
     return activations + np.maximum(transient, stages.head * blocks.logits_bytes[:, None])

@@ -45,6 +45,7 @@ from shardplan.costmodel.offload import (
     optimizer_share,
     tier_times,
 )
+from shardplan.costmodel.pace import LEAST_PEAK_WEIGHT
 from shardplan.costmodel.runtime import Runtime
 from shardplan.costmodel.stage_cost import StageParameters, StageRows
 from shardplan.hw_profiles.machine import Cluster, Node
@@ -53,8 +54,6 @@ from shardplan.hw_profiles.topology import TierTable
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
-LEAST_PEAK_WEIGHT = 2.0
-"""See `StepTime.hides_at_most_s`."""
 TIME_PARTS = (
     "compute_s",
     "recompute_s",
@@ -291,7 +290,8 @@ class StepTime:
     def parts(self, *, hides_s: FloatArray | None = None) -> Mapping[str, FloatArray]:
         """Seconds by part (TIME_PARTS) and `step_s`, (N,). What a row has from its keys alone is gathered when it is read.
 
-        With `hides_s`, (K,) over the keys of the pace, a lower bound: of exchanges up to so many seconds hide, if they can; offload all.
+        With `hides_s`, (K,) over the keys of the pace, a lower bound: of exchanges so many seconds hide if they can, of copies to other
+        tiers all that can; copies of activations cost nothing.
         """
         rows, paced = len(self.pace_of), self.paced
         own = ("dp_exposed_s", "offload_exposed_s", "host_s", "step_s")
@@ -301,7 +301,7 @@ class StepTime:
             some = slice(start, start + ROWS_IN_CACHE)
             at, of = self.pace_of[some], self.states_of[some]
             exposed, _ = self._data_parallel(at, of, hides_s)
-            offload = 0.0 if hides_s is not None else self._offload(at, of, exposed)[0]
+            offload, _ = self._offload(at, of, exposed, endless=hides_s is not None)
             host = paced.host_s.take(at)
             if self.cluster.gpu.device != "cpu":  # while a GPU waits for its links, the host launches ahead
                 host = np.maximum(host - exposed - offload, 0.0)
@@ -328,12 +328,9 @@ class StepTime:
         )
 
     def hides_at_most_s(self, pace: LayoutTable, micro_batches: FloatArray, peak_weight: FloatArray) -> FloatArray:
-        """Seconds of exchanges per step, (K,) over the keys of the pace, that hide at most if the slowest stage goes at this pace: where
-        none repeats by micro-batch they hide behind one, whatever blocks it has; else without bound.
-
-        A slower stage hides at most as much more as one of its micro-batches takes longer. So that this never makes a step shorter, of
-        which `peak_weight` micro-batches of the slowest stage are a part, it is only bounded where those are two or more.
-        """
+        """Seconds of exchanges per step, (K,) over the keys of the pace, that hide at most if the slowest stage goes at this pace: behind
+        one micro-batch where none repeats, whatever blocks it has; else without bound. A slower stage hides at most as much more as one
+        micro-batch takes longer: no step gets shorter by that if it has two (`peak_weight`) of the slowest stage or more."""
         repeats = reduces_often(pace, self.runtime.communication) | gathered_ahead(pace, self.runtime.communication)
         bounded = ~repeats & (peak_weight >= LEAST_PEAK_WEIGHT) & (self.paced.offload is None)
         busy = [seconds for part, seconds in self.paced.parts.items() if part not in ("pp_exposed_s", "bubble_s")]
@@ -369,19 +366,22 @@ class StepTime:
         exposed += held.gather_copy_s.take(of) * paced.exchanges.gather_s.take(at)
         return exposed + self.runtime.execution.compute_slowdown * hidden, hidden
 
-    def _offload(self, at: IntArray, of: IntArray, exchange_s: FloatArray) -> tuple[FloatArray, FloatArray]:
+    def _offload(
+        self, at: IntArray, of: IntArray, exchange_s: FloatArray, *, endless: bool = False
+    ) -> tuple[FloatArray, FloatArray]:
         """(exposed, hidden) seconds of what lives outside the GPU, of the rows with keys `at` and `of`, beside the `exchange_s` that
-        the step waits for data parallelism."""
+        the step waits for data parallelism; with `endless` compute to hide states behind, and without copies of activations."""
         paced, held = self.paced, self.held
         exposed, hidden = np.zeros(len(of)), np.zeros(len(of))
-        if paced.offload is not None:
+        if paced.offload is not None and not endless:
             exposed, hidden = paced.offload[0].take(at), paced.offload[1].take(at)
         if held.tiers is not None:
             windows = StepWindows(
                 reductions=paced.exchanges.reduce_s.take(at),
                 gathers=paced.exchanges.gather_s.take(at),
-                backward_s=paced.windows.reducing_s.take(at),
-                compute_s=(paced.parts["compute_s"] + paced.parts["recompute_s"]).take(at),
+                backward_s=paced.windows.reducing_s.take(at) + (np.inf if endless else 0.0),
+                compute_s=(paced.parts["compute_s"] + paced.parts["recompute_s"]).take(at)
+                + (np.inf if endless else 0.0),
                 waiting_s=exchange_s + exposed,
                 on_gpu_s=held.optimizer_s.take(of),
             )

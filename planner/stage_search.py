@@ -20,11 +20,11 @@ from shardplan.costmodel.estimates import MEMORY_BAND, Estimates, joined
 from shardplan.costmodel.keys import unique_keys
 from shardplan.costmodel.layout import SCHEDULES, Layout, LayoutTable, layout_table
 from shardplan.costmodel.layout_join import stacked
+from shardplan.costmodel.pace import LEAST_PEAK_WEIGHT
 from shardplan.costmodel.recompute import RECOMPUTE
 from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.rules import broken_rules
 from shardplan.costmodel.stage_trials import StageTrials
-from shardplan.costmodel.step_time import LEAST_PEAK_WEIGHT
 from shardplan.planner.knobs import Knob, asked, knobs_of, least_s_with, named_recompute, variants_of
 from shardplan.planner.placement import in_other_orders, open_orders
 from shardplan.planner.space import Wishes

@@ -175,7 +175,7 @@ def _fastest(
     peak_weight, sum_weight = (float(weight) for weight in weights)
     seconds, taken = options.seconds(row, depth)
     seconds = np.where(options.parameters[row] < fewer, seconds, np.inf)
-    seconds = np.where(peak_weight * seconds <= most_s, seconds, np.inf)
+    seconds = np.where(seconds <= most_s / max(peak_weight, 1e-9), seconds, np.inf)
     table, taken = seconds.reshape(chain.pp, -1), taken.reshape(chain.pp, -1)
     of_cut = np.where(segments >= 0, table[:, segments], np.inf)
     counts = best_cut(of_cut, peak_weight=peak_weight, sum_weight=sum_weight)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import chain, combinations
+from itertools import chain, combinations, product
 
 import numpy as np
 import pytest
@@ -13,8 +13,9 @@ from shardplan.costmodel.estimate import estimate
 from shardplan.costmodel.estimates import Estimates
 from shardplan.costmodel.job import Job
 from shardplan.costmodel.layout import LayoutTable
+from shardplan.costmodel.layout_join import stacked
 from shardplan.costmodel.model_config import load_model
-from shardplan.costmodel.recompute import ALL_LAYERS, PART_BITS, RECOMPUTE
+from shardplan.costmodel.recompute import ALL_LAYERS, BY_STAGE, PART_BITS, RECOMPUTE
 from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.rules import broken_rules
 from shardplan.costmodel.runtime import load_runtime
@@ -23,16 +24,16 @@ from shardplan.hw_profiles.machine import Cluster
 from shardplan.planner.knobs import RATIOS
 from shardplan.planner.ranking import Objective
 from shardplan.planner.search import search
-from shardplan.planner.space import layout_space, parse_wishes
+from shardplan.planner.space import Wishes, layout_space, parse_wishes
 from shardplan.planner.sweep import with_network_rate
 
 NONE, SELECTIVE, FULL = range(len(RECOMPUTE))
 
 
-def every_layout(at: Setting) -> LayoutTable:
+def every_layout(at: Setting, wishes: Wishes | None = None) -> LayoutTable:
     """All words of the space, each as often as there are values of the others."""
     runtime = at.runtime
-    table = layout_space(at.model, at.job, at.cluster.gpus, cp_kinds=runtime.abilities.context_parallel)
+    table = layout_space(at.model, at.job, at.cluster.gpus, wishes, cp_kinds=runtime.abilities.context_parallel)
     parts = runtime.abilities.recompute_parts
     sets = chain.from_iterable(combinations(parts, size) for size in range(1, len(parts) + 1))
     plain = table.take(table.recompute == NONE)
@@ -116,13 +117,82 @@ def test_nothing_better_exists(
         ("memory", float(everything.device_peak_bytes[fits].min())),
     )
     for objective, least in objectives:
-        found = search(model=at.model, job=at.job, cluster=at.cluster, runtime=at.runtime, objective=objective)
+        asked = {"model": at.model, "job": at.job, "cluster": at.cluster, "runtime": at.runtime}
+        found = search(**asked, objective=objective, wishes=parse_wishes(forbid=["stage_layers"]))
         assert found.ranked is not None
         assert found.complete
         figure = found.ranked.step_s if objective == "throughput" else found.ranked.device_peak_bytes
         best = everything.layouts.row(int(np.flatnonzero(fits)[everything.step_s[fits].argmin()])).words()
         assert float(figure[0]) == pytest.approx(least, rel=1e-9), (best, found.ranked.layouts.row(0).words())
         assert found.ranked.fits().all()
+        free = search(**asked, objective=objective)
+        assert free.ranked is not None
+        assert free.proved or objective == "memory"
+        best_s = found.ranked.step_s[0] if objective == "throughput" else found.ranked.device_peak_bytes[0]
+        its = free.ranked.step_s[0] if objective == "throughput" else free.ranked.device_peak_bytes[0]
+        assert its <= best_s * (1.0 + 1e-12)
+
+
+def all_cuts(layers: int, stages: int) -> list[tuple[int, ...]]:
+    ends = combinations(range(1, layers), stages - 1)
+    return [tuple(np.diff((0, *some, layers)).tolist()) for some in ends]
+
+
+def cut_every_way(at: Setting, table: LayoutTable) -> LayoutTable:
+    """Pipelines of the table with every cut of the layers, and with every number of recomputed layers of each stage."""
+    layers, found = at.model.layer_count, list[LayoutTable]()
+    for stages in sorted(set(table.pp.tolist()) - {1}):
+        splits = (None, *all_cuts(layers, stages))
+        rows = table.take(table.pp == stages)
+        found += [replace(changed(rows, split=code), splits=splits) for code in range(1, len(splits))]
+        if not at.runtime.abilities.recompute_by_stage:
+            continue
+        plain = rows.take(rows.recompute == NONE)
+        for code, cut in enumerate(splits):
+            depths = tuple(depth for depth in product(*(range(n + 1) for n in cut)) if any(depth)) if cut else ()
+            for index in range(len(depths)):
+                one = changed(plain, split=code, recompute=FULL, recompute_layers=BY_STAGE - index)
+                found.append(replace(one, splits=splits, depths=depths))
+    return stacked([table, *found])
+
+
+CUT_CASES = [  # runtime, layers, GPUs, Gbit/s a GPU, GiB a GPU, fixed words
+    ("megatron", 5, 16, 10.0, 12.0, "schedule=1f1b virtual_stages=1 micro_batch=1 zero=1"),
+    ("megatron", 6, 16, 50.0, 7.0, "schedule=1f1b virtual_stages=1 micro_batch=1 zero=1 tp=2"),
+    ("megatron", 7, 8, None, 16.0, "schedule=1f1b virtual_stages=1 micro_batch=1 pp=4"),
+    ("shardplan", 5, 16, 25.0, 16.0, "schedule=1f1b virtual_stages=1 micro_batch=1 zero=1 pp=4 tp=2"),
+    ("shardplan", 5, 16, 10.0, 8.0, "schedule=1f1b virtual_stages=1 micro_batch=1 zero=1 pp=2"),
+    ("fsdp2", 6, 8, None, 22.0, "schedule=1f1b virtual_stages=1 micro_batch=2 zero=1 pp=4"),
+]
+
+
+@pytest.mark.parametrize(("runtime", "layers", "gpus", "gbps", "gib", "fixed"), CUT_CASES)
+def test_no_cut_with_whatever_words_is_better(
+    runtime: str, layers: int, gpus: int, gbps: float | None, gib: float, fixed: str
+) -> None:
+    """Every cut of the layers, times every recompute, knob and order."""
+    model, wishes = load_model("llama-3-8b"), parse_wishes(fixed)
+    machine = short_of_memory(load_cluster("h100-ib", gpus=gpus), gib)
+    at = Setting(
+        model=replace(model, layers=((model.layers[0][0], layers),)),
+        job=Job(seq=2048, global_batch=16, precision="bf16"),
+        cluster=machine if gbps is None else with_network_rate(machine, gbps),
+        runtime=load_runtime(runtime),
+    )
+    even = every_layout(at, wishes)
+    everything = estimated(at, valid(at, cut_every_way(at, even)))
+    fits = everything.fits()
+    assert fits.any()
+    least_s = float(everything.step_s[fits].min())
+    found = search(model=at.model, job=at.job, cluster=at.cluster, runtime=at.runtime, wishes=wishes)
+    assert found.ranked is not None
+    assert found.proved
+    assert found.complete
+    best = everything.layouts.row(int(np.flatnonzero(fits)[everything.step_s[fits].argmin()])).words()
+    assert float(found.ranked.step_s[0]) == pytest.approx(least_s, rel=1e-6), (
+        best,
+        found.ranked.layouts.row(0).words(),
+    )
 
 
 @pytest.mark.parametrize("runtime", ["megatron", "deepspeed"])

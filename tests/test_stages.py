@@ -155,8 +155,18 @@ def test_no_cut_beats_the_bound(runtime: str) -> None:
     random, model = np.random.default_rng(7), small_model(4, 4)
     given = setting(model, 16, batch=64, runtime=runtime)
     tried = 0
-    for tp, pp, zero, micro_batch, recompute in itertools.product((1, 2), (2, 4), range(4), (1, 4), ("none", "full")):
-        layout = Layout(tp=tp, pp=pp, dp=16 // tp // pp, zero=zero, micro_batch=micro_batch, recompute=recompute)
+    words = itertools.product((1, 2), (2, 4), range(4), (1, 4), ("none", "full"), ("none", "cpu"))
+    for tp, pp, zero, micro_batch, recompute, tier in words:
+        layout = Layout(
+            tp=tp,
+            pp=pp,
+            dp=16 // tp // pp,
+            zero=zero,
+            micro_batch=micro_batch,
+            recompute=recompute,
+            offload_optimizer=tier,
+            offload_ratio=0.3 if tier == "cpu" and zero in given.runtime.offload.ratio_zero else 1.0,
+        )
         if rejections(given, layout)[0]:
             continue
         some = list(cuts(8, pp))

@@ -224,7 +224,7 @@ def print_account(console: Console, search: Mapping[str, Any]) -> None:
         console.print("[red]stopped before the end: a better layout may exist[/red]")
     elif not search["complete"]:
         console.print(
-            "variants or orders of the slower layouts were left out to save time: a better one may exist among them"
+            "variants, orders or cuts of some layouts were left out to save time: a better one may exist among them"
         )
     for name, rule in list(search["refused"].items())[:8]:
         console.print(f"  {rule['count']:>9,}  {escape(name)}  [dim]{escape(rule['reason'])}[/dim]")
