@@ -109,7 +109,14 @@ def scalars(slopes: Tensor | None, q: Tensor, k: Tensor, sequences: Sequences, s
 
 def pick(kernel: str, q: Tensor, tma: bool) -> Tiles:
     """Tiles of `kernel` for this head dimension and dtype."""
-    return tiles(kernel, block_d=padded_dimension(q.shape[3]), tma=tma, element_bytes=q.element_size())
+    major, minor = torch.cuda.get_device_capability(q.device) if q.is_cuda else (0, 0)
+    return tiles(
+        kernel,
+        block_d=padded_dimension(q.shape[3]),
+        tma=tma,
+        element_bytes=q.element_size(),
+        capability=10 * major + minor,
+    )
 
 
 def forward(

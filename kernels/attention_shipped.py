@@ -11,7 +11,7 @@ from shardplan.kernels.attention_launch import padded_dimension
 from shardplan.kernels.attention_launch_backward import DELTA_ROWS
 from shardplan.kernels.attention_query_gradient import attention_query_gradient_kernel
 from shardplan.kernels.attention_specialised import attention_specialised_kernel
-from shardplan.kernels.attention_tiles import HOPPER_TMA, POINTERS, WIDE, Tiles
+from shardplan.kernels.attention_tiles import BLACKWELL_TMA, HOPPER_TMA, POINTERS, WIDE, Tiles
 from shardplan.kernels.shipped import Shipped
 
 KERNELS = {
@@ -39,7 +39,8 @@ def shipped() -> list[Shipped]:
     for kernel in KERNELS:
         for head_dim in (32, 64, 96, 128, 256):
             for on in (frozenset[str](), frozenset({"HAS_RIGHT"})):
-                entries.append(_entry(kernel, head_dim, "bf16", on, tma=True, capabilities=(90, 100)))
+                entries.append(_entry(kernel, head_dim, "bf16", on, tma=True, capabilities=(90,)))
+            entries.append(_entry(kernel, head_dim, "bf16", frozenset({"HAS_RIGHT"}), tma=True, capabilities=(100,)))
             entries.append(_entry(kernel, head_dim, "bf16", frozenset({"HAS_RIGHT"}), tma=False, capabilities=(80, 90)))
         entries.append(_entry(kernel, 128, "fp16", EVERYTHING, tma=True, capabilities=(90,)))
         entries.append(_entry(kernel, 128, "fp32", frozenset({"HAS_RIGHT"}), tma=False, capabilities=(80, 90)))
@@ -51,7 +52,8 @@ def _entry(
     kernel: str, head_dim: int, dtype: str, on: frozenset[str], *, tma: bool, capabilities: tuple[int, ...]
 ) -> Shipped:
     function, block_d = KERNELS[kernel], padded_dimension(head_dim)
-    table = WIDE if dtype == "fp32" else HOPPER_TMA if tma else POINTERS
+    by_descriptor = BLACKWELL_TMA if capabilities == (100,) else HOPPER_TMA
+    table = WIDE if dtype == "fp32" else by_descriptor if tma else POINTERS
     tile = table[(kernel, max(block_d, 64))]
     constants: dict[str, Any] = {name: name in on for name in SWITCHES}
     constants |= {"D": head_dim, "BLOCK_D": block_d, "BLOCK_M": tile.queries, "BLOCK_N": tile.keys}
@@ -59,7 +61,8 @@ def _entry(
     constants |= {name: None for name, switch in ABSENT.items() if switch not in on and name in function.arg_names}
     words = "+".join(sorted(on)).lower() or "full"
     return Shipped(
-        name=f"attention_{kernel} D{head_dim} {dtype} {words} {'descriptors' if tma else 'pointers'}",
+        name=f"attention_{kernel} D{head_dim} {dtype} {words} {'descriptors' if tma else 'pointers'}"
+        + " Blackwell" * (capabilities == (100,)),
         kernel=function,
         signature=_signature(function.arg_names, constants, tile, dtype, block_d, tma=tma),
         constants=constants,

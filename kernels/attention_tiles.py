@@ -39,6 +39,11 @@ HOPPER_TMA: dict[tuple[str, int], Tiles] = {
 }
 """By (kernel, block of the head dimension), 2-byte elements loaded by descriptor; timed on an H200
 (reports/measured/h200-2026-11-26/attention_tuning.csv): small tiles of four warps, several to a multiprocessor, win."""
+BLACKWELL_TMA: dict[tuple[str, int], Tiles] = HOPPER_TMA | {
+    ("key_gradient", 256): Tiles(queries=64, keys=64, warps=8, stages=1),
+    ("query_gradient", 256): Tiles(queries=128, keys=32, warps=8, stages=2),
+}
+"""Products there keep operands in shared memory that Hopper holds in registers; compiled, not timed."""
 POINTERS: dict[tuple[str, int], Tiles] = {
     ("forward", 64): Tiles(queries=128, keys=64, warps=4, stages=3),
     ("forward", 128): Tiles(queries=128, keys=32, warps=8, stages=3),
@@ -59,13 +64,16 @@ WIDE: dict[tuple[str, int], Tiles] = {
 """fp32: products run outside the tensor cores, registers decide."""
 
 
-def tiles(kernel: str, *, block_d: int, tma: bool, element_bytes: int) -> Tiles:
-    """Tiles of `kernel` (forward, specialised, key_gradient, query_gradient) for a head dimension padded to `block_d`."""
+def tiles(kernel: str, *, block_d: int, tma: bool, element_bytes: int, capability: int) -> Tiles:
+    """Tiles of `kernel` (forward, specialised, key_gradient, query_gradient) for a head dimension padded to `block_d`.
+
+    `capability` is the GPU's, 90 for 9.0; `tma` whether tiles are loaded by descriptor.
+    """
     if INTERPRETED:
         return INTERPRETER_TILES
     key = (kernel, max(block_d, 64))
     if element_bytes > 2:
         return WIDE[key]
-    if tma:
-        return HOPPER_TMA[key]
-    return POINTERS[key]
+    if not tma:
+        return POINTERS[key]
+    return (BLACKWELL_TMA if capability >= 100 else HOPPER_TMA)[key]

@@ -30,14 +30,18 @@ def _line(kernel: str, case: str, found: Mapping[tuple[str, str], Mapping[str, s
     rate = f"{float(own['p50']):,.0f} {own['unit']}" if own else "not measured"
     ratios = [(provider, row) for (provider, metric), row in found.items() if metric == "ratio"]
     beside = ", ".join(f"{provider} {float(row['p50']):.2f}" for provider, row in ratios)
-    missed = [f"{provider} {words}" for provider, row in ratios for words in row["note"].split(", ") if "missed" in words]
+    missed = [
+        f"{provider} {words}" for provider, row in ratios for words in row["note"].split(", ") if "missed" in words
+    ]
     return f"| {kernel} | {case} | {rate} | {beside} | {'; '.join(m.removesuffix(' missed') for m in missed)} |"
 
 
 def main(arguments: Sequence[str]) -> int:
     """Print the table of one file."""
     if len(arguments) != 1 or not Path(arguments[0]).is_file():
-        print("python -m shardplan.kernels.benchmark_table FILE.csv: name a file of `bench kernels -o`", file=sys.stderr)
+        print(
+            "python -m shardplan.kernels.benchmark_table FILE.csv: name a file of `bench kernels -o`", file=sys.stderr
+        )
         return 2
     with Path(arguments[0]).open(newline="", encoding="utf-8") as file:
         print(table(csv.DictReader(file)))
