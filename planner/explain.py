@@ -162,7 +162,7 @@ def what_binds(prediction: Mapping[str, Any]) -> list[str]:
 def _allocator_line(stage: Mapping[str, Any]) -> list[str]:
     """The allocator setting to try where the estimate counts more slack than torchtitan's eight published peaks show with it."""
     slack = stage["allocator_slack_bytes"] / stage["allocated_bytes"] if stage["allocated_bytes"] else 0.0
-    if slack <= EXPANDABLE_SLACK:
+    if slack <= EXPANDABLE_SLACK * (1 + 1e-6):  # a sum of bytes, not the fraction itself
         return []
     return [
         f"allocator: {stage['allocator_slack_bytes'] / GIB:.1f} GiB are slack ({slack:.0%}); PYTORCH_ALLOC_CONF="
