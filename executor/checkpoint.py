@@ -17,9 +17,13 @@ from typing import IO, Any, cast
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import ReadItem, SavePlan, SavePlanner
+from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
+from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from shardplan.executor import checkpoint_files
 from shardplan.executor.checkpoint_files import CheckpointError, Progress
@@ -69,7 +73,7 @@ def _make_states(optimizer: torch.optim.Optimizer) -> None:
         group["lr"] = rate
 
 
-class CheckpointWriter(dcp.FileSystemWriter):
+class CheckpointWriter(FileSystemWriter):
     """DCP's writer into a temporary folder; ranks hash what they wrote, the coordinator commits at the end."""
 
     def __init__(self, root: Path, progress: Progress, *, keep: int) -> None:
@@ -77,7 +81,7 @@ class CheckpointWriter(dcp.FileSystemWriter):
         self.progress, self.keep = progress, keep
         super().__init__(self.part, overwrite=False)
 
-    def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> Any:
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
         """Write this rank's tensors, flushed, and their digests."""
         done = super().write_data(plan, planner)
         for name in sorted({result.storage_data.relative_path for result in done.wait()}):
@@ -97,7 +101,7 @@ class Checkpoints:
 
     def __init__(self, root: Path, *, every: int, keep: int) -> None:
         self.root, self.every, self.keep = root, every, keep
-        self.group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT)  # its own: training goes on meanwhile
+        self.group = _patient_group()  # its own: training goes on meanwhile
         self.saving: Future[Any] | None = None
 
     def due(self, step: int, last: int) -> bool:
@@ -108,7 +112,7 @@ class Checkpoints:
         """Copy `state` to host memory and write it in the background; waits for the save before and raises what it raised."""
         self.wait()
         writer = CheckpointWriter(self.root, progress, keep=self.keep)
-        saving = dcp.async_save(state, storage_writer=writer, process_group=self.group)
+        saving = async_save(state, storage_writer=writer, process_group=self.group)
         self.saving = cast("Future[Any]", saving)
 
     def wait(self) -> None:
@@ -116,6 +120,11 @@ class Checkpoints:
         if self.saving is not None:
             self.saving.result()
             self.saving = None
+
+
+def _patient_group() -> dist.ProcessGroup:
+    """All ranks, on the host, where they may wait for disks."""
+    return cast("dist.ProcessGroup", dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT))
 
 
 class _IndexUnpickler(pickle.Unpickler):
@@ -152,7 +161,7 @@ class _IndexUnpickler(pickle.Unpickler):
         return super().find_class(module_name, global_name)
 
 
-class CheckpointReader(dcp.FileSystemReader):
+class CheckpointReader(FileSystemReader):
     """DCP's reader, whose index cannot run code; tensors are read with `weights_only` by DCP itself."""
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
@@ -176,19 +185,19 @@ class CheckpointReader(dcp.FileSystemReader):
             raise CheckpointError(f"index names {strange[0]!r}", place=f"checkpoint {self.path}")
 
 
-class _TensorsOnly(dcp.DefaultLoadPlanner):
-    def load_bytes(self, read_item: dcp.planner.ReadItem, value: Any) -> None:
+class _TensorsOnly(DefaultLoadPlanner):
+    def load_bytes(self, read_item: ReadItem, value: Any) -> None:
         raise CheckpointError(f"{read_item.dest_index.fqn} is a pickled object; only tensors are loaded")
 
 
 def load(folder: Path, state: State) -> Progress:
     """Fill the tensors of `state` from a checkpoint, in place, whatever layout saved it; all ranks call it together."""
-    dcp.load(state, storage_reader=CheckpointReader(folder), planner=_TensorsOnly())
+    load_distributed(state, storage_reader=CheckpointReader(folder), planner=_TensorsOnly())
     return checkpoint_files.read_progress(folder)
 
 
 def choose(roots: list[Path]) -> tuple[Path | None, list[str]]:
     """What `checkpoint_files.newest` finds, looked up by rank 0 for all ranks."""
     found: list[Any] = [checkpoint_files.newest(roots) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(found, src=0)
+    dist.broadcast_object_list(found, src=0, group=_patient_group())  # rank 0 reads whole checkpoints
     return found[0]

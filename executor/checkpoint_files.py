@@ -156,6 +156,18 @@ def find(place: Path) -> tuple[Path, list[str]]:
     )
 
 
+def last_run(out: Path) -> Path:
+    """The newest run folder below `out` that has a complete checkpoint; CheckpointError where none has."""
+    for folder in sorted(_entries(out), key=lambda path: path.name, reverse=True):
+        if checkpoints(folder / CHECKPOINTS_FOLDER):
+            return folder
+    raise CheckpointError(
+        "holds no run with a checkpoint",
+        place=str(out),
+        remedy="name a run folder with --resume, or the runs with --out",
+    )
+
+
 _NAME = re.compile(r"step-(\d{8,})(?:-(\d+))?")
 
 

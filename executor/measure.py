@@ -99,7 +99,9 @@ class RankRecorder:
         if kind is not None and error is not None:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             told = f"{kind.__name__}: {lines[0]}" if lines else kind.__name__
-            write_json(self.path.with_suffix(".error.json"), {"time": time.time(), "error": told, "details": self.details})
+            write_json(
+                self.path.with_suffix(".error.json"), {"time": time.time(), "error": told, "details": self.details}
+            )
 
 
 def append_event(folder: Path, event: Mapping[str, Any]) -> None:

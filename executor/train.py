@@ -39,9 +39,9 @@ from shardplan.executor.mesh import build_mesh, data_rank
 from shardplan.executor.optimizer import build_optimizer, clip_gradients, learning_rate, settle_gradients
 from shardplan.executor.parallelize import parallelize
 from shardplan.executor.pipeline import Schedule, build_schedule, chunk_layers, chunks_of_rank, parts
+from shardplan.executor.start import check_world_size, restart_count, start_process_group
 from shardplan.executor.transformer import Transformer, build_transformer
 from shardplan.executor.zero import set_micro_step
-from shardplan.hw_profiles.errors import InputError
 from shardplan.planner.plan import Plan, model_digest
 
 
@@ -218,53 +218,18 @@ def peak_memory(device: torch.device) -> dict[str, int]:
     return {"rss_bytes": host_peak_bytes()}
 
 
-def start_process_group(device: str, timeout: timedelta) -> torch.device:
-    """Join the ranks that torchrun started; returns this rank's device. No collective waits longer than `timeout`.
-
-    Names in torchrun's store carry the number of the restart: gloo would else find addresses of ranks that are gone.
-    """
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun, so it outlives the ranks
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    base = dist.TCPStore(address, port, world, is_master=rank == 0 and not hosted, timeout=timeout)
-    store = dist.PrefixStore(f"restart-{restart_count()}", base)
-    chosen = torch.device("cpu")
-    if device == "cuda":
-        chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(chosen)
-    dist.init_process_group(
-        "nccl" if device == "cuda" else "gloo",
-        store=store,
-        rank=rank,
-        world_size=world,
-        timeout=timeout,
-        device_id=chosen if device == "cuda" else None,
-    )
-    return chosen
-
-
-def restart_count() -> int:
-    """How often torchrun has started the ranks again."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-
-
 def resume_newest(trainer: Trainer, folder: Path, source: Path | None) -> int:
     """Go on from this run's newest whole checkpoint, else from `source`; returns the steps done. Tells what it did."""
-    roots = [folder / CHECKPOINTS_FOLDER] if restart_count() else []
-    chosen, refused = choose([*roots, *([source] if source else [])])
+    chosen, refused = source, list[str]()  # the launcher has verified it
+    if restart_count():
+        chosen, refused = choose([folder / CHECKPOINTS_FOLDER, *([source] if source else [])])
+    dist.barrier()  # a save begins only when what killed saves left is gone
     done = trainer.resume(chosen) if chosen else 0
     if dist.get_rank() == 0 and (chosen or restart_count()):
         at = f"resumed from step {done}" if chosen else "started again from the beginning, there is no checkpoint"
         event = {"restart": restart_count(), "step": done, "checkpoint": str(chosen) if chosen else None}
         append_event(folder, {**event, "refused": refused, "told": at})
     return done
-
-
-def check_world_size(plan: Plan) -> None:
-    """Refuse a number of processes that is not the plan's."""
-    world = int(os.environ["WORLD_SIZE"])
-    if world != plan.gpus:
-        raise InputError(f"the plan is for {plan.gpus} processes, {world} were started", remedy="start as many as it says")
 
 
 def run_rank() -> None:
