@@ -53,13 +53,15 @@ def silent_ranks(folder: Path, ranks: list[int]) -> str:
     return ", ".join(f"rank {rank} hung after step {step}" for rank, step in last.items())
 
 
-def no_progress(folder: Path, seconds: float, *, ranks: int) -> str:
-    """The line of a run that was ended because no step finished for `seconds`; names the ranks furthest behind."""
+def stuck(folder: Path, seconds: float, *, ranks: int) -> Failure:
+    """Of a run that was ended because no step finished for `seconds`: what a rank said, else which are furthest behind."""
+    if _raised(folder):
+        return failure(folder, 1, ranks=ranks)
     records = measure.read_records(folder)
     last = {rank: max((record.step for record in records.get(rank, ())), default=0) for rank in range(ranks)}
     behind = [rank for rank, step in last.items() if step == min(last.values())]
     who = "all ranks" if len(behind) == ranks else "rank " + ", ".join(map(str, behind))
-    return f"no step finished for {seconds:.0f} s; {who} hung after step {min(last.values())}"
+    return Failure(line=f"no step finished for {seconds:.0f} s; {who} hung after step {min(last.values())}")
 
 
 def _killed(log: str) -> tuple[int, int] | None:

@@ -29,7 +29,7 @@ from typing import Any
 from shardplan.costmodel.layout import Layout
 from shardplan.executor import measure
 from shardplan.executor.checkpoint_files import CHECKPOINTS_FOLDER, PART_SUFFIX, read_progress
-from shardplan.executor.failure import Failure, failure, no_progress
+from shardplan.executor.failure import Failure, failure, stuck
 from shardplan.executor.measure import StepRecord
 from shardplan.hw_profiles.errors import InputError
 from shardplan.planner.plan import Plan
@@ -39,6 +39,8 @@ WARMUP_STEPS = 3
 POLL_S = 0.1
 STOP_S = 40.0
 """torchrun itself gives its ranks 30 s before it kills them."""
+STUCK_STOP_S = 3.0
+"""For ranks that hang anyway, where they die with torchrun."""
 HANG_TIMEOUTS = 2.0
 """Ranks end themselves after one timeout; when no step has finished and no checkpoint grown for this many, the launcher ends them."""
 START_S = 120.0
@@ -198,20 +200,21 @@ def _watch(command: list[str], followed: _Followed, plan: Plan, *, device: str, 
                 slack_s = START_S if recovery.max_restarts or not followed.steps else 0.0
                 silent_s = time.monotonic() - followed.last_word
                 if silent_s > HANG_TIMEOUTS * recovery.timeout_s + slack_s and not followed.saving():
-                    return Failure(line=no_progress(folder, silent_s, ranks=plan.gpus))
+                    _stop(process, STOP_S if sys.platform == "darwin" else STUCK_STOP_S)
+                    return stuck(folder, silent_s, ranks=plan.gpus)
                 time.sleep(POLL_S)
         finally:
             _stop(process)
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def _stop(process: subprocess.Popen[bytes], patience_s: float = STOP_S) -> None:
     if process.poll() is not None:
         return
     process.terminate()  # torchrun passes it on to the ranks
     try:
-        process.wait(STOP_S)
+        process.wait(patience_s)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        os.killpg(process.pid, signal.SIGKILL)  # ranks die with it: start.die_with_parent
         process.wait()
 
 

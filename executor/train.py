@@ -39,7 +39,7 @@ from shardplan.executor.mesh import build_mesh, data_rank
 from shardplan.executor.optimizer import build_optimizer, clip_gradients, learning_rate, settle_gradients
 from shardplan.executor.parallelize import parallelize
 from shardplan.executor.pipeline import Schedule, build_schedule, chunk_layers, chunks_of_rank, parts
-from shardplan.executor.start import check_world_size, restart_count, start_process_group
+from shardplan.executor.start import check_world_size, die_with_parent, restart_count, start_process_group
 from shardplan.executor.transformer import Transformer, build_transformer
 from shardplan.executor.zero import set_micro_step
 from shardplan.planner.plan import Plan, model_digest
@@ -244,6 +244,7 @@ def run_rank() -> None:
     parser.add_argument("--keep", type=int, default=1)
     parser.add_argument("--resume", type=Path, help="one checkpoint folder")
     given = parser.parse_args()
+    die_with_parent()
     with RankRecorder(given.folder, rank=int(os.environ["RANK"])) as recorder:
         plan = Plan.read(given.folder / "plan.json")
         check_world_size(plan)

@@ -1,4 +1,4 @@
-"""Checkpoint folders without torch: a kill between any two file operations loses no complete checkpoint; what is damaged is refused by name."""
+"""Checkpoint folders without torch: a kill between any two file operations loses nothing; what is damaged is refused by name."""
 
 from __future__ import annotations
 
@@ -61,7 +61,11 @@ def test_saving_a_step_again_does_not_write_over_it(tmp_path):
     assert checkpoint_files.find(tmp_path)[0].name == "step-00000004-3"
 
 
-OPERATIONS = [(os, "fsync"), (Path, "rename"), (Path, "replace"), (Path, "unlink"), (Path, "mkdir"), (shutil, "rmtree")]
+OPERATIONS = [
+    (owner, name, getattr(owner, name))
+    for owner, names in ((os, ["fsync"]), (Path, ["rename", "replace", "unlink", "mkdir"]), (shutil, ["rmtree"]))
+    for name in names
+]
 
 
 @pytest.mark.parametrize("steps", [(2, 4, 6, 8), (2, 4, 4, 4)], ids=["forward", "over the same step"])
@@ -70,9 +74,9 @@ def test_killed_between_any_two_operations_nothing_complete_is_lost(tmp_path, mo
         """Save one after the other, die at operation `count`; True when all went through before."""
         left = count
         with monkeypatch.context() as patch:
-            for owner, name in OPERATIONS:
+            for owner, name, real in OPERATIONS:
 
-                def operation(*given, real=getattr(owner, name), **named):
+                def operation(*given, real=real, **named):
                     nonlocal left
                     left -= 1
                     if left < 0:

@@ -1,4 +1,4 @@
-"""Training goes on from a checkpoint as if it had never stopped: same layout, other layouts, after kills and restarts, in runs of real processes.
+"""Training goes on from a checkpoint as if it had never stopped: same layout, other layouts, after kills and restarts.
 
 The file is also the script of a rank whose writer is slow, which a test kills during a save.
 """
@@ -138,7 +138,7 @@ def test_ranks_killed_in_the_middle_are_started_again_and_the_curve_is_the_unbro
     assert [line for line in told if "resumed from step" in line or "started again" in line]
     assert [event["restart"] for event in outcome.document["resumed"]] == [1, 2]
     assert outcome.document["resumed"][1]["step"] in (4, 6)
-    assert [path.name for path in checkpoint_files.checkpoints(outcome.folder / "checkpoints")][0] == "step-00000008"
+    assert checkpoint_files.checkpoints(outcome.folder / "checkpoints")[0].name == "step-00000008"
 
 
 @pytest.mark.slow
@@ -154,9 +154,7 @@ def test_a_hang_ends_within_the_timeout_and_names_the_rank(tmp_path):
             os.kill(rank_processes(tmp_path)[1], signal.SIGSTOP)
 
     outcome = run(tmp_path, "dp=2", steps=100_000, on_step=stop, timeout_s=5.0)
-    assert (
-        time.monotonic() - stopped_at[0] < 5 + 30 + 20
-    )  # the timeout, torchrun's patience with a stopped process, ours
+    assert time.monotonic() - stopped_at[0] < 2 * 5 + 20  # two timeouts, and what a busy machine takes to end processes
     assert outcome.error is not None
     assert outcome.error.startswith("rank 1 hung after step ")
     assert rank_processes(tmp_path) == {}
