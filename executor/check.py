@@ -34,7 +34,7 @@ def refusals(plan: Plan, *, device: str, cuda_devices: int, force: bool = False)
     setting = Setting(model=plan.model, job=plan.job, cluster=plan_cluster(plan), runtime=load_runtime(RUNTIME))
     broken, _ = rejections(setting, plan.layout)
     machine = _machine(plan, device=device, cuda_devices=cuda_devices)
-    return [*_world_size(plan), *broken, *machine, *([] if force else _memory(plan))]
+    return [*broken, *machine, *([] if force else _memory(plan))]
 
 
 def resume_refusals(plan: Plan, saved: Progress, *, steps: int) -> list[Rejection]:
@@ -57,15 +57,6 @@ def resume_refusals(plan: Plan, saved: Progress, *, steps: int) -> list[Rejectio
             )
         )
     return found
-
-
-def _world_size(plan: Plan) -> Iterator[Rejection]:
-    if plan.gpus != plan.layout.gpus:
-        yield Rejection(
-            rule="world-size",
-            detail=f"the plan says {plan.gpus} GPUs, its layout {plan.layout.words()!r} takes {plan.layout.gpus}",
-            remedy="make the plan again with `shardplan plan`",
-        )
 
 
 def _memory(plan: Plan) -> Iterator[Rejection]:

@@ -9,8 +9,9 @@ is read with a list of the classes it may name.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any, cast
@@ -18,6 +19,7 @@ from typing import IO, Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
@@ -118,8 +120,19 @@ class Checkpoints:
     def wait(self) -> None:
         """Return when the last save is complete on disk."""
         if self.saving is not None:
-            self.saving.result()
+            with _told("saving failed"):
+                self.saving.result()
             self.saving = None
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Turn DCP's report over all ranks into the line of the first that failed."""
+    try:
+        yield
+    except CheckpointException as bad:
+        rank, (error, _) = min(bad.failures.items())
+        raise CheckpointError(f"{what} on rank {rank}: {type(error).__name__}: {error}") from bad
 
 
 def _patient_group() -> dist.ProcessGroup:
@@ -192,7 +205,8 @@ class _TensorsOnly(DefaultLoadPlanner):
 
 def load(folder: Path, state: State) -> Progress:
     """Fill the tensors of `state` from a checkpoint, in place, whatever layout saved it; all ranks call it together."""
-    load_distributed(state, storage_reader=CheckpointReader(folder), planner=_TensorsOnly())
+    with _told(f"checkpoint {folder}: loading failed"):
+        load_distributed(state, storage_reader=CheckpointReader(folder), planner=_TensorsOnly())
     return checkpoint_files.read_progress(folder)
 
 

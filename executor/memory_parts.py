@@ -22,6 +22,15 @@ ROWS = (
 """Row of the table -> what adds up to it in a stage of the prediction."""
 
 
+def ran_out_of_memory(error: BaseException | None) -> bool:
+    """Is it the device's memory, also where a pipeline stage has wrapped the error in its own?"""
+    import torch
+
+    while error is not None and not isinstance(error, torch.OutOfMemoryError):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
 def device_parts(parameters: Iterable[Tensor], states: Iterable[Any], device: torch.device) -> dict[str, float]:
     """What this rank holds and the peak since the step began, bytes by row of `ROWS`; `free` is what the device had left."""
     import torch

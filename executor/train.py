@@ -34,7 +34,7 @@ from shardplan.executor.checkpoint_files import CHECKPOINTS_FOLDER, Progress, cl
 from shardplan.executor.data import batch, load_text
 from shardplan.executor.loss import loss_context, loss_function
 from shardplan.executor.measure import RankRecorder, StepRecord, append_event, host_peak_bytes
-from shardplan.executor.memory_parts import device_parts, told_parts
+from shardplan.executor.memory_parts import device_parts, ran_out_of_memory, told_parts
 from shardplan.executor.mesh import build_mesh, data_rank
 from shardplan.executor.optimizer import build_optimizer, clip_gradients, learning_rate, settle_gradients
 from shardplan.executor.parallelize import parallelize
@@ -260,8 +260,9 @@ def run_rank() -> None:
                 root = given.folder / CHECKPOINTS_FOLDER
                 checkpoints = Checkpoints(root, every=given.checkpoint_every, keep=given.keep)
             train(trainer, recorder, steps=given.steps, done=done, checkpoints=checkpoints)
-        except torch.OutOfMemoryError:
-            recorder.details = out_of_memory(plan, trainer, device)
+        except Exception as error:
+            if ran_out_of_memory(error):
+                recorder.details = out_of_memory(plan, trainer, device)
             raise
         dist.barrier()  # no rank leaves while another still talks to it
         dist.destroy_process_group()

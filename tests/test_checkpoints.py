@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from shardplan.costmodel.layout import parse_layout
 from shardplan.costmodel.model import LayerKind, Model
 from shardplan.executor import checkpoint_files, measure
 from shardplan.executor.launch import Outcome, Recovery, run_plan
+from shardplan.hw_profiles.load import cluster_document
 from shardplan.planner.plan import Plan
 
 STEPS = 8
@@ -176,21 +178,55 @@ def test_a_lone_rank_that_hangs_is_ended_by_the_launcher(tmp_path):
     assert rank_processes(tmp_path) == {}
 
 
+CPU_CLUSTER = """
+name = "four-cores"
+source = "this test"
+source_kind = "guess"
+nodes = 1
+gpu = { base = "cpu" }
+[node]
+base = "8x4090"
+gpus = 4
+[network]
+base = "none"
+"""
+
+
 @pytest.mark.distributed
-def test_a_corrupt_checkpoint_is_told_and_the_one_before_resumed(unbroken, tmp_path):
-    import shutil
+def test_what_cannot_be_resumed_is_refused_in_one_line_and_a_corrupt_checkpoint_skipped(unbroken, tmp_path):
+    run_folder = tmp_path / "runs" / "20260101T000000Z-copied"
+    shutil.copytree(unbroken("dp=1").folder, run_folder)
+    (tmp_path / "cores.toml").write_text(CPU_CLUSTER)
+    plan = replace(make_plan("dp=1"), cluster=cluster_document(str(tmp_path / "cores.toml")))
+    plan.write(tmp_path / "plan.json")
 
-    from shardplan.executor.checkpoint_files import find
+    def shardplan_run(*words: str | Path) -> tuple[int, list[str]]:
+        code = "import sys; from shardplan.cli import main; sys.argv[0] = 'shardplan'; main()"
+        options = ["run", tmp_path / "plan.json", "--out", tmp_path / "runs", *words]
+        command = [sys.executable, "-c", code, *map(str, options)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+        return done.returncode, done.stderr.splitlines()
 
-    whole = unbroken("dp=1")
-    copied = tmp_path / "run"
-    shutil.copytree(whole.folder, copied)
-    damaged = copied / "checkpoints" / "step-00000008" / "__0_0.distcp"
-    damaged.write_bytes(damaged.read_bytes()[:-1])
-    folder, refused = find(copied)
-    assert folder.name == "step-00000004"
-    assert len(refused) == 1
-    assert "step-00000008: __0_0.distcp has" in refused[0]
+    def damage(step: int) -> None:
+        tensors = run_folder / "checkpoints" / f"step-{step:08d}" / "__0_0.distcp"
+        tensors.write_bytes(tensors.read_bytes()[:-1])
+
+    code, told = shardplan_run("--resume", "last", "--steps", "8")
+    assert code == 1
+    assert told == ["shardplan: the checkpoint is at step 8, --steps asks for 8 in all; give --steps above 8"]
+    damage(8)
+    code, told = shardplan_run("--resume", "last", "--steps", "5")
+    assert code == 0
+    assert told[0].startswith(
+        f"shardplan: checkpoint {run_folder / 'checkpoints' / 'step-00000008'}: __0_0.distcp has "
+    )
+    assert told[0].endswith("; using step-00000004")
+    assert "resumed from step 4" in told
+    damage(4)
+    code, told = shardplan_run("--resume", run_folder)
+    assert code == 2
+    assert len(told) == 1
+    assert "no checkpoint is whole: checkpoint " in told[0]
 
 
 class Evil:
