@@ -114,6 +114,58 @@ def test_resumed_in_another_layout_the_curve_is_the_unbroken_one(unbroken, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.distributed
+@pytest.mark.parametrize("words", ["dp=2 pp=2 zero=1", "tp=2 pp=2 sequence_parallel=true", "dp=2 zero=0"])
+def test_saved_in_another_layout_the_curve_is_the_unbroken_one(unbroken, tmp_path, words):
+    found = losses(run(tmp_path, "dp=2 zero=3", resume=saved(unbroken(words), 4)))
+    assert found == pytest.approx(
+        {step: loss for step, loss in losses(unbroken("dp=2 zero=3")).items() if step > 4}, rel=1e-6
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the ranks in /proc")
+def test_killed_at_any_moment_the_newest_complete_checkpoint_loads(tmp_path):
+    """All ranks at once, or torchrun itself, at moments spread over saves that never pause; each run resumes the one before."""
+    pytest.importorskip("torch", reason="the executor needs torch")
+    source: Path | None = None
+    done = 0
+    for turn, delay_s in enumerate((0.3, 0.9, 1.3)):
+        seen: list[int] = []
+
+        def kill(record, turn=turn, delay_s=delay_s, seen=seen) -> None:
+            seen.append(record.step)
+            if len(seen) == 1:
+                ranks = list(rank_processes(tmp_path).values())
+                status = Path(f"/proc/{ranks[0]}/status").read_text().splitlines()
+                torchrun = int(next(line for line in status if line.startswith("PPid")).split()[1])
+                time.sleep(delay_s)
+                for process in [torchrun] if turn % 2 else ranks:
+                    os.kill(process, signal.SIGKILL)
+
+        outcome = run(
+            tmp_path / str(turn),
+            "dp=2 zero=2",
+            steps=100_000,
+            on_step=kill,
+            checkpoint_every=1,
+            keep=2,
+            resume=source,
+        )
+        assert seen[0] == done + 1
+        time.sleep(1.0)
+        assert rank_processes(tmp_path) == {}
+        if not checkpoint_files.checkpoints(outcome.folder / "checkpoints"):
+            continue  # killed before the first save was complete: the run before is as it was
+        source, refused = checkpoint_files.find(outcome.folder)
+        assert refused == []
+        assert checkpoint_files.verify(source).step > done
+        done = checkpoint_files.verify(source).step
+    assert done > 0
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
 @pytest.mark.parametrize("options", [{"precision": "bf16"}, {"tied": True}], ids=["bf16", "tied"])
 def test_fp32_masters_and_tied_embeddings_are_saved(tmp_path, options):
     whole = run(tmp_path / "whole", "dp=2 zero=2", checkpoint_every=4, **options)
