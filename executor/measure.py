@@ -21,6 +21,7 @@ from typing import Any, Self, TextIO
 import numpy as np
 
 RANKS_FOLDER = "ranks"
+EVENTS_FILE = "events.jsonl"
 GIB = 2**30
 
 
@@ -77,9 +78,12 @@ class RankRecorder:
     def __init__(self, folder: Path, *, rank: int) -> None:
         self.path = rank_file(folder, rank)
         self.file: TextIO | None = None
+        self.details: list[str] = []
+        """Lines told with the exception."""
 
     def __enter__(self) -> Self:
         self.path.parent.mkdir(exist_ok=True)
+        self.path.with_suffix(".error.json").unlink(missing_ok=True)  # of before a restart
         self.file = self.path.open("a", encoding="utf-8")
         return self
 
@@ -95,14 +99,34 @@ class RankRecorder:
         if kind is not None and error is not None:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             told = f"{kind.__name__}: {lines[0]}" if lines else kind.__name__
-            write_json(self.path.with_suffix(".error.json"), {"time": time.time(), "error": told})
+            write_json(
+                self.path.with_suffix(".error.json"), {"time": time.time(), "error": told, "details": self.details}
+            )
+
+
+def append_event(folder: Path, event: Mapping[str, Any]) -> None:
+    """Add a line to `events.jsonl`: what happened besides steps (resuming, restarts)."""
+    with (folder / EVENTS_FILE).open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"time": time.time(), **event}) + "\n")
+
+
+def read_events(folder: Path) -> list[dict[str, Any]]:
+    """The complete lines of `events.jsonl`."""
+    path = folder / EVENTS_FILE
+    whole = path.read_text(encoding="utf-8").rpartition("\n")[0] if path.exists() else ""
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def last_records(records: Iterable[StepRecord]) -> list[StepRecord]:
+    """One record a step, the last: steps after a checkpoint are trained again when the ranks are restarted."""
+    return list({record.step: record for record in records}.values())
 
 
 def read_records(folder: Path) -> dict[int, list[StepRecord]]:
     """Steps by rank, of a finished, failed or running run; a line that a kill cut short is left out."""
     found: dict[int, list[StepRecord]] = {}
     for path in sorted((folder / RANKS_FOLDER).glob("rank-*.jsonl")):
-        found[int(path.stem.removeprefix("rank-"))] = parse_records(path.read_text(encoding="utf-8"))
+        found[int(path.stem.removeprefix("rank-"))] = last_records(parse_records(path.read_text(encoding="utf-8")))
     return found
 
 
@@ -144,7 +168,7 @@ def measured(records: Mapping[int, Sequence[StepRecord]], *, tokens_per_step: in
     slowest: dict[int, float] = {}
     for record in _every(records):
         slowest[record.step] = max(slowest.get(record.step, 0.0), record.step_s)
-    timed = [seconds for step, seconds in sorted(slowest.items()) if step > warmup_steps]
+    timed = [seconds for _, seconds in sorted(slowest.items())][warmup_steps:]
     low, median, high = np.percentile(timed, (20, 50, 80)).tolist() if timed else (None, None, None)
     kind = "rss" if any(record.rss_bytes is not None for record in _every(records)) else "allocated"
     peaks = [getattr(record, f"{kind}_bytes") for record in _every(records)]

@@ -38,6 +38,11 @@ class ProgressLine:
             print(self.line(record), file=self.stream, flush=True)
             self.told_at = time.monotonic()
 
+    def tell(self, line: str) -> None:
+        """What happened besides steps, on a line of its own."""
+        self.end()
+        print(line, file=self.stream, flush=True)
+
     def end(self) -> None:
         """Leave the live line, also of a run that stopped early."""
         if self.unfinished:
@@ -84,7 +89,7 @@ def summary(document: Mapping[str, Any]) -> str:
     ]
     lines = [f"{'':<12}{'predicted':>12}{'measured':>12}{'ratio':>8}"]
     lines += [f"{name:<12}{said:>12}{was:>12}{_ratio(part):>8}" for name, said, was, part in rows]
-    timed = max(document["steps_done"] - document["warmup_steps"], 0)
+    timed = document.get("steps_timed", max(document["steps_done"] - document["warmup_steps"], 0))
     lines.append(f"median of {timed} steps after warm-up; memory: {kind} of the fullest rank")
     if found["first_loss"] is not None:
         lines.append(f"loss {found['first_loss']:.3f} -> {found['last_loss']:.3f} nats per token")

@@ -1,6 +1,7 @@
 """What one rank does: build its part of the model, spread it, train it, write down what it measured.
 
 Started by `launch.py` through torchrun: python -m shardplan.executor.train RUN_FOLDER --steps N --device cpu
+After a failure torchrun starts all ranks again (--max-restarts); they go on from the newest checkpoint of the run folder.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Mapping
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -27,19 +29,20 @@ from shardplan.executor.attention_kernel import (
     runs_own_attention,
     use_own_attention,
 )
+from shardplan.executor.checkpoint import Checkpoints, State, choose, load, named_parameters, training_state
+from shardplan.executor.checkpoint_files import CHECKPOINTS_FOLDER, Progress, clear_parts
 from shardplan.executor.data import batch, load_text
 from shardplan.executor.loss import loss_context, loss_function
-from shardplan.executor.measure import RankRecorder, StepRecord, host_peak_bytes
+from shardplan.executor.measure import RankRecorder, StepRecord, append_event, host_peak_bytes
+from shardplan.executor.memory_parts import device_parts, ran_out_of_memory, told_parts
 from shardplan.executor.mesh import build_mesh, data_rank
 from shardplan.executor.optimizer import build_optimizer, clip_gradients, learning_rate, settle_gradients
 from shardplan.executor.parallelize import parallelize
 from shardplan.executor.pipeline import Schedule, build_schedule, chunk_layers, chunks_of_rank, parts
+from shardplan.executor.start import check_world_size, die_with_parent, restart_count, start_process_group
 from shardplan.executor.transformer import Transformer, build_transformer
 from shardplan.executor.zero import set_micro_step
-from shardplan.planner.plan import Plan
-
-GROUP_TIMEOUT = timedelta(minutes=5)
-"""No collective waits longer: a dead or stuck rank ends the run."""
+from shardplan.planner.plan import Plan, model_digest
 
 
 class Trainer:
@@ -132,6 +135,34 @@ class Trainer:
         self.optimizer.zero_grad()
         return norm
 
+    def state(self) -> State:
+        """Parameters and optimizer states by name, the live tensors."""
+        return training_state(named_parameters(self.chunks, tied=self.plan.model.tied_embeddings), self.optimizer)
+
+    def data_state(self) -> dict[str, Any]:
+        """What the data needs besides seed and step to go on: JSON values, the same on every rank and in every layout."""
+        return {}
+
+    def load_data_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `data_state` gave."""
+
+    def progress(self, step: int) -> Progress:
+        """What a checkpoint after `step` holds besides tensors."""
+        return Progress(
+            step=step,
+            seed=self.seed,
+            model=model_digest(self.plan.model),
+            layout=self.plan.layout.words(),
+            data=self.data_state(),
+        )
+
+    def resume(self, checkpoint: Path) -> int:
+        """Take over the state of a checkpoint of any layout; returns the steps it has done. All ranks call it together."""
+        saved = load(checkpoint, self.state())
+        self.seed = saved.seed
+        self.load_data_state(saved.data)
+        return saved.step
+
     def global_loss(self, loss: Tensor) -> float:
         """Mean loss over the global batch, the same on every rank, from what `forward_backward` returned on each."""
         counts_once = self.holds_last and self.mesh.get_local_rank("tp") == 0
@@ -146,10 +177,16 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def train(trainer: Trainer, recorder: RankRecorder, *, steps: int) -> None:
-    """The loop."""
-    for step in range(1, steps + 1):
+def train(
+    trainer: Trainer, recorder: RankRecorder, *, steps: int, done: int = 0, checkpoints: Checkpoints | None = None
+) -> None:
+    """The loop, from step `done` + 1 to `steps`; returns when the last checkpoint is on disk."""
+    for step in range(done + 1, steps + 1):
         recorder.write(run_step(trainer, step))
+        if checkpoints is not None and checkpoints.due(step, steps):
+            checkpoints.save(trainer.state(), trainer.progress(step))
+    if checkpoints is not None:
+        checkpoints.wait()
 
 
 def run_step(trainer: Trainer, step: int) -> StepRecord:
@@ -181,15 +218,18 @@ def peak_memory(device: torch.device) -> dict[str, int]:
     return {"rss_bytes": host_peak_bytes()}
 
 
-def start_process_group(device: str) -> torch.device:
-    """Join the ranks that torchrun started; returns this rank's device."""
-    if device == "cuda":
-        chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(chosen)
-        dist.init_process_group("nccl", timeout=GROUP_TIMEOUT, device_id=chosen)
-        return chosen
-    dist.init_process_group("gloo", timeout=GROUP_TIMEOUT)
-    return torch.device("cpu")
+def resume_newest(trainer: Trainer, folder: Path, source: Path | None) -> int:
+    """Go on from this run's newest whole checkpoint, else from `source`; returns the steps done. Tells what it did."""
+    chosen, refused = source, list[str]()  # the launcher has verified it
+    if restart_count():
+        chosen, refused = choose([folder / CHECKPOINTS_FOLDER, *([source] if source else [])])
+    dist.barrier()  # a save begins only when what killed saves left is gone
+    done = trainer.resume(chosen) if chosen else 0
+    if dist.get_rank() == 0 and (chosen or restart_count()):
+        at = f"resumed from step {done}" if chosen else "started again from the beginning, there is no checkpoint"
+        event = {"restart": restart_count(), "step": done, "checkpoint": str(chosen) if chosen else None}
+        append_event(folder, {**event, "refused": refused, "told": at})
+    return done
 
 
 def run_rank() -> None:
@@ -199,14 +239,43 @@ def run_rank() -> None:
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--device", choices=("cuda", "cpu"), required=True)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--timeout", type=float, default=300.0, help="seconds that no collective may exceed")
+    parser.add_argument("--checkpoint-every", type=int, default=0, help="steps; 0: never")
+    parser.add_argument("--keep", type=int, default=1)
+    parser.add_argument("--resume", type=Path, help="one checkpoint folder")
     given = parser.parse_args()
+    die_with_parent()
     with RankRecorder(given.folder, rank=int(os.environ["RANK"])) as recorder:
         plan = Plan.read(given.folder / "plan.json")
-        device = start_process_group(given.device)
-        trainer = Trainer(plan, build_mesh(plan.layout, device.type), device, seed=given.seed)
-        train(trainer, recorder, steps=given.steps)
+        check_world_size(plan)
+        device = start_process_group(given.device, timedelta(seconds=given.timeout))
+        trainer: Trainer | None = None
+        try:
+            trainer = Trainer(plan, build_mesh(plan.layout, device.type), device, seed=given.seed)
+            if dist.get_rank() == 0 and given.checkpoint_every:
+                clear_parts(given.folder / CHECKPOINTS_FOLDER)
+            done = resume_newest(trainer, given.folder, given.resume)
+            checkpoints = None
+            if given.checkpoint_every:
+                root = given.folder / CHECKPOINTS_FOLDER
+                checkpoints = Checkpoints(root, every=given.checkpoint_every, keep=given.keep)
+            train(trainer, recorder, steps=given.steps, done=done, checkpoints=checkpoints)
+        except Exception as error:
+            if ran_out_of_memory(error):
+                recorder.details = out_of_memory(plan, trainer, device)
+            raise
         dist.barrier()  # no rank leaves while another still talks to it
         dist.destroy_process_group()
+
+
+def out_of_memory(plan: Plan, trainer: Trainer | None, device: torch.device) -> list[str]:
+    """Predicted and actual memory of this rank's stage by part, lines of a table, printed as well."""
+    parameters = [] if trainer is None else trainer.parameters()
+    states = [] if trainer is None else [v for s in trainer.optimizer.state.values() for v in s.values()]
+    stage = 0 if trainer is None else trainer.mesh.get_local_rank("pp")
+    lines = told_parts(plan.prediction, stage=stage, actual=device_parts(parameters, states, device))
+    print("\n".join(lines), file=sys.stderr, flush=True)
+    return lines
 
 
 def main() -> NoReturn:
