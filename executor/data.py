@@ -30,3 +30,14 @@ def batch(text: ByteArray, *, seq: int, seed: int, step: int, first: int, count:
     """Inputs and targets of sequences first <= i < first + count of the global batch, each (count, seq)."""
     rows = np.stack([sample(text, seq=seq, seed=seed, step=step, index=first + i) for i in range(count)])
     return rows[:, :-1], rows[:, 1:]
+
+
+class ShippedText:
+    """The shipped text as the data of a run: every step draws anew, so there are no epochs and nothing to restore."""
+
+    def __init__(self, *, seq: int, seed: int) -> None:
+        self.text, self.seq, self.seed = load_text(), seq, seed
+
+    def batch(self, step: int, *, first: int, count: int) -> tuple[TokenArray, TokenArray]:
+        """As `batch` above."""
+        return batch(self.text, seq=self.seq, seed=self.seed, step=step, first=first, count=count)

@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 from contextlib import ExitStack
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
@@ -27,15 +28,16 @@ from shardplan.executor.attention_kernel import (
     runs_own_attention,
     use_own_attention,
 )
-from shardplan.executor.data import batch, load_text
+from shardplan.executor.job_file import read_resolved
 from shardplan.executor.loss import loss_context, loss_function
 from shardplan.executor.measure import RankRecorder, StepRecord, host_peak_bytes
 from shardplan.executor.mesh import build_mesh, data_rank
-from shardplan.executor.optimizer import build_optimizer, clip_gradients, learning_rate, settle_gradients
+from shardplan.executor.optimizer import build_optimizer, clip_gradients, settle_gradients
 from shardplan.executor.parallelize import parallelize
 from shardplan.executor.pipeline import Schedule, build_schedule, chunk_layers, chunks_of_rank, parts
+from shardplan.executor.recipe import Batches, Recipe, job_recipe, plain_recipe
 from shardplan.executor.transformer import Transformer, build_transformer
-from shardplan.executor.zero import set_micro_step
+from shardplan.executor.zero import reshard, set_micro_step
 from shardplan.planner.plan import Plan
 
 GROUP_TIMEOUT = timedelta(minutes=5)
@@ -45,16 +47,16 @@ GROUP_TIMEOUT = timedelta(minutes=5)
 class Trainer:
     """One rank's share of training `plan`: the model chunks it holds, the optimizer over them, the loop body."""
 
-    def __init__(self, plan: Plan, mesh: DeviceMesh, device: torch.device, *, seed: int = 0) -> None:
+    def __init__(self, plan: Plan, mesh: DeviceMesh, device: torch.device, recipe: Recipe | None = None) -> None:
         layout, job = plan.layout, plan.job
-        self.plan, self.mesh, self.device, self.seed = plan, mesh, device, seed
-        self.text = load_text()
+        self.plan, self.mesh, self.device = plan, mesh, device
+        self.recipe = recipe or plain_recipe(plan)
         self.sequences = job.global_batch // layout.dp
         self.micro_batches = self.sequences // layout.micro_batch
         every = parts(chunk_layers(layout, plan.model.layer_count, plan.prediction))
         self.chunks: list[Transformer] = [
             parallelize(
-                build_transformer(plan.model, seq=job.seq, part=every[number], seed=seed, device=device),
+                build_transformer(plan.model, seq=job.seq, part=every[number], seed=self.recipe.seed, device=device),
                 layout,
                 job,
                 mesh,
@@ -79,17 +81,22 @@ class Trainer:
             self.schedule = build_schedule(
                 self.chunks, layout, mesh, device=device, micro_batches=self.micro_batches, loss=self.loss
             )
-        self.optimizer = build_optimizer(self.parameters(), hidden=plan.model.hidden)
+        self.optimizer = build_optimizer(
+            self.parameters(), rate=self.recipe.learning_rate(1), words=self.recipe.optimizer
+        )
+        self.data_s = 0.0
 
     def parameters(self) -> list[nn.Parameter]:
         """Every parameter this rank holds a piece of."""
         return [parameter for chunk in self.chunks for parameter in chunk.parameters()]
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of this data-parallel rank for `step`, each (sequences, seq)."""
+    def batch(self, step: int, data: Batches | None = None) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of this data-parallel rank for `step`, each (sequences, seq); `data_s` tells the seconds it took."""
+        began = time.perf_counter()
         first = data_rank(self.mesh) * self.sequences
-        arrays = batch(self.text, seq=self.plan.job.seq, seed=self.seed, step=step, first=first, count=self.sequences)
+        arrays = (data or self.recipe.data).batch(step, first=first, count=self.sequences)
         inputs, targets = (torch.from_numpy(array.copy()).to(self.device) for array in arrays)
+        self.data_s = time.perf_counter() - began
         return inputs, targets
 
     def forward_backward(self, step: int) -> Tensor:
@@ -113,24 +120,43 @@ class Trainer:
             total += loss.detach()
         return total
 
-    def _pipeline(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def _pipeline(self, inputs: Tensor, targets: Tensor, *, train: bool = True) -> Tensor:
         assert self.schedule is not None
+        run = self.schedule.step if train else self.schedule.eval
         losses: list[Tensor] = []
         arguments = (inputs,) if self.holds_first else ()
         if self.holds_last:
-            self.schedule.step(*arguments, target=targets, losses=losses, return_outputs=False)
+            run(*arguments, target=targets, losses=losses, return_outputs=False)
             return torch.stack(losses).mean().detach()
-        self.schedule.step(*arguments, return_outputs=False)
+        run(*arguments, return_outputs=False)
         return torch.zeros((), device=self.device)
 
     def update(self, step: int) -> Tensor:
         """Clip, take an optimizer step, drop the gradients; returns the gradient norm before clipping."""
-        norm = clip_gradients(self.parameters(), self.mesh)
+        norm = clip_gradients(self.parameters(), self.mesh, self.recipe.optimizer.clip)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, self.plan.model.hidden)
+            group["lr"] = self.recipe.learning_rate(step)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
+
+    @torch.no_grad()
+    def validate(self, data: Batches, batches: int) -> float:
+        """Mean loss over global batches 1 to `batches` of `data`; nothing is trained. The same on every rank."""
+        total = torch.zeros((), device=self.device)
+        for step in range(1, batches + 1):
+            inputs, targets = self.batch(step, data)
+            with loss_context(self.mesh["tp"]), attention_context(self.attention):
+                total += self._evaluate(inputs, targets) / batches
+        for chunk in self.chunks:
+            reshard(chunk)
+        return self.global_loss(total)
+
+    def _evaluate(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        if self.schedule is not None:
+            return self._pipeline(inputs, targets, train=False)
+        pieces = zip(inputs.chunk(self.micro_batches), targets.chunk(self.micro_batches), strict=True)
+        return torch.stack([self.loss(self.chunks[0](x), y) for x, y in pieces]).mean()
 
     def global_loss(self, loss: Tensor) -> float:
         """Mean loss over the global batch, the same on every rank, from what `forward_backward` returned on each."""
@@ -148,8 +174,12 @@ def synchronize(device: torch.device) -> None:
 
 def train(trainer: Trainer, recorder: RankRecorder, *, steps: int) -> None:
     """The loop."""
+    validation = trainer.recipe.validation
     for step in range(1, steps + 1):
-        recorder.write(run_step(trainer, step))
+        record = run_step(trainer, step)
+        if validation is not None and validation.due(step, steps=steps):
+            record = replace(record, validation_loss=trainer.validate(validation.data, validation.batches))
+        recorder.write(record)
 
 
 def run_step(trainer: Trainer, step: int) -> StepRecord:
@@ -168,6 +198,8 @@ def run_step(trainer: Trainer, step: int) -> StepRecord:
         grad_norm=norm.item(),
         step_s=seconds,
         tokens_per_s=trainer.plan.job.tokens_per_step / seconds,
+        learning_rate=trainer.recipe.learning_rate(step),
+        data_s=trainer.data_s,
         **peak_memory(trainer.device),
     )
 
@@ -198,12 +230,13 @@ def run_rank() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--device", choices=("cuda", "cpu"), required=True)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--job", type=Path, help="what to train with, as job_file.write_resolved leaves it")
     given = parser.parse_args()
     with RankRecorder(given.folder, rank=int(os.environ["RANK"])) as recorder:
         plan = Plan.read(given.folder / "plan.json")
         device = start_process_group(given.device)
-        trainer = Trainer(plan, build_mesh(plan.layout, device.type), device, seed=given.seed)
+        recipe = job_recipe(plan, read_resolved(given.job)) if given.job else None
+        trainer = Trainer(plan, build_mesh(plan.layout, device.type), device, recipe)
         train(trainer, recorder, steps=given.steps)
         dist.barrier()  # no rank leaves while another still talks to it
         dist.destroy_process_group()

@@ -159,7 +159,7 @@ def reference(model: Model, global_batch: int):
     import torch
 
     from shardplan.executor.data import batch, load_text
-    from shardplan.executor.optimizer import learning_rate
+    from shardplan.executor.schedule import learning_rate
     from shardplan.executor.transformer import build_transformer, whole
 
     plain = build_transformer(model, seq=SEQ, part=whole(model), seed=0, device=torch.device("cpu"))

@@ -1,0 +1,122 @@
+"""What a run trains with besides its layout: batches, learning rate, optimizer words, validation. Of a job file, or without one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+from shardplan.executor.data import ShippedText, TokenArray
+from shardplan.executor.job_file import DataFile, JobFile
+from shardplan.executor.loader import Loader
+from shardplan.executor.schedule import AdamWords, WarmupCosine, learning_rate
+from shardplan.executor.token_files import TokenFile, check_vocabulary, open_tokens
+from shardplan.hw_profiles.errors import InputError
+from shardplan.planner.plan import Plan
+
+
+class Batches(Protocol):
+    """Where sequences come from."""
+
+    def batch(self, step: int, *, first: int, count: int) -> tuple[TokenArray, TokenArray]:
+        """Inputs and targets of sequences first <= i < first + count of the global batch of `step`, each (count, seq)."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """Held-out data."""
+
+    data: Batches
+    interval: int
+    """Steps from one to the next."""
+    batches: int
+    """Global batches each time: those of steps 1 to `batches`."""
+
+    def due(self, step: int, *, steps: int) -> bool:
+        """Whether one belongs behind `step` of `steps`."""
+        return step % self.interval == 0 or step == steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How to train."""
+
+    seed: int
+    """Of the initial values."""
+    data: Batches
+    learning_rate: Callable[[int], float]
+    """By step, which counts from 1."""
+    optimizer: AdamWords
+    validation: Validation | None = None
+
+
+def plain_recipe(plan: Plan, *, seed: int = 0) -> Recipe:
+    """Without a job file: the shipped text, a short warm-up, a constant rate by the model's width."""
+    return Recipe(
+        seed=seed,
+        data=ShippedText(seq=plan.job.seq, seed=seed),
+        learning_rate=partial(learning_rate, hidden=plan.model.hidden),
+        optimizer=AdamWords(),
+    )
+
+
+def job_recipe(plan: Plan, job: JobFile) -> Recipe:
+    """What `job` says, for `plan`; InputError where its files cannot be read or are too short."""
+    rate = job.learning_rate
+    validation = None
+    if job.validation is not None:
+        held_out = _loader(plan, job, job.validation.files, shuffle=False)
+        _check_length(held_out, job.validation.batches)
+        validation = Validation(data=held_out, interval=job.validation.interval, batches=job.validation.batches)
+    return Recipe(
+        seed=job.seed,
+        data=_loader(plan, job, job.data.files, shuffle=job.data.shuffle),
+        learning_rate=WarmupCosine(
+            peak=rate.peak, minimum=rate.minimum, warmup_steps=rate.warmup_steps, decay_steps=job.decay_steps
+        ),
+        optimizer=AdamWords(
+            betas=job.optimizer.betas,
+            epsilon=job.optimizer.epsilon,
+            weight_decay=job.optimizer.weight_decay,
+            clip=job.optimizer.clip,
+        ),
+        validation=validation,
+    )
+
+
+def check_job(plan: Plan, job: JobFile) -> None:
+    """Read what can be wrong with the files of `job` before anything starts; InputError with the first complaint."""
+    for one in [*job.data.files, *(job.validation.files if job.validation else ())]:
+        check_vocabulary(_open(one), plan.model.vocab)
+    job_recipe(plan, job)
+
+
+def _loader(plan: Plan, job: JobFile, files: Sequence[DataFile], *, shuffle: bool) -> Loader:
+    return Loader(
+        [_open(one) for one in files],
+        [one.weight for one in files],
+        seq=plan.job.seq,
+        global_batch=plan.job.global_batch,
+        vocabulary=plan.model.vocab,
+        seed=job.seed,
+        shuffle=shuffle,
+    )
+
+
+def _open(file: DataFile) -> TokenFile:
+    return open_tokens(file.path, dtype=file.dtype, end_of_document=file.end_of_document)
+
+
+def _check_length(loader: Loader, batches: int) -> None:
+    """A short validation file would be counted twice."""
+    windows, needed = sum(source.per_epoch for source in loader.sources), batches * loader.global_batch
+    if windows < needed:
+        raise InputError(
+            f"{windows} sequences of {loader.seq} tokens are less than the {needed} of {batches} global batches",
+            place="validation.files",
+            remedy=f"set validation.batches to {windows // loader.global_batch} or less"
+            if windows >= loader.global_batch
+            else f"hold out {loader.global_batch * loader.seq + 1} tokens or more",
+        )
