@@ -208,21 +208,22 @@ def _told(complaint: dict[str, Any], place: str) -> InputError:
     path = ".".join(f"{key}" for key in keys)
     value, kind, limits = complaint["input"], str(complaint["type"]), complaint.get("ctx", {})
     if kind == "extra_forbidden":
-        return InputError(f"unknown key {path}", place=place, remedy=nearest(str(keys[-1]), _keys_at(keys[:-1])))
-    if kind == "missing":
-        return InputError(f"{path} is missing", place=place, remedy=f"add {keys[-1]}; docs/training.md lists the keys")
-    if kind == "value_error":
-        told, _, advice = str(complaint["msg"]).removeprefix("Value error, ").partition("; ")
-        return InputError(told, place=place, remedy=advice)
-    if kind == "literal_error":
-        return InputError(f"{path} = {value!r} is unknown", place=place, remedy=f"use {limits['expected']}")
-    if kind in ("too_short", "too_long"):
-        return InputError(f"{path} has {len(value)} entries", place=place, remedy=str(complaint["msg"]))
-    if kind in _LIMITS:
+        problem, remedy = f"unknown key {path}", nearest(str(keys[-1]), _keys_at(keys[:-1]))
+    elif kind == "missing":
+        problem, remedy = f"{path} is missing", f"add {keys[-1]}; docs/training.md lists the keys"
+    elif kind == "value_error":
+        problem, _, remedy = str(complaint["msg"]).removeprefix("Value error, ").partition("; ")
+    elif kind == "literal_error":
+        problem, remedy = f"{path} = {value!r} is unknown", f"use {limits['expected']}"
+    elif kind in ("too_short", "too_long"):
+        problem, remedy = f"{path} has {len(value)} entries", "give 1 to 1000 of them"
+    elif kind in _LIMITS:
         limit = f"{_LIMITS[kind]} {next(iter(limits.values())):g}"
-        return InputError(f"{path} = {value} is not {limit}", place=place, remedy=f"give a number {limit}")
-    wanted = _TYPES.get(kind, "a table" if kind.startswith("model") else "such a value")
-    return InputError(f"{path} = {value!r} is not {wanted}", place=place, remedy=f"give {wanted}")
+        problem, remedy = f"{path} = {value} is not {limit}", f"give a number {limit}"
+    else:
+        wanted = _TYPES.get(kind, "a table" if kind.startswith("model") else "such a value")
+        problem, remedy = f"{path} = {value!r} is not {wanted}", f"give {wanted}"
+    return InputError(problem, place=place, remedy=remedy)
 
 
 def _keys_at(keys: tuple[object, ...]) -> tuple[str, ...]:

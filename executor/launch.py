@@ -6,6 +6,8 @@ runs/<UTC time>-<model>-<layout>/
     run.json            measured beside predicted, versions
     log.txt             everything the ranks printed
     ranks/              one JSON line per step and rank, as it happened
+    metrics.jsonl, tb/  torchtitan's metrics, for people and TensorBoard
+    job.json            what the job file said, where there was one
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ from typing import Any
 
 from shardplan.costmodel.layout import Layout
 from shardplan.executor import measure
+from shardplan.executor.job_file import JobFile, Metrics, write_resolved
 from shardplan.executor.measure import StepRecord
+from shardplan.executor.metrics_files import MetricsFiles
 from shardplan.hw_profiles.errors import InputError
 from shardplan.planner.plan import Plan
 
@@ -56,16 +60,28 @@ def run_plan(
     steps: int,
     out: Path,
     on_step: Callable[[StepRecord], None],
+    job: JobFile | None = None,
 ) -> Outcome:
-    """Run the plan file `source` for `steps` steps on `device`; `on_step` sees each step of rank 0 at once."""
+    """Run the plan file `source` for `steps` steps on `device`, with what `job` says; `on_step` sees each step of rank 0 at once."""
     plan = Plan.read(source)
     folder = make_folder(out, plan)
     shutil.copyfile(source, folder / "plan.json")
     warmup_steps = min(WARMUP_STEPS, steps - 1)
+    command = _command(folder, plan, device=device, steps=steps)
+    if job is not None:
+        write_resolved(job, folder / "job.json")
+        command += ["--job", str(folder / "job.json")]
+    metrics = _metrics(folder, plan, steps=steps, words=job.metrics if job else Metrics())
+
+    def tell(record: StepRecord) -> None:
+        metrics(record)
+        on_step(record)
+
     code: int | None = None
     try:
-        code = _watch(_command(folder, plan, device=device, steps=steps), folder, device=device, on_step=on_step)
+        code = _watch(command, folder, device=device, on_step=tell)
     finally:  # also when stopped by hand: what was measured so far is kept
+        metrics.close()
         error = None if code == 0 else "stopped" if code is None else failure(folder, code)
         document = summarise(folder, plan, device=device, steps=steps, warmup_steps=warmup_steps, error=error)
     return Outcome(folder=folder, document=document, error=error)
@@ -93,6 +109,18 @@ def layout_slug(layout: Layout) -> str:
     words = [word.split("=") for word in layout.words().split()]
     kept = [name if value == "true" else f"{name}{value}" for name, value in words if name == "dp" or value not in "01"]
     return re.sub(r"[^\w.-]+", "_", "-".join(kept))
+
+
+def _metrics(folder: Path, plan: Plan, *, steps: int, words: Metrics) -> MetricsFiles:
+    return MetricsFiles(
+        folder,
+        interval=words.interval,
+        steps=steps,
+        ranks=plan.gpus,
+        tokens_per_step=plan.job.tokens_per_step,
+        prediction=plan.prediction,
+        tensorboard=words.tensorboard,
+    )
 
 
 def _command(folder: Path, plan: Plan, *, device: str, steps: int) -> list[str]:

@@ -148,9 +148,11 @@ class Loader:
         """Go on behind `state`; InputError where it belongs to other data, which would not be the same training."""
         now = self.state(self.first_step - 1)
         for name in ("seed", "seq"):
-            _same(name, state[name], now[name])
+            _same(name, state.get(name), now[name])
         for name in ("name", "tokens", "quota"):
-            _same(f"files.{name}", [one[name] for one in state["files"]], [one[name] for one in now["files"]])
+            _same(
+                f"files.{name}", [one.get(name) for one in state.get("files", ())], [one[name] for one in now["files"]]
+            )
         self.first_step, self.first_sequence = int(state["step"]) + 1, int(state["sequences"])
 
     def _place(self, number: int) -> tuple[int, int]:

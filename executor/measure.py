@@ -167,7 +167,9 @@ def measured(records: Mapping[int, Sequence[StepRecord]], *, tokens_per_step: in
         "reserved_peak_bytes": max((r.reserved_bytes for r in _every(records) if r.reserved_bytes), default=None),
         "first_loss": losses[min(losses)] if losses else None,
         "last_loss": losses[max(losses)] if losses else None,
-        "validation_loss": next((r.validation_loss for r in _latest_first(records) if r.validation_loss is not None), None),
+        "validation_loss": next(
+            (r.validation_loss for r in _latest_first(records) if r.validation_loss is not None), None
+        ),
     }
 
 

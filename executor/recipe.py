@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 from shardplan.executor.data import ShippedText, TokenArray
 from shardplan.executor.job_file import DataFile, JobFile
@@ -21,6 +21,14 @@ class Batches(Protocol):
 
     def batch(self, step: int, *, first: int, count: int) -> tuple[TokenArray, TokenArray]:
         """Inputs and targets of sequences first <= i < first + count of the global batch of `step`, each (count, seq)."""
+        ...
+
+    def state(self, step: int) -> dict[str, Any]:
+        """What a checkpoint keeps after `step` was trained, plain JSON."""
+        ...
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on behind `state` exactly; InputError where it belongs to other data."""
         ...
 
 

@@ -220,7 +220,8 @@ class TokenWriter:
         self.document_ends = array("q", [0])
         self.tokens = 0
         self._file: BinaryIO = _part(path).open("wb")
-        self._open_tokens = 0
+        self.open_tokens = 0
+        """Of the document that is being written."""
 
     @property
     def documents(self) -> int:
@@ -230,17 +231,17 @@ class TokenWriter:
     def write(self, ids: NDArray[np.integer] | list[int]) -> None:
         """Append to the open document."""
         self._file.write(np.asarray(ids).astype(self.width).tobytes())
-        self._open_tokens += len(ids)
+        self.open_tokens += len(ids)
 
     def end_document(self) -> None:
         """The next ids begin another document; nothing happens where this one is empty."""
-        if not self._open_tokens:
+        if not self.open_tokens:
             return
-        self.tokens += self._open_tokens
-        while self._open_tokens:
-            length = min(self._open_tokens, MOST_SEQUENCE_TOKENS)
+        self.tokens += self.open_tokens
+        while self.open_tokens:
+            length = min(self.open_tokens, MOST_SEQUENCE_TOKENS)
             self.lengths.append(length)
-            self._open_tokens -= length
+            self.open_tokens -= length
         self.document_ends.append(len(self.lengths))
 
     def close(self) -> None:

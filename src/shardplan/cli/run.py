@@ -11,9 +11,21 @@ if TYPE_CHECKING:
     from shardplan.planner.plan import Plan
 
 PlanArgument = Annotated[Path, typer.Argument(metavar="PLAN", help="Plan file made by `shardplan plan -o`.")]
-StepsOption = Annotated[int, typer.Option("--steps", min=1, help="Optimizer steps to run.")]
+JobOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--job", metavar="FILE", help="What to train on and how (TOML, docs/training.md); default: shipped text."
+    ),
+]
+StepsOption = Annotated[
+    int | None, typer.Option("--steps", min=1, help="Optimizer steps to run; default: the job file's, else 30.")
+]
 ForceOption = Annotated[bool, typer.Option("--force", help="Run a plan for CUDA GPUs on local CPU processes.")]
-OutOption = Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Where run folders are made.")]
+OutOption = Annotated[
+    Path | None,
+    typer.Option("--out", metavar="FOLDER", help="Where run folders are made; default: the job file's, else runs."),
+]
+DEFAULT_STEPS = 30
 JsonOption = Annotated[bool, typer.Option("--json", help="Write JSON and nothing else to stdout.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Print the log of the ranks when the run fails.")]
 
@@ -21,35 +33,43 @@ DebugOption = Annotated[bool, typer.Option("--debug", help="Print the log of the
 def run(
     plan: PlanArgument,
     *,
-    steps: StepsOption = 30,
+    job: JobOption = None,
+    steps: StepsOption = None,
     force: ForceOption = False,
-    out: OutOption = Path("runs"),
+    out: OutOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Run a plan on this machine: train on real text, measure, compare with the prediction.
+    """Run a plan on this machine: train on real text or a job's data, measure, compare with the prediction.
 
-    Example: shardplan run plan.json --steps 50
+    Example: shardplan run plan.json --job job.toml
 
-    Exit codes: 0 finished, 1 refused before the start, 2 malformed plan, 3 a rank failed.
+    Exit codes: 0 finished, 1 refused before the start, 2 malformed plan, job or token file, 3 a rank failed.
     """
     import sys
     from importlib.util import find_spec
 
     from shardplan.executor.check import plan_cluster
+    from shardplan.executor.job_file import read_job
     from shardplan.executor.launch import run_plan
     from shardplan.executor.progress import ProgressLine, summary
+    from shardplan.executor.recipe import check_job
     from shardplan.planner.plan import Plan
 
     content = Plan.read(plan)
+    wanted = read_job(job, steps=steps) if job else None
     if find_spec("torch") is None:
         _refuse([{"rule": "torch", "detail": "running needs torch", "remedy": "install shardplan[run]"}], as_json)
     device = "cpu" if force else plan_cluster(content).gpu.device
     _check(content, device, as_json)
-    progress = ProgressLine(sys.stderr, steps=steps, prediction=content.prediction)
+    if wanted is not None:
+        check_job(content, wanted)
+    count = wanted.steps if wanted else steps or DEFAULT_STEPS
+    folder = out or Path(wanted.output if wanted else "runs")
+    progress = ProgressLine(sys.stderr, steps=count, prediction=content.prediction)
     print(f"{content.model.name} on {content.gpus} x {device}: {content.layout.words()}", file=sys.stderr)
     try:
-        outcome = run_plan(plan, device=device, steps=steps, out=out, on_step=progress)
+        outcome = run_plan(plan, device=device, steps=count, out=folder, on_step=progress, job=wanted)
     finally:
         progress.end()
     if as_json:
