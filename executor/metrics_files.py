@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TextIO
@@ -111,11 +112,12 @@ class _EventFile:
         self.writer = EventFileWriter(str(folder))
 
     def add(self, step: int, row: Mapping[str, float]) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        values = [Summary.Value(tag=name, simple_value=value) for name, value in row.items()]
-        self.writer.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+        # generated modules, whose names a type checker does not see
+        event: Any = import_module("tensorboard.compat.proto.event_pb2")
+        summary: Any = import_module("tensorboard.compat.proto.summary_pb2")
+        values = [summary.Summary.Value(tag=name, simple_value=value) for name, value in row.items()]
+        made = event.Event(wall_time=time.time(), step=step, summary=summary.Summary(value=values))
+        self.writer.add_event(made)
         self.writer.flush()
 
     def close(self) -> None:
