@@ -100,6 +100,17 @@ class Metrics(Table):
     tensorboard: bool = True
 
 
+class Weights(Table):
+    """Values from and for other programs, under Hugging Face's names."""
+
+    initial: str | None = None
+    """Folder with config.json and safetensors to start from; left out: random values."""
+    export: str | None = None
+    """New folder for the trained ones; left out: none is written."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Of what is written."""
+
+
 class JobFile(Table):
     """Everything a job file may say."""
 
@@ -112,6 +123,7 @@ class JobFile(Table):
     validation: Validation | None = None
     learning_rate: LearningRate
     optimizer: Optimizer = Optimizer()
+    weights: Weights = Weights()
     metrics: Metrics = Metrics()
 
     @property
@@ -182,6 +194,10 @@ def _absolute(job: JobFile, folder: Path) -> JobFile:
     changes: dict[str, Any] = {"data": job.data.model_copy(update={"files": at(job.data.files)})}
     if job.validation is not None:
         changes["validation"] = job.validation.model_copy(update={"files": at(job.validation.files)})
+    weights = {
+        name: str(folder / value) for name in ("initial", "export") if (value := getattr(job.weights, name)) is not None
+    }
+    changes["weights"] = job.weights.model_copy(update=weights)
     return job.model_copy(update={**changes, "output": str(folder / job.output)})
 
 

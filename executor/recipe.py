@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 from shardplan.executor.data import ShippedText, TokenArray
+from shardplan.executor.hugging_face import Folder, check_shape, check_weights, open_folder
 from shardplan.executor.job_file import DataFile, JobFile
 from shardplan.executor.loader import Loader
 from shardplan.executor.schedule import AdamWords, WarmupCosine, learning_rate
@@ -58,6 +60,11 @@ class Recipe:
     """By step, which counts from 1."""
     optimizer: AdamWords
     validation: Validation | None = None
+    initial: Folder | None = None
+    """Values to start from."""
+    export: Path | None = None
+    """Where the trained ones go, in `export_dtype`."""
+    export_dtype: str = "bf16"
 
 
 def plain_recipe(plan: Plan, *, seed: int = 0) -> Recipe:
@@ -91,6 +98,9 @@ def job_recipe(plan: Plan, job: JobFile) -> Recipe:
             clip=job.optimizer.clip,
         ),
         validation=validation,
+        initial=open_folder(job.weights.initial) if job.weights.initial else None,
+        export=Path(job.weights.export) if job.weights.export else None,
+        export_dtype=job.weights.dtype,
     )
 
 
@@ -98,7 +108,13 @@ def check_job(plan: Plan, job: JobFile) -> None:
     """Read what can be wrong with the files of `job` before anything starts; InputError with the first complaint."""
     for one in [*job.data.files, *(job.validation.files if job.validation else ())]:
         check_vocabulary(_open(one), plan.model.vocab)
-    job_recipe(plan, job)
+    recipe = job_recipe(plan, job)
+    if recipe.initial is not None:
+        check_weights(plan.model, recipe.initial)
+    if recipe.export is not None:
+        check_shape(plan.model)
+        if recipe.export.exists():
+            raise InputError("exists already", place=str(recipe.export), remedy="name a new folder in weights.export")
 
 
 def _loader(plan: Plan, job: JobFile, files: Sequence[DataFile], *, shuffle: bool) -> Loader:

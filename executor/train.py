@@ -36,7 +36,7 @@ from shardplan.executor.optimizer import build_optimizer, clip_gradients, settle
 from shardplan.executor.parallelize import parallelize
 from shardplan.executor.pipeline import Schedule, build_schedule, chunk_layers, chunks_of_rank, parts
 from shardplan.executor.recipe import Batches, Recipe, job_recipe, plain_recipe
-from shardplan.executor.transformer import Transformer, build_transformer
+from shardplan.executor.transformer import Part, Transformer, build_transformer
 from shardplan.executor.zero import reshard, set_micro_step
 from shardplan.planner.plan import Plan
 
@@ -55,12 +55,7 @@ class Trainer:
         self.micro_batches = self.sequences // layout.micro_batch
         every = parts(chunk_layers(layout, plan.model.layer_count, plan.prediction))
         self.chunks: list[Transformer] = [
-            parallelize(
-                build_transformer(plan.model, seq=job.seq, part=every[number], seed=self.recipe.seed, device=device),
-                layout,
-                job,
-                mesh,
-            )
+            parallelize(self._build(every[number]), layout, job, mesh)
             for number in chunks_of_rank(layout, mesh.get_local_rank("pp"))
         ]
         self.attention = attention_backends(layout.attention, device_type=device.type, precision=job.precision)
@@ -85,6 +80,15 @@ class Trainer:
             self.parameters(), rate=self.recipe.learning_rate(1), words=self.recipe.optimizer
         )
         self.data_s = 0.0
+
+    def _build(self, part: Part) -> Transformer:
+        job, recipe = self.plan.job, self.recipe
+        chunk = build_transformer(self.plan.model, seq=job.seq, part=part, seed=recipe.seed, device=self.device)
+        if recipe.initial is not None:
+            from shardplan.executor import weights
+
+            weights.load(chunk, recipe.initial)
+        return chunk
 
     def parameters(self) -> list[nn.Parameter]:
         """Every parameter this rank holds a piece of."""
@@ -180,6 +184,18 @@ def train(trainer: Trainer, recorder: RankRecorder, *, steps: int) -> None:
         if validation is not None and validation.due(step, steps=steps):
             record = replace(record, validation_loss=trainer.validate(validation.data, validation.batches))
         recorder.write(record)
+    recipe = trainer.recipe
+    if recipe.export is not None:
+        from shardplan.executor import weights
+
+        weights.save(
+            trainer.chunks,
+            trainer.plan,
+            trainer.mesh,
+            recipe.export,
+            dtype=recipe.export_dtype,
+            origin=recipe.initial,
+        )
 
 
 def run_step(trainer: Trainer, step: int) -> StepRecord:
