@@ -18,7 +18,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
@@ -37,15 +37,18 @@ KNOWN_ENDS = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "<|endâ–ofâ–
 """End-of-document tokens of published tokenizers, in the order in which they are looked for."""
 LINE_SUFFIXES = {".jsonl", ".ndjson"}
 BYTES = 256
-PIECE_CHARACTERS = 1 << 18
-PIECES_AT_ONCE = 256
+PIECE_CHARACTERS = 1 << 16
+TRAINING_CHARACTERS = 1 << 12
+"""Of a piece that a tokenizer is trained on: the library reads 256 ahead."""
+CHARACTERS_AT_ONCE = 1 << 20
+"""Encoded together: the library holds some 300 bytes for each until they are written."""
 COPIED_TOKENS = 1 << 22
 _CUTS = (
     (re.compile(r"(?<=\S)\n(?=\S)"), 1),
     (re.compile(r"(?<=\S)(?= \S)"), 4),
     (re.compile(r"(?s).(?=.)"), 16),
 )
-"""Where a document is cut, and from how many times PIECE_CHARACTERS on: behind a line, before a word, anywhere."""
+"""Where a document is cut, and from how many times the size of a piece on: behind a line, before a word, anywhere."""
 
 Piece = tuple[str, bool]
 """Text, and whether it ends its document."""
@@ -141,7 +144,7 @@ def train_tokenizer(inputs: Sequence[Path], vocabulary: int, text_field: str = "
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet() if every_byte else [],
         show_progress=False,
     )
-    made.train_from_iterator((text for text, _ in pieces(inputs, text_field)), trainer)
+    made.train_from_iterator((text for text, _ in pieces(inputs, text_field, TRAINING_CHARACTERS)), trainer)
     if made.get_vocab_size() > vocabulary:
         raise InputError(
             f"--vocab {vocabulary} has no room for the {made.get_vocab_size()} bytes and special tokens of the text",
@@ -168,12 +171,13 @@ def end_of_document(tokenizer: Tokenizer, wanted: str | None, *, place: str) -> 
     )
 
 
-def pieces(inputs: Iterable[Path], text_field: str) -> Iterator[Piece]:
-    """The text of `inputs` in order."""
+def pieces(inputs: Iterable[Path], text_field: str, longest: int | None = None) -> Iterator[Piece]:
+    """The text of `inputs` in order, in pieces of about `longest` characters, PIECE_CHARACTERS unless given."""
+    size = longest or PIECE_CHARACTERS
     for path in inputs:
         try:
             with _open_text(path) as file:
-                yield from _lines(file, path, text_field) if _is_lines(path) else _cut(file)
+                yield from _lines(file, path, text_field, size) if _is_lines(path) else _cut(file, size)
         except UnicodeDecodeError as bad:
             raise InputError(f"is not UTF-8 ({bad.reason})", place=str(path), remedy="convert it to UTF-8") from None
         except (OSError, EOFError) as bad:
@@ -191,7 +195,7 @@ def _open_text(path: Path) -> TextIO:
     return path.open(encoding="utf-8", newline="")  # line ends are kept as they are
 
 
-def _lines(file: TextIO, path: Path, text_field: str) -> Iterator[Piece]:
+def _lines(file: TextIO, path: Path, text_field: str, size: int) -> Iterator[Piece]:
     for number, line in enumerate(file, 1):
         if not line.strip():
             continue
@@ -214,16 +218,16 @@ def _lines(file: TextIO, path: Path, text_field: str) -> Iterator[Piece]:
             raise InputError(
                 f"field {text_field!r} is no text", place=place, remedy="name another field by --text-field"
             )
-        yield from _cut(io.StringIO(text, newline=""))
+        yield from _cut(io.StringIO(text, newline=""), size)
 
 
-def _cut(file: TextIO) -> Iterator[Piece]:
-    """One document in pieces of about PIECE_CHARACTERS."""
+def _cut(file: TextIO, size: int) -> Iterator[Piece]:
+    """One document in pieces of about `size` characters."""
     held = ""
-    while more := file.read(PIECE_CHARACTERS):
+    while more := file.read(size):
         held += more
         for pattern, longest in _CUTS:
-            cut = pattern.search(held, PIECE_CHARACTERS // 2) if len(held) > longest * PIECE_CHARACTERS else None
+            cut = pattern.search(held, size // 2) if len(held) > longest * size else None
             if cut is not None:
                 yield held[: cut.end()], False
                 held = held[cut.end() :]
@@ -235,7 +239,7 @@ def _cut(file: TextIO) -> Iterator[Piece]:
 def _write(
     writer: TokenWriter, tokenizer: Tokenizer, text: Iterator[Piece], end_id: int, tell: Callable[[str, int], None]
 ) -> None:
-    while some := list(islice(text, PIECES_AT_ONCE)):
+    for some in _batches(text):
         for (_, ends), ids in zip(some, encode(tokenizer, [piece for piece, _ in some]), strict=True):
             found = np.asarray(ids, dtype=np.int64)
             for part in np.split(found, np.flatnonzero(found == end_id) + 1):
@@ -243,6 +247,19 @@ def _write(
             if ends and writer.open_tokens:
                 _write_part(writer, np.array([end_id]), end_id)
         tell("tokens", writer.tokens)
+
+
+def _batches(text: Iterator[Piece]) -> Iterator[list[Piece]]:
+    some: list[Piece] = []
+    characters = 0
+    for piece in text:
+        some.append(piece)
+        characters += len(piece[0]) + 100  # a short line costs too
+        if characters > CHARACTERS_AT_ONCE:
+            yield some
+            some, characters = [], 0
+    if some:
+        yield some
 
 
 def _write_part(writer: TokenWriter, part: NDArray[np.int64], end_id: int) -> None:
