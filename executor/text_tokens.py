@@ -226,14 +226,21 @@ def _cut(file: TextIO, size: int) -> Iterator[Piece]:
     held = ""
     while more := file.read(size):
         held += more
-        for pattern, longest in _CUTS:
-            cut = pattern.search(held, size // 2) if len(held) > longest * size else None
-            if cut is not None:
-                yield held[: cut.end()], False
-                held = held[cut.end() :]
-                break
+        # as often as it takes: what is held must not grow with the document
+        while (end := _end_of_piece(held, size)) is not None:
+            yield held[:end], False
+            held = held[end:]
     if held:
         yield held, True
+
+
+def _end_of_piece(held: str, size: int) -> int | None:
+    """Where the first piece of `held` ends; None where more text should be read first."""
+    for pattern, longest in _CUTS:
+        cut = pattern.search(held, size // 2) if len(held) > longest * size else None
+        if cut is not None:
+            return cut.end()
+    return None
 
 
 def _write(

@@ -110,6 +110,15 @@ def test_text_in_pieces_has_the_tokens_of_the_whole(tmp_path, monkeypatch):
     assert documents_of(tmp_path / "out") == [[*given.encode(text).ids, 0]]
 
 
+@pytest.mark.parametrize(("text", "longest"), [("a line of words\n", 2), ("no breaks ", 5), ("x", 17)])
+def test_pieces_of_a_long_document_stay_small(tmp_path, text, longest):
+    """Else memory grows with the input: what is held must shrink as fast as it is read."""
+    (tmp_path / "a.txt").write_text(text * 100_000)
+    found = [piece for piece, _ in text_tokens.pieces([tmp_path / "a.txt"], "text", 1000)]
+    assert "".join(found) == text * 100_000
+    assert max(len(piece) for piece in found) <= longest * 1000
+
+
 def test_the_end_of_document_token_in_the_text_ends_documents(tmp_path):
     (tmp_path / "stories.txt").write_text("<|endoftext|>one<|endoftext|>\ntwo<|endoftext|>")
     tokenize_files([tmp_path / "stories.txt"], tmp_path / "out", vocabulary=300)
