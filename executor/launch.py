@@ -8,6 +8,8 @@ runs/<UTC time>-<model>-<layout>/
     ranks/              one JSON line per step and rank, as it happened
     events.jsonl        resuming and restarts
     checkpoints/        see checkpoint_files.py
+    metrics.jsonl, tb/  torchtitan's metrics, for people and TensorBoard
+    job.json            what the job file said, where there was one
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ from shardplan.costmodel.layout import Layout
 from shardplan.executor import measure
 from shardplan.executor.checkpoint_files import CHECKPOINTS_FOLDER, PART_SUFFIX, read_progress
 from shardplan.executor.failure import Failure, failure, stuck
+from shardplan.executor.job_file import JobFile, Metrics, write_resolved
 from shardplan.executor.measure import StepRecord
+from shardplan.executor.metrics_files import MetricsFiles
 from shardplan.hw_profiles.errors import InputError
 from shardplan.planner.plan import Plan
 
@@ -88,19 +92,32 @@ def run_plan(
     on_step: Callable[[StepRecord], None],
     on_event: Callable[[str], None] = lambda _: None,
     recovery: Recovery = NO_RECOVERY,
+    job: JobFile | None = None,
 ) -> Outcome:
-    """Run the plan file `source` up to step `steps` on `device`; `on_step` sees rank 0's steps at once, `on_event` what else happens."""
+    """Run the plan file `source` up to step `steps` on `device`, with what `job` says.
+
+    `on_step` sees rank 0's steps at once, `on_event` what else happens.
+    """
     plan = Plan.read(source)
     folder = make_folder(out, plan)
     shutil.copyfile(source, folder / "plan.json")
     done = read_progress(recovery.resume).step if recovery.resume else 0
     warmup_steps = min(WARMUP_STEPS, max(steps - done - 1, 0))
-    ended: Failure | None = Failure(line="stopped")
     command = _command(folder, plan, device=device, steps=steps, recovery=recovery)
-    followed = _Followed(folder, on_step, on_event)
+    if job is not None:
+        write_resolved(job, folder / "job.json")
+        command += ["--job", str(folder / "job.json")]
+    metrics = _metrics(folder, plan, steps=steps, words=job.metrics if job else Metrics())
+
+    def tell(record: StepRecord) -> None:
+        metrics(record)
+        on_step(record)
+
+    ended: Failure | None = Failure(line="stopped")
     try:
-        ended = _watch(command, followed, plan, device=device, recovery=recovery)
+        ended = _watch(command, _Followed(folder, tell, on_event), plan, device=device, recovery=recovery)
     finally:  # also when stopped by hand: what was measured so far is kept
+        metrics.close()
         error = ended.line if ended else None
         document = summarise(folder, plan, device=device, steps=steps, warmup_steps=warmup_steps, error=error)
     return Outcome(folder=folder, document=document, error=error, details=ended.details if ended else [])
@@ -128,6 +145,18 @@ def layout_slug(layout: Layout) -> str:
     words = [word.split("=") for word in layout.words().split()]
     kept = [name if value == "true" else f"{name}{value}" for name, value in words if name == "dp" or value not in "01"]
     return re.sub(r"[^\w.-]+", "_", "-".join(kept))
+
+
+def _metrics(folder: Path, plan: Plan, *, steps: int, words: Metrics) -> MetricsFiles:
+    return MetricsFiles(
+        folder,
+        interval=words.interval,
+        steps=steps,
+        ranks=plan.gpus,
+        tokens_per_step=plan.job.tokens_per_step,
+        prediction=plan.prediction,
+        tensorboard=words.tensorboard,
+    )
 
 
 def _command(folder: Path, plan: Plan, *, device: str, steps: int, recovery: Recovery) -> list[str]:

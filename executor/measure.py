@@ -44,6 +44,11 @@ class StepRecord:
     reserved_bytes: int | None = None
     rss_bytes: int | None = None
     """Resident set of the rank's process (CPU runs)."""
+    learning_rate: float | None = None
+    data_s: float | None = None
+    """Waiting for the batch, part of `step_s`."""
+    validation_loss: float | None = None
+    """After the step, where one was due; nats per token, the same on every rank."""
 
 
 _TORCHTITAN_NAMES = {
@@ -55,6 +60,9 @@ _TORCHTITAN_NAMES = {
     "active_bytes": ("memory/max_active(GiB)", "GiB", GIB),
     "reserved_bytes": ("memory/max_reserved(GiB)", "GiB", GIB),
     "rss_bytes": ("memory/max_rss(GiB)", "GiB", GIB),
+    "learning_rate": ("lr", "1", 1),
+    "data_s": ("time_metrics/data_loading(s)", "s", 1),
+    "validation_loss": ("validation_metrics/loss", "nats", 1),
 }
 """Field -> (metric, unit, divisor). torchtitan's throughput is per device, so that row is divided by the ranks too."""
 
@@ -183,11 +191,18 @@ def measured(records: Mapping[int, Sequence[StepRecord]], *, tokens_per_step: in
         "reserved_peak_bytes": max((r.reserved_bytes for r in _every(records) if r.reserved_bytes), default=None),
         "first_loss": losses[min(losses)] if losses else None,
         "last_loss": losses[max(losses)] if losses else None,
+        "validation_loss": next(
+            (r.validation_loss for r in _latest_first(records) if r.validation_loss is not None), None
+        ),
     }
 
 
 def _every(records: Mapping[int, Sequence[StepRecord]]) -> Iterable[StepRecord]:
     return (record for steps in records.values() for record in steps)
+
+
+def _latest_first(records: Mapping[int, Sequence[StepRecord]]) -> list[StepRecord]:
+    return sorted(_every(records), key=lambda record: -record.step)
 
 
 def predicted(prediction: Mapping[str, Any], *, memory_kind: str) -> dict[str, Any]:

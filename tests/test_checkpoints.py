@@ -343,7 +343,8 @@ def slow_rank(root: Path, what: str) -> None:
 
     from shardplan.executor import checkpoint
     from shardplan.executor.mesh import build_mesh
-    from shardplan.executor.train import Trainer
+    from shardplan.executor.recipe import plain_recipe
+    from shardplan.executor.trainer import Trainer
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     plan = make_plan("dp=1")
@@ -357,7 +358,7 @@ def slow_rank(root: Path, what: str) -> None:
 
     first = trained()
     if what == "load":
-        other = Trainer(plan, mesh, torch.device("cpu"), seed=7)
+        other = Trainer(plan, mesh, torch.device("cpu"), replace(plain_recipe(plan), seed=7))
         step = other.resume(checkpoint_files.find(root)[0])
         right, found = first.state(), other.state()
         equal = right.keys() == found.keys() and all(torch.equal(right[name], found[name]) for name in right)

@@ -9,10 +9,24 @@ import typer
 
 if TYPE_CHECKING:
     from shardplan.costmodel.rule import Rejection
+    from shardplan.executor.job_file import JobFile
     from shardplan.planner.plan import Plan
 
 PlanArgument = Annotated[Path, typer.Argument(metavar="PLAN", help="Plan file made by `shardplan plan -o`.")]
-StepsOption = Annotated[int, typer.Option("--steps", min=1, help="Optimizer steps in all, those of --resume included.")]
+JobOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--job", metavar="FILE", help="What to train on and how (TOML, docs/training.md); default: shipped text."
+    ),
+]
+StepsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--steps",
+        min=1,
+        help="Optimizer steps in all, those of --resume included; default: the job file's, else 30.",
+    ),
+]
 ForceOption = Annotated[
     bool,
     typer.Option(
@@ -40,7 +54,11 @@ RestartsOption = Annotated[
 TimeoutOption = Annotated[
     float, typer.Option("--timeout", min=1.0, metavar="SECONDS", help="Longest that one rank waits for another.")
 ]
-OutOption = Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Where run folders are made.")]
+OutOption = Annotated[
+    Path | None,
+    typer.Option("--out", metavar="FOLDER", help="Where run folders are made; default: the job file's, else runs."),
+]
+DEFAULT_STEPS = 30
 JsonOption = Annotated[bool, typer.Option("--json", help="Write JSON and nothing else to stdout.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Print the log of the ranks when the run fails.")]
 
@@ -48,45 +66,60 @@ DebugOption = Annotated[bool, typer.Option("--debug", help="Print the log of the
 def run(
     plan: PlanArgument,
     *,
-    steps: StepsOption = 30,
+    job: JobOption = None,
+    steps: StepsOption = None,
     force: ForceOption = False,
     checkpoint_every: EveryOption = None,
     keep: KeepOption = 3,
     resume: ResumeOption = None,
     max_restarts: RestartsOption = 0,
     timeout: TimeoutOption = 300.0,
-    out: OutOption = Path("runs"),
+    out: OutOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Run a plan on this machine: train on real text, measure, compare with the prediction.
+    """Run a plan on this machine: train on real text or a job's data, measure, compare with the prediction.
 
-    Example: shardplan run plan.json --steps 50 --checkpoint-every 10 --max-restarts 2
+    Example: shardplan run plan.json --job job.toml --checkpoint-every 10 --max-restarts 2
 
     Go on, here in another layout: shardplan run other.json --steps 100 --resume last
 
-    Exit codes: 0 finished, 1 refused before the start, 2 malformed plan, 3 a rank failed.
+    Exit codes: 0 finished, 1 refused before the start, 2 malformed plan, job or token file, 3 a rank failed.
     """
     import sys
     from importlib.util import find_spec
 
+    from shardplan.executor.job_file import read_job
     from shardplan.executor.launch import Recovery, run_plan
     from shardplan.executor.progress import ProgressLine, summary
+    from shardplan.executor.recipe import check_job
     from shardplan.planner.plan import Plan
 
     content = Plan.read(plan)
+    wanted = read_job(job, steps=steps) if job else None
     if find_spec("torch") is None:
         _refuse([{"rule": "torch", "detail": "running needs torch", "remedy": "install shardplan[run]"}], as_json)
     device = _check(content, force, as_json)
-    source = None if resume is None else _find_checkpoint(content, resume, out, steps, as_json)
+    if wanted is not None:
+        check_job(content, wanted)
+    count = wanted.steps if wanted else steps or DEFAULT_STEPS
+    folder = out or Path(wanted.output if wanted else "runs")
+    source = None if resume is None else _find_checkpoint(content, wanted, resume, folder, count, as_json)
     recovery = Recovery(
         checkpoint_every=checkpoint_every, keep=keep, resume=source, max_restarts=max_restarts, timeout_s=timeout
     )
-    progress = ProgressLine(sys.stderr, steps=steps, prediction=content.prediction)
+    progress = ProgressLine(sys.stderr, steps=count, prediction=content.prediction)
     print(f"{content.model.name} on {content.gpus} x {device}: {content.layout.words()}", file=sys.stderr)
     try:
         outcome = run_plan(
-            plan, device=device, steps=steps, out=out, on_step=progress, on_event=progress.tell, recovery=recovery
+            plan,
+            device=device,
+            steps=count,
+            out=folder,
+            on_step=progress,
+            on_event=progress.tell,
+            recovery=recovery,
+            job=wanted,
         )
     finally:
         progress.end()
@@ -116,17 +149,20 @@ def _check(plan: Plan, force: bool, as_json: bool) -> str:
     return device
 
 
-def _find_checkpoint(plan: Plan, resume: str, out: Path, steps: int, as_json: bool) -> Path:
-    """The whole checkpoint that `--resume` means; tells of newer ones that are refused."""
+def _find_checkpoint(plan: Plan, job: JobFile | None, resume: str, out: Path, steps: int, as_json: bool) -> Path:
+    """The whole checkpoint that `--resume` means, of the same data; tells of newer ones that are refused."""
     import sys
 
     from shardplan.executor.check import resume_refusals
     from shardplan.executor.checkpoint_files import find, last_run, read_progress
+    from shardplan.executor.recipe import make_recipe
 
     folder, refused = find(last_run(out) if resume == "last" else Path(resume))
     for line in refused:
         print(f"shardplan: {line}; using {folder.name}", file=sys.stderr)
-    _refuse_any(resume_refusals(plan, read_progress(folder), steps=steps), as_json)
+    saved = read_progress(folder)
+    _refuse_any(resume_refusals(plan, saved, steps=steps), as_json)
+    make_recipe(plan, job).data.restore(saved.data)
     return folder
 
 
