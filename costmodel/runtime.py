@@ -137,6 +137,8 @@ class Execution(_FromFile):
     """The same of copying a gradient into the buffer that is reduced."""
     clip_bytes: float = 0.0
     """Bytes read and written per gradient to clip it by the norm of all."""
+    clip_unscales: bool = False
+    """Clipping divides the scale of the loss out in the same pass; else that is one more."""
     update_slowdown: float = 1.0
     """Seconds of clipping and updating on a GPU over those of streaming the same bytes."""
     update_launches: float = 0.0

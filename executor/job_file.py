@@ -92,6 +92,23 @@ class Optimizer(Table):
     """Largest norm of the gradients of a step, over all parameters."""
 
 
+class LossScale(Table):
+    """Of the loss under fp16 (`loss_scale.ScaleWords`)."""
+
+    initial: Positive = 2.0**16
+    window: Count = 1000
+    """Steps without an overflow after which it doubles."""
+    hysteresis: Count = 2
+    """Overflows until it halves."""
+    minimum: Positive = 1.0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.minimum > self.initial:
+            raise ValueError(f"minimum = {self.minimum:g} is above initial = {self.initial:g}; give a smaller minimum")
+        return self
+
+
 class Metrics(Table):
     """What is written down."""
 
@@ -123,6 +140,7 @@ class JobFile(Table):
     validation: Validation | None = None
     learning_rate: LearningRate
     optimizer: Optimizer = Optimizer()
+    loss_scale: LossScale = LossScale()
     weights: Weights = Weights()
     metrics: Metrics = Metrics()
 

@@ -12,6 +12,7 @@ from shardplan.executor.data import ShippedText, TokenArray
 from shardplan.executor.hugging_face import Folder, check_shape, check_weights, open_folder
 from shardplan.executor.job_file import DataFile, JobFile
 from shardplan.executor.loader import Loader
+from shardplan.executor.loss_scale import USUAL_SCALE, ScaleWords
 from shardplan.executor.schedule import AdamWords, WarmupCosine, learning_rate
 from shardplan.executor.token_files import TokenFile, check_vocabulary, open_tokens
 from shardplan.hw_profiles.errors import InputError
@@ -59,6 +60,8 @@ class Recipe:
     learning_rate: Callable[[int], float]
     """By step, which counts from 1."""
     optimizer: AdamWords
+    loss_scale: ScaleWords = USUAL_SCALE
+    """Of fp16."""
     validation: Validation | None = None
     initial: Folder | None = None
     """Values to start from."""
@@ -102,6 +105,7 @@ def job_recipe(plan: Plan, job: JobFile) -> Recipe:
             weight_decay=job.optimizer.weight_decay,
             clip=job.optimizer.clip,
         ),
+        loss_scale=ScaleWords(**job.loss_scale.model_dump()),
         validation=validation,
         initial=open_folder(job.weights.initial) if job.weights.initial else None,
         export=Path(job.weights.export) if job.weights.export else None,

@@ -21,6 +21,7 @@ from shardplan.executor.attention_kernel import (
 from shardplan.executor.checkpoint import State, load, named_parameters, training_state
 from shardplan.executor.checkpoint_files import Progress
 from shardplan.executor.loss import loss_context, loss_function
+from shardplan.executor.loss_scale import LossScale, overflows, scaled
 from shardplan.executor.mesh import data_rank
 from shardplan.executor.optimizer import build_optimizer, clip_gradients, settle_gradients
 from shardplan.executor.parallelize import parallelize
@@ -57,7 +58,8 @@ class Trainer:
                 use_own_attention(chunk)
         self.holds_first = self.chunks[0].embedding is not None
         self.holds_last = self.chunks[-1].head is not None
-        self.loss = loss_function(mesh["tp"])
+        self.loss_scale = LossScale(self.recipe.loss_scale) if job.precision == "fp16" else None
+        self.loss = scaled(loss_function(mesh["tp"]), self.loss_scale)
         self.schedule: Schedule | None = None
         if layout.pp > 1:
             self.schedule = build_schedule(
@@ -76,6 +78,11 @@ class Trainer:
 
             weights.load(chunk, recipe.initial)
         return chunk
+
+    @property
+    def scale(self) -> float:
+        """What the loss, and so gradients, are multiplied by."""
+        return 1.0 if self.loss_scale is None else self.loss_scale.value
 
     def parameters(self) -> list[nn.Parameter]:
         """Every parameter this rank holds a piece of."""
@@ -98,7 +105,7 @@ class Trainer:
             contexts.enter_context(attention_context(self.attention))
             loss = self._micro_steps(inputs, targets) if self.schedule is None else self._pipeline(inputs, targets)
         settle_gradients(self.parameters())
-        return loss
+        return loss / self.scale
 
     def _micro_steps(self, inputs: Tensor, targets: Tensor) -> Tensor:
         model, zero = self.chunks[0], self.plan.layout.zero
@@ -123,12 +130,16 @@ class Trainer:
         return torch.zeros((), device=self.device)
 
     def update(self, step: int) -> Tensor:
-        """Clip, take an optimizer step, drop the gradients; returns the gradient norm before clipping."""
-        norm = clip_gradients(self.parameters(), self.mesh, self.recipe.optimizer.clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.learning_rate(step)
-        self.optimizer.step()
+        """Clip, take an optimizer step unless a gradient overflowed, drop the gradients; returns their norm before clipping."""
+        norm = clip_gradients(self.parameters(), self.mesh, self.recipe.optimizer.clip, loss_scale=self.scale)
+        overflow = self.loss_scale is not None and overflows(norm)
+        if not overflow:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.recipe.learning_rate(step)
+            self.optimizer.step()
         self.optimizer.zero_grad()
+        if self.loss_scale is not None:
+            self.loss_scale.update(overflow=overflow)
         return norm
 
     def state(self) -> State:
@@ -143,12 +154,15 @@ class Trainer:
             model=model_digest(self.plan.model),
             layout=self.plan.layout.words(),
             data=self.recipe.data.state(step),
+            loss_scale=self.loss_scale.state() if self.loss_scale is not None else None,
         )
 
     def resume(self, checkpoint: Path) -> int:
         """Take over a checkpoint of any layout, of the same data; returns the steps it has done. All ranks call it together."""
         saved = load(checkpoint, self.state())
         self.recipe.data.restore(saved.data)
+        if self.loss_scale is not None and saved.loss_scale is not None:
+            self.loss_scale.restore(saved.loss_scale)
         return saved.step
 
     @torch.no_grad()
@@ -161,7 +175,7 @@ class Trainer:
                 total += self._evaluate(inputs, targets) / batches
         for chunk in self.chunks:
             reshard(chunk)
-        return self.global_loss(total)
+        return self.global_loss(total / self.scale)
 
     def _evaluate(self, inputs: Tensor, targets: Tensor) -> Tensor:
         if self.schedule is not None:
