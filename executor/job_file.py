@@ -54,6 +54,8 @@ class Data(Table):
     files: Annotated[list[DataFile], Field(min_length=1, max_length=1000)]
     shuffle: bool = True
     """Documents and windows in a new order each epoch."""
+    attend_across_documents: bool = True
+    """Documents that share a window see the ones before them."""
 
 
 class Validation(Table):

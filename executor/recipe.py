@@ -26,6 +26,10 @@ class Batches(Protocol):
         """Inputs and targets of sequences first <= i < first + count of the global batch of `step`, each (count, seq)."""
         ...
 
+    def packed(self, step: int, *, first: int, count: int) -> tuple[TokenArray, TokenArray, TokenArray]:
+        """The same, and the position of each input in its document, which begins at 0; a window's first one does too."""
+        ...
+
     def state(self, step: int) -> dict[str, Any]:
         """What a checkpoint keeps after `step` was trained, plain JSON."""
         ...
@@ -62,6 +66,8 @@ class Recipe:
     optimizer: AdamWords
     loss_scale: ScaleWords = USUAL_SCALE
     """Of fp16."""
+    attend_across_documents: bool = True
+    """False: a token sees its own document alone, whose positions begin at 0."""
     validation: Validation | None = None
     initial: Folder | None = None
     """Values to start from."""
@@ -106,6 +112,7 @@ def job_recipe(plan: Plan, job: JobFile) -> Recipe:
             clip=job.optimizer.clip,
         ),
         loss_scale=ScaleWords(**job.loss_scale.model_dump()),
+        attend_across_documents=job.data.attend_across_documents,
         validation=validation,
         initial=open_folder(job.weights.initial) if job.weights.initial else None,
         export=Path(job.weights.export) if job.weights.export else None,
@@ -118,6 +125,12 @@ def check_job(plan: Plan, job: JobFile) -> None:
     for one in [*job.data.files, *(job.validation.files if job.validation else ())]:
         check_vocabulary(_open(one), plan.model.vocab)
     recipe = job_recipe(plan, job)
+    if not recipe.attend_across_documents and plan.layout.cp > 1:
+        raise InputError(
+            f"keeping documents apart does not go with cp={plan.layout.cp}",
+            place="data.attend_across_documents",
+            remedy="set it to true, or plan with cp=1",
+        )
     if recipe.initial is not None:
         check_weights(plan.model, recipe.initial)
     if recipe.export is not None:
