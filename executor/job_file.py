@@ -54,7 +54,7 @@ class Data(Table):
     files: Annotated[list[DataFile], Field(min_length=1, max_length=1000)]
     shuffle: bool = True
     """Documents and windows in a new order each epoch."""
-    attend_across_documents: bool = True
+    attend_across_documents: Annotated[bool, Field(strict=True)] = True
     """Documents that share a window see the ones before them."""
 
 

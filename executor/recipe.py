@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from shardplan.executor.check import plan_cluster
 from shardplan.executor.data import ShippedText, TokenArray
 from shardplan.executor.hugging_face import Folder, check_shape, check_weights, open_folder
 from shardplan.executor.job_file import DataFile, JobFile
@@ -125,18 +126,31 @@ def check_job(plan: Plan, job: JobFile) -> None:
     for one in [*job.data.files, *(job.validation.files if job.validation else ())]:
         check_vocabulary(_open(one), plan.model.vocab)
     recipe = job_recipe(plan, job)
-    if not recipe.attend_across_documents and plan.layout.cp > 1:
-        raise InputError(
-            f"keeping documents apart does not go with cp={plan.layout.cp}",
-            place="data.attend_across_documents",
-            remedy="set it to true, or plan with cp=1",
-        )
+    if not recipe.attend_across_documents:
+        _check_apart(plan)
     if recipe.initial is not None:
         check_weights(plan.model, recipe.initial)
     if recipe.export is not None:
         check_shape(plan.model)
         if recipe.export.exists():
             raise InputError("exists already", place=str(recipe.export), remedy="name a new folder in weights.export")
+
+
+def _check_apart(plan: Plan) -> None:
+    """Layouts that cannot keep documents apart; what a machine lacks besides, ranks tell (`attention_kernel.check_documents`)."""
+    layout, place = plan.layout, "data.attend_across_documents"
+    if layout.cp > 1:
+        raise InputError(
+            f"keeping documents apart does not go with cp={layout.cp}",
+            place=place,
+            remedy="plan with cp=1, or set it to true",
+        )
+    if layout.attention == "flash" and plan.job.precision != "fp32" and plan_cluster(plan).gpu.device == "cuda":
+        raise InputError(
+            "attention=flash of a GPU cannot keep documents apart",
+            place=place,
+            remedy="plan with attention=auto or triton, or set it to true",
+        )
 
 
 def _loader(plan: Plan, job: JobFile, files: Sequence[DataFile], *, shuffle: bool) -> Loader:

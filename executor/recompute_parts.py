@@ -28,7 +28,7 @@ ZONES = {
     "ffn.w1": ("mlp",),
     "ffn.w3": ("mlp",),
 }
-"""Module of a layer -> the parts that run it again. Submodules apart, `attention` is rotary positions and the core, `ffn` the activation."""
+"""Module of a layer -> parts that run it again. Submodules apart, `attention` is rotary positions and the core, `ffn` the activation."""
 UNFUSED = ("aten::bmm", "aten::_safe_softmax", "aten::_softmax")
 """What the core consists of where no fused kernel runs it."""
 WRITTEN_OVER = ("aten::mean.dim", "aten::add_.Scalar")

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -144,7 +145,7 @@ class Trainer:
         run = self.schedule.step if train else self.schedule.eval
         losses: list[Tensor] = []
         arguments = (inputs,) if self.holds_first else ()
-        every_stage = {"positions": positions[0]} if positions else {}
+        every_stage: dict[str, Any] = {"positions": positions[0]} if positions else {}
         if self.holds_last:
             run(*arguments, target=targets, losses=losses, return_outputs=False, **every_stage)
             return torch.stack(losses).mean().detach()

@@ -183,20 +183,6 @@ def test_fp16_goes_on_with_the_loss_scale_it_had(tmp_path):
     assert [record.loss_scale for record in measure.read_records(second.folder)[0]] == [65536] * 4
 
 
-def test_states_made_for_a_checkpoint_before_the_first_update_are_those_of_no_update():
-    torch = pytest.importorskip("torch", reason="the executor needs torch")
-    from shardplan.executor.checkpoint import training_state
-
-    weight = torch.nn.Parameter(torch.ones(3))
-    state = training_state({"w": weight}, torch.optim.AdamW([weight], lr=0.1, fused=True))
-    assert state["model.w"].tolist() == [1, 1, 1]
-    assert {name: value.abs().sum().item() for name, value in state.items() if name != "model.w"} == {
-        "optimizer.w.step": 0,
-        "optimizer.w.exp_avg": 0,
-        "optimizer.w.exp_avg_sq": 0,
-    }
-
-
 @pytest.mark.distributed
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the ranks in /proc")
 def test_ranks_killed_in_the_middle_are_started_again_and_the_curve_is_the_unbroken_one(unbroken, tmp_path):

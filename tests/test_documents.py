@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -146,6 +147,36 @@ def test_flash_of_a_gpu_cannot_keep_documents_apart():
         check_documents("flash", device_type="cuda", precision="bf16", own=False)
 
 
+@pytest.mark.parametrize(
+    ("words", "precision", "told"),
+    [
+        ("cp=2", "fp32", "does not go with cp=2; plan with cp=1, or set it to true"),
+        (
+            "dp=2 attention=flash",
+            "bf16",
+            "attention=flash of a GPU cannot keep documents apart; plan with attention=auto",
+        ),
+        ("dp=2 attention=flash", "fp32", None),
+        ("dp=2", "bf16", None),
+    ],
+)
+def test_layouts_that_cannot_keep_documents_apart_are_refused_before_the_start(tmp_path, words, precision, told):
+    from shardplan.executor.job_file import parse_job
+    from shardplan.executor.recipe import check_job
+    from shardplan.hw_profiles.errors import InputError
+    from shardplan.hw_profiles.load import cluster_document
+
+    plan = replace(make_plan(words), cluster=cluster_document("h100-ib"))
+    plan = replace(plan, job=replace(plan.job, precision=precision))
+    files = [{"path": str(make_tokens(tmp_path)), "end_of_document": END}]
+    job = {"steps": 1, "data": {"files": files, "attend_across_documents": False}, "learning_rate": {"peak": 1e-3}}
+    if told is None:
+        check_job(plan, parse_job(job, place="job"))
+    else:
+        with pytest.raises(InputError, match=told):
+            check_job(plan, parse_job(job, place="job"))
+
+
 def test_own_kernels_take_documents_over_packed_sequences(monkeypatch):
     """The call, not the kernel: tests/kernels hold `cu_seqlens` against plain attention."""
     torch = pytest.importorskip("torch", reason="the executor needs torch")
@@ -230,8 +261,6 @@ def reference(path: Path):
 
 
 def difference(words: str, path: Path, expected) -> dict[str, float]:
-    from dataclasses import replace
-
     import torch
     from torch.distributed.tensor import DTensor
 

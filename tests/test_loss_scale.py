@@ -112,6 +112,20 @@ def test_state_goes_on_in_the_middle_of_a_window():
     assert first.value == 16
 
 
+def test_states_made_for_a_checkpoint_before_the_first_update_are_those_of_no_update():
+    torch = pytest.importorskip("torch", reason="the executor needs torch")
+    from shardplan.executor.checkpoint import training_state
+
+    weight = torch.nn.Parameter(torch.ones(3))
+    state = training_state({"w": weight}, torch.optim.AdamW([weight], lr=0.1, fused=True))
+    assert state["model.w"].tolist() == [1, 1, 1]
+    assert {name: value.abs().sum().item() for name, value in state.items() if name != "model.w"} == {
+        "optimizer.w.step": 0,
+        "optimizer.w.exp_avg": 0,
+        "optimizer.w.exp_avg_sq": 0,
+    }
+
+
 # --- over ranks -------------------------------------------------------------------------------------------------------
 
 
