@@ -234,7 +234,8 @@ def _selected(name: str, shapes: Shapes, runtime: Runtime) -> FloatArray:
     """Share of operator `name` that `selective` runs again, (K,): by the parts asked for, else by the runtime."""
     parts = np.broadcast_to(np.asarray(shapes.recompute_parts), shapes.tokens.shape)
     stops = runtime.activations.full_stops_early and name in LAST_OPERATORS
-    asked = (parts & (0 if stops else parts_with(name))) > 0
+    with_core = name == "attention_output" and runtime.activations.core_output_again
+    asked = (parts & (0 if stops else parts_with("attention" if with_core else name))) > 0
     return np.where(parts > 0, asked, runtime.activations.selective.get(name, 0.0))
 
 

@@ -88,8 +88,9 @@ def update_traffic_bytes(runtime: Runtime, job: Job) -> float:
 
 def unscaling_bytes(runtime: Runtime, job: Job) -> float:
     """Bytes read and written to divide the scale of the loss out of one gradient before the update, which fp16 needs (arXiv 1710.03740,
-    section 3.2)."""
-    return 2.0 * gradient_bytes(runtime, job) if job.precision == "fp16" else 0.0
+    section 3.2), in a pass of its own."""
+    apart = job.precision == "fp16" and not runtime.execution.clip_unscales
+    return 2.0 * gradient_bytes(runtime, job) if apart else 0.0
 
 
 MOMENT_BYTES = {

@@ -22,6 +22,7 @@ from shardplan.costmodel.model_rules import MODEL_RULES, missing_parts
 from shardplan.costmodel.offload_rules import OFFLOAD_RULES
 from shardplan.costmodel.order_rules import ORDER_RULES
 from shardplan.costmodel.recompute import ALL_LAYERS, BY_STAGE, PART_BITS, RECOMPUTE, split_recompute
+from shardplan.costmodel.recompute_rules import RECOMPUTE_RULES
 from shardplan.costmodel.rule import BoolArray, Rejection, Rule, Setting
 from shardplan.costmodel.rule_parts import (
     can,
@@ -343,6 +344,7 @@ RULES: tuple[Rule, ...] = (
     *OFFLOAD_RULES,
     *ZEROPP_RULES,
     *ORDER_RULES,
+    *RECOMPUTE_RULES,
 )
 STRUCTURAL: tuple[Rule, ...] = tuple(rule for rule in RULES if rule.structural)
 

@@ -70,6 +70,8 @@ class Abilities(_FromFile):
     """`full:4,2,0`: another number of layers on each stage."""
     recompute_parts: tuple[Part, ...] = ()
     """Parts of `recompute.PARTS` that `selective:PART+PART` may name."""
+    tensor_parallel_recompute: tuple[str, ...] = ("none", "selective", "parts", "full")
+    """Words of `recompute` that go with tensor parallelism; parts: `selective:PART+PART`."""
     attention: tuple[str, ...]
     """First is what `auto` means."""
     precisions: tuple[str, ...]
@@ -105,6 +107,8 @@ class Activations(_FromFile):
     """Operators that `selective` runs again instead of keeping their tensors, and the share of each."""
     selective_streams: float
     """Whole hidden-wide tensors (not divided by tp) a layer keeps under `selective` in exchange."""
+    core_output_again: bool = False
+    """The part core_attn drops the output of attention too, and runs that again; else it is kept for the projection."""
     full_stops_early: bool
     """Full recompute ends with the last tensor that the backward needs: the layer's last product is not repeated."""
     gated_mlp_copies: float
@@ -137,6 +141,8 @@ class Execution(_FromFile):
     """The same of copying a gradient into the buffer that is reduced."""
     clip_bytes: float = 0.0
     """Bytes read and written per gradient to clip it by the norm of all."""
+    clip_unscales: bool = False
+    """Clipping divides the scale of the loss out in the same pass; else that is one more."""
     update_slowdown: float = 1.0
     """Seconds of clipping and updating on a GPU over those of streaming the same bytes."""
     update_launches: float = 0.0

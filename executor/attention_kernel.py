@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from shardplan.costmodel.attention_time import takes_own_kernel
-from shardplan.executor.transformer import Attention
+from shardplan.executor.transformer import Attention, Transformer
+from shardplan.hw_profiles.errors import InputError
 
 HOPPER = 9
 """Major compute capability of the GPUs on which this project's kernel beats torch's FlashAttention-2, as timed on an H200."""
@@ -40,14 +41,17 @@ def attention_context(backends: Sequence[SDPBackend]) -> AbstractContextManager[
     return sdpa_kernel(list(backends)) if backends else nullcontext()
 
 
-def runs_own_attention(word: str, *, precision: str, head_dim: int, capability: tuple[int, int] | None) -> bool:
+def runs_own_attention(
+    word: str, *, precision: str, head_dim: int, capability: tuple[int, int] | None, apart: bool = False
+) -> bool:
     """Whether this project's kernel runs on a device of `capability` (None: none of NVIDIA) under the layout's word.
 
-    `auto` takes it where the cost model does: on the GPUs whose catalog entry has its rates, in 16 bits, if Triton is installed.
+    `auto` takes it where the cost model does: on the GPUs whose catalog entry has its rates, in 16 bits, if Triton is installed; on
+    any in 16 bits where documents are to be kept `apart`.
     """
     if word == "triton":
         return True
-    usual = capability is not None and capability[0] == HOPPER and takes_own_kernel(precision, head_dim)
+    usual = capability is not None and (apart or capability[0] == HOPPER) and takes_own_kernel(precision, head_dim)
     return word == "auto" and usual and triton_is_installed()
 
 
@@ -61,11 +65,30 @@ def capability_of(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" and torch.version.hip is None else None
 
 
-def own_attention(q_BSND: Tensor, k_BSKD: Tensor, v_BSKD: Tensor) -> Tensor:
-    """Causal attention by this project's kernels (`kernels/attention.py`), on a GPU in 16 bits."""
+def own_attention(q_BSND: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, bounds: Tensor | None = None) -> Tensor:
+    """Causal attention by this project's kernels (`kernels/attention.py`), on a GPU in 16 bits; `bounds`: `document_bounds`."""
     from shardplan.kernels.attention import attention
 
-    return attention(q_BSND, k_BSKD, v_BSKD, causal=True)
+    if bounds is None:
+        return attention(q_BSND, k_BSKD, v_BSKD, causal=True)
+    seq = q_BSND.shape[1]
+    out = attention(
+        q_BSND.flatten(0, 1),
+        k_BSKD.flatten(0, 1),
+        v_BSKD.flatten(0, 1),
+        causal=True,
+        cu_seqlens_q=bounds,
+        cu_seqlens_k=bounds,
+        max_seqlen_q=seq,
+        max_seqlen_k=seq,
+    )
+    return out.view_as(q_BSND)
+
+
+def document_bounds(positions_BS: Tensor) -> Tensor:
+    """Where documents begin in the B * S tokens put one behind the other, and where the last one ends: int32 (documents + 1)."""
+    starts = (positions_BS.flatten() == 0).nonzero().flatten()
+    return nn.functional.pad(starts, (0, 1), value=positions_BS.numel()).int()
 
 
 def use_own_attention(model: nn.Module) -> None:
@@ -73,3 +96,16 @@ def use_own_attention(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Attention):
             module.attend = own_attention
+        if isinstance(module, Transformer):
+            module.tell_apart = document_bounds
+
+
+def check_documents(word: str, *, device_type: str, precision: str, own: bool) -> None:
+    """InputError where the kernel that would run cannot keep documents apart: FlashAttention of a GPU takes no mask."""
+    if own or device_type == "cpu" or word == "unfused" or precision == "fp32":
+        return
+    raise InputError(
+        f"attention={word} cannot keep documents apart on this GPU",
+        place="data.attend_across_documents",
+        remedy="plan with attention=triton, which needs triton, or set it to true",
+    )

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from shardplan.costmodel.rule import Rejection, Setting
 from shardplan.costmodel.rules import rejections
 from shardplan.costmodel.runtime import load_runtime
+from shardplan.executor import compiling
 from shardplan.executor.checkpoint_files import Progress
 from shardplan.hw_profiles.load import cluster_from_document
 from shardplan.hw_profiles.machine import PROCESSES_PER_CORE, Cluster
@@ -31,7 +32,8 @@ def cuda_devices_here() -> int:
 
 def refusals(plan: Plan, *, device: str, cuda_devices: int, force: bool = False) -> list[Rejection]:
     """Why `plan` cannot run on `device` ("cuda" or "cpu") of this machine; empty when it can. `force`: though it is not to fit."""
-    setting = Setting(model=plan.model, job=plan.job, cluster=plan_cluster(plan), runtime=load_runtime(RUNTIME))
+    runtime = f"{RUNTIME}+{compiling.SWITCH}" if compiling.is_compiled(plan.runtime) else RUNTIME
+    setting = Setting(model=plan.model, job=plan.job, cluster=plan_cluster(plan), runtime=load_runtime(runtime))
     broken, _ = rejections(setting, plan.layout)
     machine = _machine(plan, device=device, cuda_devices=cuda_devices)
     return [*broken, *machine, *([] if force else _memory(plan))]
@@ -79,6 +81,12 @@ def _machine(plan: Plan, *, device: str, cuda_devices: int) -> Iterator[Rejectio
             rule="cuda-devices",
             detail=f"the plan needs {needed}, this machine has {cuda_devices or 'none'}",
             remedy="run it where they are, or give --force to run it on local CPU processes",
+        )
+    if device == "cpu" and compiling.is_compiled(plan.runtime) and compiling.compiler_here() is None:
+        yield Rejection(
+            rule="compiler",
+            detail=f"runtime {plan.runtime!r} compiles for the CPU, and no C++ compiler is found here",
+            remedy="install g++, name a compiler in CXX, or plan with --runtime shardplan",
         )
     if device == "cpu" and gpus > PROCESSES_PER_CORE * cores:
         yield Rejection(

@@ -71,6 +71,9 @@ def _make_states(optimizer: torch.optim.Optimizer) -> None:
             parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
+    for states in optimizer.state.values():
+        for value in states.values():
+            value.zero_()  # the count of steps is 1 by now
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
 

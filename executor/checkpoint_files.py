@@ -51,6 +51,8 @@ class Progress:
     """The layout that saved it, in words."""
     data: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """State of the data loader: JSON values, the same on every rank."""
+    loss_scale: Mapping[str, Any] | None = None
+    """State of the loss scale of fp16."""
 
 
 def part_folder(root: Path, step: int) -> Path:
@@ -218,7 +220,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _progress(manifest: Mapping[str, Any]) -> Progress:
-    return Progress(**{name: manifest[name] for name in Progress.__dataclass_fields__})
+    later = {"loss_scale": None}  # fields that older checkpoints lack
+    return Progress(**{name: {**later, **manifest}[name] for name in Progress.__dataclass_fields__})
 
 
 def _refused(folder: Path, problem: str) -> CheckpointError:

@@ -46,6 +46,11 @@ class ShippedText:
         """As `batch` above."""
         return batch(self.text, seq=self.seq, seed=self.seed, step=step, first=first, count=count)
 
+    def packed(self, step: int, *, first: int, count: int) -> tuple[TokenArray, TokenArray, TokenArray]:
+        """The same and positions: the text is one document."""
+        inputs, targets = self.batch(step, first=first, count=count)
+        return inputs, targets, np.broadcast_to(np.arange(self.seq), inputs.shape)
+
     def state(self, step: int) -> dict[str, Any]:
         """What to keep after `step` was trained."""
         return {"step": step, "seed": self.seed}

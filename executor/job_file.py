@@ -54,6 +54,8 @@ class Data(Table):
     files: Annotated[list[DataFile], Field(min_length=1, max_length=1000)]
     shuffle: bool = True
     """Documents and windows in a new order each epoch."""
+    attend_across_documents: Annotated[bool, Field(strict=True)] = True
+    """Documents that share a window see the ones before them."""
 
 
 class Validation(Table):
@@ -92,6 +94,23 @@ class Optimizer(Table):
     """Largest norm of the gradients of a step, over all parameters."""
 
 
+class LossScale(Table):
+    """Of the loss under fp16 (`loss_scale.ScaleWords`)."""
+
+    initial: Positive = 2.0**16
+    window: Count = 1000
+    """Steps without an overflow after which it doubles."""
+    hysteresis: Count = 2
+    """Overflows until it halves."""
+    minimum: Positive = 1.0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.minimum > self.initial:
+            raise ValueError(f"minimum = {self.minimum:g} is above initial = {self.initial:g}; give a smaller minimum")
+        return self
+
+
 class Metrics(Table):
     """What is written down."""
 
@@ -123,6 +142,7 @@ class JobFile(Table):
     validation: Validation | None = None
     learning_rate: LearningRate
     optimizer: Optimizer = Optimizer()
+    loss_scale: LossScale = LossScale()
     weights: Weights = Weights()
     metrics: Metrics = Metrics()
 

@@ -8,7 +8,8 @@ reads only its own share, and going on after sequence N needs no more than the n
     packing    this stream is cut into windows of seq + 1 tokens that share one token with the next (Megatron's samples)
     windows    each epoch takes the windows in a new order; a rest shorter than a window is left out
 
-A window may hold several documents and parts of them; the model attends across them, as in nanoGPT and by default in Megatron.
+A window may hold several documents and parts of them. The model attends across them, as in nanoGPT and by default in Megatron, unless
+it is told their positions (`Loader.packed`).
 """
 
 from __future__ import annotations
@@ -114,9 +115,15 @@ class Loader:
 
     def batch(self, step: int, *, first: int, count: int) -> tuple[TokenArray, TokenArray]:
         """Inputs and targets of sequences first <= i < first + count of the global batch of `step`, each (count, seq)."""
+        return self.packed(step, first=first, count=count)[:2]
+
+    def packed(self, step: int, *, first: int, count: int) -> tuple[TokenArray, TokenArray, TokenArray]:
+        """The same, and the position of each input in its document (in what the window has of it): `positions_of`."""
         start = self.sequences_before(step) + first
-        rows = np.stack([self.sequence(start + i)[0] for i in range(count)])
-        return rows[:, :-1], rows[:, 1:]
+        found = [self.sequence(start + i) for i in range(count)]
+        rows = np.stack([tokens for tokens, _ in found])
+        positions = np.stack([positions_of(starts, seq=self.seq) for _, starts in found])
+        return rows[:, :-1], rows[:, 1:], positions
 
     def sequence(self, number: int) -> tuple[TokenArray, list[int]]:
         """Sequence `number` of the training, shape (seq + 1,), and where documents begin in it."""
@@ -176,6 +183,14 @@ class Loader:
             numbers = np.random.default_rng((self.seed, _MIX, block))
             self._mixed = block, numbers.permutation(np.repeat(np.arange(len(self.quotas)), self.quotas))
         return self._mixed[1]
+
+
+def positions_of(starts: Sequence[int], *, seq: int) -> TokenArray:
+    """Distance of the tokens 0 to seq - 1 of a window from the start before them, which token 0 is too, (seq,)."""
+    begins = np.zeros(seq, dtype=np.int64)
+    inside = [start for start in starts if start < seq]
+    begins[inside] = inside
+    return np.arange(seq) - np.maximum.accumulate(begins)
 
 
 def shares(weights: Sequence[float], total: int) -> list[int]:

@@ -33,8 +33,8 @@ class StepRecord:
     """Counts from 1."""
     loss: float
     """Mean over the global batch, nats per token; the same on every rank."""
-    grad_norm: float
-    """Before clipping, over all ranks."""
+    grad_norm: float | None
+    """Before clipping, over all ranks; None of a skipped step, where it is Inf or NaN."""
     step_s: float
     """From the batch to the end of the optimizer step, as this rank saw it."""
     tokens_per_s: float
@@ -49,6 +49,10 @@ class StepRecord:
     """Waiting for the batch, part of `step_s`."""
     validation_loss: float | None = None
     """After the step, where one was due; nats per token, the same on every rank."""
+    loss_scale: float | None = None
+    """Of the step, under fp16."""
+    skipped_steps: int | None = None
+    """Since the training began, under fp16: those whose gradients overflowed."""
 
 
 _TORCHTITAN_NAMES = {
@@ -63,6 +67,8 @@ _TORCHTITAN_NAMES = {
     "learning_rate": ("lr", "1", 1),
     "data_s": ("time_metrics/data_loading(s)", "s", 1),
     "validation_loss": ("validation_metrics/loss", "nats", 1),
+    "loss_scale": ("loss_scale", "1", 1),
+    "skipped_steps": ("skipped_steps", "1", 1),
 }
 """Field -> (metric, unit, divisor). torchtitan's throughput is per device, so that row is divided by the ranks too."""
 
@@ -191,6 +197,7 @@ def measured(records: Mapping[int, Sequence[StepRecord]], *, tokens_per_step: in
         "reserved_peak_bytes": max((r.reserved_bytes for r in _every(records) if r.reserved_bytes), default=None),
         "first_loss": losses[min(losses)] if losses else None,
         "last_loss": losses[max(losses)] if losses else None,
+        "skipped_steps": next((r.skipped_steps for r in _latest_first(records) if r.skipped_steps is not None), None),
         "validation_loss": next(
             (r.validation_loss for r in _latest_first(records) if r.validation_loss is not None), None
         ),

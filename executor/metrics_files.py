@@ -57,6 +57,8 @@ class MetricsFiles:
             "loss_metrics/global_avg_loss": last.loss,
             "grad_norm": last.grad_norm,
             "lr": last.learning_rate,
+            "loss_scale": last.loss_scale,
+            "skipped_steps": last.skipped_steps,
             "n_tokens_seen": float(last.step * self.tokens_per_step),
             "throughput(tps)": self.tokens_per_step / step_s / self.ranks,
             **utilisation(self.prediction, step_s),

@@ -46,8 +46,12 @@ def settle_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Sequence[nn.Parameter], mesh: DeviceMesh, max_norm: float = MAX_NORM) -> Tensor:
+def clip_gradients(
+    parameters: Sequence[nn.Parameter], mesh: DeviceMesh, max_norm: float = MAX_NORM, *, loss_scale: float = 1.0
+) -> Tensor:
     """Scale gradients in place so that their global L2 norm is at most `max_norm`; returns the norm before, a scalar.
+
+    `loss_scale` is divided out of them in the same pass, and so of the norm.
 
     Each rank sums the squares it holds, apart for each set of axes a gradient is split over; a set's sum is added
     up over just those axes, so what is replicated counts once. Pipeline stages hold different parameters: sum over pp.
@@ -67,8 +71,8 @@ def clip_gradients(parameters: Sequence[nn.Parameter], mesh: DeviceMesh, max_nor
     total = squares.sum()
     if mesh["pp"].size() > 1:
         dist.all_reduce(total, group=mesh.get_group("pp"))
-    norm = total.sqrt()
-    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    norm = total.sqrt() / loss_scale
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0) / loss_scale
     for _, grad in pieces:
         grad.mul_(scale)
     return norm

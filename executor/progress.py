@@ -60,9 +60,10 @@ class ProgressLine:
         )
         if record.validation_loss is not None:
             self.validation_loss = record.validation_loss
+        scaled = "" if record.loss_scale is None else f"scale {record.loss_scale:g} ({record.skipped_steps} skipped)  "
         held_out = "" if self.validation_loss is None else f"validation {self.validation_loss:.3f}  "
         return (
-            f"step {record.step:>{len(str(self.steps))}}/{self.steps}  loss {record.loss:.3f}  {held_out}"
+            f"step {record.step:>{len(str(self.steps))}}/{self.steps}  loss {record.loss:.3f}  {held_out}{scaled}"
             f"{seconds(record.step_s)} (predicted {seconds(self.predicted_s)})  {record.tokens_per_s:,.0f} tokens/s  "
             f"{self._utilisation(record)}memory {gibibytes(memory)} (predicted {gibibytes(self.predicted_bytes)})"
         )

@@ -8,10 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from shardplan.executor.check import plan_cluster
 from shardplan.executor.data import ShippedText, TokenArray
 from shardplan.executor.hugging_face import Folder, check_shape, check_weights, open_folder
 from shardplan.executor.job_file import DataFile, JobFile
 from shardplan.executor.loader import Loader
+from shardplan.executor.loss_scale import USUAL_SCALE, ScaleWords
 from shardplan.executor.schedule import AdamWords, WarmupCosine, learning_rate
 from shardplan.executor.token_files import TokenFile, check_vocabulary, open_tokens
 from shardplan.hw_profiles.errors import InputError
@@ -23,6 +25,10 @@ class Batches(Protocol):
 
     def batch(self, step: int, *, first: int, count: int) -> tuple[TokenArray, TokenArray]:
         """Inputs and targets of sequences first <= i < first + count of the global batch of `step`, each (count, seq)."""
+        ...
+
+    def packed(self, step: int, *, first: int, count: int) -> tuple[TokenArray, TokenArray, TokenArray]:
+        """The same, and the position of each input in its document, which begins at 0; a window's first one does too."""
         ...
 
     def state(self, step: int) -> dict[str, Any]:
@@ -59,6 +65,10 @@ class Recipe:
     learning_rate: Callable[[int], float]
     """By step, which counts from 1."""
     optimizer: AdamWords
+    loss_scale: ScaleWords = USUAL_SCALE
+    """Of fp16."""
+    attend_across_documents: bool = True
+    """False: a token sees its own document alone, whose positions begin at 0."""
     validation: Validation | None = None
     initial: Folder | None = None
     """Values to start from."""
@@ -102,6 +112,8 @@ def job_recipe(plan: Plan, job: JobFile) -> Recipe:
             weight_decay=job.optimizer.weight_decay,
             clip=job.optimizer.clip,
         ),
+        loss_scale=ScaleWords(**job.loss_scale.model_dump()),
+        attend_across_documents=job.data.attend_across_documents,
         validation=validation,
         initial=open_folder(job.weights.initial) if job.weights.initial else None,
         export=Path(job.weights.export) if job.weights.export else None,
@@ -114,12 +126,31 @@ def check_job(plan: Plan, job: JobFile) -> None:
     for one in [*job.data.files, *(job.validation.files if job.validation else ())]:
         check_vocabulary(_open(one), plan.model.vocab)
     recipe = job_recipe(plan, job)
+    if not recipe.attend_across_documents:
+        _check_apart(plan)
     if recipe.initial is not None:
         check_weights(plan.model, recipe.initial)
     if recipe.export is not None:
         check_shape(plan.model)
         if recipe.export.exists():
             raise InputError("exists already", place=str(recipe.export), remedy="name a new folder in weights.export")
+
+
+def _check_apart(plan: Plan) -> None:
+    """Layouts that cannot keep documents apart; what a machine lacks besides, ranks tell (`attention_kernel.check_documents`)."""
+    layout, place = plan.layout, "data.attend_across_documents"
+    if layout.cp > 1:
+        raise InputError(
+            f"keeping documents apart does not go with cp={layout.cp}",
+            place=place,
+            remedy="plan with cp=1, or set it to true",
+        )
+    if layout.attention == "flash" and plan.job.precision != "fp32" and plan_cluster(plan).gpu.device == "cuda":
+        raise InputError(
+            "attention=flash of a GPU cannot keep documents apart",
+            place=place,
+            remedy="plan with attention=auto or triton, or set it to true",
+        )
 
 
 def _loader(plan: Plan, job: JobFile, files: Sequence[DataFile], *, shuffle: bool) -> Loader:

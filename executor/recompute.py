@@ -2,6 +2,7 @@
 
 - full: keep only the layer's input (Chen et al. 2016, arXiv 1604.06174).
 - selective: keep the outputs of matrix products, recompute the rest (norms, rotary, attention core, activation).
+- selective:PART+PART: recompute those parts, keep the rest (`recompute_parts`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from shardplan.costmodel.recompute import ALL_LAYERS, split_recompute
+from shardplan.executor.recompute_parts import parts_context
 from shardplan.executor.transformer import Transformer
 
 MATRIX_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.linear.default)
@@ -27,9 +29,9 @@ def _keep_matrix_products(_context: Any, operator: Any, *_args: Any, **_kwargs: 
 
 
 def apply_recompute(model: Transformer, word: str, stage: int = 0) -> None:
-    """Wrap the layers of this chunk as `word` (none, selective, full, full:N = the first N layers, full:N0,N1,… = the first N of
-    each `stage`) says."""
-    kind, count, _, by_stage = split_recompute(word)  # parts are refused by rule `runtime-recompute-parts`
+    """Wrap the layers of this chunk as `word` (none, selective, selective:PART+PART, full, full:N = the first N layers,
+    full:N0,N1,… = the first N of each `stage`) says."""
+    kind, count, parts, by_stage = split_recompute(word)
     if kind == "none":
         return
     if by_stage is not None:
@@ -39,6 +41,8 @@ def apply_recompute(model: Transformer, word: str, stage: int = 0) -> None:
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_matrix_products)
     chosen = list(model.layers.items()) if count == ALL_LAYERS else list(islice(model.layers.items(), count))
     for name, layer in chosen:
+        if parts:
+            options["context_fn"] = parts_context(layer, parts)
         model.layers[name] = checkpoint_wrapper(layer, **options)
 
 

@@ -60,6 +60,7 @@ def run_step(trainer: Trainer, step: int) -> StepRecord:
         torch.cuda.reset_peak_memory_stats(trainer.device)
     synchronize(trainer.device)
     started = time.perf_counter()
+    scale = trainer.loss_scale.value if trainer.loss_scale else None
     loss = trainer.forward_backward(step)
     norm = trainer.update(step)
     synchronize(trainer.device)
@@ -67,11 +68,13 @@ def run_step(trainer: Trainer, step: int) -> StepRecord:
     return StepRecord(
         step=step,
         loss=trainer.global_loss(loss),
-        grad_norm=norm.item(),
+        grad_norm=norm.item() if trainer.loss_scale is None or norm.isfinite() else None,
         step_s=seconds,
         tokens_per_s=trainer.plan.job.tokens_per_step / seconds,
         learning_rate=trainer.recipe.learning_rate(step),
         data_s=trainer.data_s,
+        loss_scale=scale,
+        skipped_steps=trainer.loss_scale.skipped_steps if trainer.loss_scale else None,
         **peak_memory(trainer.device),
     )
 

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from shardplan.executor import compiling
 from shardplan.executor.attention_kernel import (
     attention_backends,
     attention_context,
     capability_of,
+    check_documents,
     runs_own_attention,
     use_own_attention,
 )
 from shardplan.executor.checkpoint import State, load, named_parameters, training_state
 from shardplan.executor.checkpoint_files import Progress
 from shardplan.executor.loss import loss_context, loss_function
+from shardplan.executor.loss_scale import LossScale, overflows, scaled
 from shardplan.executor.mesh import data_rank
 from shardplan.executor.optimizer import build_optimizer, clip_gradients, settle_gradients
 from shardplan.executor.parallelize import parallelize
@@ -34,15 +39,24 @@ from shardplan.planner.plan import Plan, model_digest
 class Trainer:
     """One rank's share of training `plan`: the model chunks it holds, the optimizer over them, the loop body."""
 
-    def __init__(self, plan: Plan, mesh: DeviceMesh, device: torch.device, recipe: Recipe | None = None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        mesh: DeviceMesh,
+        device: torch.device,
+        recipe: Recipe | None = None,
+        *,
+        compile_backend: str = compiling.BACKEND,
+    ) -> None:
         layout, job = plan.layout, plan.job
         self.plan, self.mesh, self.device = plan, mesh, device
         self.recipe = recipe or plain_recipe(plan)
         self.sequences = job.global_batch // layout.dp
         self.micro_batches = self.sequences // layout.micro_batch
         every = parts(chunk_layers(layout, plan.model.layer_count, plan.prediction))
+        compiler = compile_backend if compiling.is_compiled(plan.runtime) else None
         self.chunks: list[Transformer] = [
-            parallelize(self._build(every[number]), layout, job, mesh)
+            parallelize(self._build(every[number]), layout, job, mesh, compiler=compiler)
             for number in chunks_of_rank(layout, mesh.get_local_rank("pp"))
         ]
         self.attention = attention_backends(layout.attention, device_type=device.type, precision=job.precision)
@@ -51,13 +65,17 @@ class Trainer:
             precision=job.precision,
             head_dim=max(kind.head_dim for kind, _ in plan.model.layers),
             capability=capability_of(device),
+            apart=not self.recipe.attend_across_documents,
         )
+        if not self.recipe.attend_across_documents:
+            check_documents(layout.attention, device_type=device.type, precision=job.precision, own=self.own_attention)
         if self.own_attention:
             for chunk in self.chunks:
                 use_own_attention(chunk)
         self.holds_first = self.chunks[0].embedding is not None
         self.holds_last = self.chunks[-1].head is not None
-        self.loss = loss_function(mesh["tp"])
+        self.loss_scale = LossScale(self.recipe.loss_scale) if job.precision == "fp16" else None
+        self.loss = scaled(loss_function(mesh["tp"]), self.loss_scale)
         self.schedule: Schedule | None = None
         if layout.pp > 1:
             self.schedule = build_schedule(
@@ -77,58 +95,74 @@ class Trainer:
             weights.load(chunk, recipe.initial)
         return chunk
 
+    @property
+    def scale(self) -> float:
+        """What the loss, and so gradients, are multiplied by."""
+        return 1.0 if self.loss_scale is None else self.loss_scale.value
+
     def parameters(self) -> list[nn.Parameter]:
         """Every parameter this rank holds a piece of."""
         return [parameter for chunk in self.chunks for parameter in chunk.parameters()]
 
-    def batch(self, step: int, data: Batches | None = None) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of this data-parallel rank for `step`, each (sequences, seq); `data_s` tells the seconds it took."""
+    def batch(self, step: int, data: Batches | None = None) -> tuple[Tensor, ...]:
+        """Inputs, targets and, where documents are kept apart, positions of this data-parallel rank for `step`, each (sequences, seq).
+
+        `data_s` tells the seconds it took."""
         began = time.perf_counter()
-        first = data_rank(self.mesh) * self.sequences
-        arrays = (data or self.recipe.data).batch(step, first=first, count=self.sequences)
-        inputs, targets = (torch.from_numpy(array.copy()).to(self.device) for array in arrays)
+        source, first = data or self.recipe.data, data_rank(self.mesh) * self.sequences
+        read = source.batch if self.recipe.attend_across_documents else source.packed
+        found = tuple(
+            torch.from_numpy(one.copy()).to(self.device) for one in read(step, first=first, count=self.sequences)
+        )
         self.data_s = time.perf_counter() - began
-        return inputs, targets
+        return found
 
     def forward_backward(self, step: int) -> Tensor:
         """Gradients of the mean loss over the global batch; returns this rank's mean loss (0 where the head is not)."""
-        inputs, targets = self.batch(step)
+        batch = self.batch(step)
         with ExitStack() as contexts:
             contexts.enter_context(loss_context(self.mesh["tp"]))
             contexts.enter_context(attention_context(self.attention))
-            loss = self._micro_steps(inputs, targets) if self.schedule is None else self._pipeline(inputs, targets)
+            loss = self._micro_steps(*batch) if self.schedule is None else self._pipeline(*batch)
         settle_gradients(self.parameters())
-        return loss
+        return loss / self.scale
 
-    def _micro_steps(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def _micro_steps(self, *batch: Tensor) -> Tensor:
         model, zero = self.chunks[0], self.plan.layout.zero
         total = torch.zeros((), device=self.device)
-        pieces = zip(inputs.chunk(self.micro_batches), targets.chunk(self.micro_batches), strict=True)
-        for i, (x, y) in enumerate(pieces):
+        for i, (x, y, *positions) in enumerate(self._pieces(batch)):
             set_micro_step(model, zero=zero, last=i == self.micro_batches - 1)
-            loss = self.loss(model(x), y) / self.micro_batches
+            loss = self.loss(model(x, *positions), y) / self.micro_batches
             loss.backward()
             total += loss.detach()
         return total
 
-    def _pipeline(self, inputs: Tensor, targets: Tensor, *, train: bool = True) -> Tensor:
+    def _pieces(self, batch: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+        return zip(*(one.chunk(self.micro_batches) for one in batch), strict=True)
+
+    def _pipeline(self, inputs: Tensor, targets: Tensor, *positions: Tensor, train: bool = True) -> Tensor:
         assert self.schedule is not None
         run = self.schedule.step if train else self.schedule.eval
         losses: list[Tensor] = []
         arguments = (inputs,) if self.holds_first else ()
+        every_stage: dict[str, Any] = {"positions": positions[0]} if positions else {}
         if self.holds_last:
-            run(*arguments, target=targets, losses=losses, return_outputs=False)
+            run(*arguments, target=targets, losses=losses, return_outputs=False, **every_stage)
             return torch.stack(losses).mean().detach()
-        run(*arguments, return_outputs=False)
+        run(*arguments, return_outputs=False, **every_stage)
         return torch.zeros((), device=self.device)
 
     def update(self, step: int) -> Tensor:
-        """Clip, take an optimizer step, drop the gradients; returns the gradient norm before clipping."""
-        norm = clip_gradients(self.parameters(), self.mesh, self.recipe.optimizer.clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.learning_rate(step)
-        self.optimizer.step()
+        """Clip, take an optimizer step unless a gradient overflowed, drop the gradients; returns their norm before clipping."""
+        norm = clip_gradients(self.parameters(), self.mesh, self.recipe.optimizer.clip, loss_scale=self.scale)
+        overflow = self.loss_scale is not None and overflows(norm)
+        if not overflow:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.recipe.learning_rate(step)
+            self.optimizer.step()
         self.optimizer.zero_grad()
+        if self.loss_scale is not None:
+            self.loss_scale.update(overflow=overflow)
         return norm
 
     def state(self) -> State:
@@ -143,12 +177,15 @@ class Trainer:
             model=model_digest(self.plan.model),
             layout=self.plan.layout.words(),
             data=self.recipe.data.state(step),
+            loss_scale=self.loss_scale.state() if self.loss_scale is not None else None,
         )
 
     def resume(self, checkpoint: Path) -> int:
         """Take over a checkpoint of any layout, of the same data; returns the steps it has done. All ranks call it together."""
         saved = load(checkpoint, self.state())
         self.recipe.data.restore(saved.data)
+        if self.loss_scale is not None and saved.loss_scale is not None:
+            self.loss_scale.restore(saved.loss_scale)
         return saved.step
 
     @torch.no_grad()
@@ -156,18 +193,19 @@ class Trainer:
         """Mean loss over global batches 1 to `batches` of `data`; nothing is trained. The same on every rank."""
         total = torch.zeros((), device=self.device)
         for step in range(1, batches + 1):
-            inputs, targets = self.batch(step, data)
+            batch = self.batch(step, data)
             with loss_context(self.mesh["tp"]), attention_context(self.attention):
-                total += self._evaluate(inputs, targets) / batches
+                total += self._evaluate(batch) / batches
         for chunk in self.chunks:
             reshard(chunk)
-        return self.global_loss(total)
+        return self.global_loss(total / self.scale)
 
-    def _evaluate(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def _evaluate(self, batch: Sequence[Tensor]) -> Tensor:
         if self.schedule is not None:
-            return self._pipeline(inputs, targets, train=False)
-        pieces = zip(inputs.chunk(self.micro_batches), targets.chunk(self.micro_batches), strict=True)
-        return torch.stack([self.loss(self.chunks[0](x), y) for x, y in pieces]).mean()
+            return self._pipeline(*batch, train=False)
+        return torch.stack(
+            [self.loss(self.chunks[0](x, *positions), y) for x, y, *positions in self._pieces(batch)]
+        ).mean()
 
     def export(self) -> None:
         """Write the trained values where the recipe wants them, under Hugging Face's names; all ranks call it together."""

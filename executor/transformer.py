@@ -57,23 +57,37 @@ def rotary_table(seq: int, head_dim: int, device: torch.device, *, base: float =
 
 
 def rotate(x_BSND: Tensor, table: Tensor) -> Tensor:
-    """Rotary position embedding (RoFormer, arXiv 2104.09864), halves paired as in Hugging Face's Llama; in fp32."""
-    cos, sin = table.real[:, None, :], table.imag[:, None, :]
+    """Rotary position embedding (RoFormer, arXiv 2104.09864), halves paired as in Hugging Face's Llama; in fp32.
+
+    `table` is (S, D/2), or (B, S, D/2) where sequences differ in their positions."""
+    cos, sin = table.real[..., None, :], table.imag[..., None, :]
     low, high = x_BSND.float().chunk(2, dim=-1)
     return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(x_BSND.dtype)
 
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Causal attention of q (B, S, N, D) over k and v (B, S, K, D)."""
+Attend = Callable[..., Tensor]
+"""Causal attention of q (B, S, N, D) over k and v (B, S, K, D), inside each document where a fourth tensor tells them apart."""
 
 
-def causal_attention(q_BSND: Tensor, k_BSKD: Tensor, v_BSKD: Tensor) -> Tensor:
+def causal_attention(q_BSND: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, mask_B1SS: Tensor | None = None) -> Tensor:
     """(B, S, N, D), torch's own; which of its kernels runs, the context decides (attention_kernel)."""
     grouped = q_BSND.shape[2] != k_BSKD.shape[2]
     out_BNSD = functional.scaled_dot_product_attention(
-        q_BSND.transpose(1, 2), k_BSKD.transpose(1, 2), v_BSKD.transpose(1, 2), is_causal=True, enable_gqa=grouped
+        q_BSND.transpose(1, 2),
+        k_BSKD.transpose(1, 2),
+        v_BSKD.transpose(1, 2),
+        attn_mask=mask_B1SS,
+        is_causal=mask_B1SS is None,
+        enable_gqa=grouped,
     )
     return out_BNSD.transpose(1, 2)
+
+
+def document_mask(positions_BS: Tensor) -> Tensor:
+    """(B, 1, S, S), true where a query may see a key: of its own document, which begins at position 0, and not behind it."""
+    documents_BS = (positions_BS == 0).cumsum(1)
+    same_BSS = documents_BS[:, :, None] == documents_BS[:, None, :]
+    return same_BSS.tril()[:, None]
 
 
 class Attention(nn.Module):
@@ -88,15 +102,16 @@ class Attention(nn.Module):
         self.wv = nn.Linear(kind.hidden, kind.kv_heads * kind.head_dim, bias=kind.qkv_bias)
         self.wo = nn.Linear(kind.heads * kind.head_dim, kind.hidden, bias=kind.attention_output_bias)
 
-    def forward(self, x_BSH: Tensor, table: Tensor | None) -> Tensor:
-        """(B, S, H) -> (B, S, H)."""
+    def forward(self, x_BSH: Tensor, table: Tensor | None, documents: Tensor | None = None) -> Tensor:
+        """(B, S, H) -> (B, S, H); `documents` is what `attend` takes to tell them apart."""
         batch, seq, _ = x_BSH.shape
         q_BSND = self.wq(x_BSH).view(batch, seq, -1, self.head_dim)
         k_BSKD = self.wk(x_BSH).view(batch, seq, -1, self.head_dim)
         v_BSKD = self.wv(x_BSH).view(batch, seq, -1, self.head_dim)
         if table is not None:
             q_BSND, k_BSKD = rotate(q_BSND, table), rotate(k_BSKD, table)
-        return self.wo(self.attend(q_BSND, k_BSKD, v_BSKD).reshape(batch, seq, -1))
+        apart = () if documents is None else (documents,)
+        return self.wo(self.attend(q_BSND, k_BSKD, v_BSKD, *apart).reshape(batch, seq, -1))
 
 
 class FeedForward(nn.Module):
@@ -127,9 +142,9 @@ class Block(nn.Module):
         self.ffn_norm = make_norm(kind)
         self.ffn = FeedForward(kind)
 
-    def forward(self, x_BSH: Tensor, table: Tensor | None) -> Tensor:
+    def forward(self, x_BSH: Tensor, table: Tensor | None, documents: Tensor | None = None) -> Tensor:
         """(B, S, H) -> (B, S, H)."""
-        h_BSH = x_BSH + self.attention(self.attention_norm(x_BSH), table)
+        h_BSH = x_BSH + self.attention(self.attention_norm(x_BSH), table, documents=documents)
         return h_BSH + self.ffn(self.ffn_norm(h_BSH))
 
 
@@ -141,12 +156,14 @@ class Embedding(nn.Module):
         self.tokens = nn.Embedding(model.vocab, model.hidden)
         self.positions = nn.Embedding(model.learned_positions, model.hidden) if model.learned_positions else None
 
-    def forward(self, tokens_BS: Tensor) -> Tensor:
-        """(B, S) -> (B, S, H)."""
+    def forward(self, tokens_BS: Tensor, positions_BS: Tensor | None = None) -> Tensor:
+        """(B, S) -> (B, S, H); positions count from the start of the sequence unless given."""
         x_BSH = self.tokens(tokens_BS)
         if self.positions is None:
             return x_BSH
-        return x_BSH + self.positions(torch.arange(tokens_BS.shape[1], device=tokens_BS.device))
+        if positions_BS is None:
+            positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
+        return x_BSH + self.positions(positions_BS)
 
 
 class Transformer(nn.Module):
@@ -163,12 +180,20 @@ class Transformer(nn.Module):
         self.norm = make_norm(kinds[0]) if part.head else None
         self.head = nn.Linear(model.hidden, model.vocab, bias=False) if part.head else None
         self.register_buffer("table", None, persistent=False)
+        self.tell_apart: Callable[[Tensor], Tensor] = document_mask
+        """Positions (B, S) -> what attention takes to keep documents apart."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Tokens (B, S) or hidden (B, S, H) from the part before -> logits (B, S, V) or hidden for the part after."""
-        x_BSH = x if self.embedding is None else self.embedding(x)
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Tokens (B, S) or hidden (B, S, H) from the part before -> logits (B, S, V) or hidden for the part after.
+
+        `positions` (B, S) count each token from the start of its document, beyond which it then sees nothing.
+        """
+        x_BSH = x if self.embedding is None else self.embedding(x, positions)
+        table, documents = self.table, None
+        if positions is not None:
+            table, documents = None if table is None else table[positions], self.tell_apart(positions)
         for layer in self.layers.values():
-            x_BSH = layer(x_BSH, self.table)
+            x_BSH = layer(x_BSH, table, documents=documents)
         if self.norm is None or self.head is None:
             return x_BSH
         return self.head(self.norm(x_BSH))

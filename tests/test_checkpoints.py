@@ -174,6 +174,16 @@ def test_fp32_masters_and_tied_embeddings_are_saved(tmp_path, options):
 
 
 @pytest.mark.distributed
+def test_fp16_goes_on_with_the_loss_scale_it_had(tmp_path):
+    whole = run(tmp_path / "whole", "dp=1", checkpoint_every=4, precision="fp16")
+    second = run(tmp_path / "resumed", "dp=1", checkpoint_every=4, resume=saved(whole, 4), precision="fp16")
+    assert losses(second) == {step: loss for step, loss in losses(whole).items() if step > 4}
+    states = [checkpoint_files.read_progress(saved(one, 8)).loss_scale for one in (whole, second)]
+    assert states[0] == states[1] == {"value": 65536, "clean_steps": 8, "patience": 2, "skipped_steps": 0}
+    assert [record.loss_scale for record in measure.read_records(second.folder)[0]] == [65536] * 4
+
+
+@pytest.mark.distributed
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the ranks in /proc")
 def test_ranks_killed_in_the_middle_are_started_again_and_the_curve_is_the_unbroken_one(unbroken, tmp_path):
     killed: list[int] = []

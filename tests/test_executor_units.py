@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import signal
 from dataclasses import replace
@@ -149,7 +150,7 @@ def test_a_plan_for_present_gpus_is_accepted():
         ("dp=2 cp=2", {}, "runtime-context-parallel"),
         ("dp=2 zero=1 offload_optimizer=cpu", {}, "runtime-offload"),
         ("dp=1 tp=4", {}, "tp-divides-kv-heads"),
-        ("dp=2", {"precision": "fp16"}, "runtime-precision"),
+        ("dp=2", {"precision": "fp8"}, "runtime-precision"),
         ("dp=2", {"optimizer": "sgd"}, "runtime-optimizer"),
         ("dp=2", {"precision": "fp32", "grad_dtype": "bf16"}, "runtime-gradient-dtype"),
         ("dp=8 micro_batch=2", {}, "batch-divisible"),
@@ -208,6 +209,19 @@ def test_measurements_are_long_rows_with_torchtitans_names(tmp_path):
     assert by_key["1", "1", "memory/max_rss(GiB)"] == (2.0, "GiB")
     assert by_key["1", "0", "throughput(tps)"] == (512.0, "tokens/s/rank")
     assert by_key["1", "0", "time_metrics/end_to_end(s)"] == (0.5, "s")
+
+
+def test_the_scale_of_fp16_and_its_skipped_steps_are_told(tmp_path):
+    skipped = step_record(1, grad_norm=None, loss_scale=65536.0, skipped_steps=1)
+    with measure.RankRecorder(tmp_path, rank=0) as recorder:
+        recorder.write(skipped)
+    records = measure.read_records(tmp_path)
+    measure.write_measurements(tmp_path, records, ranks=1)
+    found = {row["metric"]: row["value"] for row in csv.DictReader((tmp_path / "measurements.csv").open())}
+    assert (found["loss_scale"], found["skipped_steps"]) == ("65536", "1")
+    assert "grad_norm" not in found
+    assert measure.measured(records, tokens_per_step=1, warmup_steps=0)["skipped_steps"] == 1
+    assert "scale 65536 (1 skipped)" in ProgressLine(io.StringIO(), steps=3, prediction={}).line(skipped)
 
 
 def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path):

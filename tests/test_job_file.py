@@ -7,6 +7,7 @@ import math
 import pytest
 
 from shardplan.executor.job_file import read_job, read_resolved, write_resolved
+from shardplan.executor.loss_scale import ScaleWords
 from shardplan.executor.schedule import WarmupCosine
 from shardplan.hw_profiles.errors import InputError
 
@@ -34,6 +35,8 @@ def test_the_smallest_job_and_its_defaults(write, tmp_path):
     assert job.output == str(tmp_path / "runs")
     assert (job.steps, job.seed, job.decay_steps, job.validation) == (100, 0, 100, None)
     assert (job.optimizer.betas, job.optimizer.weight_decay, job.optimizer.clip) == ((0.9, 0.95), 0.1, 1.0)
+    assert job.data.attend_across_documents
+    assert ScaleWords(**job.loss_scale.model_dump()) == ScaleWords()
     assert read_job(write(SMALLEST), steps=7).decay_steps == 7
 
 
@@ -46,6 +49,7 @@ def test_everything_a_job_says_survives_the_way_to_the_ranks(write, tmp_path):
             output = "/elsewhere"
             [data]
             shuffle = false
+            attend_across_documents = false
             files = [
                 { path = "a", weight = 2 },
                 { path = "/b.bin", weight = 0.5, dtype = "uint32", end_of_document = 50256 },
@@ -64,6 +68,11 @@ def test_everything_a_job_says_survives_the_way_to_the_ranks(write, tmp_path):
             epsilon = 1e-6
             weight_decay = 0
             clip = 0.5
+            [loss_scale]
+            initial = 1024
+            window = 50
+            hysteresis = 1
+            minimum = 2
             [metrics]
             interval = 5
             tensorboard = false
@@ -72,6 +81,8 @@ def test_everything_a_job_says_survives_the_way_to_the_ranks(write, tmp_path):
     )
     assert [one.path for one in job.data.files] == [str(tmp_path / "a"), "/b.bin"]
     assert job.output == "/elsewhere"
+    assert not job.data.attend_across_documents
+    assert ScaleWords(**job.loss_scale.model_dump()) == ScaleWords(initial=1024, window=50, hysteresis=1, minimum=2)
     write_resolved(job, tmp_path / "job.json")
     assert read_resolved(tmp_path / "job.json") == job
 
@@ -106,6 +117,14 @@ def test_everything_a_job_says_survives_the_way_to_the_ranks(write, tmp_path):
             "optimizer.betas.1 = 1.0 is not below 1",
         ),
         (("[learning_rate]", "[validation]\n[learning_rate]"), "validation.files is missing"),
+        (
+            ("[learning_rate]", "[loss_scale]\nminimum = 70000\n[learning_rate]"),
+            "minimum = 70000 is above initial = 65536; give a smaller minimum",
+        ),
+        (
+            ("[learning_rate]", "attend_across_documents = 0\n[learning_rate]"),
+            "data.attend_across_documents = 0 is not true or false",
+        ),
         (("steps = 100", "steps ="), "is not TOML"),
     ],
 )

@@ -85,7 +85,7 @@ def setting(
         ("runtime-experts", "dp=64", {"runtime": "shardplan", "model": "mixtral-8x7b"}, "mixture-of-experts"),
         ("runtime-recompute", "dp=64 recompute=selective", {"runtime": "deepspeed"}, "can do: none, full"),
         ("runtime-partial-recompute", "dp=64 recompute=full:4", {"runtime": "deepspeed"}, "recompute=full"),
-        ("runtime-attention", "dp=64 attention=unfused", {"runtime": "shardplan"}, "can do: flash"),
+        ("runtime-attention", "dp=64 attention=triton", {"runtime": "fsdp2"}, "can do: flash, unfused"),
         ("own-attention", "dp=64 attention=triton", {"runtime": "shardplan", "precision": "fp32"}, "attention=auto"),
         (
             "own-attention",
