@@ -140,13 +140,15 @@ class Embedding(nn.Module):
         super().__init__()
         self.tokens = nn.Embedding(model.vocab, model.hidden)
         self.positions = nn.Embedding(model.learned_positions, model.hidden) if model.learned_positions else None
+        self.register_buffer("places", None, persistent=False)  # positions of the tokens; None: from 0 on
 
     def forward(self, tokens_BS: Tensor) -> Tensor:
         """(B, S) -> (B, S, H)."""
         x_BSH = self.tokens(tokens_BS)
         if self.positions is None:
             return x_BSH
-        return x_BSH + self.positions(torch.arange(tokens_BS.shape[1], device=tokens_BS.device))
+        counted = torch.arange(tokens_BS.shape[1], device=tokens_BS.device) if self.places is None else self.places
+        return x_BSH + self.positions(counted)
 
 
 class Transformer(nn.Module):
