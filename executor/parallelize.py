@@ -21,6 +21,8 @@ def parallelize(model: Transformer, layout: Layout, job: Job, mesh: DeviceMesh) 
     # 2. Recomputation wraps layers, collectives of tensor parallelism included.
     apply_recompute(model, layout.recompute, mesh.get_local_rank("pp"))
 
+    # Context parallelism exchanges what attention calls, not modules: `Trainer` adds it behind the choice of a kernel (context_parallel).
+
     # 3. ZeRO last: it shards what is left on the rank, and its gathers must surround the recomputation.
     apply_zero(model, job, mesh, zero=layout.zero)
     return model
