@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import pytest
 
 from shardplan.costmodel.axis_order import ORDERS
 from shardplan.costmodel.collectives import wire_factor
-from shardplan.costmodel.context_parallel import exchanges
+from shardplan.costmodel.context_parallel import exchanges, kept_bytes
 from shardplan.costmodel.layout import CP_KINDS, parse_layout
 from shardplan.costmodel.rank_groups import rank_coordinates
 
@@ -209,6 +210,23 @@ def test_bytes_sent_are_those_of_the_cost_model(four_ranks, kind, shape):
     assert four_ranks[case_key(kind, "bfloat16", shape)]["bytes"] == [expected] * RANKS
 
 
+@pytest.mark.distributed
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", CP_KINDS)
+def test_what_is_kept_for_the_backward_is_what_the_cost_model_counts(four_ranks, kind, shape):
+    """Queries, keys, values, output and log-sum-exp of one attention in 16 bits and of the product that takes its output."""
+    seq, heads, kv_heads = shape
+    tokens = BATCH * seq / RANKS
+    queries, own = 2 * tokens * WIDTH * heads, 2 * tokens * WIDTH * 2 * kv_heads
+    copied = own * max(kv_heads, RANKS) / kv_heads if kind == "ulysses" else own
+    code = np.array([CP_KINDS.index(kind)])
+    more = kept_bytes(code, np.array([float(RANKS)]), *(np.array([x]) for x in (queries, own, copied)))
+    assert (
+        four_ranks[case_key(kind, "bfloat16", shape)]["kept"]
+        == [2 * queries + own + 4 * tokens * heads + more[0]] * RANKS
+    )
+
+
 # --- what a rank does ---------------------------------------------------------------------------------------------
 
 
@@ -251,24 +269,48 @@ def rounding_blocks(dtype) -> Blocks:
     return Blocks(attention, gradients)
 
 
+@contextmanager
+def kept_storages():
+    """Address -> bytes of what autograd keeps meanwhile."""
+    kept: dict[int, int] = {}
+
+    def count(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+        yield kept
+
+
 def spread_case(kind: str, dtype, shape: tuple[int, int, int], sent: Sent) -> dict[str, list[float]]:
     import torch.distributed as dist
+    from torch.nn.attention import SDPBackend, sdpa_kernel
 
     from shardplan.executor.context_parallel import _spread
     from shardplan.executor.transformer import causal_attention
 
     drawn = draw(*shape, dtype=dtype)
     own = held_positions(kind, shape[0], ranks=RANKS, rank=dist.get_rank())
-    q, k, v, grad = (x[:, own] for x in drawn)
+    q, k, v, grad = (x[:, own].contiguous() for x in drawn)
     leaves = [x.requires_grad_() for x in (q, k, v)]
     attend = _spread(causal_attention, kind, dist.group.WORLD, rounding_blocks(dtype))
-    out = attend(*leaves)
+    scale = torch.ones((), dtype=dtype, requires_grad=True)
+    with (
+        sdpa_kernel(SDPBackend.MATH if dtype == torch.float64 else SDPBackend.FLASH_ATTENTION),
+        kept_storages() as kept,
+    ):
+        out = attend(*leaves)
+        _ = out * scale  # keeps the output, as a projection does
     sent_bytes = [sent.so_far()]
     found = [out.detach(), *torch.autograd.grad(out, leaves, grad)]
     sent_bytes.append(sent.so_far())
     right = [x[:, own] for x in whole_attention(*drawn)]
     assert all(x.dtype == dtype for x in found)
-    return {"errors": [error(*pair) for pair in zip(found, right, strict=True)], "bytes": sent_bytes}
+    return {
+        "errors": [error(*pair) for pair in zip(found, right, strict=True)],
+        "bytes": sent_bytes,
+        "kept": sum(kept.values()) - scale.nbytes,
+    }
 
 
 def rank_main(result: Path) -> None:
@@ -285,6 +327,7 @@ def rank_main(result: Path) -> None:
                 answers[case_key(kind, dtype, shape)] = {
                     "errors": [value for one in every for value in one["errors"]],
                     "bytes": [one["bytes"] for one in every],
+                    "kept": [one["kept"] for one in every],
                 }
     if dist.get_rank() == 0:
         result.write_text(json.dumps(answers))
