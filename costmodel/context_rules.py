@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from shardplan.costmodel.context_parallel import ULYSSES
-from shardplan.costmodel.layout import CP_KINDS, Layout, LayoutTable
+from shardplan.costmodel.layout import ATTENTION, CP_KINDS, Layout, LayoutTable
 from shardplan.costmodel.rule import BoolArray, Rule, Setting
 from shardplan.costmodel.rule_parts import can, codes, divisors
 
@@ -49,6 +49,13 @@ def _even_heads(setting: Setting, layout: Layout) -> str:
     return f"use cp={options} at tp={layout.tp}" if options else "lower tp"
 
 
+def _asks_other_blocks(setting: Setting, table: LayoutTable) -> BoolArray:
+    words = setting.runtime.abilities.context_attention
+    if words is None:
+        return np.zeros(len(table), dtype=bool)
+    return (table.cp > 1) & (table.cp_kind != ULYSSES) & ~np.isin(table.attention, (0, *codes(words, ATTENTION)))
+
+
 CONTEXT_RULES: tuple[Rule, ...] = (
     Rule(
         id="cp-divides-seq",
@@ -82,6 +89,15 @@ CONTEXT_RULES: tuple[Rule, ...] = (
         broken=lambda s, t: (t.cp > 1) & ~np.isin(t.cp_kind, codes(s.runtime.abilities.context_parallel, CP_KINDS)),
         detail=_lacks,
         remedy=_other_kind,
+    ),
+    Rule(
+        id="context-attention",
+        broken=_asks_other_blocks,
+        detail=lambda s, x: (
+            f"cp_kind={x.cp_kind} attends block by block and needs each block's log-sum-exp, which {s.runtime.name!r} does not take "
+            f"from attention={x.attention}"
+        ),
+        remedy=lambda s, x: "leave attention=auto, or use cp_kind=ulysses",
     ),
     Rule(
         id="ulysses-divides-heads",

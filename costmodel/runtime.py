@@ -89,6 +89,8 @@ class Abilities(_FromFile):
     """Kinds of context parallelism (words of `cp_kind`), the usual one first."""
     ulysses_copies_heads: bool = False
     """Ulysses with fewer key-value heads than ranks copies them; else cp must divide them."""
+    context_attention: tuple[str, ...] | None = None
+    """Words of `attention` besides auto that go with a ring and with gathered keys; None: all of `attention`."""
     split_backward_zero: tuple[int, ...] = (0, 1, 2, 3)
     """ZeRO stages that work with schedules that split the backward (`layout.SPLIT_BACKWARD`)."""
     split_backward_recompute: tuple[str, ...] = ("none", "selective", "full")

@@ -1,7 +1,8 @@
 """The plan's rank map as a `DeviceMesh`.
 
 In the default order rank = ((pp * dp + d) * cp + c) * tp + t, with d = replica * shard_ranks + shard; other orders of the plan place
-the same mesh on other ranks.
+the same mesh on other ranks. Ranks that share a sequence hold the same parameters: the mesh of states counts them as data-parallel
+ones, inside dp_shard where ZeRO shards, else inside dp_replicate (torchtitan's `fsdp` axis, `LayoutTable.zero_ranks`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from shardplan.costmodel.layout import Layout
 
 MESH_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 """From the outermost to the innermost of the default order, dp split in replicate x shard."""
+STATE_AXES = ("pp", "dp_replicate", "dp_shard", "tp")
+"""Axes of the mesh that parameters are spread over: cp is part of dp_shard, or of dp_replicate with zero=0."""
 
 
 def mesh_shape(layout: Layout) -> tuple[int, ...]:
@@ -32,12 +35,27 @@ def mesh_ranks(layout: Layout) -> Tensor:
 
 
 def build_mesh(layout: Layout, device: str) -> DeviceMesh:
-    """The mesh of all ranks on `device` ("cuda" or "cpu"); needs a process group of `layout.gpus` ranks."""
+    """STATE_AXES of all ranks on `device` ("cuda" or "cpu"); needs a process group of `layout.gpus` ranks."""
+    ranks = state_ranks(layout)
     if layout.order == DEFAULT_ORDER:
-        return init_device_mesh(device, mesh_shape(layout), mesh_dim_names=MESH_AXES)
-    return DeviceMesh(device, mesh_ranks(layout), mesh_dim_names=MESH_AXES)
+        return init_device_mesh(device, tuple(ranks.shape), mesh_dim_names=STATE_AXES)
+    return DeviceMesh(device, ranks, mesh_dim_names=STATE_AXES)
+
+
+def state_ranks(layout: Layout) -> Tensor:
+    """The rank at every place of the mesh of states. Ranks ascend along every axis, as members of a process group do."""
+    pp, replicas, shards, cp, tp = mesh_shape(layout)
+    if layout.zero:
+        return mesh_ranks(layout).reshape(pp, replicas, shards * cp, tp).sort(dim=2).values
+    return mesh_ranks(layout).reshape(pp, replicas * cp, shards, tp).sort(dim=1).values
+
+
+def data_coordinate(layout: Layout, rank: int) -> int:
+    """The coordinate d of `rank` on the data-parallel axis, 0 <= d < dp: ranks of one d train on the same sequences."""
+    _, replica, shard, _, _ = (mesh_ranks(layout) == rank).nonzero()[0].tolist()
+    return replica * layout.shard_ranks + shard
 
 
 def data_rank(mesh: DeviceMesh) -> int:
-    """This rank's coordinate d on the data-parallel axis, 0 <= d < dp."""
+    """This rank's place among the dp * cp that hold the same parameters."""
     return mesh.get_local_rank("dp_replicate") * mesh["dp_shard"].size() + mesh.get_local_rank("dp_shard")

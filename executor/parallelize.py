@@ -28,6 +28,8 @@ def parallelize(
     if compiler is not None:
         apply_compile(model, backend=compiler)
 
+    # Context parallelism exchanges what attention calls, not modules: `Trainer` adds it behind the choice of a kernel (context_parallel).
+
     # 4. ZeRO last: it shards what is left on the rank, and its gathers must surround the recomputation and stay out of the graph.
     apply_zero(model, job, mesh, zero=layout.zero)
     return model

@@ -24,9 +24,10 @@ from shardplan.executor.attention_kernel import (
 )
 from shardplan.executor.checkpoint import State, load, named_parameters, training_state
 from shardplan.executor.checkpoint_files import Progress
+from shardplan.executor.context_parallel import choose_blocks, join_context, spread_context
 from shardplan.executor.loss import loss_context, loss_function
 from shardplan.executor.loss_scale import LossScale, overflows, scaled
-from shardplan.executor.mesh import data_rank
+from shardplan.executor.mesh import data_coordinate
 from shardplan.executor.optimizer import build_optimizer, clip_gradients, settle_gradients
 from shardplan.executor.parallelize import parallelize
 from shardplan.executor.pipeline import Schedule, build_schedule, chunk_layers, chunks_of_rank, parts
@@ -59,11 +60,12 @@ class Trainer:
             parallelize(self._build(every[number]), layout, job, mesh, compiler=compiler)
             for number in chunks_of_rank(layout, mesh.get_local_rank("pp"))
         ]
+        head_dim = max(kind.head_dim for kind, _ in plan.model.layers)
         self.attention = attention_backends(layout.attention, device_type=device.type, precision=job.precision)
         self.own_attention = runs_own_attention(
             layout.attention,
             precision=job.precision,
-            head_dim=max(kind.head_dim for kind, _ in plan.model.layers),
+            head_dim=head_dim,
             capability=capability_of(device),
             apart=not self.recipe.attend_across_documents,
         )
@@ -72,6 +74,10 @@ class Trainer:
         if self.own_attention:
             for chunk in self.chunks:
                 use_own_attention(chunk)
+        self.context = join_context(layout, job.seq)
+        blocks = choose_blocks(device, word=layout.attention, precision=job.precision, head_dim=head_dim)
+        for chunk in self.chunks:
+            spread_context(chunk, self.context, blocks)
         self.holds_first = self.chunks[0].embedding is not None
         self.holds_last = self.chunks[-1].head is not None
         self.loss_scale = LossScale(self.recipe.loss_scale) if job.precision == "fp16" else None
@@ -105,15 +111,14 @@ class Trainer:
         return [parameter for chunk in self.chunks for parameter in chunk.parameters()]
 
     def batch(self, step: int, data: Batches | None = None) -> tuple[Tensor, ...]:
-        """Inputs, targets and, where documents are kept apart, positions of this data-parallel rank for `step`, each (sequences, seq).
+        """Inputs, targets and, where documents are kept apart, positions of this rank for `step`, each (sequences, seq / cp).
 
         `data_s` tells the seconds it took."""
         began = time.perf_counter()
-        source, first = data or self.recipe.data, data_rank(self.mesh) * self.sequences
+        source, first = data or self.recipe.data, data_coordinate(self.plan.layout, dist.get_rank()) * self.sequences
         read = source.batch if self.recipe.attend_across_documents else source.packed
-        found = tuple(
-            torch.from_numpy(one.copy()).to(self.device) for one in read(step, first=first, count=self.sequences)
-        )
+        arrays = read(step, first=first, count=self.sequences)
+        found = tuple(self.context.own(torch.from_numpy(array.copy())).to(self.device) for array in arrays)
         self.data_s = time.perf_counter() - began
         return found
 
@@ -226,4 +231,4 @@ class Trainer:
         counts_once = self.holds_last and self.mesh.get_local_rank("tp") == 0
         total = loss.clone() if counts_once else torch.zeros_like(loss)
         dist.all_reduce(total)
-        return total.item() / self.plan.layout.dp
+        return total.item() / (self.plan.layout.dp * self.plan.layout.cp)

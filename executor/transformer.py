@@ -151,10 +151,14 @@ class Block(nn.Module):
 class Embedding(nn.Module):
     """Token embedding, plus learned positions where the model has them."""
 
+    places: Tensor | None
+    """Positions of the tokens this rank holds; None: from 0 on."""
+
     def __init__(self, model: Model) -> None:
         super().__init__()
         self.tokens = nn.Embedding(model.vocab, model.hidden)
         self.positions = nn.Embedding(model.learned_positions, model.hidden) if model.learned_positions else None
+        self.register_buffer("places", None, persistent=False)
 
     def forward(self, tokens_BS: Tensor, positions_BS: Tensor | None = None) -> Tensor:
         """(B, S) -> (B, S, H); positions count from the start of the sequence unless given."""
@@ -162,7 +166,9 @@ class Embedding(nn.Module):
         if self.positions is None:
             return x_BSH
         if positions_BS is None:
-            positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
+            positions_BS = (
+                torch.arange(tokens_BS.shape[1], device=tokens_BS.device) if self.places is None else self.places
+            )
         return x_BSH + self.positions(positions_BS)
 
 

@@ -94,6 +94,7 @@ OTHERS = [
     "dp=1 micro_batch=2 recompute=full",
     "tp=2 sequence_parallel=true",
     "pp=2 schedule=interleaved virtual_stages=2 recompute=selective",
+    "cp=2 zero=1",
 ]
 MORE = [
     "dp=4 zero=0",
@@ -101,6 +102,7 @@ MORE = [
     "dp=2 tp=2 zero=1",
     "dp=2 pp=2 zero=3 stage_layers=3,1",
     "tp=2 pp=2 order=pp-tp-cp-dp",
+    "dp=2 cp=2 zero=3 cp_kind=ulysses order=dp-cp-tp-pp",
 ]
 
 
@@ -114,7 +116,9 @@ def test_resumed_in_another_layout_the_curve_is_the_unbroken_one(unbroken, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("words", ["dp=2 pp=2 zero=1", "tp=2 pp=2 sequence_parallel=true", "dp=2 zero=0"])
+@pytest.mark.parametrize(
+    "words", ["dp=2 pp=2 zero=1", "tp=2 pp=2 sequence_parallel=true", "dp=2 zero=0", "cp=2 zero=3"]
+)
 def test_saved_in_another_layout_the_curve_is_the_unbroken_one(unbroken, tmp_path, words):
     found = losses(run(tmp_path, "dp=2 zero=3", resume=saved(unbroken(words), 4)))
     assert found == pytest.approx(

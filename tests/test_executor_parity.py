@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -52,6 +53,13 @@ CASES = [
     (2, "gpt", 2, "pp=2 recompute=selective"),
     (2, "llama", 4, "dp=2 zero=3 recompute=selective:layernorm+core_attn+mlp"),
     (2, "llama", 4, "pp=2 recompute=selective:act+proj+qkv"),
+    (2, "llama", 4, "cp=2 zero=3"),
+    (2, "llama", 2, "cp=2 zero=1 recompute=selective"),
+    (2, "gpt-tied", 2, "cp=2 recompute=full:2"),
+    (2, "gpt", 2, "cp=2 cp_kind=ulysses"),
+    (2, "llama", 4, "cp=2 cp_kind=ulysses zero=3 recompute=selective micro_batch=2"),
+    (2, "llama-one", 2, "cp=2 cp_kind=ulysses recompute=full"),
+    (2, "llama", 4, "cp=2 cp_kind=all_gather zero=3 recompute=selective micro_batch=2"),
     (4, "llama", 8, "dp=4 zero=0"),
     (4, "llama", 8, "dp=4 zero=1"),
     (4, "llama", 8, "dp=4 zero=2"),
@@ -72,6 +80,19 @@ CASES = [
     (4, "llama", 2, "tp=2 pp=2"),
     (4, "llama", 2, "tp=2 pp=2 sequence_parallel=true order=pp-tp-cp-dp"),
     (4, "llama", 2, "tp=2 pp=2 sequence_parallel=true"),
+    (4, "llama-one", 2, "cp=4 zero=3 recompute=selective"),
+    (4, "llama", 2, "cp=4 cp_kind=ulysses recompute=full"),
+    (4, "gpt", 2, "cp=4 cp_kind=all_gather zero=2"),
+    (4, "llama", 4, "dp=2 cp=2 zero=0"),
+    (4, "llama", 8, "dp=2 cp=2 zero=3"),
+    (4, "llama", 8, "dp=2 cp=2 zero=3 dp_shard=1 cp_kind=ulysses"),
+    (4, "llama", 4, "dp=2 cp=2 zero=1 cp_kind=ulysses order=dp-cp-tp-pp"),
+    (4, "gpt-tied", 2, "cp=2 tp=2 zero=3 sequence_parallel=true"),
+    (4, "llama", 2, "cp=2 tp=2 sequence_parallel=true cp_kind=ulysses zero=1 recompute=selective"),
+    (4, "llama", 2, "cp=2 tp=2 sequence_parallel=true zero=0 order=cp-tp-dp-pp"),
+    (4, "llama", 4, "cp=2 pp=2 recompute=full"),
+    (4, "gpt", 4, "cp=2 pp=2 zero=3 cp_kind=ulysses schedule=gpipe"),
+    (4, "llama", 4, "cp=2 pp=2 zero=2 schedule=interleaved virtual_stages=2"),
 ]
 
 
@@ -97,6 +118,13 @@ def models() -> dict[str, Model]:
         )
 
     return {
+        "llama-one": Model(
+            name="llama-one",
+            family="llama",
+            layers=((replace(llama, kv_heads=1), 4),),
+            vocab=256,
+            tied_embeddings=False,
+        ),
         "llama": Model(name="llama", family="llama", layers=((llama, 4),), vocab=256, tied_embeddings=False),
         "gpt": gpt_model("gpt", tied=False),
         "gpt-tied": gpt_model("gpt-tied", tied=True),
@@ -127,7 +155,7 @@ def launch(ranks: int, result: Path) -> dict[str, dict[str, float]]:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]

@@ -130,10 +130,11 @@ def test_a_cuda_plan_without_gpus_is_refused(write_plan, tmp_path, monkeypatch):
 
 def test_what_is_not_executable_is_refused_in_one_line(write_plan, tmp_path):
     pytest.importorskip("torch", reason="the executor needs torch")
-    result = shardplan_run(write_plan("dp=2 cp=2"), "--out", tmp_path / "runs")
+    result = shardplan_run(write_plan("dp=2 cp=2 attention=flash"), "--out", tmp_path / "runs")
     assert result.exit_code == 1
     assert result.stderr.splitlines() == [
-        "shardplan: runtime 'shardplan' (0.1) lacks cp (context parallelism); use cp=1 or another --runtime"
+        "shardplan: cp_kind=ring attends block by block and needs each block's log-sum-exp, which 'shardplan' does not take from "
+        "attention=flash; leave attention=auto, or use cp_kind=ulysses"
     ]
 
 

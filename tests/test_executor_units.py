@@ -147,7 +147,9 @@ def test_a_plan_for_present_gpus_is_accepted():
 @pytest.mark.parametrize(
     ("words", "job_words", "rule"),
     [
-        ("dp=2 cp=2", {}, "runtime-context-parallel"),
+        ("dp=2 cp=2", {"seq": 66}, "cp-divides-seq"),
+        ("dp=2 cp=2 cp_kind=all_gather attention=flash", {}, "context-attention"),
+        ("tp=2 cp=8 cp_kind=ulysses", {}, "ulysses-divides-heads"),
         ("dp=2 zero=1 offload_optimizer=cpu", {}, "runtime-offload"),
         ("dp=1 tp=4", {}, "tp-divides-kv-heads"),
         ("dp=2", {"precision": "fp8"}, "runtime-precision"),

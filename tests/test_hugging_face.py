@@ -67,7 +67,7 @@ def test_the_written_config_describes_the_same_shapes(tmp_path):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("words", ["dp=2 zero=3", "pp=2"])
+@pytest.mark.parametrize("words", ["dp=2 zero=3", "pp=2", "cp=2 zero=1"])
 def test_a_spread_model_comes_back_bit_for_bit(tmp_path, words):
     """One step at a rate that changes no fp32 value: what was read is what is written."""
     pytest.importorskip("torch", reason="the executor needs torch")

@@ -166,11 +166,11 @@ SHORT_JOB = JOB.replace("interval = 15", "interval = 3")
 
 @pytest.mark.distributed
 def test_two_ranks_have_the_curve_of_one(write, tmp_path):
-    """Data parallel, tensor parallel (split logits) and pipeline (a schedule without a backward) validate differently."""
+    """Data parallel, tensor parallel (split logits), pipeline (a schedule without a backward), parts of sequences validate differently."""
     pytest.importorskip("torch", reason="the executor needs torch")
     one = short_curve(write("dp=1", job=SHORT_JOB), tmp_path / "runs")
     assert (len(one[0]), len(one[1])) == (6, 2)
-    for words in ("dp=2 zero=3 recompute=full", "tp=2 micro_batch=2", "pp=2"):
+    for words in ("dp=2 zero=3 recompute=full", "tp=2 micro_batch=2", "pp=2", "cp=2 zero=2"):
         two = short_curve(write(words, job=SHORT_JOB), tmp_path / "runs")
         assert two[0] == pytest.approx(one[0], rel=2e-6), words
         assert two[1] == pytest.approx(one[1], rel=2e-6), words
