@@ -26,6 +26,8 @@ class Case:
     precision: str = "bf16"
     kernel: str = "auto"
     """Attention kernel; auto (this project's on Hopper in 16 bits, else torch's flash), flash (torch's) or cudnn."""
+    compiled: bool = False
+    """Layers go through torch.compile."""
     profiled: bool = False
     """Also record the device time of each kernel over one step: a last case, since a profiler slows what comes after it."""
 
@@ -38,8 +40,14 @@ class Case:
         words += [f"zero={self.zero}"] if self.zero else []
         words += [self.precision] if self.precision != "bf16" else []
         words += [self.kernel] if self.kernel != "auto" else []
+        words += ["compiled"] if self.compiled else []
         words += ["profiled"] if self.profiled else []
         return " ".join(words)
+
+    @property
+    def runtime(self) -> str:
+        """What runs and predicts it."""
+        return "shardplan+compile" if self.compiled else "shardplan"
 
     def shapes(self) -> Model:
         """The preset with its first `layers` layers; what a config.json with another num_hidden_layers gives."""
@@ -58,7 +66,11 @@ class Case:
 
 GPU_CASES = (
     # not measured on 2026-11-26
+    Case(seq=4096, micro_batch=2, compiled=True),
     Case(seq=4096, layers=16),
+    Case(seq=4096, micro_batch=2, precision="fp16"),
+    Case(seq=4096, micro_batch=2, recompute="full", compiled=True),
+    Case(seq=8192, micro_batch=2, recompute="selective:layernorm+act"),
     Case(seq=4096, zero=3, accumulation=2),
     Case(seq=4096, micro_batch=4),
     Case(seq=8192),

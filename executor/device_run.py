@@ -60,7 +60,7 @@ def case_plan(case: Case, *, cluster: Mapping[str, Any], prediction: Mapping[str
         job=case.job(),
         cluster=cluster,
         gpus=1,
-        runtime="shardplan",
+        runtime=case.runtime,
         layout=case.layout(),
         prediction=prediction,
         search={},

@@ -107,6 +107,8 @@ def summary(document: Mapping[str, Any]) -> str:
     lines.append(f"median of {timed} steps after warm-up; memory: {kind} of the fullest rank")
     if found["first_loss"] is not None:
         lines.append(f"loss {found['first_loss']:.3f} -> {found['last_loss']:.3f} nats per token")
+    if found.get("skipped_steps"):
+        lines.append(f"steps skipped because a gradient overflowed: {found['skipped_steps']}")
     if found.get("validation_loss") is not None:
         lines.append(f"validation loss {found['validation_loss']:.3f} nats per token")
     return "\n".join(lines)

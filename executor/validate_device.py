@@ -64,10 +64,11 @@ class Bench:
 
     def predictions(self, case: Case) -> dict[str, Mapping[str, Any]]:
         """By profile; raises ValueError for a case that the rules refuse."""
-        execution = self.runtime.execution
+        switched = load_runtime(case.runtime) if case.compiled else self.runtime
+        execution = switched.execution
         if case.kernel == "cudnn":
             execution = replace(execution, attention_kernels=("cudnn",))
-        runtime = replace(self.runtime, execution=execution)
+        runtime = replace(switched, execution=execution)
         found: dict[str, Mapping[str, Any]] = {}
         for label, document in self.profiles.items():
             cluster = cluster_from_document(document).with_gpus(1)

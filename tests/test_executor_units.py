@@ -222,7 +222,10 @@ def test_the_scale_of_fp16_and_its_skipped_steps_are_told(tmp_path):
     found = {row["metric"]: row["value"] for row in csv.DictReader((tmp_path / "measurements.csv").open())}
     assert (found["loss_scale"], found["skipped_steps"]) == ("65536", "1")
     assert "grad_norm" not in found
-    assert measure.measured(records, tokens_per_step=1, warmup_steps=0)["skipped_steps"] == 1
+    document = {"measured": measure.measured(records, tokens_per_step=1, warmup_steps=0)}
+    document["predicted"] = measure.predicted({}, memory_kind="rss")
+    document["ratio"] = measure.ratios(document["measured"], document["predicted"])
+    assert "overflowed: 1" in summary({**document, "steps_done": 1, "warmup_steps": 0})
     assert "scale 65536 (1 skipped)" in ProgressLine(io.StringIO(), steps=3, prediction={}).line(skipped)
 
 
