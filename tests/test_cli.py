@@ -269,7 +269,7 @@ def test_planning_needs_no_torch() -> None:
 
 def test_a_gpu_without_bf16_gets_a_precision_the_runtime_has(call: Call) -> None:
     words = ("--cluster", "dgx2-edr", "--gpus", "16", "--global-batch", "64", "--seq", "1024")
-    for runtime, precision in (("megatron", "fp16"), ("shardplan", "fp32")):
+    for runtime, precision in (("megatron", "fp16"), ("shardplan", "fp16"), ("fsdp2", "fp32")):
         code, out, _ = call("plan", "llama-3-8b", *words, "--runtime", runtime, "--json")
         assert code == 0
         assert json.loads(out)["job"]["precision"] == precision
