@@ -43,6 +43,10 @@ class LayerKind:
     """The shared experts are weighed by a sigmoid of one product with the stream (Qwen2-MoE)."""
     router_bias: bool = False
     """One number per expert is added to its score (DeepSeek-V3's balancing correction, gpt-oss)."""
+    raw_scores: bool = False
+    """The router's scores of a token's chosen experts are not scaled to add up to 1 (norm_topk_prob=false of Qwen-MoE)."""
+    balance_weight: float = 0.001
+    """Weight in the loss of what keeps routers balanced (router_aux_loss_coef, and transformers' default of it)."""
     norms: int = 2
     """Norms of hidden width: 2 before attention and MLP; 4 after each too (Gemma 2, 3); 1 for both in a parallel block (Phi)."""
     parallel: bool = False

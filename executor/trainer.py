@@ -20,6 +20,7 @@ from shardplan.executor.attention_kernel import (
 )
 from shardplan.executor.checkpoint import State, load, named_parameters, training_state
 from shardplan.executor.checkpoint_files import Progress
+from shardplan.executor.expert_parallel import build_expert_groups, set_gradient_scale, settle_experts
 from shardplan.executor.loss import loss_context, loss_function
 from shardplan.executor.mesh import data_rank
 from shardplan.executor.optimizer import build_optimizer, clip_gradients, settle_gradients
@@ -40,9 +41,10 @@ class Trainer:
         self.recipe = recipe or plain_recipe(plan)
         self.sequences = job.global_batch // layout.dp
         self.micro_batches = self.sequences // layout.micro_batch
+        experts = build_expert_groups(plan.model, layout, device.type)
         every = parts(chunk_layers(layout, plan.model.layer_count, plan.prediction))
         self.chunks: list[Transformer] = [
-            parallelize(self._build(every[number]), layout, job, mesh)
+            parallelize(self._build(every[number]), layout, job, mesh, experts)
             for number in chunks_of_rank(layout, mesh.get_local_rank("pp"))
         ]
         self.attention = attention_backends(layout.attention, device_type=device.type, precision=job.precision)
@@ -93,11 +95,14 @@ class Trainer:
     def forward_backward(self, step: int) -> Tensor:
         """Gradients of the mean loss over the global batch; returns this rank's mean loss (0 where the head is not)."""
         inputs, targets = self.batch(step)
+        # a pipeline divides gradients by the number of micro-batches at its end, `_micro_steps` the loss
+        set_gradient_scale(self.chunks, 1.0 if self.schedule is not None else 1.0 / self.micro_batches)
         with ExitStack() as contexts:
             contexts.enter_context(loss_context(self.mesh["tp"]))
             contexts.enter_context(attention_context(self.attention))
             loss = self._micro_steps(inputs, targets) if self.schedule is None else self._pipeline(inputs, targets)
         settle_gradients(self.parameters())
+        settle_experts(self.chunks, self.plan.layout)
         return loss
 
     def _micro_steps(self, inputs: Tensor, targets: Tensor) -> Tensor:
