@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -54,7 +54,8 @@ def build_token_group(layout: Layout) -> dist.ProcessGroup | None:
         return None
     ranks = mesh_ranks(layout).movedim(4, 3).flatten(0, 2)  # stage and dp, tp, cp
     ranks = ranks.flatten(0, 1) if layout.ep == 1 else ranks.flatten(1)
-    return dist.new_subgroups_by_enumeration(ranks.sort(dim=1).values.tolist())[0]
+    mine, _ = dist.new_subgroups_by_enumeration(ranks.sort(dim=1).values.tolist())
+    return cast("dist.ProcessGroup", mine)
 
 
 @dataclass(frozen=True, kw_only=True)

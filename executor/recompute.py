@@ -1,7 +1,7 @@
 """Activation recomputation: forget what a layer computed in the forward pass, compute it again in the backward pass.
 
 - full: keep only the layer's input (Chen et al. 2016, arXiv 1604.06174).
-- selective: keep the outputs of matrix products and tokens from other ranks, recompute the rest (norms, rotary, attention core, activation).
+- selective: keep the outputs of matrix products and tokens from other ranks, recompute the rest (norms, rotary, attention, activation).
 """
 
 from __future__ import annotations
