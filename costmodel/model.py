@@ -140,7 +140,16 @@ class Model:
 
 
 LayerPart = Literal[
-    "latent_attention", "window", "qk_norm", "post_norms", "parallel", "sinks", "shared_experts", "gelu_gate", "mtp"
+    "latent_attention",
+    "window",
+    "qk_norm",
+    "post_norms",
+    "parallel",
+    "sinks",
+    "shared_experts",
+    "expert_biases",
+    "gelu_gate",
+    "mtp",
 ]
 PART_NAMES: Mapping[LayerPart, str] = {
     "latent_attention": "latent attention",
@@ -150,6 +159,7 @@ PART_NAMES: Mapping[LayerPart, str] = {
     "parallel": "attention and MLP side by side",
     "sinks": "attention sinks",
     "shared_experts": "shared experts",
+    "expert_biases": "biases of experts or their routers",
     "gelu_gate": "GELU-gated MLPs",
     "mtp": "multi-token prediction",
 }
@@ -166,6 +176,7 @@ def layer_parts(kind: LayerKind, seq: int | None = None) -> tuple[LayerPart, ...
         "parallel": kind.parallel,
         "sinks": kind.sinks,
         "shared_experts": kind.shared_ffn > 0,
+        "expert_biases": kind.experts > 0 and (kind.mlp_bias or kind.router_bias),
         "gelu_gate": kind.gelu_gate,
         "mtp": kind.mtp,
     }
