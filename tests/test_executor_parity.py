@@ -95,7 +95,6 @@ CASES = [
     (4, "mixtral", 4, "dp=4 ep=2 zero=3 recompute=full"),
     (4, "mixed", 4, "dp=4 ep=2 zero=3"),
     (4, "mixtral", 4, "dp=4 ep=2 zero=2 dp_shard=2"),
-    (4, "mixtral", 4, "dp=2 ep=2 pp=2 zero=0"),
     (4, "mixtral", 4, "dp=2 ep=2 pp=2 zero=3 schedule=interleaved virtual_stages=2"),
     (4, "mixtral", 4, "dp=2 ep=2 pp=2 zero=1 order=tp-cp-pp-dp"),
     (4, "mixtral", 4, "dp=2 tp=2 zero=3 sequence_parallel=true"),
@@ -168,7 +167,7 @@ def launch(ranks: int, result: Path) -> dict[str, dict[str, float]]:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=480,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
