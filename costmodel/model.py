@@ -159,7 +159,7 @@ PART_NAMES: Mapping[LayerPart, str] = {
     "parallel": "attention and MLP side by side",
     "sinks": "attention sinks",
     "shared_experts": "shared experts",
-    "expert_biases": "biases of experts or their routers",
+    "expert_biases": "expert biases",
     "gelu_gate": "GELU-gated MLPs",
     "mtp": "multi-token prediction",
 }
