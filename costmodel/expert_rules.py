@@ -7,9 +7,9 @@ from math import gcd
 
 import numpy as np
 
-from shardplan.costmodel.layout import Layout, LayoutTable, layout_table
+from shardplan.costmodel.layout import SCHEDULES, SPLIT_BACKWARD, Layout, LayoutTable, layout_table
 from shardplan.costmodel.rule import BoolArray, Rule, Setting
-from shardplan.costmodel.rule_parts import can, divisors, options, other_runtime, runtime_lacks
+from shardplan.costmodel.rule_parts import can, codes, divisors, options, other_runtime, runtime_lacks
 
 
 def expert_count(setting: Setting) -> int:
@@ -51,6 +51,27 @@ def _cuts_experts(setting: Setting, table: LayoutTable) -> BoolArray:
 def _needs_sequence_parallel(setting: Setting, table: LayoutTable) -> BoolArray:
     needed = table.dispatches & (table.tp > 1) & (table.sequence_parallel == 0)
     return needed & can(setting, "expert_parallel_splits_sequence")
+
+
+def _without(
+    word: str,
+    *,
+    meets: Callable[[Setting, LayoutTable], BoolArray],
+    what: Callable[[Setting, Layout], str],
+    remedy: str,
+) -> Rule:
+    """The rule that experts and what `meets` describes do not go together in runtimes that say so (`experts_without`)."""
+
+    def broken(setting: Setting, table: LayoutTable) -> BoolArray:
+        lacks = word in setting.runtime.abilities.experts_without and any(kind.experts for kind in setting.kinds)
+        return meets(setting, table) if lacks else np.zeros(len(table), dtype=bool)
+
+    return Rule(
+        id=f"experts-without-{word.replace('_', '-')}",
+        broken=broken,
+        detail=lambda s, x: f"runtime {s.runtime.name!r} does not run layers with experts with {what(s, x)}",
+        remedy=lambda s, x: remedy,
+    )
 
 
 def _ranks(layout: Layout) -> str:
@@ -126,5 +147,24 @@ EXPERT_RULES: tuple[Rule, ...] = (
         ),
         detail=runtime_lacks("experts cut over other ranks than dense products (etp)"),
         remedy=other_runtime,
+    ),
+    _without("cp", meets=lambda s, t: t.cp > 1, what=lambda s, x: f"cp={x.cp}", remedy="use cp=1"),
+    _without(
+        "fp16",
+        meets=lambda s, t: np.full(len(t), s.job.precision == "fp16"),
+        what=lambda s, x: "precision fp16, whose loss is scaled",
+        remedy="use --precision bf16",
+    ),
+    _without(
+        "hpz",
+        meets=lambda s, t: (t.hpz > 1) & t.dispatches,
+        what=lambda s, x: f"ep={x.ep} and hpz={x.hpz}",
+        remedy="drop hpz, or use ep=1",
+    ),
+    _without(
+        "split_backward",
+        meets=lambda s, t: np.asarray(t.pp > 1) & np.isin(t.schedule, codes(SPLIT_BACKWARD, SCHEDULES)),
+        what=lambda s, x: f"schedule={x.schedule}, which splits the backward",
+        remedy="use schedule=1f1b",
     ),
 )

@@ -34,6 +34,7 @@ def _with_experts(values: Fields, kind: LayerKind, experts: str) -> LayerKind:
 
 def _mixtral(values: Fields) -> Sequence[LayerKind]:
     kind = _with_experts(values, _attention(values, ffn="intermediate_size", bias=False), "num_local_experts")
+    kind = replace(kind, balance_weight=values.probability("router_aux_loss_coef"))
     return [replace(kind, window=size) for size in windows(values, lambda _: True)]
 
 
@@ -53,6 +54,14 @@ def _sparse(values: Fields, layer: int) -> bool:
     return layer not in named and (layer + 1) % values.count("decoder_sparse_step") == 0
 
 
+def _with_qwen_router(values: Fields, kind: LayerKind) -> LayerKind:
+    return replace(
+        _with_experts(values, replace(kind, ffn=values.count("moe_intermediate_size")), "num_experts"),
+        raw_scores=not values.flag("norm_topk_prob"),
+        balance_weight=values.probability("router_aux_loss_coef"),
+    )
+
+
 def _qwen_moe(values: Fields, dense: LayerKind, sparse: LayerKind, sizes: Sequence[int]) -> Sequence[LayerKind]:
     return [replace(sparse if _sparse(values, layer) else dense, window=size) for layer, size in enumerate(sizes)]
 
@@ -61,8 +70,7 @@ def _qwen3_moe(values: Fields) -> Sequence[LayerKind]:
     """Norms on queries and keys; one window, if any, in all layers."""
     dense = _attention(values, ffn="intermediate_size", bias=values.flag("attention_bias"))
     dense = replace(dense, qk_norm=True)
-    sparse = _with_experts(values, replace(dense, ffn=values.count("moe_intermediate_size")), "num_experts")
-    return _qwen_moe(values, dense, sparse, windows(values, lambda _: True))
+    return _qwen_moe(values, dense, _with_qwen_router(values, dense), windows(values, lambda _: True))
 
 
 def _qwen2_moe(values: Fields) -> Sequence[LayerKind]:
@@ -70,7 +78,7 @@ def _qwen2_moe(values: Fields) -> Sequence[LayerKind]:
     max_window_layers."""
     dense = replace(_attention(values, ffn="intermediate_size", bias=False), qkv_bias=values.flag("qkv_bias"))
     sparse = replace(
-        _with_experts(values, replace(dense, ffn=values.count("moe_intermediate_size")), "num_experts"),
+        _with_qwen_router(values, dense),
         shared_ffn=values.count("shared_expert_intermediate_size"),
         shared_gate=True,
     )
@@ -121,6 +129,8 @@ _QWEN_EXPERTS: Mapping[str, object] = {
     "num_experts_per_tok": 8,
     "num_experts": 128,
     "moe_intermediate_size": 768,
+    "norm_topk_prob": False,
+    "router_aux_loss_coef": 0.001,
 }
 _LATENT: Mapping[str, object] = {
     "attention_bias": False,
@@ -157,6 +167,7 @@ EXPERTS: Mapping[str, Family] = {
             "sliding_window": None,
             "num_local_experts": 8,
             "num_experts_per_tok": 2,
+            "router_aux_loss_coef": 0.001,
         },
         layers=_mixtral,
         spellings={"num_local_experts": "num_experts"},

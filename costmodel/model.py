@@ -43,6 +43,10 @@ class LayerKind:
     """The shared experts are weighed by a sigmoid of one product with the stream (Qwen2-MoE)."""
     router_bias: bool = False
     """One number per expert is added to its score (DeepSeek-V3's balancing correction, gpt-oss)."""
+    raw_scores: bool = False
+    """The router's scores of a token's chosen experts are not scaled to add up to 1 (norm_topk_prob=false of Qwen-MoE)."""
+    balance_weight: float = 0.001
+    """Weight in the loss of what keeps routers balanced (router_aux_loss_coef, and transformers' default of it)."""
     norms: int = 2
     """Norms of hidden width: 2 before attention and MLP; 4 after each too (Gemma 2, 3); 1 for both in a parallel block (Phi)."""
     parallel: bool = False
@@ -136,7 +140,16 @@ class Model:
 
 
 LayerPart = Literal[
-    "latent_attention", "window", "qk_norm", "post_norms", "parallel", "sinks", "shared_experts", "gelu_gate", "mtp"
+    "latent_attention",
+    "window",
+    "qk_norm",
+    "post_norms",
+    "parallel",
+    "sinks",
+    "shared_experts",
+    "expert_biases",
+    "gelu_gate",
+    "mtp",
 ]
 PART_NAMES: Mapping[LayerPart, str] = {
     "latent_attention": "latent attention",
@@ -146,6 +159,7 @@ PART_NAMES: Mapping[LayerPart, str] = {
     "parallel": "attention and MLP side by side",
     "sinks": "attention sinks",
     "shared_experts": "shared experts",
+    "expert_biases": "expert biases",
     "gelu_gate": "GELU-gated MLPs",
     "mtp": "multi-token prediction",
 }
@@ -162,6 +176,7 @@ def layer_parts(kind: LayerKind, seq: int | None = None) -> tuple[LayerPart, ...
         "parallel": kind.parallel,
         "sinks": kind.sinks,
         "shared_experts": kind.shared_ffn > 0,
+        "expert_biases": kind.experts > 0 and (kind.mlp_bias or kind.router_bias),
         "gelu_gate": kind.gelu_gate,
         "mtp": kind.mtp,
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from itertools import groupby
 from typing import Literal, cast
 
@@ -117,6 +117,7 @@ def _layer_run(document: object, place: str) -> tuple[LayerKind, int]:
         norm=cast("Literal['rmsnorm', 'layernorm']", values.text("norm", ("rmsnorm", "layernorm"))),
         experts=experts,
         experts_per_token=values.at_most("experts_per_token", "experts") if experts else 0,
+        balance_weight=values.probability("balance_weight"),
         **numbers,
         **{word: values.flag(word) for word in _FLAGS},
     )
@@ -126,7 +127,7 @@ def _layer_run(document: object, place: str) -> tuple[LayerKind, int]:
 _NUMBERS = ("shared_ffn", "window", "kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "v_head_dim")
 _FLAGS = (
     *("gated_mlp", "qkv_bias", "attention_output_bias", "mlp_bias", "rotary", "dropout"),
-    *("shared_gate", "router_bias", "parallel", "qk_norm", "sinks", "gelu_gate"),
+    *("shared_gate", "router_bias", "parallel", "qk_norm", "sinks", "gelu_gate", "raw_scores"),
 )
 """Fields of LayerKind that are counts from 0, and that are yes or no."""
 
@@ -159,7 +160,7 @@ def model_digest(model: Model) -> str:
     shapes = model_document(model)
     for word in ("name", "family", "source"):
         del shapes[word]
-    kinds = [model.layers[index][0] for index in layer_order(model)]
+    kinds = [replace(model.layers[index][0], balance_weight=LayerKind.balance_weight) for index in layer_order(model)]
     shapes["layers"] = [{"count": len(list(run)), **_written(kind)} for kind, run in groupby(kinds)]
     shapes.pop("pattern", None)
     canonical = json.dumps(shapes, sort_keys=True, separators=(",", ":"))

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from shardplan.costmodel.axis_order import DEFAULT_ORDER, ORDERS
 from shardplan.costmodel.model import PART_NAMES, LayerPart
@@ -56,6 +56,8 @@ class Abilities(_FromFile):
     """Experts cut over another number of ranks than dense products (`etp`)."""
     expert_parallel_splits_sequence: bool = False
     """With tensor parallelism, experts need sequence parallelism."""
+    experts_without: tuple[Literal["cp", "fp16", "hpz", "split_backward"], ...] = ()
+    """What does not go with them."""
     layer_parts: tuple[LayerPart, ...] = tuple(PART_NAMES)
     """What it runs of what layers of Llama, GPT-2 and Mixtral do not have."""
     tied_embeddings_across_stages: bool

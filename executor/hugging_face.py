@@ -1,7 +1,9 @@
-"""Weights under Hugging Face's names: a Llama-shaped folder (config.json, safetensors) read into a model, and one written from it.
+"""Weights under Hugging Face's names: a folder of Llama's or Mixtral's shape (config.json, safetensors) read into a model, and one
+written from it.
 
-Queries and keys need no reordering: `transformer.rotate` pairs the halves of a head as transformers' Llama does. A checkpoint's rotary
-base and norm epsilon, which no shape tells, come with it. Nothing here unpickles.
+Experts are one tensor each there and one stack of all here. Queries and keys need no reordering: `transformer.rotate` pairs the halves
+of a head as transformers' Llama does. A checkpoint's rotary base and norm epsilon, which no shape tells, come with it. Nothing here
+unpickles.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ IN_LAYER = {
     "ffn.w1": "mlp.gate_proj",
     "ffn.w2": "mlp.down_proj",
     "ffn.w3": "mlp.up_proj",
+    "ffn.router": "block_sparse_moe.gate",
 }
 
 
@@ -55,25 +58,38 @@ class Folder:
     norm_epsilon: float
 
 
-def their_name(name: str) -> str:
-    """Hugging Face's name of the parameter that `Transformer` calls `name`."""
+def their_names(name: str, shape: tuple[int, ...]) -> list[str]:
+    """Hugging Face's name of the parameter of `shape` that `Transformer` calls `name`; one of each matrix of a stack of experts."""
     if name in ENDS:
-        return ENDS[name]
+        return [ENDS[name]]
+    if stack := re.fullmatch(r"layers\.(\d+)\.ffn\.experts\.(w[123])", name):
+        inside = f"model.layers.{stack[1]}.block_sparse_moe.experts"
+        return [f"{inside}.{expert}.{stack[2]}.weight" for expert in range(shape[0])]
     found = re.fullmatch(r"layers\.(\d+)\.(.+)\.(weight|bias)", name)
     if found is None:
-        raise ValueError(f"{name} is no parameter of a Llama-shaped model")
-    return f"model.layers.{found[1]}.{IN_LAYER[found[2]]}.{found[3]}"
+        raise ValueError(f"{name} is no parameter of a model of Llama's or Mixtral's shape")
+    return [f"model.layers.{found[1]}.{IN_LAYER[found[2]]}.{found[3]}"]
+
+
+def is_stack(name: str) -> bool:
+    """Whether the parameter that `Transformer` calls `name` stacks matrices of experts."""
+    return ".experts." in name
 
 
 def check_shape(model: Model) -> None:
-    """InputError where `model` is not Llama-shaped, so that its weights have no place in such a folder."""
+    """InputError where `model` is of neither shape, so that its weights have no place in such a folder."""
+    some_dense = any(kind.experts == 0 for kind, _ in model.layers)
     for kind, _ in model.layers:
+        biases = kind.qkv_bias or kind.attention_output_bias or kind.mlp_bias or kind.router_bias
         unlike = [
             what
             for what, differs in (
                 ("norms that are not RMSNorm", kind.norm != "rmsnorm" or kind.norms != 2),
                 ("an MLP without a SiLU gate", not kind.gated_mlp or kind.gelu_gate),
-                ("experts", kind.experts > 0),
+                ("experts in some layers only", kind.experts > 0 and some_dense),
+                ("experts and biases", kind.experts > 0 and biases),
+                ("experts beside shared ones", kind.shared_ffn > 0),
+                ("routers whose scores are not normalised", kind.experts > 0 and kind.raw_scores),
                 ("learned positions", not kind.rotary or model.learned_positions > 0),
                 ("norms on queries and keys", kind.qk_norm),
             )
@@ -83,7 +99,7 @@ def check_shape(model: Model) -> None:
             raise InputError(
                 f"model {model.name} has {' and '.join(unlike)}",
                 place="weights",
-                remedy="leave [weights] out: only Llama-shaped models are read and written under Hugging Face's names",
+                remedy="leave [weights] out: only models of Llama's and Mixtral's shape are read and written under Hugging Face's names",
             )
 
 
@@ -119,19 +135,20 @@ def check_weights(model: Model, folder: Folder) -> None:
     shapes: dict[str, tuple[int, ...]] = {}
     for file in sorted(set(folder.files.values())):
         shapes |= {name: shape for name, shape in _headers(file).items() if folder.files.get(name) == file}
-    for name, shape in expected_shapes(model):
-        theirs = their_name(name)
-        if shapes.get(theirs) != shape:
-            told = f"has shape {list(shapes[theirs])}" if theirs in shapes else "is missing"
-            raise InputError(
-                f"{theirs} {told}, the plan's model {model.name} has {list(shape)}",
-                place=str(folder.path),
-                remedy=f"plan the model of that folder: shardplan plan {folder.path} …",
-            )
+    for name, whole in expected_shapes(model):
+        shape = whole[1:] if is_stack(name) else whole
+        for theirs in their_names(name, whole):
+            if shapes.get(theirs) != shape:
+                told = f"has shape {list(shapes[theirs])}" if theirs in shapes else "is missing"
+                raise InputError(
+                    f"{theirs} {told}, the plan's model {model.name} has {list(shape)}",
+                    place=str(folder.path),
+                    remedy=f"plan the model of that folder: shardplan plan {folder.path} …",
+                )
 
 
 def expected_shapes(model: Model) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Every parameter of a Llama-shaped `model` by our name."""
+    """Every parameter of a `model` of either shape by our name."""
     yield "embedding.tokens.weight", (model.vocab, model.hidden)
     for number, which in enumerate(layer_order(model)):
         for name, shape in _layer_shapes(model.layers[which][0]):
@@ -150,13 +167,18 @@ def _layer_shapes(kind: LayerKind) -> Iterator[tuple[str, tuple[int, ...]]]:
         ("attention.wk", keys, hidden, kind.qkv_bias),
         ("attention.wv", keys, hidden, kind.qkv_bias),
         ("attention.wo", hidden, queries, kind.attention_output_bias),
-        ("ffn.w1", kind.ffn, hidden, kind.mlp_bias),
-        ("ffn.w2", hidden, kind.ffn, kind.mlp_bias),
-        ("ffn.w3", kind.ffn, hidden, kind.mlp_bias),
+        *([("ffn.router", kind.experts, hidden, False)] if kind.experts else []),
     ):
         yield f"{name}.weight", (out, into)
         if bias:
             yield f"{name}.bias", (out,)
+    for name, out, into in (("w1", kind.ffn, hidden), ("w2", hidden, kind.ffn), ("w3", kind.ffn, hidden)):
+        if kind.experts:
+            yield f"ffn.experts.{name}", (kind.experts, out, into)
+            continue
+        yield f"ffn.{name}.weight", (out, into)
+        if kind.mlp_bias:
+            yield f"ffn.{name}.bias", (out,)
 
 
 def config_of(model: Model, *, seq: int, dtype: str, folder: Folder | None) -> dict[str, Any]:
@@ -164,10 +186,10 @@ def config_of(model: Model, *, seq: int, dtype: str, folder: Folder | None) -> d
     if folder is not None:
         return {**folder.config, "torch_dtype": dtype, "dtype": dtype}
     kind = model.layers[0][0]
-    qwen = kind.qkv_bias and not kind.attention_output_bias
+    family, its_own = _family(kind)
     return {
-        "architectures": ["Qwen2ForCausalLM" if qwen else "LlamaForCausalLM"],
-        "model_type": "qwen2" if qwen else "llama",
+        "architectures": [f"{family}ForCausalLM"],
+        "model_type": family.lower(),
         "vocab_size": model.vocab,
         "hidden_size": model.hidden,
         "intermediate_size": kind.ffn,
@@ -180,9 +202,19 @@ def config_of(model: Model, *, seq: int, dtype: str, folder: Folder | None) -> d
         "rope_theta": ROTARY_BASE,
         "hidden_act": "silu",
         "tie_word_embeddings": model.tied_embeddings,
-        **({} if qwen else {"attention_bias": kind.qkv_bias, "mlp_bias": kind.mlp_bias}),
+        **its_own,
         "torch_dtype": dtype,
     }
+
+
+def _family(kind: LayerKind) -> tuple[str, dict[str, Any]]:
+    """transformers' word for a model of such layers, and what only its config has."""
+    if kind.experts:
+        numbers = {"num_local_experts": kind.experts, "num_experts_per_tok": kind.experts_per_token}
+        return "Mixtral", {**numbers, "router_aux_loss_coef": kind.balance_weight, "sliding_window": None}
+    if kind.qkv_bias and not kind.attention_output_bias:
+        return "Qwen2", {}
+    return "Llama", {"attention_bias": kind.qkv_bias, "mlp_bias": kind.mlp_bias}
 
 
 def _json(path: Path) -> object:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -13,8 +13,8 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from shardplan.executor.schedule import MAX_NORM, AdamWords
 
-SHARDED_AXES: tuple[str, ...] = ("dp_shard", "tp")
-"""Mesh axes that parameters may be split over."""
+SHARDED_AXES: tuple[str, ...] = ("dp_shard", "tp", "expert_shard", "ep")
+"""Mesh axes that parameters may be split over, of the mesh of all or of that of experts."""
 
 
 def build_optimizer(
@@ -58,15 +58,16 @@ def clip_gradients(
     """
     pieces = [(_split_axes(p.grad), _local(p.grad)) for p in parameters if p.grad is not None]
     device = mesh.device_type if mesh.device_type == "cpu" else torch.device("cuda", torch.cuda.current_device())
+    groups = {axis: group for p in parameters for axis, group in _groups(p.grad)}
     kinds = [frozenset(axes) for size in range(3) for axes in itertools.combinations(SHARDED_AXES, size)]
     squares = torch.zeros(len(kinds), device=device)
     for axes, grad in pieces:
         squares[kinds.index(axes)] += torch.linalg.vector_norm(grad, dtype=torch.float32).square()
     for axis in SHARDED_AXES:
-        if mesh[axis].size() > 1:
+        if axis in groups:  # on all ranks of a stage or on none: they hold the same parameters
             rows = [i for i, kind in enumerate(kinds) if axis in kind]
             part = squares[rows]
-            dist.all_reduce(part, group=mesh.get_group(axis))
+            dist.all_reduce(part, group=groups[axis])
             squares[rows] = part
     total = squares.sum()
     if mesh["pp"].size() > 1:
@@ -83,7 +84,13 @@ def _local(grad: Tensor) -> Tensor:
 
 
 def _split_axes(grad: Tensor) -> frozenset[str]:
-    if not isinstance(grad, DTensor):
-        return frozenset()
-    names = grad.device_mesh.mesh_dim_names or ()
-    return frozenset(name for name, how in zip(names, grad.placements, strict=True) if not how.is_replicate())
+    return frozenset(axis for axis, _ in _groups(grad))
+
+
+def _groups(grad: Tensor | None) -> Iterator[tuple[str, dist.ProcessGroup]]:
+    """The axes that a gradient is split over, with the ranks along them."""
+    if isinstance(grad, DTensor):
+        mesh = grad.device_mesh
+        for dim, how in enumerate(grad.placements):
+            if not how.is_replicate() and mesh.size(dim) > 1:
+                yield (mesh.mesh_dim_names or ())[dim], mesh.get_group(dim)

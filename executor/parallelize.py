@@ -7,6 +7,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from shardplan.costmodel.job import Job
 from shardplan.costmodel.layout import Layout
 from shardplan.executor.compiling import apply_compile
+from shardplan.executor.expert_parallel import ExpertGroups, spread_experts
 from shardplan.executor.recompute import apply_recompute
 from shardplan.executor.tensor_parallel import apply_tensor_parallel
 from shardplan.executor.transformer import Transformer
@@ -14,22 +15,33 @@ from shardplan.executor.zero import apply_zero
 
 
 def parallelize(
-    model: Transformer, layout: Layout, job: Job, mesh: DeviceMesh, *, compiler: str | None = None
+    model: Transformer,
+    layout: Layout,
+    job: Job,
+    mesh: DeviceMesh,
+    experts: ExpertGroups,
+    *,
+    compiler: str | None = None,
 ) -> Transformer:
-    """Spread `model` (whole, or one pipeline chunk) over the ranks of `mesh`, in place; `compiler`: torch.compile's backend."""
+    """Spread `model` (whole, or one pipeline chunk) over the ranks of `mesh`, its experts over theirs, in place.
+
+    `compiler`: torch.compile's backend."""
     # 1. Tensor parallelism looks modules up by their plain names, so it comes before anything that wraps them.
     if layout.tp > 1:
         apply_tensor_parallel(model, mesh["tp"], sequence_parallel=layout.sequence_parallel)
 
-    # 2. Recomputation wraps layers, collectives of tensor parallelism included.
+    # 2. Experts next, for the same reason.
+    spread_experts(model, layout, mesh, experts)
+
+    # 3. Recomputation wraps layers, collectives of tensor and expert parallelism included.
     apply_recompute(model, layout.recompute, mesh.get_local_rank("pp"))
 
-    # 3. What is compiled is a layer with its recomputation; parameters keep their names.
+    # 4. What is compiled is a layer with its recomputation; parameters keep their names.
     if compiler is not None:
         apply_compile(model, backend=compiler)
 
     # Context parallelism exchanges what attention calls, not modules: `Trainer` adds it behind the choice of a kernel (context_parallel).
 
-    # 4. ZeRO last: it shards what is left on the rank, and its gathers must surround the recomputation and stay out of the graph.
-    apply_zero(model, job, mesh, zero=layout.zero)
+    # 5. ZeRO last: it shards what is left on the rank, and its gathers must surround the recomputation and stay out of the graph.
+    apply_zero(model, job, mesh, zero=layout.zero, expert_mesh=experts.mesh)
     return model

@@ -1,7 +1,7 @@
 """Activation recomputation: forget what a layer computed in the forward pass, compute it again in the backward pass.
 
 - full: keep only the layer's input (Chen et al. 2016, arXiv 1604.06174).
-- selective: keep the outputs of matrix products, recompute the rest (norms, rotary, attention core, activation).
+- selective: keep the outputs of matrix products and tokens from other ranks, recompute the rest (norms, rotary, attention, activation).
 - selective:PART+PART: recompute those parts, keep the rest (`recompute_parts`).
 """
 
@@ -19,9 +19,15 @@ from shardplan.costmodel.recompute import ALL_LAYERS, split_recompute
 from shardplan.executor.recompute_parts import parts_context
 from shardplan.executor.transformer import Transformer
 
-MATRIX_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.linear.default)
-WRAPPER_PREFIX = "_checkpoint_wrapped_module."
-"""What the wrapper adds to parameter names; `parameter_name` takes it out."""
+MATRIX_PRODUCTS = (
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.linear.default,
+    torch.ops.aten._grouped_mm.default,
+    torch.ops._c10d_functional.all_to_all_single.default,  # tokens that came to experts: not fetched again
+)
+WRAPPER_PREFIXES = ("_checkpoint_wrapped_module.", "_surrounded.")
+"""What this wrapper and that of layers with experts add to parameter names; `parameter_name` takes them out."""
 
 
 def _keep_matrix_products(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
@@ -48,4 +54,6 @@ def apply_recompute(model: Transformer, word: str, stage: int = 0) -> None:
 
 def parameter_name(name: str) -> str:
     """The name in the plain model."""
-    return name.replace(WRAPPER_PREFIX, "")
+    for prefix in WRAPPER_PREFIXES:
+        name = name.replace(prefix, "")
+    return name

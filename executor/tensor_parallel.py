@@ -7,7 +7,6 @@ rank's own slice (B, S, V/tp), which `loss.py` takes.
 
 from __future__ import annotations
 
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import (
@@ -20,7 +19,8 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from shardplan.executor.transformer import Transformer
+from shardplan.executor.experts import MixtureOfExperts
+from shardplan.executor.transformer import Block, Transformer
 
 
 def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh, *, sequence_parallel: bool) -> None:
@@ -28,6 +28,7 @@ def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh, *, sequence_para
     stream: Placement = Shard(1) if sequence_parallel else Replicate()
     parallelize_module(model, mesh, _ends(model, stream))
     for layer in model.layers.values():
+        assert isinstance(layer, Block)
         parallelize_module(layer, mesh, _block(layer, stream))
     model.tie()
 
@@ -48,7 +49,7 @@ def _ends(model: Transformer, stream: Placement) -> dict[str, ParallelStyle]:
     return styles
 
 
-def _block(layer: nn.Module, stream: Placement) -> dict[str, ParallelStyle]:
+def _block(layer: Block, stream: Placement) -> dict[str, ParallelStyle]:
     styles: dict[str, ParallelStyle] = {
         # gathered once here, not once per projection
         "attention": PrepareModuleInput(input_layouts=(stream, None), desired_input_layouts=(Replicate(), None)),
@@ -62,4 +63,6 @@ def _block(layer: nn.Module, stream: Placement) -> dict[str, ParallelStyle]:
     for name in ("attention.wo", "ffn.w2"):
         styles[name] = RowwiseParallel(output_layouts=stream)
     known = {name for name, _ in layer.named_modules()}
+    if isinstance(layer.ffn, MixtureOfExperts):  # expert_parallel.py spreads it
+        known.remove("ffn")
     return {name: style for name, style in styles.items() if name in known}

@@ -25,6 +25,7 @@ from shardplan.executor.attention_kernel import (
 from shardplan.executor.checkpoint import State, load, named_parameters, training_state
 from shardplan.executor.checkpoint_files import Progress
 from shardplan.executor.context_parallel import choose_blocks, join_context, spread_context
+from shardplan.executor.expert_parallel import build_expert_groups, set_gradient_scale, settle_experts
 from shardplan.executor.loss import loss_context, loss_function
 from shardplan.executor.loss_scale import LossScale, overflows, scaled
 from shardplan.executor.mesh import data_coordinate
@@ -54,10 +55,11 @@ class Trainer:
         self.recipe = recipe or plain_recipe(plan)
         self.sequences = job.global_batch // layout.dp
         self.micro_batches = self.sequences // layout.micro_batch
+        experts = build_expert_groups(plan.model, layout, device.type)
         every = parts(chunk_layers(layout, plan.model.layer_count, plan.prediction))
         compiler = compile_backend if compiling.is_compiled(plan.runtime) else None
         self.chunks: list[Transformer] = [
-            parallelize(self._build(every[number]), layout, job, mesh, compiler=compiler)
+            parallelize(self._build(every[number]), layout, job, mesh, experts, compiler=compiler)
             for number in chunks_of_rank(layout, mesh.get_local_rank("pp"))
         ]
         head_dim = max(kind.head_dim for kind, _ in plan.model.layers)
@@ -125,11 +127,14 @@ class Trainer:
     def forward_backward(self, step: int) -> Tensor:
         """Gradients of the mean loss over the global batch; returns this rank's mean loss (0 where the head is not)."""
         batch = self.batch(step)
+        # a pipeline divides gradients by the number of micro-batches at its end, `_micro_steps` the loss
+        set_gradient_scale(self.chunks, 1.0 if self.schedule is not None else 1.0 / self.micro_batches)
         with ExitStack() as contexts:
             contexts.enter_context(loss_context(self.mesh["tp"]))
             contexts.enter_context(attention_context(self.attention))
             loss = self._micro_steps(*batch) if self.schedule is None else self._pipeline(*batch)
         settle_gradients(self.parameters())
+        settle_experts(self.chunks, self.plan.layout)
         return loss / self.scale
 
     def _micro_steps(self, *batch: Tensor) -> Tensor:

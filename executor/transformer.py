@@ -1,4 +1,4 @@
-"""The reference decoder for layers as in Llama and GPT-2, built from a `Model`; it does not know how it is spread.
+"""The reference decoder for layers as in Llama, GPT-2 and Mixtral, built from a `Model`; it does not know how it is spread.
 
 Shape suffixes: B sequences, S positions, H hidden, N query heads, K key/value heads, D head size, V vocabulary.
 Head counts are read off the tensors (`view(..., -1, D)`): under tensor parallelism a rank sees only its own heads.
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from shardplan.costmodel.model import LayerKind, Model, layer_order
+from shardplan.executor.experts import MixtureOfExperts
 
 ROTARY_BASE = 10_000.0
 NORM_EPSILON = 1e-5
@@ -135,12 +136,12 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """One pre-norm decoder layer."""
 
-    def __init__(self, kind: LayerKind) -> None:
+    def __init__(self, kind: LayerKind, *, routers: int) -> None:
         super().__init__()
         self.attention_norm = make_norm(kind)
         self.attention = Attention(kind)
         self.ffn_norm = make_norm(kind)
-        self.ffn = FeedForward(kind)
+        self.ffn = MixtureOfExperts(kind, routers=routers) if kind.experts else FeedForward(kind)
 
     def forward(self, x_BSH: Tensor, table: Tensor | None, documents: Tensor | None = None) -> Tensor:
         """(B, S, H) -> (B, S, H)."""
@@ -182,7 +183,8 @@ class Transformer(nn.Module):
         self.seq, self.rotary, self.head_dim = seq, kinds[0].rotary, kinds[0].head_dim
         self.tied = model.tied_embeddings and part.embedding and part.head
         self.embedding = Embedding(model) if part.embedding else None
-        self.layers = nn.ModuleDict({str(i): Block(kinds[i]) for i in range(part.first, part.end)})
+        routers = sum(kind.experts > 0 for kind in kinds)
+        self.layers = nn.ModuleDict({str(i): Block(kinds[i], routers=routers) for i in range(part.first, part.end)})
         self.norm = make_norm(kinds[0]) if part.head else None
         self.head = nn.Linear(model.hidden, model.vocab, bias=False) if part.head else None
         self.register_buffer("table", None, persistent=False)
@@ -226,7 +228,7 @@ def _fill(parameter: Tensor, name: str, *, seed: int, depth: int) -> None:
         parameter.fill_(1.0)
     else:
         # projections back into the residual stream are scaled down by depth (GPT-2 paper, section 2.3)
-        std = INIT_STD / math.sqrt(2 * depth) if name.endswith(("wo.weight", "w2.weight")) else INIT_STD
+        std = INIT_STD / math.sqrt(2 * depth) if name.endswith(("wo.weight", "w2.weight", "experts.w2")) else INIT_STD
         digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
         generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(digest[:7], "big"))
         parameter.normal_(0.0, std, generator=generator)

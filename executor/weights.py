@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from shardplan.executor.hugging_face import CONFIG, INDEX, Folder, config_of, their_name
+from shardplan.executor.hugging_face import CONFIG, INDEX, Folder, config_of, is_stack, their_names
 from shardplan.executor.mesh import data_rank
 from shardplan.executor.recompute import parameter_name
 from shardplan.executor.transformer import Transformer, rotary_table
@@ -33,9 +33,9 @@ MOST_FILE_BYTES = 5 * 10**9
 def load(chunk: Transformer, folder: Folder) -> None:
     """Give a chunk that is not spread yet the values of `folder`, its rotary base and norm epsilon."""
     for name, parameter in chunk.named_parameters():
-        theirs = their_name(name)
-        with safe_open(str(folder.files[theirs]), framework="pt") as file:
-            parameter.copy_(file.get_tensor(theirs))
+        for theirs, matrix in zip(*_matrices(name, parameter), strict=True):
+            with safe_open(str(folder.files[theirs]), framework="pt") as file:
+                matrix.copy_(file.get_tensor(theirs))
     for module in chunk.modules():
         if isinstance(getattr(module, "eps", None), float):
             module.eps = folder.norm_epsilon  # type: ignore[assignment]
@@ -64,8 +64,9 @@ def save(
 
     for name, value in _whole(chunks):
         if writes:
-            held[their_name(name)] = value.to("cpu", torch_dtype).contiguous()
-            size_bytes += held[their_name(name)].nbytes
+            for theirs, matrix in zip(*_matrices(name, value), strict=True):
+                held[theirs] = matrix.to("cpu", torch_dtype, copy=True).contiguous()
+                size_bytes += held[theirs].nbytes
             if sum(one.nbytes for one in held.values()) > MOST_FILE_BYTES:
                 flush()
     flush()
@@ -79,6 +80,11 @@ def save(
         (part / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         part.replace(target)
     dist.barrier()
+
+
+def _matrices(name: str, value: Tensor) -> tuple[list[str], Sequence[Tensor]]:
+    """Hugging Face's names of a parameter, and what goes by each: a stack of experts falls into its matrices."""
+    return their_names(name, tuple(value.shape)), value.unbind() if is_stack(name) else [value]
 
 
 @torch.no_grad()

@@ -13,11 +13,14 @@ there gradients stay whole until the end for every stage.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from shardplan.costmodel.job import Job
+from shardplan.executor.expert_parallel import Surrounded, expert_layers, shard_dim
 from shardplan.executor.transformer import Transformer
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -30,17 +33,41 @@ def precision_policy(job: Job) -> MixedPrecisionPolicy:
     return MixedPrecisionPolicy(param_dtype=DTYPES[job.precision], reduce_dtype=DTYPES[job.grad_dtype or "fp32"])
 
 
-def apply_zero(model: Transformer, job: Job, mesh: DeviceMesh, *, zero: int) -> None:
-    """Shard each layer, then the rest (embedding, norm, head) as the root group, in place."""
-    if mesh["dp_replicate"].size() * mesh["dp_shard"].size() == 1 and job.precision == "fp32":
+def apply_zero(
+    model: Transformer, job: Job, mesh: DeviceMesh, *, zero: int, expert_mesh: DeviceMesh | None = None
+) -> None:
+    """Shard each layer, then the rest (embedding, norm, head) as the root group, in place; experts on a mesh of their own first."""
+    expert_ranks = _size(expert_mesh, "expert") if expert_mesh is not None else 1
+    if _size(mesh, "dp") * expert_ranks == 1 and job.precision == "fp32":
         return
-    replicas = mesh["dp_replicate"].size()
-    data_mesh = mesh["dp_replicate", "dp_shard"] if replicas > 1 else mesh["dp_shard"]
+    data_mesh = _data_mesh(mesh, "dp")
     policy = precision_policy(job)
+    if expert_mesh is not None:
+        for name, layer in model.layers.items():
+            model.layers[name] = Surrounded(layer)
+            for part in expert_layers(layer):
+                fully_shard(
+                    part.experts,
+                    mesh=_data_mesh(expert_mesh, "expert"),
+                    mp_policy=policy,
+                    reshard_after_forward=zero == 3,
+                    shard_placement_fn=partial(shard_dim, shards=expert_mesh["expert_shard"].size()),
+                )
+    shards = partial(shard_dim, shards=mesh["dp_shard"].size())
     for layer in model.layers.values():
-        fully_shard(layer, mesh=data_mesh, mp_policy=policy, reshard_after_forward=zero == 3)
+        fully_shard(layer, mesh=data_mesh, mp_policy=policy, reshard_after_forward=zero == 3, shard_placement_fn=shards)
     # the root is used first and last in every pass: dropping it in between would only gather it twice
     fully_shard(model, mesh=data_mesh, mp_policy=policy, reshard_after_forward=False)
+
+
+def _size(mesh: DeviceMesh, states: str) -> int:
+    return mesh[f"{states}_replicate"].size() * mesh[f"{states}_shard"].size()
+
+
+def _data_mesh(mesh: DeviceMesh, states: str) -> DeviceMesh:
+    """Over what `states` (dp, or expert) are sharded and repeated."""
+    replicate, shard = f"{states}_replicate", f"{states}_shard"
+    return mesh[replicate, shard] if mesh[replicate].size() > 1 else mesh[shard]
 
 
 def set_micro_step(model: Transformer, *, zero: int, last: bool) -> None:

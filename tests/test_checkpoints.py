@@ -33,10 +33,11 @@ MODEL = Model(name="small", family="llama", layers=((LAYER, 4),), vocab=256, tie
 PREDICTION = {"time": {"step_s": 0.1}, "throughput": {"tokens_per_s": 1.0}, "memory": {"stages": []}}
 
 
-def make_plan(words: str, *, precision: str = "fp32", tied: bool = False) -> Plan:
+def make_plan(words: str, *, precision: str = "fp32", tied: bool = False, experts: int = 0) -> Plan:
     layout = parse_layout(words)
+    kind = replace(LAYER, experts=experts, experts_per_token=2) if experts else LAYER
     return Plan(
-        model=replace(MODEL, tied_embeddings=tied),
+        model=replace(MODEL, layers=((kind, 4),), tied_embeddings=tied),
         job=Job(seq=32, global_batch=4, precision=precision),
         cluster={},
         gpus=layout.gpus,
@@ -52,7 +53,8 @@ def make_plan(words: str, *, precision: str = "fp32", tied: bool = False) -> Pla
 def run(folder: Path, words: str, *, steps: int = STEPS, on_step=lambda _: None, on_event=lambda _: None, **recovery):
     folder.mkdir(parents=True, exist_ok=True)
     precision = recovery.pop("precision", "fp32")
-    make_plan(words, precision=precision, tied=recovery.pop("tied", False)).write(folder / "given.json")
+    model = {word: recovery.pop(word) for word in ("tied", "experts") if word in recovery}
+    make_plan(words, precision=precision, **model).write(folder / "given.json")
     return run_plan(
         folder / "given.json",
         device="cpu",
@@ -88,6 +90,15 @@ def test_resumed_in_the_same_layout_the_curve_is_the_unbroken_one(unbroken, tmp_
     found = losses(run(tmp_path, words, resume=saved(whole, 4)))
     assert list(found) == [5, 6, 7, 8]
     assert found == {step: loss for step, loss in losses(whole).items() if step > 4}  # to the last bit
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("words", ["dp=1", pytest.param("dp=4 ep=2 zero=1", marks=pytest.mark.slow)])
+def test_experts_are_resumed_on_other_ranks(tmp_path, words):
+    pytest.importorskip("torch", reason="the executor needs torch")
+    whole = run(tmp_path / "whole", "dp=2 ep=2 zero=3", steps=4, checkpoint_every=2, keep=2, experts=6)
+    found = losses(run(tmp_path / "resumed", words, steps=4, resume=saved(whole, 2), experts=6))
+    assert found == pytest.approx({step: loss for step, loss in losses(whole).items() if step > 2}, rel=1e-6)
 
 
 OTHERS = [

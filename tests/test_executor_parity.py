@@ -1,5 +1,8 @@
 """Every kind of layout computes what one process computes: losses of three steps, gradients and gradient norm of the first.
 
+Experts are compared with a loop that sends every token through every expert. Which experts a token goes to may not hang on rounding,
+so seeds are chosen such that the last chosen expert scores 1e-4 more than the next, which is asserted.
+
 The file is also the script of a rank: two launches (2 and 4 ranks) walk through all layouts and write down the differences.
 """
 
@@ -24,6 +27,10 @@ SEQ = 32
 STEPS = 3
 LOSS_TOLERANCE = 2e-6
 GRADIENT_TOLERANCE = 1e-5
+LEAST_MARGIN = 1e-4
+ROUTER_SCALE = 6.0
+"""Initial routers times this, for scores that differ."""
+SEEDS = {"mixtral": 3, "mixed": 5}
 
 # (ranks, model, global batch, layout); micro_batch is 1, so a batch above dp means accumulation or pipelining
 CASES = [
@@ -42,6 +49,20 @@ CASES = [
     (2, "llama", 4, "dp=2 zero=3"),
     (2, "llama", 4, "dp=2 zero=3 recompute=full"),
     (2, "gpt-tied", 4, "dp=2 zero=3 recompute=selective"),
+    (1, "mixtral", 4, "dp=1 recompute=selective"),
+    (1, "mixed", 4, "dp=1 micro_batch=2 recompute=full"),
+    (2, "mixtral", 4, "dp=2 zero=0"),
+    (2, "mixtral", 4, "dp=2 zero=3 recompute=full"),
+    (2, "mixtral", 4, "dp=2 ep=2 zero=0"),
+    (2, "mixtral", 4, "dp=2 ep=2 zero=1"),
+    (2, "mixtral", 4, "dp=2 ep=2 zero=2 recompute=full"),
+    (2, "mixtral", 4, "dp=2 ep=2 zero=3 recompute=selective"),
+    (2, "mixtral", 4, "dp=2 ep=2 zero=3 micro_batch=2"),
+    (2, "mixed", 4, "dp=2 ep=2 zero=2"),
+    (2, "mixtral", 4, "tp=2"),
+    (2, "mixed", 4, "tp=2 sequence_parallel=true recompute=selective"),
+    (2, "mixtral", 4, "tp=2 ep=2 sequence_parallel=true"),
+    (2, "mixed", 4, "pp=2 schedule=gpipe stage_layers=3,1"),
     (2, "llama", 2, "tp=2"),
     (2, "llama", 2, "tp=2 sequence_parallel=true"),
     (2, "gpt", 2, "tp=2 recompute=full"),
@@ -77,6 +98,21 @@ CASES = [
     (4, "llama", 4, "dp=2 tp=2 zero=3 order=dp-tp-cp-pp"),
     (4, "gpt-tied", 2, "dp=2 tp=2 zero=1 sequence_parallel=true order=dp-pp-tp-cp"),
     (4, "llama", 4, "dp=2 pp=2 zero=2 order=tp-cp-pp-dp"),
+    (4, "mixed", 4, "dp=4 zero=3"),
+    (4, "mixtral", 4, "dp=4 ep=4 zero=1"),
+    (4, "mixtral", 4, "dp=4 ep=2 zero=0"),
+    (4, "mixtral", 4, "dp=4 ep=2 zero=1"),
+    (4, "mixtral", 4, "dp=4 ep=2 zero=2"),
+    (4, "mixtral", 4, "dp=4 ep=2 zero=3 recompute=full"),
+    (4, "mixed", 4, "dp=4 ep=2 zero=3"),
+    (4, "mixtral", 4, "dp=4 ep=2 zero=2 dp_shard=2"),
+    (4, "mixtral", 4, "dp=2 ep=2 pp=2 zero=3 schedule=interleaved virtual_stages=2"),
+    (4, "mixtral", 4, "dp=2 ep=2 pp=2 zero=1 order=tp-cp-pp-dp"),
+    (4, "mixtral", 4, "dp=2 tp=2 zero=3 sequence_parallel=true"),
+    (4, "mixtral", 4, "dp=2 tp=2 ep=2 zero=1 sequence_parallel=true"),
+    (4, "mixtral", 4, "dp=2 tp=2 ep=4 zero=3 sequence_parallel=true recompute=full"),
+    (4, "mixed", 4, "dp=2 tp=2 ep=2 zero=3 sequence_parallel=true order=dp-tp-cp-pp"),
+    (4, "mixtral", 4, "tp=2 ep=2 pp=2 sequence_parallel=true recompute=selective"),
     (4, "llama", 2, "tp=2 pp=2"),
     (4, "llama", 2, "tp=2 pp=2 sequence_parallel=true order=pp-tp-cp-dp"),
     (4, "llama", 2, "tp=2 pp=2 sequence_parallel=true"),
@@ -112,6 +148,9 @@ def models() -> dict[str, Model]:
         rotary=False,
     )
 
+    mixtral = replace(llama, ffn=48, experts=4, experts_per_token=2, balance_weight=0.02)
+    mixed = replace(llama, ffn=32, experts=6, experts_per_token=3, raw_scores=True, balance_weight=0.02)
+
     def gpt_model(name: str, *, tied: bool) -> Model:
         return Model(
             name=name, family="gpt2", layers=((gpt, 4),), vocab=256, tied_embeddings=tied, learned_positions=SEQ
@@ -126,6 +165,10 @@ def models() -> dict[str, Model]:
             tied_embeddings=False,
         ),
         "llama": Model(name="llama", family="llama", layers=((llama, 4),), vocab=256, tied_embeddings=False),
+        "mixtral": Model(name="mixtral", family="mixtral", layers=((mixtral, 4),), vocab=256, tied_embeddings=False),
+        "mixed": Model(
+            name="mixed", family="qwen3_moe", layers=((llama, 1), (mixed, 3)), vocab=256, tied_embeddings=False
+        ),
         "gpt": gpt_model("gpt", tied=False),
         "gpt-tied": gpt_model("gpt-tied", tied=True),
     }
@@ -176,6 +219,7 @@ def test_layout_computes_what_one_process_computes(differences, ranks, model, ba
     assert found["loss"] < LOSS_TOLERANCE
     assert found["gradient"] < GRADIENT_TOLERANCE
     assert found["norm"] < GRADIENT_TOLERANCE
+    assert found["margin"] > LEAST_MARGIN
     assert found["parameters"] == found["expected_parameters"]
 
 
@@ -186,30 +230,78 @@ def case_key(model: str, batch: int, words: str) -> str:
 # --- what a rank does ---------------------------------------------------------------------------------------------
 
 
-def reference(model: Model, global_batch: int):
-    """Losses, first gradients by name and first gradient norm of a plain loop over the whole batch, without any of our loop."""
+def scale_routers(chunks) -> None:
+    import torch
+
+    with torch.no_grad():
+        for chunk in chunks:
+            for name, parameter in chunk.named_parameters():
+                if "router" in name:
+                    parameter.mul_(ROUTER_SCALE)
+
+
+def all_through_all(layer, kind: LayerKind, routers: int, balance: list, margins: list[float]) -> None:
+    """Let a layer of experts send every token through every expert; its balance loss and the margin of its choice are appended."""
+    import torch
+    from torch.nn import functional
+
+    router, experts = layer.router, layer.experts
+
+    def forward(x):
+        scores = (x @ router.weight.T).softmax(-1)
+        best = scores.topk(kind.experts_per_token + 1, dim=-1)
+        weights, chosen = best.values[..., :-1], best.indices[..., :-1]
+        margins.append((best.values[..., -2] - best.values[..., -1]).min().item())
+        if not kind.raw_scores:
+            weights = weights / weights.sum(-1, keepdim=True)
+        out = torch.zeros_like(x)
+        for e in range(kind.experts):
+            wide = functional.silu(x @ experts.w1[e].T) * (x @ experts.w3[e].T)
+            out = out + (weights * (chosen == e)).sum(-1, keepdim=True) * (wide @ experts.w2[e].T)
+        sent = torch.stack([(chosen == e).sum() / scores[..., 0].numel() for e in range(kind.experts)])
+        even = kind.experts * (sent * scores.flatten(0, 1).mean(0)).sum()
+        balance.append(kind.balance_weight / routers * even)
+        return out
+
+    layer.forward = forward
+
+
+def reference(model: Model, global_batch: int, micro_batch: int):
+    """Losses, first gradients by name, first gradient norm and least margin of a plain loop, without any of our loop."""
     import torch
 
     from shardplan.executor.data import batch, load_text
     from shardplan.executor.schedule import learning_rate
-    from shardplan.executor.transformer import build_transformer, whole
+    from shardplan.executor.transformer import build_transformer, layer_kinds, whole
 
-    plain = build_transformer(model, seq=SEQ, part=whole(model), seed=0, device=torch.device("cpu"))
+    seed = SEEDS.get(model.name, 0)
+    plain = build_transformer(model, seq=SEQ, part=whole(model), seed=seed, device=torch.device("cpu"))
+    scale_routers([plain])
+    balance: list[torch.Tensor] = []
+    margins = [1.0]
+    kinds = layer_kinds(model)
+    for layer, kind in zip(plain.layers.values(), kinds, strict=True):
+        if kind.experts:
+            all_through_all(layer.ffn, kind, sum(one.experts > 0 for one in kinds), balance, margins)
     optimizer = torch.optim.AdamW(plain.parameters(), betas=(0.9, 0.99), weight_decay=0.1)
     text, losses, gradients, norms = load_text(), [], {}, []
     for step in range(1, STEPS + 1):
-        arrays = batch(text, seq=SEQ, seed=0, step=step, first=0, count=global_batch)
+        arrays = batch(text, seq=SEQ, seed=seed, step=step, first=0, count=global_batch)
         inputs, targets = (torch.from_numpy(array.copy()) for array in arrays)
-        loss = torch.nn.functional.cross_entropy(plain(inputs).flatten(0, 1), targets.flatten())
-        loss.backward()
-        losses.append(loss.item())
+        size = micro_batch if any(kind.experts for kind in kinds) else global_batch
+        losses.append(0.0)
+        for x, y in zip(inputs.split(size), targets.split(size), strict=True):
+            balance.clear()
+            loss = torch.nn.functional.cross_entropy(plain(x).flatten(0, 1), y.flatten())
+            ((loss + sum(balance)) * size / global_batch).backward()
+            losses[-1] += loss.item() * size / global_batch
         gradients = gradients or {name: p.grad.clone() for name, p in plain.named_parameters()}
         norms.append(torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0).item())
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, model.hidden)
         optimizer.step()
         optimizer.zero_grad()
-    return losses, gradients, norms[0]
+    return losses, gradients, norms[0], min(margins)
 
 
 def difference(model: Model, words: str, global_batch: int, expected) -> dict[str, float]:
@@ -218,12 +310,15 @@ def difference(model: Model, words: str, global_batch: int, expected) -> dict[st
     from torch.distributed.tensor import DTensor
 
     from shardplan.executor.mesh import build_mesh
+    from shardplan.executor.recipe import plain_recipe
     from shardplan.executor.recompute import parameter_name
     from shardplan.executor.trainer import Trainer
 
-    losses, gradients, norm = expected
+    losses, gradients, norm, margin = expected
     plan = make_plan(model, words, global_batch=global_batch)
-    trainer = Trainer(plan, build_mesh(plan.layout, "cpu"), torch.device("cpu"))
+    recipe = plain_recipe(plan, seed=SEEDS.get(model.name, 0))
+    trainer = Trainer(plan, build_mesh(plan.layout, "cpu"), torch.device("cpu"), recipe)
+    scale_routers(trainer.chunks)
     worst = {"loss": 0.0, "gradient": 0.0, "norm": 0.0}
     names = set()
     for step in range(1, STEPS + 1):
@@ -239,7 +334,7 @@ def difference(model: Model, words: str, global_batch: int, expected) -> dict[st
         if step == 1:
             worst["norm"] = abs(found - norm) / norm
         worst["loss"] = max(worst["loss"], abs(trainer.global_loss(loss) / losses[step - 1] - 1))
-    return {**worst, "names": sorted(names)}
+    return {**worst, "margin": margin, "names": sorted(names)}
 
 
 def rank_main(ranks: int, result: Path) -> None:
@@ -248,18 +343,19 @@ def rank_main(ranks: int, result: Path) -> None:
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    expected = cache(lambda name, batch: reference(models()[name], batch))
+    expected = cache(lambda name, batch, micro_batch: reference(models()[name], batch, micro_batch))
     answers = {}
     for world, name, batch, words in CASES:
         if world != ranks:
             continue
-        mine = difference(models()[name], words, batch, expected(name, batch))
+        right = expected(name, batch, parse_layout(words).micro_batch)
+        mine = difference(models()[name], words, batch, right)
         every: list[dict] = [{}] * ranks
         dist.all_gather_object(every, mine)
         answers[case_key(name, batch, words)] = {
-            **{field: max(one[field] for one in every) for field in ("loss", "gradient", "norm")},
+            **{field: max(one[field] for one in every) for field in ("loss", "gradient", "norm", "margin")},
             "parameters": sorted(set().union(*(one["names"] for one in every))),
-            "expected_parameters": sorted(expected(name, batch)[1]),
+            "expected_parameters": sorted(right[1]),
         }
     if dist.get_rank() == 0:
         result.write_text(json.dumps(answers))

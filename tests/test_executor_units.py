@@ -168,8 +168,19 @@ def test_what_cannot_be_executed_is_refused_by_name(words, job_words, rule):
 def test_models_that_cannot_be_executed_are_refused_by_name():
     plan = make_plan("dp=2 tp=2 pp=2")
     kind = plan.model.layers[0][0]
-    experts = replace(plan.model, layers=((replace(kind, experts=4, experts_per_token=2), 4),))
-    assert "runtime-experts" in refused_rules(replace(plan, model=experts))
+    experts = replace(kind, experts=4, experts_per_token=2)
+
+    def refused_layers(layer: LayerKind, **changes) -> list[str]:
+        spread = replace(plan, model=replace(plan.model, layers=((layer, 4),)), layout=parse_layout("dp=8 zero=1 ep=2"))
+        return refused_rules(replace(spread, **changes))
+
+    assert refused_layers(experts) == []
+    assert refused_layers(replace(experts, router_bias=True)) == ["runtime-layer-parts"]
+    assert refused_layers(replace(experts, shared_ffn=64)) == ["runtime-layer-parts"]
+    assert refused_layers(experts, layout=parse_layout("dp=4 tp=2 zero=1 ep=2")) == ["ep-needs-sequence-parallel"]
+    assert refused_layers(experts, layout=parse_layout("dp=4 tp=2 zero=1 etp=1 sequence_parallel=true")) == [
+        "runtime-expert-tensor-parallel"
+    ]
     assert "tied-embeddings-across-stages" in refused_rules(
         replace(plan, model=replace(plan.model, tied_embeddings=True))
     )

@@ -18,6 +18,7 @@ from shardplan.planner.plan import Plan
 
 pytest.importorskip("safetensors", reason="weights are safetensors")
 CHECKPOINT = Path(__file__).parent / "llama_checkpoint"
+MIXTRAL = Path(__file__).parent / "mixtral_checkpoint"
 
 
 @pytest.fixture
@@ -33,24 +34,48 @@ def refusal(folder: Path, model=None) -> str:
     return str(refused.value)
 
 
-def test_the_logits_are_those_of_transformers():
+@pytest.mark.parametrize("checkpoint", [CHECKPOINT, MIXTRAL], ids=["llama", "mixtral"])
+def test_the_logits_are_those_of_transformers(checkpoint):
     torch = pytest.importorskip("torch", reason="the executor needs torch")
     from shardplan.executor.transformer import build_transformer, whole
     from shardplan.executor.weights import load
 
-    model, told = load_model(CHECKPOINT), json.loads((CHECKPOINT / "logits.json").read_text())
+    model, told = load_model(checkpoint), json.loads((checkpoint / "logits.json").read_text())
     built = build_transformer(model, seq=24, part=whole(model), seed=0, device=torch.device("cpu"))
-    load(built, open_folder(CHECKPOINT))
+    load(built, open_folder(checkpoint))
     found = built(torch.tensor(told["tokens"]))
     right = torch.tensor(told["logits"])
     assert (found - right).abs().max() < 1e-5 * right.abs().max()
+
+
+def test_the_balance_loss_of_a_layer_is_that_of_transformers():
+    torch = pytest.importorskip("torch", reason="the executor needs torch")
+    from shardplan.executor.expert_parallel import expert_layers
+    from shardplan.executor.transformer import build_transformer, whole
+    from shardplan.executor.weights import load
+
+    model, told = load_model(MIXTRAL), json.loads((MIXTRAL / "logits.json").read_text())
+    built = build_transformer(model, seq=24, part=whole(model), seed=0, device=torch.device("cpu"))
+    load(built, open_folder(MIXTRAL))
+    found = []
+    for layer in expert_layers(built):
+        balance = layer.router._balance_loss
+
+        def listen(scores, sent, balance=balance):
+            loss = balance(scores, sent)
+            found.append(loss.item())
+            return loss
+
+        layer.router._balance_loss = listen
+    built(torch.tensor(told["tokens"]))
+    assert found == pytest.approx([0.02 / 2 * one for one in told["balance"]], rel=1e-5)  # the mean over two layers
 
 
 def test_expected_shapes_are_those_of_the_model():
     torch = pytest.importorskip("torch", reason="the executor needs torch")
     from shardplan.executor.transformer import Transformer, whole
 
-    for name in ("tiny", "qwen2.5-0.5b"):  # the second has biases and a tied head
+    for name in ("tiny", "qwen2.5-0.5b", MIXTRAL):  # the second has biases and a tied head
         model = load_model(name)
         with torch.device("meta"):
             built = Transformer(model, seq=8, part=whole(model))
@@ -59,7 +84,7 @@ def test_expected_shapes_are_those_of_the_model():
 
 
 def test_the_written_config_describes_the_same_shapes(tmp_path):
-    for name in ("tiny", "qwen2.5-0.5b", "llama-3-8b"):
+    for name in ("tiny", "qwen2.5-0.5b", "llama-3-8b", "mixtral-8x7b"):
         model = load_model(name)
         (tmp_path / "config.json").write_text(json.dumps(config_of(model, seq=64, dtype="float32", folder=None)))
         again = load_model(tmp_path)
@@ -67,8 +92,12 @@ def test_the_written_config_describes_the_same_shapes(tmp_path):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("words", ["dp=2 zero=3", "pp=2", "cp=2 zero=1"])
-def test_a_spread_model_comes_back_bit_for_bit(tmp_path, words):
+@pytest.mark.parametrize(
+    ("checkpoint", "words"),
+    [(CHECKPOINT, "dp=2 zero=3"), (CHECKPOINT, "pp=2"), (CHECKPOINT, "cp=2 zero=1"), (MIXTRAL, "dp=2 ep=2 zero=1")],
+    ids=["llama-zero3", "llama-pp2", "llama-cp2", "mixtral-ep2"],
+)
+def test_a_spread_model_comes_back_bit_for_bit(tmp_path, checkpoint, words):
     """One step at a rate that changes no fp32 value: what was read is what is written."""
     pytest.importorskip("torch", reason="the executor needs torch")
     import torch
@@ -82,7 +111,7 @@ def test_a_spread_model_comes_back_bit_for_bit(tmp_path, words):
     writer.close()
     layout = parse_layout(words)
     Plan(
-        model=load_model(CHECKPOINT),
+        model=load_model(checkpoint),
         job=Job(seq=16, global_batch=4, precision="fp32"),
         cluster={},
         gpus=2,
@@ -98,7 +127,7 @@ def test_a_spread_model_comes_back_bit_for_bit(tmp_path, words):
             "steps": 1,
             "data": {"files": [{"path": str(tmp_path / "train.bin")}]},
             "learning_rate": {"peak": 1e-30},
-            "weights": {"initial": str(CHECKPOINT), "export": str(tmp_path / "out"), "dtype": "fp32"},
+            "weights": {"initial": str(checkpoint), "export": str(tmp_path / "out"), "dtype": "fp32"},
         },
         place="job",
     )
@@ -109,7 +138,7 @@ def test_a_spread_model_comes_back_bit_for_bit(tmp_path, words):
     folder = open_folder(tmp_path / "out")
     assert folder.rotary_base == 500_000
     check_weights(load_model(tmp_path / "out"), folder)
-    with safe_open(str(CHECKPOINT / "model.safetensors"), framework="pt") as given:
+    with safe_open(str(checkpoint / "model.safetensors"), framework="pt") as given:
         assert set(folder.files) == set(given.keys())
         for name, path in folder.files.items():
             with safe_open(str(path), framework="pt") as written:
@@ -140,7 +169,7 @@ def test_a_tensor_that_an_index_lacks_is_named(copy):
     assert "model.layers.1.mlp.up_proj.weight is missing" in refusal(copy)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "qwen3-8b", "mixtral-8x7b", "gemma-7b"])
+@pytest.mark.parametrize("name", ["gpt2", "qwen3-8b", "qwen1.5-moe-a2.7b", "gemma-7b"])
 def test_models_of_another_shape_are_refused(name):
     with pytest.raises(InputError, match=r"weights: model .* has .*; leave \[weights\] out"):
         check_shape(load_model(name))

@@ -192,7 +192,7 @@ def test_cli_list_names_every_preset():
 def test_cli_show_prints_parts_and_source():
     result = run_cli("show", "Mixtral-8x7B")
     assert result.exit_code == 0
-    for word in ("46,702,792,704", "12,879,925,248", "router", "arXiv 2401.04088", "not in shardplan: experts"):
+    for word in ("46,702,792,704", "12,879,925,248", "router", "arXiv 2401.04088", "not in megatron-2021: experts"):
         assert word in result.stdout.replace("\n", " ")
     assert "91,653,632" in run_cli("show", "baby-llama2-92m").stdout
 
@@ -215,7 +215,7 @@ def test_cli_show_tells_kinds_of_layers_their_order_and_modules():
         assert words in shown
     answer = json.loads(run_cli("show", "deepseek-v3-mtp", "--json").stdout)
     assert answer["published_parameters"] == "683 B"
-    assert answer["runtimes_lack"]["nanotron"] == ["latent attention", "multi-token prediction"]
+    assert answer["runtimes_lack"]["nanotron"] == ["latent attention", "expert biases", "multi-token prediction"]
 
 
 def test_cli_show_json_is_json_only():

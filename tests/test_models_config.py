@@ -110,7 +110,8 @@ MIXTRAL_OLD = {
     "vocab_size": 32000,
 }
 MIXTRAL_NEW = {"model_type": "mixtral", "max_position_embeddings": 32768, "num_experts": 8, "dtype": "bfloat16"} | {
-    "rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"}
+    "router_aux_loss_coef": 0.02,
+    "rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"},
 }
 
 

@@ -82,7 +82,7 @@ def setting(
             {"runtime": "deepspeed"},
             "sequence parallelism",
         ),
-        ("runtime-experts", "dp=64", {"runtime": "shardplan", "model": "mixtral-8x7b"}, "mixture-of-experts"),
+        ("runtime-experts", "dp=64", {"runtime": "megatron-2021", "model": "mixtral-8x7b"}, "mixture-of-experts"),
         ("runtime-recompute", "dp=64 recompute=selective", {"runtime": "deepspeed"}, "can do: none, full"),
         ("runtime-partial-recompute", "dp=64 recompute=full:4", {"runtime": "deepspeed"}, "recompute=full"),
         ("runtime-attention", "dp=64 attention=triton", {"runtime": "fsdp2"}, "can do: flash, unfused"),

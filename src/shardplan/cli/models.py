@@ -176,10 +176,11 @@ def _kind_rows(kind: LayerKind) -> dict[str, str]:
     from shardplan.costmodel.model import PART_NAMES, layer_parts
 
     biases = {"qkv": kind.qkv_bias, "attention output": kind.attention_output_bias, "mlp": kind.mlp_bias}
+    biases |= {"router": kind.router_bias}
     widths = f" + {kind.qk_rope_head_dim} rotary" if kind.kv_lora_rank else ""
     values = f", values {kind.value_dim}" if kind.v_head_dim else ""
     latents = {"queries": kind.q_lora_rank, "keys and values": kind.kv_lora_rank}
-    said = ("window", "latent_attention", "shared_experts")
+    said = ("window", "latent_attention", "shared_experts", "expert_biases")
     return {
         "hidden": f"{kind.hidden:,}",
         "heads x width": f"{kind.heads} x {kind.head_dim - kind.qk_rope_head_dim}{widths}{values}",

@@ -1,0 +1,43 @@
+"""What layers with experts do not go with in the runtimes that say so."""
+
+from __future__ import annotations
+
+import pytest
+
+from shardplan.costmodel.job import Job
+from shardplan.costmodel.layout import parse_layout
+from shardplan.costmodel.model_config import load_model
+from shardplan.costmodel.rule import Setting
+from shardplan.costmodel.rules import rejections
+from shardplan.costmodel.runtime import load_runtime
+from shardplan.hw_profiles.load import load_cluster
+
+
+def refused(words: str, *, runtime: str = "shardplan", model: str = "mixtral-8x7b", precision: str = "bf16") -> dict:
+    at = Setting(
+        model=load_model(model),
+        job=Job(seq=4096, global_batch=64, precision=precision),
+        cluster=load_cluster("h100-ib", gpus=64),
+        runtime=load_runtime(runtime),
+    )
+    return {one.rule: str(one) for one in rejections(at, parse_layout(words))[0]}
+
+
+@pytest.mark.parametrize(
+    ("rule", "words", "changed", "told"),
+    [
+        ("experts-without-cp", "dp=32 cp=2", {}, "cp=2; use cp=1"),
+        ("experts-without-fp16", "dp=64", {"precision": "fp16"}, "--precision bf16"),
+        ("experts-without-hpz", "dp=64 ep=2 zero=3 hpz=8", {}, "ep=2 and hpz=8; drop hpz"),
+        ("experts-without-split-backward", "dp=32 pp=2 schedule=zero_bubble", {}, "schedule=zero_bubble"),
+    ],
+)
+def test_a_rule_names_what_does_not_go_together_and_the_remedy(rule, words, changed, told):
+    assert told in refused(words, **changed)[rule]
+    assert rule not in refused(words, model="llama-3-8b", **changed)
+    assert rule not in refused(words, runtime="megatron", **changed)
+
+
+def test_spread_experts_go_with_the_rest():
+    assert refused("dp=64 ep=8 zero=3") == {}
+    assert refused("dp=8 tp=4 pp=2 ep=8 zero=1 sequence_parallel=true recompute=full") == {}
