@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import torch
@@ -24,8 +24,9 @@ from shardplan.executor.loss import loss_context, loss_function
 from shardplan.executor.mesh import data_rank
 from shardplan.executor.optimizer import build_optimizer, clip_gradients, settle_gradients
 from shardplan.executor.parallelize import parallelize
-from shardplan.executor.pipeline import Schedule, build_schedule, chunk_layers, chunks_of_rank, parts
+from shardplan.executor.pipeline import Schedule, build_schedule, chunk_layers, chunks_of_rank, forward_only, layers_before, parts
 from shardplan.executor.recipe import Batches, Recipe, plain_recipe
+from shardplan.executor.tied import TiedEmbedding
 from shardplan.executor.transformer import Part, Transformer, build_transformer
 from shardplan.executor.zero import reshard, set_micro_step
 from shardplan.planner.plan import Plan, model_digest
@@ -40,10 +41,11 @@ class Trainer:
         self.recipe = recipe or plain_recipe(plan)
         self.sequences = job.global_batch // layout.dp
         self.micro_batches = self.sequences // layout.micro_batch
-        every = parts(chunk_layers(layout, plan.model.layer_count, plan.prediction))
+        split, stage = chunk_layers(layout, plan.model.layer_count, plan.prediction), mesh.get_local_rank("pp")
+        held = zip(chunks_of_rank(layout, stage), layers_before(layout, split, stage), strict=True)
         self.chunks: list[Transformer] = [
-            parallelize(self._build(every[number]), layout, job, mesh)
-            for number in chunks_of_rank(layout, mesh.get_local_rank("pp"))
+            parallelize(self._build(parts(split)[number]), layout, job, mesh, layers_before=before)
+            for number, before in held
         ]
         self.attention = attention_backends(layout.attention, device_type=device.type, precision=job.precision)
         self.own_attention = runs_own_attention(
@@ -55,6 +57,7 @@ class Trainer:
         if self.own_attention:
             for chunk in self.chunks:
                 use_own_attention(chunk)
+        self.tied = TiedEmbedding(self.chunks, mesh)
         self.holds_first = self.chunks[0].embedding is not None
         self.holds_last = self.chunks[-1].head is not None
         self.loss = loss_function(mesh["tp"])
@@ -98,6 +101,7 @@ class Trainer:
             contexts.enter_context(attention_context(self.attention))
             loss = self._micro_steps(inputs, targets) if self.schedule is None else self._pipeline(inputs, targets)
         settle_gradients(self.parameters())
+        self.tied.sum_gradients()
         return loss
 
     def _micro_steps(self, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -116,15 +120,16 @@ class Trainer:
         run = self.schedule.step if train else self.schedule.eval
         losses: list[Tensor] = []
         arguments = (inputs,) if self.holds_first else ()
-        if self.holds_last:
-            run(*arguments, target=targets, losses=losses, return_outputs=False)
-            return torch.stack(losses).mean().detach()
-        run(*arguments, return_outputs=False)
+        with nullcontext() if train else forward_only(self.schedule):
+            if self.holds_last:
+                run(*arguments, target=targets, losses=losses, return_outputs=False)
+                return torch.stack(losses).mean().detach()
+            run(*arguments, return_outputs=False)
         return torch.zeros((), device=self.device)
 
     def update(self, step: int) -> Tensor:
         """Clip, take an optimizer step, drop the gradients; returns the gradient norm before clipping."""
-        norm = clip_gradients(self.parameters(), self.mesh, self.recipe.optimizer.clip)
+        norm = clip_gradients(self.parameters(), self.mesh, self.recipe.optimizer.clip, copies=self.tied.copies)
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.learning_rate(step)
         self.optimizer.step()
@@ -148,6 +153,7 @@ class Trainer:
     def resume(self, checkpoint: Path) -> int:
         """Take over a checkpoint of any layout, of the same data; returns the steps it has done. All ranks call it together."""
         saved = load(checkpoint, self.state())
+        self.tied.follow(self.optimizer)
         self.recipe.data.restore(saved.data)
         return saved.step
 

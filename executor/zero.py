@@ -7,6 +7,9 @@
 | 2 | whole until the step ends         | sharded, reduced every micro-batch |
 | 3 | gathered per layer, then dropped  | sharded, reduced every micro-batch |
 
+hpZ of ZeRO++ (arXiv 2306.10209, section 3.2): after the forward pass ZeRO-3 keeps a second, larger shard of the parameters, so that the
+backward pass gathers among `hpz` neighbours only.
+
 Optimizer states and fp32 masters are sharded in 1 to 3. Inside a pipeline the schedule itself reduces once a step, so
 there gradients stay whole until the end for every stage.
 """
@@ -30,15 +33,16 @@ def precision_policy(job: Job) -> MixedPrecisionPolicy:
     return MixedPrecisionPolicy(param_dtype=DTYPES[job.precision], reduce_dtype=DTYPES[job.grad_dtype or "fp32"])
 
 
-def apply_zero(model: Transformer, job: Job, mesh: DeviceMesh, *, zero: int) -> None:
+def apply_zero(model: Transformer, job: Job, mesh: DeviceMesh, *, zero: int, hpz: int = 1) -> None:
     """Shard each layer, then the rest (embedding, norm, head) as the root group, in place."""
     if mesh["dp_replicate"].size() * mesh["dp_shard"].size() == 1 and job.precision == "fp32":
         return
     replicas = mesh["dp_replicate"].size()
     data_mesh = mesh["dp_replicate", "dp_shard"] if replicas > 1 else mesh["dp_shard"]
     policy = precision_policy(job)
+    keep: bool | int = hpz if zero == 3 and 1 < hpz < mesh["dp_shard"].size() else zero == 3
     for layer in model.layers.values():
-        fully_shard(layer, mesh=data_mesh, mp_policy=policy, reshard_after_forward=zero == 3)
+        fully_shard(layer, mesh=data_mesh, mp_policy=policy, reshard_after_forward=keep)
     # the root is used first and last in every pass: dropping it in between would only gather it twice
     fully_shard(model, mesh=data_mesh, mp_policy=policy, reshard_after_forward=False)
 
