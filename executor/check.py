@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
+import re
 from collections.abc import Iterator
 
+from shardplan.costmodel.layout import V_PLACED
 from shardplan.costmodel.rule import Rejection, Setting
 from shardplan.costmodel.rules import rejections
 from shardplan.costmodel.runtime import load_runtime
@@ -15,6 +18,9 @@ from shardplan.planner.plan import Plan, model_digest
 
 RUNTIME = "shardplan"
 GIB = 2.0**30
+TORCH_OF_V_OVER_GLOO = (2, 13)
+"""First torch release whose V schedules do not hang over gloo: receives are ordered by rank there (compare pytorch/pytorch#172668). 2.11
+hangs with 2 and with 4 ranks; 2.12 was not tried."""
 
 
 def plan_cluster(plan: Plan) -> Cluster:
@@ -29,12 +35,24 @@ def cuda_devices_here() -> int:
     return torch.cuda.device_count()
 
 
-def refusals(plan: Plan, *, device: str, cuda_devices: int, force: bool = False) -> list[Rejection]:
-    """Why `plan` cannot run on `device` ("cuda" or "cpu") of this machine; empty when it can. `force`: though it is not to fit."""
+def torch_version() -> str:
+    """Of the installed torch, without importing it; "" where there is none."""
+    try:
+        return importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def refusals(
+    plan: Plan, *, device: str, cuda_devices: int, force: bool = False, torch: str | None = None
+) -> list[Rejection]:
+    """Why `plan` cannot run on `device` ("cuda" or "cpu") of this machine; empty when it can. `force`: though it is not to fit; `torch`: a
+    version other than the installed one."""
     setting = Setting(model=plan.model, job=plan.job, cluster=plan_cluster(plan), runtime=load_runtime(RUNTIME))
     broken, _ = rejections(setting, plan.layout)
     machine = _machine(plan, device=device, cuda_devices=cuda_devices)
-    return [*broken, *machine, *([] if force else _memory(plan))]
+    schedule = _schedule(plan, device=device, torch=torch_version() if torch is None else torch)
+    return [*broken, *machine, *schedule, *([] if force else _memory(plan))]
 
 
 def resume_refusals(plan: Plan, saved: Progress, *, steps: int) -> list[Rejection]:
@@ -68,6 +86,19 @@ def _memory(plan: Plan) -> Iterator[Rejection]:
             rule="predicted-memory",
             detail=f"at least {low / GIB:.1f} GiB are predicted, the device has {capacity / GIB:.1f} GiB",
             remedy="plan a layout that fits, or give --force to try",
+        )
+
+
+def _schedule(plan: Plan, *, device: str, torch: str) -> Iterator[Rejection]:
+    """What this version of torch gets wrong."""
+    layout, release = plan.layout, re.match(r"(\d+)\.(\d+)", torch)
+    if device != "cpu" or layout.pp == 1 or layout.schedule not in V_PLACED or release is None:
+        return
+    if (int(release[1]), int(release[2])) < TORCH_OF_V_OVER_GLOO:
+        yield Rejection(
+            rule="v-schedule-torch",
+            detail=f"schedule={layout.schedule} hangs over gloo, which CPU processes use, under torch {torch}",
+            remedy=f"use torch {'.'.join(map(str, TORCH_OF_V_OVER_GLOO))} or later, or schedule=zero_bubble or interleaved",
         )
 
 

@@ -46,9 +46,7 @@ OF_CHUNKS: Mapping[str, Callable[..., PipelineScheduleMulti]] = {
     "dualpipe_v": ScheduleDualPipeV,
 }
 """torch's class of each word of `schedule`."""
-BACKWARD_ACTIONS = frozenset(
-    {"BACKWARD_INPUT", "BACKWARD_WEIGHT", "FULL_BACKWARD", "SEND_B", "RECV_B", "REDUCE_GRAD"}
-)
+BACKWARD_ACTIONS = frozenset({"BACKWARD_INPUT", "BACKWARD_WEIGHT", "FULL_BACKWARD", "SEND_B", "RECV_B", "REDUCE_GRAD"})
 """torch's names of what only training does."""
 
 

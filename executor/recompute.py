@@ -37,7 +37,11 @@ def apply_recompute(model: Transformer, word: str, stage: int = 0, *, before: in
     options: dict[str, Any] = {"checkpoint_impl": CheckpointImpl.NO_REENTRANT, "preserve_rng_state": False}
     if kind == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_matrix_products)
-    chosen = list(model.layers.items()) if count == ALL_LAYERS else list(islice(model.layers.items(), max(count - before, 0)))
+    chosen = (
+        list(model.layers.items())
+        if count == ALL_LAYERS
+        else list(islice(model.layers.items(), max(count - before, 0)))
+    )
     for name, layer in chosen:
         model.layers[name] = checkpoint_wrapper(layer, **options)
 

@@ -24,7 +24,15 @@ from shardplan.executor.loss import loss_context, loss_function
 from shardplan.executor.mesh import data_rank
 from shardplan.executor.optimizer import build_optimizer, clip_gradients, settle_gradients
 from shardplan.executor.parallelize import parallelize
-from shardplan.executor.pipeline import Schedule, build_schedule, chunk_layers, chunks_of_rank, forward_only, layers_before, parts
+from shardplan.executor.pipeline import (
+    Schedule,
+    build_schedule,
+    chunk_layers,
+    chunks_of_rank,
+    forward_only,
+    layers_before,
+    parts,
+)
 from shardplan.executor.recipe import Batches, Recipe, plain_recipe
 from shardplan.executor.tied import TiedEmbedding
 from shardplan.executor.transformer import Part, Transformer, build_transformer
