@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterator
 
-from shardplan.costmodel.layout import V_PLACED
+from shardplan.costmodel.layout import V_PLACED, Layout
 from shardplan.costmodel.rule import Rejection, Setting
 from shardplan.costmodel.rules import rejections
 from shardplan.costmodel.runtime import load_runtime
@@ -51,8 +51,8 @@ def refusals(
     setting = Setting(model=plan.model, job=plan.job, cluster=plan_cluster(plan), runtime=load_runtime(RUNTIME))
     broken, _ = rejections(setting, plan.layout)
     machine = _machine(plan, device=device, cuda_devices=cuda_devices)
-    schedule = _schedule(plan, device=device, torch=torch_version() if torch is None else torch)
-    return [*broken, *machine, *schedule, *([] if force else _memory(plan))]
+    version = torch_refusals(plan.layout, device=device, torch=torch)
+    return [*broken, *machine, *version, *([] if force else _memory(plan))]
 
 
 def resume_refusals(plan: Plan, saved: Progress, *, steps: int) -> list[Rejection]:
@@ -89,12 +89,13 @@ def _memory(plan: Plan) -> Iterator[Rejection]:
         )
 
 
-def _schedule(plan: Plan, *, device: str, torch: str) -> Iterator[Rejection]:
-    """What this version of torch gets wrong."""
-    layout, release = plan.layout, re.match(r"(\d+)\.(\d+)", torch)
-    if device != "cpu" or layout.pp == 1 or layout.schedule not in V_PLACED or release is None:
+def torch_refusals(layout: Layout, *, device: str, torch: str | None = None) -> Iterator[Rejection]:
+    """What a version of `torch`, by default the installed one, gets wrong on `device`."""
+    if device != "cpu" or layout.pp == 1 or layout.schedule not in V_PLACED:
         return
-    if (int(release[1]), int(release[2])) < TORCH_OF_V_OVER_GLOO:
+    torch = torch_version() if torch is None else torch
+    release = re.match(r"(\d+)\.(\d+)", torch)
+    if release and (int(release[1]), int(release[2])) < TORCH_OF_V_OVER_GLOO:
         yield Rejection(
             rule="v-schedule-torch",
             detail=f"schedule={layout.schedule} hangs over gloo, which CPU processes use, under torch {torch}",
