@@ -158,7 +158,7 @@ def _estimate_table(
             at = np.argsort(uneven, kind="stable")
             both = [
                 _estimate_table(
-                    model, job, cluster, table.take(at[uneven[at] == one]), chosen, constants, stages="worst"
+                    model, job, cluster, table.take(at[uneven[at] == one]), runtime, constants, stages="worst"
                 )
                 for one in (False, True)
             ]

@@ -195,6 +195,7 @@ def stage_states(
 
 
 MASTER_BYTES = 4.0
+"""Of an fp32 parameter or gradient."""
 
 
 def exchanges_alone(runtime: Runtime, job: Job) -> bool:

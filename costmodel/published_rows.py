@@ -292,7 +292,7 @@ def _layout(row: Row, unsaid: Mapping[str, Any], runtime: Runtime) -> Layout:
             micro_batch=micro_batch,
             virtual_stages=virtual_stages,
             zero=stage,
-            **{"hpz" if runtime.abilities.zeropp else "dp_shard": hpz} if hpz else {},
+            **{"hpz" if "hpz" in runtime.abilities.zeropp else "dp_shard": hpz} if hpz else {},
             sequence_parallel=flag(row, "sequence_parallel") or _splits_for_experts(row, tp, runtime),
             recompute=_recompute(row, pp, unsaid.get("recompute_sharded", "") if stage == 3 else ""),
             schedule="1f1b" if schedule == "none" else schedule.replace("-", "_"),

@@ -41,8 +41,9 @@ class Abilities(_FromFile):
     zero_with_pipeline: tuple[int, ...]
     hsdp: bool
     """ZeRO sharding over fewer ranks than dp."""
-    zeropp: bool
-    """ZeRO++: `hpz`, `qwz` and `qgz`."""
+    zeropp: tuple[Literal["hpz", "qwz", "qgz"], ...]
+    """Words of ZeRO++."""
+    hpz_with_tensor_parallel: bool = True
     tensor_parallel: bool
     sequence_parallel: bool
     pipeline_parallel: bool
@@ -180,6 +181,9 @@ class Communication(_FromFile):
     """ZeRO stages that reduce gradients after each micro-batch (else once per step)."""
     gather_every_micro_batch: tuple[int, ...]
     """ZeRO stages that gather parameters in forward and in backward of each micro-batch (else once per step)."""
+    tied_after_reduction: bool = False
+    """Copies of a tied embedding exchange gradients behind the reduction: the shard of a rank, in fp32; else whole ones, as they
+    accumulate."""
     pipeline_reduces_once: bool
     """Inside a pipeline ZeRO-2/3 reduce once a step too; until then gradients, and under ZeRO-3 parameters, stay whole."""
     reduce_messages: int

@@ -60,6 +60,8 @@ class WorkingSet(_FromFile):
     """Of such a rank outside torch's allocator, beside the context of the device: NCCL channels."""
     offload_moves: tuple[str, ...]
     """Parts whose sharded bytes live in host memory when the optimizer is offloaded: parameters, gradients, optimizer."""
+    tied_twice_in_v: bool = False
+    """In V placement, where one rank holds both ends of the model, a tied embedding and its head are two tables all the same."""
     gradients_freed: bool = False
     """Without accumulation gradients appear as the backward makes them, when activations are at their peak there are none but those of
     `waiting_layers`: freed after each step and kept in no buckets (FSDP, or one rank)."""

@@ -328,7 +328,8 @@ def stage_parameters(
     norm = model.hidden * (2 if model.norm == "layernorm" else 1) + (model.vocab if model.head_bias else 0)
     root = stages.embedding * (table + model.learned_positions * model.hidden)[:, None]
     apart = (layouts.pp > 1) & ~layouts.v_placed
-    tables = (apart | (not model.tied_embeddings)) + 1.0 * (
+    copied = (layouts.pp > 1) if runtime.working_set.tied_twice_in_v else apart
+    tables = (copied | (not model.tied_embeddings)) + 1.0 * (
         apart & (model.mtp_modules > 0 and not model.tied_embeddings)
     )
     root = root + stages.head * (tables * table + norm)[:, None]

@@ -29,6 +29,7 @@ from shardplan.costmodel.kernels_time import memory_bound_s
 from shardplan.costmodel.keys import ROWS_IN_CACHE, LazyColumns
 from shardplan.costmodel.layout import LayoutTable
 from shardplan.costmodel.memory import (
+    MASTER_BYTES,
     MOMENT_BYTES,
     exchanges_alone,
     frozen_element_bytes,
@@ -236,7 +237,9 @@ def held_times(
     tiers_used = bool((share > 0).any() or layouts.offload_params.any())
     tied = None
     if model.tied_embeddings:
-        table = element * model.vocab * model.hidden / layouts.tp
+        table = model.vocab * model.hidden / layouts.tp
+        sharded = runtime.communication.tied_after_reduction
+        table = MASTER_BYTES * table / layouts.zero_ranks if sharded else element * table
         apart = layouts.stride("pp") * np.maximum(layouts.pp - 1, 1)
         between = collective_s(tiers, "all_reduce", table, 2.0, apart)
         tied = np.where((layouts.pp > 1) & ~layouts.v_placed, between, 0.0)

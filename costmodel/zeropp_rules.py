@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from shardplan.costmodel.layout import Layout, LayoutTable
 from shardplan.costmodel.rule import BoolArray, Rule, Setting
-from shardplan.costmodel.rule_parts import can, other_runtime, runtime_lacks
+from shardplan.costmodel.rule_parts import can, other_runtime
 
 
 def _used(_: Setting, t: LayoutTable) -> BoolArray:
     return (t.hpz > 1) | (t.qwz > 0) | (t.qgz > 0)
+
+
+def _unknown(s: Setting, t: LayoutTable) -> BoolArray:
+    """Predicate: a word of ZeRO++ that the runtime does not have."""
+    known = s.runtime.abilities.zeropp
+    return (
+        ((t.hpz > 1) & ("hpz" not in known))
+        | ((t.qwz > 0) & ("qwz" not in known))
+        | ((t.qgz > 0) & ("qgz" not in known))
+    )
 
 
 def _words(x: Layout) -> str:
@@ -19,9 +29,21 @@ def _words(x: Layout) -> str:
 ZEROPP_RULES: tuple[Rule, ...] = (
     Rule(
         id="runtime-zeropp",
-        broken=lambda s, t: _used(s, t) & (not can(s, "zeropp")),
-        detail=runtime_lacks("ZeRO++ (hpz, qwz, qgz)"),
+        broken=_unknown,
+        detail=lambda s, x: (
+            f"{_words(x)}: of ZeRO++ runtime {s.runtime.name!r} ({s.runtime.version}) "
+            f"has {' and '.join(s.runtime.abilities.zeropp) or 'nothing'}"
+        ),
         remedy=other_runtime,
+    ),
+    Rule(
+        id="hpz-tensor-parallel",
+        broken=lambda s, t: (t.hpz > 1) & (t.tp > 1) & (not can(s, "hpz_with_tensor_parallel")),
+        detail=lambda s, x: (
+            f"hpz={x.hpz} with tp={x.tp}: {s.runtime.name!r} cannot shard a second copy of what tensor parallelism has cut"
+        ),
+        remedy=lambda s, x: "use tp=1, or drop hpz",
+        evidence="torch fully_shard 2.11 and 2.13: an integer reshard_after_forward is not supported for DTensor parameters",
     ),
     Rule(
         id="zeropp-zero",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
+import re
 from collections.abc import Iterator
 
+from shardplan.costmodel.layout import V_PLACED, Layout
 from shardplan.costmodel.rule import Rejection, Setting
 from shardplan.costmodel.rules import rejections
 from shardplan.costmodel.runtime import load_runtime
@@ -16,6 +19,9 @@ from shardplan.planner.plan import Plan, model_digest
 
 RUNTIME = "shardplan"
 GIB = 2.0**30
+TORCH_OF_V_OVER_GLOO = (2, 13)
+"""First torch release whose V schedules do not hang over gloo: receives are ordered by rank there (compare pytorch/pytorch#172668). 2.11
+hangs with 2 and with 4 ranks; 2.12 was not tried."""
 
 
 def plan_cluster(plan: Plan) -> Cluster:
@@ -30,13 +36,25 @@ def cuda_devices_here() -> int:
     return torch.cuda.device_count()
 
 
-def refusals(plan: Plan, *, device: str, cuda_devices: int, force: bool = False) -> list[Rejection]:
-    """Why `plan` cannot run on `device` ("cuda" or "cpu") of this machine; empty when it can. `force`: though it is not to fit."""
+def torch_version() -> str:
+    """Of the installed torch, without importing it; "" where there is none."""
+    try:
+        return importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def refusals(
+    plan: Plan, *, device: str, cuda_devices: int, force: bool = False, torch: str | None = None
+) -> list[Rejection]:
+    """Why `plan` cannot run on `device` ("cuda" or "cpu") of this machine; empty when it can. `force`: though it is not to fit; `torch`: a
+    version other than the installed one."""
     runtime = f"{RUNTIME}+{compiling.SWITCH}" if compiling.is_compiled(plan.runtime) else RUNTIME
     setting = Setting(model=plan.model, job=plan.job, cluster=plan_cluster(plan), runtime=load_runtime(runtime))
     broken, _ = rejections(setting, plan.layout)
     machine = _machine(plan, device=device, cuda_devices=cuda_devices)
-    return [*broken, *machine, *([] if force else _memory(plan))]
+    version = torch_refusals(plan.layout, device=device, torch=torch)
+    return [*broken, *machine, *version, *([] if force else _memory(plan))]
 
 
 def resume_refusals(plan: Plan, saved: Progress, *, steps: int) -> list[Rejection]:
@@ -70,6 +88,20 @@ def _memory(plan: Plan) -> Iterator[Rejection]:
             rule="predicted-memory",
             detail=f"at least {low / GIB:.1f} GiB are predicted, the device has {capacity / GIB:.1f} GiB",
             remedy="plan a layout that fits, or give --force to try",
+        )
+
+
+def torch_refusals(layout: Layout, *, device: str, torch: str | None = None) -> Iterator[Rejection]:
+    """What a version of `torch`, by default the installed one, gets wrong on `device`."""
+    if device != "cpu" or layout.pp == 1 or layout.schedule not in V_PLACED:
+        return
+    torch = torch_version() if torch is None else torch
+    release = re.match(r"(\d+)\.(\d+)", torch)
+    if release and (int(release[1]), int(release[2])) < TORCH_OF_V_OVER_GLOO:
+        yield Rejection(
+            rule="v-schedule-torch",
+            detail=f"schedule={layout.schedule} hangs over gloo, which CPU processes use, under torch {torch}",
+            remedy=f"use torch {'.'.join(map(str, TORCH_OF_V_OVER_GLOO))} or later, or schedule=zero_bubble or interleaved",
         )
 
 

@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from shardplan.executor import checkpoint_files
 from shardplan.executor.checkpoint_files import CheckpointError, Progress
 from shardplan.executor.recompute import parameter_name
+from shardplan.executor.transformer import HEAD, TABLE
 
 SAVE_TIMEOUT = timedelta(hours=1)
 """Longest that ranks wait for each other while they write; a rank that dies is seen at once."""
@@ -41,12 +42,13 @@ State = dict[str, Any]
 
 
 def named_parameters(chunks: Sequence[nn.Module], *, tied: bool) -> dict[str, nn.Parameter]:
-    """The parameters of this rank's model chunks by their names in the plain model; a tied head goes by the embedding's."""
+    """The parameters of this rank's model chunks by their names in the plain model; a tied head goes by the embedding's, and where a
+    rank holds both as two copies, the embedding speaks for them."""
     found: dict[str, nn.Parameter] = {}
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
             plain = parameter_name(name).replace(COMPILE_PREFIX, "")
-            found["embedding.tokens.weight" if tied and plain == "head.weight" else plain] = parameter
+            found.setdefault(TABLE if tied and plain == HEAD else plain, parameter)
     return found
 
 

@@ -28,7 +28,7 @@ def loss_function(tp_mesh: DeviceMesh) -> LossFunction:
         whole = DTensor.from_local(logits_BSV, tp_mesh, [Shard(-1)], run_check=False)
         loss = mean_loss(whole, targets_BS)
         assert isinstance(loss, DTensor)
-        return loss.to_local()
+        return loss.to_local().clone()  # no view: a schedule that splits the backward detaches the loss in place
 
     return split_loss
 

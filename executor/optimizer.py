@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor
 
 from shardplan.executor.schedule import MAX_NORM, AdamWords
 
@@ -37,17 +37,22 @@ def build_optimizer(
 
 
 def settle_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Sum gradients that are still partial over tp (norms under sequence parallelism hold a part of the sequence)."""
+    """Place gradients as their parameters are: under sequence parallelism those of norms are partial sums over tp, and that of an
+    embedding split over the vocabulary can come out whole."""
     for parameter in parameters:
         grad = parameter.grad
-        if isinstance(grad, DTensor) and any(placement.is_partial() for placement in grad.placements):
-            whole = [Replicate() if placement.is_partial() else placement for placement in grad.placements]
-            parameter.grad = grad.redistribute(placements=whole)
+        if isinstance(grad, DTensor) and isinstance(parameter, DTensor) and grad.placements != parameter.placements:
+            parameter.grad = grad.redistribute(placements=parameter.placements)
 
 
 @torch.no_grad()
 def clip_gradients(
-    parameters: Sequence[nn.Parameter], mesh: DeviceMesh, max_norm: float = MAX_NORM, *, loss_scale: float = 1.0
+    parameters: Sequence[nn.Parameter],
+    mesh: DeviceMesh,
+    max_norm: float = MAX_NORM,
+    *,
+    loss_scale: float = 1.0,
+    copies: Sequence[nn.Parameter] = (),
 ) -> Tensor:
     """Scale gradients in place so that their global L2 norm is at most `max_norm`; returns the norm before, a scalar.
 
@@ -55,14 +60,16 @@ def clip_gradients(
 
     Each rank sums the squares it holds, apart for each set of axes a gradient is split over; a set's sum is added
     up over just those axes, so what is replicated counts once. Pipeline stages hold different parameters: sum over pp.
+    Gradients of `copies` are scaled, but other stages count them.
     """
-    pieces = [(_split_axes(p.grad), _local(p.grad)) for p in parameters if p.grad is not None]
+    elsewhere = {id(copy) for copy in copies}
+    pieces = [(_split_axes(p.grad), _local(p.grad), id(p) not in elsewhere) for p in parameters if p.grad is not None]
     device = mesh.device_type if mesh.device_type == "cpu" else torch.device("cuda", torch.cuda.current_device())
     groups = {axis: group for p in parameters for axis, group in _groups(p.grad)}
     kinds = [frozenset(axes) for size in range(3) for axes in itertools.combinations(SHARDED_AXES, size)]
     squares = torch.zeros(len(kinds), device=device)
-    for axes, grad in pieces:
-        squares[kinds.index(axes)] += torch.linalg.vector_norm(grad, dtype=torch.float32).square()
+    for axes, grad, counts in pieces:
+        squares[kinds.index(axes)] += torch.linalg.vector_norm(grad, dtype=torch.float32).square() * counts
     for axis in SHARDED_AXES:
         if axis in groups:  # on all ranks of a stage or on none: they hold the same parameters
             rows = [i for i, kind in enumerate(kinds) if axis in kind]
@@ -74,7 +81,7 @@ def clip_gradients(
         dist.all_reduce(total, group=mesh.get_group("pp"))
     norm = total.sqrt() / loss_scale
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0) / loss_scale
-    for _, grad in pieces:
+    for _, grad, _ in pieces:
         grad.mul_(scale)
     return norm
 

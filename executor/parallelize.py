@@ -21,11 +21,13 @@ def parallelize(
     mesh: DeviceMesh,
     experts: ExpertGroups,
     *,
+    layers_before: int = 0,
     compiler: str | None = None,
 ) -> Transformer:
     """Spread `model` (whole, or one pipeline chunk) over the ranks of `mesh`, its experts over theirs, in place.
 
-    `compiler`: torch.compile's backend."""
+    `layers_before` are in the rank's chunks before; `compiler` is torch.compile's backend.
+    """
     # 1. Tensor parallelism looks modules up by their plain names, so it comes before anything that wraps them.
     if layout.tp > 1:
         apply_tensor_parallel(model, mesh["tp"], sequence_parallel=layout.sequence_parallel)
@@ -34,7 +36,7 @@ def parallelize(
     spread_experts(model, layout, mesh, experts)
 
     # 3. Recomputation wraps layers, collectives of tensor and expert parallelism included.
-    apply_recompute(model, layout.recompute, mesh.get_local_rank("pp"))
+    apply_recompute(model, layout.recompute, mesh.get_local_rank("pp"), before=layers_before)
 
     # 4. What is compiled is a layer with its recomputation; parameters keep their names.
     if compiler is not None:
@@ -43,5 +45,5 @@ def parallelize(
     # Context parallelism exchanges what attention calls, not modules: `Trainer` adds it behind the choice of a kernel (context_parallel).
 
     # 5. ZeRO last: it shards what is left on the rank, and its gathers must surround the recomputation and stay out of the graph.
-    apply_zero(model, job, mesh, zero=layout.zero, expert_mesh=experts.mesh)
+    apply_zero(model, job, mesh, zero=layout.zero, hpz=layout.hpz, expert_mesh=experts.mesh)
     return model

@@ -34,9 +34,9 @@ def _keep_matrix_products(_context: Any, operator: Any, *_args: Any, **_kwargs: 
     return CheckpointPolicy.MUST_SAVE if operator in MATRIX_PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def apply_recompute(model: Transformer, word: str, stage: int = 0) -> None:
-    """Wrap the layers of this chunk as `word` (none, selective, selective:PART+PART, full, full:N = the first N layers,
-    full:N0,N1,… = the first N of each `stage`) says."""
+def apply_recompute(model: Transformer, word: str, stage: int = 0, *, before: int = 0) -> None:
+    """Wrap the layers of this chunk as `word` (none, selective, selective:PART+PART, full, full:N = the first N layers of a rank,
+    full:N0,N1,… = the first N of each `stage`) says; `before` layers are in the rank's chunks before this one."""
     kind, count, parts, by_stage = split_recompute(word)
     if kind == "none":
         return
@@ -45,7 +45,11 @@ def apply_recompute(model: Transformer, word: str, stage: int = 0) -> None:
     options: dict[str, Any] = {"checkpoint_impl": CheckpointImpl.NO_REENTRANT, "preserve_rng_state": False}
     if kind == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_matrix_products)
-    chosen = list(model.layers.items()) if count == ALL_LAYERS else list(islice(model.layers.items(), count))
+    chosen = (
+        list(model.layers.items())
+        if count == ALL_LAYERS
+        else list(islice(model.layers.items(), max(count - before, 0)))
+    )
     for name, layer in chosen:
         if parts:
             options["context_fn"] = parts_context(layer, parts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,17 @@ from shardplan.executor.loss_scale import LossScale, overflows, scaled
 from shardplan.executor.mesh import data_coordinate
 from shardplan.executor.optimizer import build_optimizer, clip_gradients, settle_gradients
 from shardplan.executor.parallelize import parallelize
-from shardplan.executor.pipeline import Schedule, build_schedule, chunk_layers, chunks_of_rank, parts
+from shardplan.executor.pipeline import (
+    Schedule,
+    build_schedule,
+    chunk_layers,
+    chunks_of_rank,
+    forward_only,
+    layers_before,
+    parts,
+)
 from shardplan.executor.recipe import Batches, Recipe, plain_recipe
+from shardplan.executor.tied import TiedEmbedding
 from shardplan.executor.transformer import Part, Transformer, build_transformer
 from shardplan.executor.zero import reshard, set_micro_step
 from shardplan.planner.plan import Plan, model_digest
@@ -56,11 +65,14 @@ class Trainer:
         self.sequences = job.global_batch // layout.dp
         self.micro_batches = self.sequences // layout.micro_batch
         experts = build_expert_groups(plan.model, layout, device.type)
-        every = parts(chunk_layers(layout, plan.model.layer_count, plan.prediction))
         compiler = compile_backend if compiling.is_compiled(plan.runtime) else None
+        split, stage = chunk_layers(layout, plan.model.layer_count, plan.prediction), mesh.get_local_rank("pp")
+        held = zip(chunks_of_rank(layout, stage), layers_before(layout, split, stage), strict=True)
         self.chunks: list[Transformer] = [
-            parallelize(self._build(every[number]), layout, job, mesh, experts, compiler=compiler)
-            for number in chunks_of_rank(layout, mesh.get_local_rank("pp"))
+            parallelize(
+                self._build(parts(split)[number]), layout, job, mesh, experts, layers_before=before, compiler=compiler
+            )
+            for number, before in held
         ]
         head_dim = max(kind.head_dim for kind, _ in plan.model.layers)
         self.attention = attention_backends(layout.attention, device_type=device.type, precision=job.precision)
@@ -76,6 +88,7 @@ class Trainer:
         if self.own_attention:
             for chunk in self.chunks:
                 use_own_attention(chunk)
+        self.tied = TiedEmbedding(self.chunks, mesh)
         self.context = join_context(layout, job.seq)
         blocks = choose_blocks(device, word=layout.attention, precision=job.precision, head_dim=head_dim)
         for chunk in self.chunks:
@@ -135,6 +148,7 @@ class Trainer:
             loss = self._micro_steps(*batch) if self.schedule is None else self._pipeline(*batch)
         settle_gradients(self.parameters())
         settle_experts(self.chunks, self.plan.layout)
+        self.tied.sum_gradients()
         return loss / self.scale
 
     def _micro_steps(self, *batch: Tensor) -> Tensor:
@@ -156,15 +170,17 @@ class Trainer:
         losses: list[Tensor] = []
         arguments = (inputs,) if self.holds_first else ()
         every_stage: dict[str, Any] = {"positions": positions[0]} if positions else {}
-        if self.holds_last:
-            run(*arguments, target=targets, losses=losses, return_outputs=False, **every_stage)
-            return torch.stack(losses).mean().detach()
-        run(*arguments, return_outputs=False, **every_stage)
+        with nullcontext() if train else forward_only(self.schedule):
+            if self.holds_last:
+                run(*arguments, target=targets, losses=losses, return_outputs=False, **every_stage)
+                return torch.stack(losses).mean().detach()
+            run(*arguments, return_outputs=False, **every_stage)
         return torch.zeros((), device=self.device)
 
     def update(self, step: int) -> Tensor:
         """Clip, take an optimizer step unless a gradient overflowed, drop the gradients; returns their norm before clipping."""
-        norm = clip_gradients(self.parameters(), self.mesh, self.recipe.optimizer.clip, loss_scale=self.scale)
+        most = self.recipe.optimizer.clip
+        norm = clip_gradients(self.parameters(), self.mesh, most, loss_scale=self.scale, copies=self.tied.copies)
         overflow = self.loss_scale is not None and overflows(norm)
         if not overflow:
             for group in self.optimizer.param_groups:
@@ -193,6 +209,7 @@ class Trainer:
     def resume(self, checkpoint: Path) -> int:
         """Take over a checkpoint of any layout, of the same data; returns the steps it has done. All ranks call it together."""
         saved = load(checkpoint, self.state())
+        self.tied.follow(self.optimizer)
         self.recipe.data.restore(saved.data)
         if self.loss_scale is not None and saved.loss_scale is not None:
             self.loss_scale.restore(saved.loss_scale)

@@ -22,6 +22,8 @@ from shardplan.executor.experts import MixtureOfExperts
 ROTARY_BASE = 10_000.0
 NORM_EPSILON = 1e-5
 INIT_STD = 0.02
+TABLE, HEAD = "embedding.tokens.weight", "head.weight"
+"""Names of the two ends of the vocabulary, one parameter where embeddings are tied."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,6 +183,7 @@ class Transformer(nn.Module):
         kinds = layer_kinds(model)
         self.depth = len(kinds)
         self.seq, self.rotary, self.head_dim = seq, kinds[0].rotary, kinds[0].head_dim
+        self.ties = model.tied_embeddings
         self.tied = model.tied_embeddings and part.embedding and part.head
         self.embedding = Embedding(model) if part.embedding else None
         routers = sum(kind.experts > 0 for kind in kinds)
@@ -211,11 +214,15 @@ class Transformer(nn.Module):
         if self.tied and self.head is not None and self.embedding is not None:
             self.head.weight = self.embedding.tokens.weight
 
+    def whole_name(self, name: str) -> str:
+        """The name in the whole model of this part's parameter `name`: a tied head apart from its embedding is a copy of that."""
+        return TABLE if self.ties and name == HEAD else name
+
     def initialise(self, seed: int) -> None:
         """Fill every parameter from `seed` and its own name, so that any part of any layout gets the same values."""
         for name, parameter in self.named_parameters():
             with torch.no_grad():
-                _fill(parameter, name, seed=seed, depth=self.depth)
+                _fill(parameter, self.whole_name(name), seed=seed, depth=self.depth)
         if self.rotary:
             device = next(self.parameters()).device
             self.table = rotary_table(self.seq, self.head_dim, device)

@@ -33,7 +33,7 @@ MOST_FILE_BYTES = 5 * 10**9
 def load(chunk: Transformer, folder: Folder) -> None:
     """Give a chunk that is not spread yet the values of `folder`, its rotary base and norm epsilon."""
     for name, parameter in chunk.named_parameters():
-        for theirs, matrix in zip(*_matrices(name, parameter), strict=True):
+        for theirs, matrix in zip(*_matrices(chunk.whole_name(name), parameter), strict=True):
             with safe_open(str(folder.files[theirs]), framework="pt") as file:
                 matrix.copy_(file.get_tensor(theirs))
     for module in chunk.modules():
@@ -92,6 +92,8 @@ def _whole(chunks: Sequence[Transformer]) -> Iterator[tuple[str, Tensor]]:
     """Name in the plain model and value of every parameter, gathered; a tied head comes once, as the embedding."""
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
+            if name != chunk.whole_name(name):
+                continue
             yield (
                 parameter_name(name),
                 parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach(),

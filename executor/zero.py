@@ -7,6 +7,9 @@
 | 2 | whole until the step ends         | sharded, reduced every micro-batch |
 | 3 | gathered per layer, then dropped  | sharded, reduced every micro-batch |
 
+hpZ of ZeRO++ (arXiv 2306.10209, section 3.2): after the forward pass ZeRO-3 keeps a second, larger shard of the parameters, so that the
+backward pass gathers among `hpz` neighbours only.
+
 Optimizer states and fp32 masters are sharded in 1 to 3. Inside a pipeline the schedule itself reduces once a step, so
 there gradients stay whole until the end for every stage.
 """
@@ -34,7 +37,13 @@ def precision_policy(job: Job) -> MixedPrecisionPolicy:
 
 
 def apply_zero(
-    model: Transformer, job: Job, mesh: DeviceMesh, *, zero: int, expert_mesh: DeviceMesh | None = None
+    model: Transformer,
+    job: Job,
+    mesh: DeviceMesh,
+    *,
+    zero: int,
+    hpz: int = 1,
+    expert_mesh: DeviceMesh | None = None,
 ) -> None:
     """Shard each layer, then the rest (embedding, norm, head) as the root group, in place; experts on a mesh of their own first."""
     expert_ranks = _size(expert_mesh, "expert") if expert_mesh is not None else 1
@@ -54,8 +63,9 @@ def apply_zero(
                     shard_placement_fn=partial(shard_dim, shards=expert_mesh["expert_shard"].size()),
                 )
     shards = partial(shard_dim, shards=mesh["dp_shard"].size())
+    keep: bool | int = hpz if zero == 3 and 1 < hpz < mesh["dp_shard"].size() else zero == 3
     for layer in model.layers.values():
-        fully_shard(layer, mesh=data_mesh, mp_policy=policy, reshard_after_forward=zero == 3, shard_placement_fn=shards)
+        fully_shard(layer, mesh=data_mesh, mp_policy=policy, reshard_after_forward=keep, shard_placement_fn=shards)
     # the root is used first and last in every pass: dropping it in between would only gather it twice
     fully_shard(model, mesh=data_mesh, mp_policy=policy, reshard_after_forward=False)
 

@@ -89,7 +89,7 @@ def knobs_of(setting: Setting, wishes: Wishes) -> tuple[Knob, ...]:
         ),
         Knob(
             words=("hpz", "qwz", "qgz"),
-            variants=_zeropp(setting, wishes) if runtime.abilities.zeropp else (),
+            variants=_zeropp(setting, wishes),
             rows=lambda t: (t.zero == 3) & (t.dp_shard == t.dp) & (t.offload_params == 0) & (t.dp * t.cp > 1),
             changes=("dp_exposed_s",),
         ),
@@ -119,8 +119,9 @@ def named_recompute(setting: Setting, wishes: Wishes) -> tuple[Knob, ...]:
 
 def _zeropp(setting: Setting, wishes: Wishes) -> tuple[Variant, ...]:
     """A second copy of the parameters among ranks of a node; fewer bits on the wire where the user allows them, as they change results."""
-    copies = divisors(setting.cluster.node.gpus)
-    bits = [(0, 1) if word in wishes.allowed else (0,) for word in ("qwz", "qgz")]
+    known = setting.runtime.abilities.zeropp
+    copies = divisors(setting.cluster.node.gpus) if "hpz" in known else [1]
+    bits = [(0, 1) if word in wishes.allowed and word in known else (0,) for word in ("qwz", "qgz")]
     every = ({"hpz": hpz, "qwz": qwz, "qgz": qgz} for hpz, qwz, qgz in product(copies, *bits))
     return tuple(one for one in every if one != {"hpz": 1, "qwz": 0, "qgz": 0})
 

@@ -326,10 +326,11 @@ def difference(model: Model, words: str, global_batch: int, expected) -> dict[st
         for chunk in trainer.chunks if step == 1 else ():
             for name, parameter in chunk.named_parameters():
                 grad = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
-                right = gradients[parameter_name(name)]
+                plain = chunk.whole_name(parameter_name(name))
+                right = gradients[plain]
                 error = (grad - right).norm() / (right.norm() + 1e-4 * norm)
                 worst["gradient"] = max(worst["gradient"], error.item())
-                names.add(parameter_name(name))
+                names.add(plain)
         found = trainer.update(step).item()
         if step == 1:
             worst["norm"] = abs(found - norm) / norm

@@ -100,14 +100,16 @@ def test_mesh_follows_the_rank_map_of_the_cost_model(words):
 
 def test_chunks_follow_the_layout_then_the_prediction_then_the_default():
     pytest.importorskip("torch")
-    from shardplan.executor.pipeline import chunk_layers, chunks_of_rank, parts
+    from shardplan.executor.pipeline import chunk_layers, chunks_of_rank, layers_before, parts
 
     layout = Layout(pp=2)
     predicted = {"memory": {"stages": [{"layers": 4}, {"layers": 3}]}}
     assert chunk_layers(replace(layout, stage_layers=(5, 2)), 7, predicted) == (5, 2)
     assert chunk_layers(layout, 7, {"memory": {"stages": [{"layers": 3}, {"layers": 4}]}}) == (3, 4)
     assert chunk_layers(layout, 7, {"memory": None}) == (4, 3)
-    assert list(chunks_of_rank(Layout(pp=2, schedule="interleaved", virtual_stages=2), 1)) == [1, 3]
+    assert chunks_of_rank(Layout(pp=2, schedule="interleaved", virtual_stages=2), 1) == [1, 3]
+    assert chunks_of_rank(Layout(pp=4, schedule="zero_bubble_v", virtual_stages=2), 1) == [1, 6]
+    assert layers_before(Layout(pp=2, schedule="dualpipe_v", virtual_stages=2), (3, 2, 1, 1), 0) == [0, 3]
     first, last = parts((4, 3))
     assert (first.first, first.end, first.embedding, first.head) == (0, 4, True, False)
     assert (last.first, last.end, last.embedding, last.head) == (4, 7, False, True)
@@ -181,12 +183,18 @@ def test_models_that_cannot_be_executed_are_refused_by_name():
     assert refused_layers(experts, layout=parse_layout("dp=4 tp=2 zero=1 etp=1 sequence_parallel=true")) == [
         "runtime-expert-tensor-parallel"
     ]
-    assert "tied-embeddings-across-stages" in refused_rules(
-        replace(plan, model=replace(plan.model, tied_embeddings=True))
-    )
     assert "vocabulary-too-small" in refused_rules(replace(plan, model=replace(plan.model, vocab=100)))
     assert "tp-divides-vocab" in refused_rules(replace(plan, model=replace(plan.model, vocab=257)))
     assert isinstance(kind, LayerKind)
+
+
+@pytest.mark.parametrize("schedule", ["zero_bubble_v", "dualpipe_v"])
+def test_v_schedules_over_gloo_need_a_torch_that_does_not_hang(schedule):
+    plan = make_plan(f"pp=2 schedule={schedule} virtual_stages=2")
+    (old,) = refusals(plan, device="cpu", cuda_devices=0, torch="2.11.0+cu130")
+    assert (old.rule, "2.11.0" in old.detail, "2.13" in old.remedy) == ("v-schedule-torch", True, True)
+    assert refusals(plan, device="cpu", cuda_devices=0, torch="2.13.0+cpu") == []
+    assert refusals(plan, device="cuda", cuda_devices=2, torch="2.11.0+cu130") == []
 
 
 def test_missing_gpus_are_refused_unless_forced_onto_few_enough_processes():
