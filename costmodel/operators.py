@@ -30,6 +30,11 @@ from shardplan.costmodel.runtime import Runtime
 __all__ = ["Gemm", "Op", "Shapes", "embedding_ops", "head_ops", "layer_ops", "logits_bytes"]
 
 
+LOSS_REDUCTIONS = 3
+"""Of a number per token in fp32, where logits are split over tp: largest logit, sum of exponentials, logit of the target (Megatron-LM
+core/tensor_parallel/cross_entropy.py, PyTorch's loss_parallel)."""
+
+
 def layer_ops(kind: LayerKind, shapes: Shapes, runtime: Runtime) -> tuple[Op, ...]:
     """Operators of one decoder layer, in execution order.
 
@@ -190,7 +195,11 @@ def head_ops(
             forward=entering[0],
             backward=entering[1],
         ),
-        Op(name="loss", traffic_bytes=(runtime.activations.logit_bytes + capped) * tokens * columns),
+        Op(
+            name="loss",
+            traffic_bytes=(runtime.activations.logit_bytes + capped) * tokens * columns,
+            forward=(("all_reduce", np.where(shapes.tp > 1, 4.0 * tokens, 0.0)),) * LOSS_REDUCTIONS,
+        ),
     )
 
 

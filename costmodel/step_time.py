@@ -133,6 +133,8 @@ class PacedTimes:
     exchanges: Exchange
     """How often the states of a rank are reduced and gathered in a step."""
     windows: Windows
+    forward_s: FloatArray
+    """Of `compute_s`, what the forward takes."""
     offload: tuple[FloatArray, FloatArray] | None = None
     """(exposed, hidden) seconds of activations on their way to and from host memory; None where none are."""
 
@@ -185,6 +187,7 @@ def paced_times(
             forward_s=pace["forward"] + down + ring / 3.0,
             backward_s=pace["backward"] + pace["recompute"] + up + ring / 1.5,
         ),
+        forward_s=micro_batches * pace["forward"],
         offload=(micro_batches * (down + up), micro_batches * hidden_copies) if copies else None,
     )
 
@@ -288,7 +291,8 @@ class StepTime:
     states_of: IntArray
 
     def parts(self, *, hides_s: FloatArray | None = None) -> Mapping[str, FloatArray]:
-        """Seconds by part (TIME_PARTS) and `step_s`, (N,). What a row has from its keys alone is gathered when it is read.
+        """Seconds by part (TIME_PARTS), `step_s` and, of compute, `forward_s`, (N,). What a row has from its keys alone is gathered when
+        it is read.
 
         With `hides_s`, (K,) over the keys of the pace, a lower bound: of exchanges so many seconds hide if they can, of copies to other
         tiers all that can; copies of activations cost nothing.
@@ -311,6 +315,7 @@ class StepTime:
             for name, column in zip(own, (exposed, offload, host, step), strict=True):
                 time[name][some] = column
         makers = {name: partial(self._of_pace, paced.parts.get(name)) for name in TIME_PARTS}
+        makers["forward_s"] = partial(self._of_pace, paced.forward_s)
         makers["optimizer_s"] = partial(self.held.optimizer_s.take, self.states_of)
         return LazyColumns({**makers, **{name: partial(_as_it_is, column) for name, column in time.items()}})
 
@@ -347,7 +352,8 @@ class StepTime:
         of compute they hide behind; with `hides_s` see `parts`."""
         paced, held = self.paced, self.held
         exchange = Exchange(
-            reduce_s=held.exchange.reduce_s.take(of) * paced.exchanges.reduce_s.take(at),
+            reduce_s=held.exchange.reduce_s.take(of) * paced.exchanges.reduce_s.take(at)
+            + np.broadcast_to(held.exchange.replicate_s, held.exchange.reduce_s.shape).take(of),
             gather_s=held.exchange.gather_s.take(of) * paced.exchanges.gather_s.take(at),
             reduce_share=held.exchange.reduce_share.take(of),
             gather_share=held.exchange.gather_share.take(of),
