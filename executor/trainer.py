@@ -21,9 +21,12 @@ from shardplan.executor.attention_kernel import (
 from shardplan.executor.checkpoint import State, load, named_parameters, training_state
 from shardplan.executor.checkpoint_files import Progress
 from shardplan.executor.loss import loss_context, loss_function
+from shardplan.executor.measure import host_peak_bytes
+from shardplan.executor.memory_parts import gradient_bytes, run_parts
 from shardplan.executor.mesh import data_rank
 from shardplan.executor.optimizer import build_optimizer, clip_gradients, settle_gradients
 from shardplan.executor.parallelize import parallelize
+from shardplan.executor.phases import StepClock, in_phase, watch_stages
 from shardplan.executor.pipeline import Schedule, build_schedule, chunk_layers, chunks_of_rank, parts
 from shardplan.executor.recipe import Batches, Recipe, plain_recipe
 from shardplan.executor.transformer import Part, Transformer, build_transformer
@@ -37,6 +40,9 @@ class Trainer:
     def __init__(self, plan: Plan, mesh: DeviceMesh, device: torch.device, recipe: Recipe | None = None) -> None:
         layout, job = plan.layout, plan.job
         self.plan, self.mesh, self.device = plan, mesh, device
+        self.clock = StepClock(device)
+        self.before_bytes = host_peak_bytes()
+        self.gradients_bytes = 0.0
         self.recipe = recipe or plain_recipe(plan)
         self.sequences = job.global_batch // layout.dp
         self.micro_batches = self.sequences // layout.micro_batch
@@ -61,8 +67,14 @@ class Trainer:
         self.schedule: Schedule | None = None
         if layout.pp > 1:
             self.schedule = build_schedule(
-                self.chunks, layout, mesh, device=device, micro_batches=self.micro_batches, loss=self.loss
+                self.chunks,
+                layout,
+                mesh,
+                device=device,
+                micro_batches=self.micro_batches,
+                loss=in_phase(self.loss, self.clock, "forward"),
             )
+            watch_stages(self.schedule, self.clock)
         self.optimizer = build_optimizer(
             self.parameters(), rate=self.recipe.learning_rate(1), words=self.recipe.optimizer
         )
@@ -97,7 +109,8 @@ class Trainer:
             contexts.enter_context(loss_context(self.mesh["tp"]))
             contexts.enter_context(attention_context(self.attention))
             loss = self._micro_steps(inputs, targets) if self.schedule is None else self._pipeline(inputs, targets)
-        settle_gradients(self.parameters())
+        with self.clock("backward"):
+            settle_gradients(self.parameters())
         return loss
 
     def _micro_steps(self, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -106,8 +119,10 @@ class Trainer:
         pieces = zip(inputs.chunk(self.micro_batches), targets.chunk(self.micro_batches), strict=True)
         for i, (x, y) in enumerate(pieces):
             set_micro_step(model, zero=zero, last=i == self.micro_batches - 1)
-            loss = self.loss(model(x), y) / self.micro_batches
-            loss.backward()
+            with self.clock("forward"):
+                loss = self.loss(model(x), y) / self.micro_batches
+            with self.clock("backward"):
+                loss.backward()
             total += loss.detach()
         return total
 
@@ -122,13 +137,31 @@ class Trainer:
         run(*arguments, return_outputs=False)
         return torch.zeros((), device=self.device)
 
+    def optimizer_states(self) -> list[object]:
+        """Whatever the optimizer holds."""
+        return [value for states in self.optimizer.state.values() for value in states.values()]
+
+    def memory(self) -> dict[str, float]:
+        """Bytes of this rank by part, see `memory_parts.run_parts`, and its pipeline `stage`."""
+        parts = run_parts(
+            self.parameters(),
+            self.optimizer_states(),
+            self.device,
+            gradients_bytes=self.gradients_bytes,
+            before_bytes=self.before_bytes,
+        )
+        return {"stage": self.mesh.get_local_rank("pp"), **parts}
+
     def update(self, step: int) -> Tensor:
         """Clip, take an optimizer step, drop the gradients; returns the gradient norm before clipping."""
-        norm = clip_gradients(self.parameters(), self.mesh, self.recipe.optimizer.clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.learning_rate(step)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        if not self.gradients_bytes:
+            self.gradients_bytes = gradient_bytes(self.parameters())
+        with self.clock("optimizer"):
+            norm = clip_gradients(self.parameters(), self.mesh, self.recipe.optimizer.clip)
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.recipe.learning_rate(step)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
         return norm
 
     def state(self) -> State:

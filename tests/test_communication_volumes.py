@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -134,6 +135,17 @@ def test_a_real_step_sends_what_the_cost_model_says(counted, case):
         assert merged(one["volumes"]) == pytest.approx(merged(expected), rel=1e-12)
 
 
+@pytest.mark.distributed
+@pytest.mark.parametrize("case", CASES, ids=key)
+def test_every_collective_is_waited_for_under_the_clock(counted, case):
+    """Of point-to-point transfers a wait covers several, so there a wait or more is all that can be asked."""
+    for one in counted(case[0])[key(case)]:
+        waits, times = dict(one["waits"]), {axis: number for axis, number in one["times"].items() if number}
+        if "pp=" in case[-1]:
+            assert waits.pop("pp") > times.pop("pp")
+        assert waits == times
+
+
 # --- what a rank does ---------------------------------------------------------------------------------------------
 
 
@@ -143,6 +155,7 @@ def count(case: tuple) -> dict[str, object]:
     from shardplan.executor.mesh import build_mesh
     from shardplan.executor.traffic import Traffic
     from shardplan.executor.trainer import Trainer
+    from shardplan.executor.waits import Waits
 
     _, name, seq, batch, precision, words = case
     layout = parse_layout(words)
@@ -165,8 +178,15 @@ def count(case: tuple) -> dict[str, object]:
     with Traffic(mesh) as traffic:
         trainer.forward_backward(2)
         trainer.update(2)
+    with Waits(trainer.clock, mesh):
+        trainer.forward_backward(3)
+        trainer.update(3)
+    waits = Counter(axis for _, axis, *_ in trainer.clock.waits)
+    times = Counter[str]()
+    for (axis, what), number in (traffic.times + traffic.small_times).items():
+        times[axis] += number * (what != "send")
     volumes = {f"{axis} {what}": size for (axis, what), size in traffic.payload_bytes.items()}
-    return {"stage": mesh.get_local_rank("pp"), "volumes": volumes}
+    return {"stage": mesh.get_local_rank("pp"), "volumes": volumes, "waits": waits, "times": times}
 
 
 def rank_main(ranks: int, result: Path) -> None:
