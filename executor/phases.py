@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-PHASES = ("forward", "backward", "optimizer")
+PHASES: tuple[str, ...] = ("forward", "backward", "optimizer")
 Mark = Any
 """Seconds of a clock, or a recorded torch.cuda.Event."""
 

@@ -7,6 +7,8 @@ rank's own slice (B, S, V/tp), which `loss.py` takes.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_module
@@ -47,10 +49,10 @@ def _ends(model: Transformer, stream: Placement) -> dict[str, ParallelStyle]:
 def _split_positions(positions: nn.Module, mesh: DeviceMesh) -> None:
     """Learned positions, whole on every rank, are looked up for the rank's part of the sequence only: (S) -> (S/tp, H)."""
 
-    def split(_module: nn.Module, inputs: tuple[Tensor, ...], on: DeviceMesh) -> DTensor:
+    def split(_module: nn.Module, inputs: tuple[Tensor, ...], on: DeviceMesh) -> Any:
         return DTensor.from_local(inputs[0], on, [Replicate()], run_check=False).redistribute(placements=[Shard(0)])
 
-    def local(_module: nn.Module, looked_up: DTensor, _on: DeviceMesh) -> Tensor:
+    def local(_module: nn.Module, looked_up: DTensor, _on: DeviceMesh) -> Any:
         return looked_up.to_local()
 
     distribute_module(positions, mesh, input_fn=split, output_fn=local)

@@ -98,7 +98,7 @@ def launch(ranks: int, result: Path) -> dict[str, list[dict[str, int]]]:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
