@@ -27,6 +27,7 @@ from shardplan.hw_profiles.machine import Gpu
 from shardplan.hw_profiles.topology import TierTable
 
 FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
 FULL = RECOMPUTE.index("full")
 
 
@@ -175,6 +176,17 @@ def exchange_s(
     gathers = np.where(again & (layouts.recompute == FULL), gathers * (1.0 + 0.5 * released), gathers)
     return replace(
         one, reduce_s=one.reduce_s * reductions + one.replicate_s, gather_s=one.gather_s * gathers, replicate_s=0.0
+    )
+
+
+def exchange_of_rows(one: Exchange, of: IntArray, counts: Exchange, at: IntArray) -> Exchange:
+    """All exchanges of a step of rows with `one` at `of` and the numbers of reductions and gathers at `at` of `counts`."""
+    once = np.broadcast_to(one.replicate_s, one.reduce_s.shape)
+    return Exchange(
+        reduce_s=one.reduce_s.take(of) * counts.reduce_s.take(at) + once.take(of),
+        gather_s=one.gather_s.take(of) * counts.gather_s.take(at),
+        reduce_share=one.reduce_share.take(of),
+        gather_share=one.gather_share.take(of),
     )
 
 

@@ -17,6 +17,7 @@ from shardplan.costmodel.collectives import collective_s
 from shardplan.costmodel.data_parallel import (
     Exchange,
     Windows,
+    exchange_of_rows,
     exchange_s,
     exchange_windows,
     exposed_exchange_s,
@@ -351,13 +352,7 @@ class StepTime:
         """(exposed, hidden) seconds of gradient reduction and parameter gathers of the rows with keys `at` and `of`, with the slowdown
         of compute they hide behind; with `hides_s` see `parts`."""
         paced, held = self.paced, self.held
-        exchange = Exchange(
-            reduce_s=held.exchange.reduce_s.take(of) * paced.exchanges.reduce_s.take(at)
-            + np.broadcast_to(held.exchange.replicate_s, held.exchange.reduce_s.shape).take(of),
-            gather_s=held.exchange.gather_s.take(of) * paced.exchanges.gather_s.take(at),
-            reduce_share=held.exchange.reduce_share.take(of),
-            gather_share=held.exchange.gather_share.take(of),
-        )
+        exchange = exchange_of_rows(held.exchange, of, paced.exchanges, at)
         windows = paced.windows.take(at)
         if hides_s is not None:
             endless = np.full(len(at), np.inf)

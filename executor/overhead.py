@@ -55,13 +55,13 @@ class Overhead:
     """Of the bare loop and of the executor, which train the same."""
 
 
-def measure_overhead(
-    *, model: str, seq: int, micro_batch: int, accumulation: int, pairs: int, device: torch.device
-) -> Overhead:
-    """Train `pairs` + WARMUP_PAIRS steps each way; needs a process without a process group, and starts one.
+def measure_overhead(*, model: str, seq: int, micro_batch: int, accumulation: int, pairs: int) -> Overhead:
+    """Train `pairs` + WARMUP_PAIRS steps each way, on a GPU where there is one; needs a process without a process group, and starts one.
 
-    fp32 on a CPU; on a GPU bf16, where the bare loop is autocast over fp32 parameters.
+    fp32 on one core of a CPU; on a GPU bf16, where the bare loop is autocast over fp32 parameters.
     """
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    torch.set_num_threads(1)
     mesh = start_alone(device)
     precision = "bf16" if device.type == "cuda" else "fp32"
     plan = Plan(

@@ -135,15 +135,9 @@ def executor(
     if find_spec("torch") is None:
         typer.echo("shardplan: measuring the executor needs torch; install shardplan[run]", err=True)
         raise typer.Exit(1)
-    import torch
-
     from shardplan.executor.overhead import measure_overhead
 
-    torch.set_num_threads(1)
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    found = measure_overhead(
-        model=model, seq=seq, micro_batch=micro_batch, accumulation=accumulation, pairs=pairs, device=device
-    )
+    found = measure_overhead(model=model, seq=seq, micro_batch=micro_batch, accumulation=accumulation, pairs=pairs)
     if as_json:
         typer.echo(json.dumps(asdict(found)))
         return
