@@ -14,6 +14,7 @@ from dataclasses import replace
 import numpy as np
 
 from shardplan.costmodel.attention_ops import attention_ops
+from shardplan.costmodel.collectives import Collective
 from shardplan.costmodel.model import LayerKind
 from shardplan.costmodel.op import (
     Amount,
@@ -185,6 +186,7 @@ def head_ops(
     stream = shapes.element_bytes * tokens * hidden
     columns = padded_vocab / shapes.tp
     entering = tensor_parallel_collectives(shapes, stream)[0]
+    reduction: tuple[Collective, FloatArray] = ("all_reduce", np.where(shapes.tp > 1, 4.0 * tokens, 0.0))
     capped = 2 * shapes.element_bytes * (1 if runtime.execution.fused_layers else 3) if softcap else 0
     return (
         Op(name="input", kept_bytes=stream / shapes.sp),
@@ -198,7 +200,7 @@ def head_ops(
         Op(
             name="loss",
             traffic_bytes=(runtime.activations.logit_bytes + capped) * tokens * columns,
-            forward=(("all_reduce", np.where(shapes.tp > 1, 4.0 * tokens, 0.0)),) * LOSS_REDUCTIONS,
+            forward=(reduction,) * LOSS_REDUCTIONS,
         ),
     )
 
