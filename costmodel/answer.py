@@ -54,6 +54,7 @@ def answer(
         "time": {
             "step_s": step_s,
             **{part: float(estimates.time[part][row]) for part in TIME_PARTS},
+            "phases": _phases(estimates, row),
             "hidden": {axis: float(seconds[row]) for axis, seconds in estimates.hidden.items()},
         },
         "throughput": _throughput(estimates, row, layout.gpus),
@@ -179,6 +180,13 @@ def _memory(estimates: Estimates, row: int) -> dict[str, Any]:
             for s in range(min(stages["device"].shape[0], int(estimates.layouts.pp[row])))
         ],
     }
+
+
+def _phases(estimates: Estimates, row: int) -> dict[str, float]:
+    """Compute of the slowest stage by phase, recomputation in the backward: compute_s and recompute_s in another cut."""
+    forward_s = float(estimates.time["forward_s"][row])
+    both_s = float(estimates.time["compute_s"][row] + estimates.time["recompute_s"][row])
+    return {"forward_s": forward_s, "backward_s": both_s - forward_s}
 
 
 def _throughput(estimates: Estimates, row: int, gpus: int) -> dict[str, float]:

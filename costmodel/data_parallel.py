@@ -27,6 +27,7 @@ from shardplan.hw_profiles.machine import Gpu
 from shardplan.hw_profiles.topology import TierTable
 
 FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
 FULL = RECOMPUTE.index("full")
 
 
@@ -38,6 +39,8 @@ class Exchange:
     gather_s: FloatArray
     reduce_share: FloatArray
     gather_share: FloatArray
+    replicate_s: FloatArray | float = 0.0
+    """Of a reduction, what sums the shards of replicas, where that happens once a step however often gradients are scattered."""
 
 
 def one_exchange_s(
@@ -70,7 +73,12 @@ def one_exchange_s(
 
 def _together(one: Exchange, other: Exchange, both: NDArray[np.bool_]) -> Exchange:
     """One, where `both` followed by the other; shares that hide are means by seconds."""
-    other = replace(other, reduce_s=np.where(both, other.reduce_s, 0.0), gather_s=np.where(both, other.gather_s, 0.0))
+    other = replace(
+        other,
+        reduce_s=np.where(both, other.reduce_s, 0.0),
+        gather_s=np.where(both, other.gather_s, 0.0),
+        replicate_s=np.where(both, other.replicate_s, 0.0),
+    )
 
     def share(first_s: FloatArray, second_s: FloatArray, first: FloatArray, second: FloatArray) -> FloatArray:
         total = first_s + second_s
@@ -81,6 +89,7 @@ def _together(one: Exchange, other: Exchange, both: NDArray[np.bool_]) -> Exchan
         gather_s=one.gather_s + other.gather_s,
         reduce_share=share(one.reduce_s, other.reduce_s, one.reduce_share, other.reduce_share),
         gather_share=share(one.gather_s, other.gather_s, one.gather_share, other.gather_share),
+        replicate_s=one.replicate_s + other.replicate_s,
     )
 
 
@@ -101,11 +110,14 @@ def _group_exchange_s(
     reduced, gathered = _messages(layouts, communication, group.ranks, parameters, trained, units)
     message = trained * gradient_bytes / reduced
     reduce = collective_s(tiers, "reduce_scatter", message, *group.shards.shape)
-    reduce = reduce + collective_s(tiers, "all_reduce", message / shards, *group.replicas.shape)
+    replicate = reduced * collective_s(tiers, "all_reduce", message / shards, *group.replicas.shape)
     gather = collective_s(tiers, "all_gather", parameters * parameter_bytes / gathered, *group.shards.shape)
     reduce, gather = reduced * reduce, gathered * gather
+    if not communication.replicas_reduce_once:
+        reduce, replicate = reduce + replicate, np.zeros_like(reduce)
     if uses_zeropp(layouts):
         reduce = reduce_s(tiers, gpu, layouts, parameters=trained, messages=reduced, plain_s=reduce)
+        replicate = np.where(layouts.qgz > 0, 0.0, replicate)
         gather = gather_s(
             tiers,
             gpu,
@@ -123,6 +135,7 @@ def _group_exchange_s(
         gather_s=gather,
         reduce_share=communication.reduce_overlap * (1.0 - 1.0 / reduced),
         gather_share=hiding * (1.0 - 1.0 / gathered),
+        replicate_s=replicate,
     )
 
 
@@ -161,7 +174,20 @@ def exchange_s(
     gathers = np.where(again, gathers + kept_share * (kept - gathers), gathers)
     released = released_share(unit_parameters, communication.reuse_distance)
     gathers = np.where(again & (layouts.recompute == FULL), gathers * (1.0 + 0.5 * released), gathers)
-    return replace(one, reduce_s=one.reduce_s * reductions, gather_s=one.gather_s * gathers)
+    return replace(
+        one, reduce_s=one.reduce_s * reductions + one.replicate_s, gather_s=one.gather_s * gathers, replicate_s=0.0
+    )
+
+
+def exchange_of_rows(one: Exchange, of: IntArray, counts: Exchange, at: IntArray) -> Exchange:
+    """All exchanges of a step of rows with `one` at `of` and the numbers of reductions and gathers at `at` of `counts`."""
+    once = np.broadcast_to(one.replicate_s, one.reduce_s.shape)
+    return Exchange(
+        reduce_s=one.reduce_s.take(of) * counts.reduce_s.take(at) + once.take(of),
+        gather_s=one.gather_s.take(of) * counts.gather_s.take(at),
+        reduce_share=one.reduce_share.take(of),
+        gather_share=one.gather_share.take(of),
+    )
 
 
 def released_share(unit_parameters: FloatArray | float, reuse_distance: float) -> FloatArray:
@@ -182,9 +208,10 @@ def exchange_counts(
     zero = layouts.zero
     reductions = np.where(reduces_often(layouts, communication), micro_batches, 1.0)
     gathers = np.where(gathered_ahead(layouts, communication), 2.0 * micro_batches, 1.0)
-    # parameters that stay whole after a backward are only gathered again after the next forward dropped them
+    # parameters that stay whole after a backward are only gathered again after the next forward dropped them: once more than there
+    # are forwards, in whatever order a schedule runs them
     once = inside_pipeline(layouts, communication)
-    return reductions, np.where(once & (zero == 3), micro_batches, gathers)
+    return reductions, np.where(once & (zero == 3), micro_batches + 1.0, gathers)
 
 
 def inside_pipeline(layouts: LayoutTable, communication: Communication) -> NDArray[np.bool_]:

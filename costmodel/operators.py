@@ -14,6 +14,7 @@ from dataclasses import replace
 import numpy as np
 
 from shardplan.costmodel.attention_ops import attention_ops
+from shardplan.costmodel.collectives import Collective
 from shardplan.costmodel.model import LayerKind
 from shardplan.costmodel.op import (
     Amount,
@@ -28,6 +29,11 @@ from shardplan.costmodel.op import (
 from shardplan.costmodel.runtime import Runtime
 
 __all__ = ["Gemm", "Op", "Shapes", "embedding_ops", "head_ops", "layer_ops", "logits_bytes"]
+
+
+LOSS_REDUCTIONS = 3
+"""Of a number per token in fp32, where logits are split over tp: largest logit, sum of exponentials, logit of the target (Megatron-LM
+core/tensor_parallel/cross_entropy.py, PyTorch's loss_parallel)."""
 
 
 def layer_ops(kind: LayerKind, shapes: Shapes, runtime: Runtime) -> tuple[Op, ...]:
@@ -180,6 +186,7 @@ def head_ops(
     stream = shapes.element_bytes * tokens * hidden
     columns = padded_vocab / shapes.tp
     entering = tensor_parallel_collectives(shapes, stream)[0]
+    reduction: tuple[Collective, FloatArray] = ("all_reduce", np.where(shapes.tp > 1, 4.0 * tokens, 0.0))
     capped = 2 * shapes.element_bytes * (1 if runtime.execution.fused_layers else 3) if softcap else 0
     return (
         Op(name="input", kept_bytes=stream / shapes.sp),
@@ -190,7 +197,11 @@ def head_ops(
             forward=entering[0],
             backward=entering[1],
         ),
-        Op(name="loss", traffic_bytes=(runtime.activations.logit_bytes + capped) * tokens * columns),
+        Op(
+            name="loss",
+            traffic_bytes=(runtime.activations.logit_bytes + capped) * tokens * columns,
+            forward=(reduction,) * LOSS_REDUCTIONS,
+        ),
     )
 
 

@@ -245,16 +245,20 @@ def _expert_pace(
     return {"expert_exposed": exchange - hidden, "expert_hidden": hidden}
 
 
+def boundary_bytes(model: Model, job: Job, layouts: LayoutTable, runtime: Runtime) -> FloatArray:
+    """Bytes of the tensor that a rank passes on to the next stage for one micro-batch, (N,)."""
+    split = layouts.sequence_parallel == 1
+    if runtime.communication.pipeline_scatter:
+        split = split | (layouts.tp > 1)
+    size = BYTES_OF[job.precision] * layouts.micro_batch * job.seq / layouts.cp * model.hidden
+    return size / np.where(split, layouts.tp, 1)
+
+
 def pipeline_transfers_s(
     model: Model, job: Job, layouts: LayoutTable, runtime: Runtime, tiers: TierTable, micro_batches: FloatArray
 ) -> FloatArray:
     """Seconds per step, (N,), of the boundary tensors of m micro-batches, forward and backward, v times each, less the share the
     runtime hides."""
-    split = layouts.sequence_parallel == 1
-    if runtime.communication.pipeline_scatter:
-        split = split | (layouts.tp > 1)
-    size = BYTES_OF[job.precision] * layouts.micro_batch * job.seq / layouts.cp * model.hidden
-    size = size / np.where(split, layouts.tp, 1)
-    one = point_to_point_s(tiers, size, layouts.pp, layouts.stride("pp"))
+    one = point_to_point_s(tiers, boundary_bytes(model, job, layouts, runtime), layouts.pp, layouts.stride("pp"))
     exposed = 2.0 * layouts.virtual_stages * (micro_batches + layouts.pp - 1.0) * one
     return np.where(layouts.pp > 1, exposed * (1.0 - runtime.communication.pipeline_overlap), 0.0)

@@ -186,6 +186,8 @@ class Communication(_FromFile):
     accumulate."""
     pipeline_reduces_once: bool
     """Inside a pipeline ZeRO-2/3 reduce once a step too; until then gradients, and under ZeRO-3 parameters, stay whole."""
+    replicas_reduce_once: bool = False
+    """Under HSDP the shards of replicas are summed once a step, however often gradients are scattered."""
     reduce_messages: int
     """Collectives that the gradients of one layer are reduced in."""
     gather_messages: int

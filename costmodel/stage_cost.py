@@ -116,39 +116,53 @@ def _strides(layouts: LayoutTable) -> tuple[NDArray[np.int64], ...]:
     return (layouts.stride("tp"), layouts.stride("cp"), *(experts if layouts.dispatches.any() else ()))
 
 
+@dataclass(frozen=True, kw_only=True)
+class BlockOps:
+    """The operators of every kind of block, over K layouts."""
+
+    shapes: Shapes
+    layers: tuple[tuple[Op, ...], ...]
+    """One per run of layer kinds."""
+    embedding: tuple[Op, ...]
+    head: tuple[Op, ...]
+    """Of every prediction."""
+    spread: Mapping[int, tuple[Op, ...]]
+    """Of runs of layers with experts, where tokens are dispatched to those."""
+
+
+def block_ops(model: Model, job: Job, at: LayoutTable, runtime: Runtime) -> BlockOps:
+    """The operators of layers, embedding and head for each layout of `at`."""
+    default = ATTENTION.index(runtime.abilities.attention[0])
+    attention = np.where(at.attention == 0, default, at.attention)
+    shapes = _shapes(job, at, attention != ATTENTION.index("unfused"))
+    vocab = padded_vocab(model, runtime, shapes.tp)
+    layers = tuple(_layer(kind, shapes, job, runtime) for kind, _ in model.runs)
+    head = head_ops(model.hidden, model.norm, vocab, shapes, runtime, softcap=model.logit_softcap)
+    return BlockOps(
+        shapes=shapes,
+        layers=layers,
+        embedding=embedding_ops(model.hidden, model.layers[0][0].dropout, shapes),
+        head=_head(head, shapes, job, runtime) * (1 + model.mtp_modules),  # each has logits and a loss of its own
+        spread=spread_layers(model, layers, shapes, runtime) if at.dispatches.any() else {},
+    )
+
+
 def block_rows(
     model: Model, job: Job, cluster: Cluster, layouts: LayoutTable, runtime: Runtime, tiers: TierTable
 ) -> BlockRows:
     """Costs of layers, embedding and head: once per unique (tp, sp, cp and its kind, ep, etp, their strides, micro-batch, attention,
     recomputed parts), then gathered."""
-    default = ATTENTION.index(runtime.abilities.attention[0])
     context = layouts.cp * len(CP_KINDS) + layouts.cp_kind
     work = (layouts.tp, layouts.sequence_parallel, context, layouts.ep, layouts.etp, layouts.micro_batch)
     apart = _strides(layouts) if layouts.order.any() else ()  # in the default order tp and etp say them
     first, inverse = unique_keys(*work, layouts.attention, layouts.recompute_parts, *apart)
     at = layouts.take(first)
-    attention = np.where(at.attention == 0, default, at.attention)
-    shapes = _shapes(job, at, attention != ATTENTION.index("unfused"))
-    vocab = padded_vocab(model, runtime, shapes.tp)
-    heads = 1 + model.mtp_modules  # every prediction has logits and a loss of its own
-
+    ops = block_ops(model, job, at, runtime)
+    shapes, spread = ops.shapes, ops.spread
     absent = ("context_",) * bool((layouts.cp == 1).all()) + ("expert_",) * (not at.dispatches.any())
     names = [name for name in BlockCost.__dataclass_fields__ if not name.startswith(absent)]
-    usual = [_layer(kind, shapes, job, runtime) for kind, _ in model.runs]
-    spread = spread_layers(model, usual, shapes, runtime) if at.dispatches.any() else {}
     costs = block_costs(
-        (
-            *usual,
-            embedding_ops(model.hidden, model.layers[0][0].dropout, shapes),
-            _head(
-                head_ops(model.hidden, model.norm, vocab, shapes, runtime, softcap=model.logit_softcap),
-                shapes,
-                job,
-                runtime,
-            )
-            * heads,
-            *spread.values(),
-        ),
+        (*ops.layers, ops.embedding, ops.head, *spread.values()),
         shapes,
         gpu=cluster.gpu,
         precision=job.precision,
@@ -157,13 +171,14 @@ def block_rows(
         runtime=runtime,
     )
     columns = [{name: getattr(cost, name) for name in names} for cost in costs]
-    *layers, embedding, head = columns[: len(usual) + 2]
-    for index, cost in zip(spread, columns[len(usual) + 2 :], strict=True):
+    *layers, embedding, head = columns[: len(ops.layers) + 2]
+    for index, cost in zip(spread, columns[len(ops.layers) + 2 :], strict=True):
         layers[index] = mixed(layers[index], cost, at.dispatches)
     streams = np.where(shapes.recompute_parts == 0, runtime.activations.selective_streams, 0.0)
     for (kind, _), layer in zip(model.runs, layers, strict=True):  # what `selective` keeps in exchange is not dropped
         layer["selective_bytes"] -= streams * shapes.element_bytes * shapes.tokens * kind.hidden
     repeats, split = runtime.communication, layouts.sequence_parallel == 1
+    vocab, heads = padded_vocab(model, runtime, shapes.tp), 1 + model.mtp_modules
     return BlockRows(
         layers=tuple(BlockColumns(layer, inverse) for layer in layers),
         embedding=BlockColumns(embedding, inverse),

@@ -17,6 +17,7 @@ from shardplan.costmodel.collectives import collective_s
 from shardplan.costmodel.data_parallel import (
     Exchange,
     Windows,
+    exchange_of_rows,
     exchange_s,
     exchange_windows,
     exposed_exchange_s,
@@ -134,6 +135,8 @@ class PacedTimes:
     exchanges: Exchange
     """How often the states of a rank are reduced and gathered in a step."""
     windows: Windows
+    forward_s: FloatArray
+    """Of `compute_s`, what the forward takes."""
     offload: tuple[FloatArray, FloatArray] | None = None
     """(exposed, hidden) seconds of activations on their way to and from host memory; None where none are."""
 
@@ -186,6 +189,7 @@ def paced_times(
             forward_s=pace["forward"] + down + ring / 3.0,
             backward_s=pace["backward"] + pace["recompute"] + up + ring / 1.5,
         ),
+        forward_s=micro_batches * pace["forward"],
         offload=(micro_batches * (down + up), micro_batches * hidden_copies) if copies else None,
     )
 
@@ -291,7 +295,8 @@ class StepTime:
     states_of: IntArray
 
     def parts(self, *, hides_s: FloatArray | None = None) -> Mapping[str, FloatArray]:
-        """Seconds by part (TIME_PARTS) and `step_s`, (N,). What a row has from its keys alone is gathered when it is read.
+        """Seconds by part (TIME_PARTS), `step_s` and, of compute, `forward_s`, (N,). What a row has from its keys alone is gathered when
+        it is read.
 
         With `hides_s`, (K,) over the keys of the pace, a lower bound: of exchanges so many seconds hide if they can, of copies to other
         tiers all that can; copies of activations cost nothing.
@@ -314,6 +319,7 @@ class StepTime:
             for name, column in zip(own, (exposed, offload, host, step), strict=True):
                 time[name][some] = column
         makers = {name: partial(self._of_pace, paced.parts.get(name)) for name in TIME_PARTS}
+        makers["forward_s"] = partial(self._of_pace, paced.forward_s)
         makers["optimizer_s"] = partial(self.held.optimizer_s.take, self.states_of)
         return LazyColumns({**makers, **{name: partial(_as_it_is, column) for name, column in time.items()}})
 
@@ -349,12 +355,7 @@ class StepTime:
         """(exposed, hidden) seconds of gradient reduction and parameter gathers of the rows with keys `at` and `of`, with the slowdown
         of compute they hide behind; with `hides_s` see `parts`."""
         paced, held = self.paced, self.held
-        exchange = Exchange(
-            reduce_s=held.exchange.reduce_s.take(of) * paced.exchanges.reduce_s.take(at),
-            gather_s=held.exchange.gather_s.take(of) * paced.exchanges.gather_s.take(at),
-            reduce_share=held.exchange.reduce_share.take(of),
-            gather_share=held.exchange.gather_share.take(of),
-        )
+        exchange = exchange_of_rows(held.exchange, of, paced.exchanges, at)
         windows = paced.windows.take(at)
         if hides_s is not None:
             endless = np.full(len(at), np.inf)

@@ -144,7 +144,8 @@ def dispatch_seconds(timer: Timer) -> float:
         torch.autograd.grad(y.sum(), x)
 
     operations = 2 * DISPATCH_CHAIN + 3  # the sum, the first gradient, its expansion
-    return timer.host_seconds(call) / operations
+    seconds = timer.device_seconds if timer.device.type == "cpu" else timer.host_seconds
+    return seconds(call) / operations
 
 
 def adam_timing(timer: Timer, parameters: int) -> Timing:

@@ -1,8 +1,10 @@
 """Timing: median of samples within a time budget, in step with the other processes, on a warm device.
 
 All the processes take the same number of calls and samples, so that they load the machine together and so that
-collectives can be timed by the same code. Samples are short, so that the median drops those another program disturbed;
-where there are more processes than cores, they are long enough to hold several time slices.
+collectives can be timed by the same code. Samples are short, so that the median drops those another program disturbed.
+
+What a CPU computes is timed by the CPU time of the process, times the processes that share a core: other programs then do not count.
+Collectives are timed by the wall; where there are more processes than cores, samples are long enough to hold several time slices.
 """
 
 from __future__ import annotations
@@ -34,6 +36,8 @@ class Timer:
     """Time to spend on one measurement, warm-up included, unless three calls take longer."""
     sample_s: float = SAMPLE_S
     """Length of one sample; 0 = every call is one, right for collectives, which wait for each other anyway."""
+    per_core: float = 1.0
+    """Of the processes that measure together, at least 1."""
     group: dist.ProcessGroup | None = None
     """CPU group of the processes that measure together; None = alone."""
     cover: Call | None = None
@@ -51,13 +55,13 @@ class Timer:
         return float(value) / dist.get_world_size(self.group)
 
     def host_seconds(self, call: Call) -> float:
-        """Wall-clock seconds of one call, the device's work included."""
+        """Seconds of one call on the wall, the device's work included."""
         return self._median(call, self._wall_sample, most_calls=MOST_CALLS, ahead_s=0.0)
 
     def device_seconds(self, call: Call) -> float:
-        """Seconds the device spends on one call; on a CPU the same as `host_seconds`."""
+        """Seconds the device spends on one call; on a CPU those of the process."""
         if self.device.type == "cpu":
-            return self.host_seconds(call)
+            return self.per_core * self._median(call, self._process_sample, most_calls=MOST_CALLS, ahead_s=0.0)
         return self._median(call, self._event_sample, most_calls=CUDA_SAMPLE_CALLS, ahead_s=self.cover_s)
 
     def _median(self, call: Call, sample: Callable[[Call, int], float], *, most_calls: int, ahead_s: float) -> float:
@@ -85,6 +89,12 @@ class Timer:
             call()
         self._synchronize()
         return (time.perf_counter() - start_s) / calls
+
+    def _process_sample(self, call: Call, calls: int) -> float:
+        start_s = time.process_time()
+        for _ in range(calls):
+            call()
+        return (time.process_time() - start_s) / calls
 
     def _event_sample(self, call: Call, calls: int) -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

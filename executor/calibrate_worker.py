@@ -106,7 +106,8 @@ def run(task: WorkerTask) -> WorkerAnswer:
     plan = effort(task.device, quick=task.quick)
     crowded = device.type == "cpu" and task.processes > cpu_facts().cores
     sample_s = CROWDED_SAMPLE_S if crowded else SAMPLE_S
-    timer = Timer(device=device, budget_s=plan.budget_s, sample_s=sample_s, group=group)
+    per_core = max(task.processes / cpu_facts().cores, 1.0) if device.type == "cpu" else 1.0
+    timer = Timer(device=device, budget_s=plan.budget_s, sample_s=sample_s, per_core=per_core, group=group)
     context_bytes = timer.agree(_rank_bytes()) if device.type == "cpu" else None
     rates = _rates(task, timer, plan, context_bytes) if "rates" in task.parts else None
     collectives = measure_collectives(timer, plan.collective_bytes) if "collectives" in task.parts else None

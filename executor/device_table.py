@@ -14,6 +14,7 @@ from shardplan.executor.device_cases import Case
 from shardplan.executor.device_facts import device_facts
 from shardplan.executor.device_run import Measured
 from shardplan.executor.measure import versions
+from shardplan.hw_profiles.detect import cpu_facts
 
 GIB = 2.0**30
 LEAK_GIB = 0.2
@@ -119,7 +120,8 @@ def start_file(path: Path, device: torch.device, *, date: str) -> tuple[str, ...
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerow(COLUMNS)
     facts = device_facts() if device.type == "cuda" else {}
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    cpu = cpu_facts()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu.model}, {cpu.cores:g} cores"
     told = " ".join(f"{package} {version}" for package, version in versions().items() if package != "platform")
     origin = (date, name, facts.get("driver", ""), f"{told} cuda {torch.version.cuda}")
     print(", ".join([*origin, *(f"{key} {value}" for key, value in facts.items())]), file=sys.stdout, flush=True)

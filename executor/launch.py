@@ -31,6 +31,7 @@ from typing import Any
 from shardplan.costmodel.layout import Layout
 from shardplan.executor import measure
 from shardplan.executor.checkpoint_files import CHECKPOINTS_FOLDER, PART_SUFFIX, read_progress
+from shardplan.executor.compare import comparison
 from shardplan.executor.failure import Failure, failure, stuck
 from shardplan.executor.job_file import JobFile, Metrics, write_resolved
 from shardplan.executor.measure import StepRecord
@@ -93,8 +94,10 @@ def run_plan(
     on_event: Callable[[str], None] = lambda _: None,
     recovery: Recovery = NO_RECOVERY,
     job: JobFile | None = None,
+    look_every: int | None = None,
 ) -> Outcome:
-    """Run the plan file `source` up to step `steps` on `device`, with what `job` says.
+    """Run the plan file `source` up to step `steps` on `device`, with what `job` says, looking into every `look_every`-th step (None:
+    as often as costs nothing, train.LOOK_EVERY).
 
     `on_step` sees rank 0's steps at once, `on_event` what else happens.
     """
@@ -107,6 +110,8 @@ def run_plan(
     if job is not None:
         write_resolved(job, folder / "job.json")
         command += ["--job", str(folder / "job.json")]
+    if look_every is not None:
+        command += ["--profile", str(look_every)]
     metrics = _metrics(folder, plan, steps=steps, words=job.metrics if job else Metrics())
 
     def tell(record: StepRecord) -> None:
@@ -273,6 +278,7 @@ def summarise(
     measure.write_measurements(folder, records, ranks=plan.gpus)
     found = measure.measured(records, tokens_per_step=plan.job.tokens_per_step, warmup_steps=warmup_steps)
     expected = measure.predicted(plan.prediction, memory_kind=found["memory_kind"])
+    compared = comparison(folder, records, plan.prediction, step_s=found["step_s"], warmup_steps=warmup_steps)
     document = {
         "plan": "plan.json",
         "model": plan.model.name,
@@ -287,9 +293,10 @@ def summarise(
         "warmup_steps": warmup_steps,
         "error": error,
         "resumed": measure.read_events(folder),
-        "measured": found,
+        "measured": {**found, **measure.mfu(plan.prediction, found["step_s"])},
         "predicted": expected,
         "ratio": measure.ratios(found, expected),
+        "comparison": compared,
     }
     measure.write_json(folder / "run.json", document)
     return document

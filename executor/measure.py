@@ -53,8 +53,27 @@ class StepRecord:
     """Of the step, under fp16."""
     skipped_steps: int | None = None
     """Since the training began, under fp16: those whose gradients overflowed."""
+    cpu_s: float | None = None
+    """CPU time of the process in the step, all its threads: on a shared machine steadier than `step_s`, without any waiting."""
+    forward_s: float | None = None
+    """Phases and waits are those of a step that was looked into (`phases.py`); a phase is without the waits in it."""
+    backward_s: float | None = None
+    """Recomputation included."""
+    optimizer_s: float | None = None
+    """Clipping included."""
+    dp_exposed_s: float | None = None
+    """Blocked by other ranks along an axis; None where the layout has one rank there."""
+    tp_exposed_s: float | None = None
+    cp_exposed_s: float | None = None
+    ep_exposed_s: float | None = None
+    pp_exposed_s: float | None = None
+    """Transfers and, with them, the bubble."""
 
 
+PHASE_NAMES = {
+    **{f"{phase}_s": (f"time_metrics/{phase}(s)", "s", 1) for phase in ("forward", "backward", "optimizer")},
+    **{f"{axis}_exposed_s": (f"time_metrics/exposed_{axis}(s)", "s", 1) for axis in ("dp", "tp", "cp", "ep", "pp")},
+}
 _TORCHTITAN_NAMES = {
     "loss": ("loss_metrics/global_avg_loss", "nats", 1),
     "grad_norm": ("grad_norm", "1", 1),
@@ -69,6 +88,8 @@ _TORCHTITAN_NAMES = {
     "validation_loss": ("validation_metrics/loss", "nats", 1),
     "loss_scale": ("loss_scale", "1", 1),
     "skipped_steps": ("skipped_steps", "1", 1),
+    "cpu_s": ("time_metrics/cpu(s)", "s", 1),
+    **PHASE_NAMES,
 }
 """Field -> (metric, unit, divisor). torchtitan's throughput is per device, so that row is divided by the ranks too."""
 
@@ -106,6 +127,10 @@ class RankRecorder:
         assert self.file is not None
         self.file.write(json.dumps(asdict(record)) + "\n")
         self.file.flush()
+
+    def write_memory(self, parts: Mapping[str, float]) -> None:
+        """Bytes by part at the end of the run, beside the steps."""
+        write_json(self.path.with_suffix(".memory.json"), parts)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         assert self.file is not None
@@ -179,10 +204,9 @@ def write_measurements(folder: Path, records: Mapping[int, Sequence[StepRecord]]
 
 def measured(records: Mapping[int, Sequence[StepRecord]], *, tokens_per_step: int, warmup_steps: int) -> dict[str, Any]:
     """Medians after the warm-up (a step takes as long as its slowest rank) and the peak memory of the fullest rank."""
-    slowest: dict[int, float] = {}
-    for record in _every(records):
-        slowest[record.step] = max(slowest.get(record.step, 0.0), record.step_s)
-    timed = [seconds for _, seconds in sorted(slowest.items())][warmup_steps:]
+    slowest = step_seconds(records, warmup_steps=warmup_steps)
+    untouched = [seconds for step, seconds in slowest.items() if not _looked_into(records, step)]
+    timed = untouched if len(untouched) >= FEWEST_UNTOUCHED else list(slowest.values())
     low, median, high = np.percentile(timed, (20, 50, 80)).tolist() if timed else (None, None, None)
     kind = "rss" if any(record.rss_bytes is not None for record in _every(records)) else "allocated"
     peaks = [getattr(record, f"{kind}_bytes") for record in _every(records)]
@@ -192,6 +216,7 @@ def measured(records: Mapping[int, Sequence[StepRecord]], *, tokens_per_step: in
         "step_s_p20": low,
         "step_s_p80": high,
         "tokens_per_s": tokens_per_step / median if median else None,
+        "cpu_s": _busiest_cpu_s(records, timed=slowest),
         "peak_memory_bytes": max(peaks, default=None),
         "memory_kind": kind,
         "reserved_peak_bytes": max((r.reserved_bytes for r in _every(records) if r.reserved_bytes), default=None),
@@ -202,6 +227,28 @@ def measured(records: Mapping[int, Sequence[StepRecord]], *, tokens_per_step: in
             (r.validation_loss for r in _latest_first(records) if r.validation_loss is not None), None
         ),
     }
+
+
+FEWEST_UNTOUCHED = 3
+"""Steps that nothing looked into, from which on only they are timed (on a GPU events take their time)."""
+
+
+def step_seconds(records: Mapping[int, Sequence[StepRecord]], *, warmup_steps: int) -> dict[int, float]:
+    """Seconds of each step after the warm-up: those of its slowest rank."""
+    slowest: dict[int, float] = {}
+    for record in _every(records):
+        slowest[record.step] = max(slowest.get(record.step, 0.0), record.step_s)
+    return dict(sorted(slowest.items())[warmup_steps:])
+
+
+def _busiest_cpu_s(records: Mapping[int, Sequence[StepRecord]], *, timed: Mapping[int, float]) -> float | None:
+    """Median CPU time of a step of the rank where it is longest."""
+    found = [[r.cpu_s for r in steps if r.step in timed and r.cpu_s is not None] for steps in records.values()]
+    return max((float(np.median(values)) for values in found if values), default=None)
+
+
+def _looked_into(records: Mapping[int, Sequence[StepRecord]], step: int) -> bool:
+    return any(record.forward_s is not None for record in _every(records) if record.step == step)
 
 
 def _every(records: Mapping[int, Sequence[StepRecord]]) -> Iterable[StepRecord]:
@@ -223,6 +270,14 @@ def predicted(prediction: Mapping[str, Any], *, memory_kind: str) -> dict[str, A
         "peak_memory_bytes": memory.get(alike),
         "peak_memory_is": alike,
     }
+
+
+def mfu(prediction: Mapping[str, Any], step_s: float | None) -> dict[str, Any]:
+    """Model FLOP utilisation of a step of `step_s` as a fraction, and what it counts, in the words of the prediction."""
+    said, times = prediction.get("throughput") or {}, prediction.get("time") or {}
+    counts = next((line for line in prediction.get("assumptions", ()) if line.startswith("MFU counts")), None)
+    known = step_s and said.get("mfu") and times.get("step_s")
+    return {"mfu": said["mfu"] * times["step_s"] / step_s if known else None, "mfu_counts": counts}
 
 
 def ratios(of: Mapping[str, Any], to: Mapping[str, Any]) -> dict[str, float | None]:

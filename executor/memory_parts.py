@@ -1,4 +1,4 @@
-"""Predicted and actual device memory by part, for a run that ran out of it."""
+"""Predicted and actual device memory by part: of a run that ended, or that ran out of it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+from shardplan.executor.measure import host_peak_bytes
 
 GIB = 2.0**30
 ROWS = (
@@ -54,6 +56,37 @@ def device_parts(parameters: Iterable[Tensor], states: Iterable[Any], device: to
         "of the device": float(total - free),
         "free": float(free),
         "capacity": float(total),
+    }
+
+
+def gradient_bytes(parameters: Iterable[Tensor]) -> float:
+    """Bytes of the gradients that this rank holds now."""
+    return float(sum(_local_bytes(p.grad) for p in parameters if p.grad is not None))
+
+
+def run_parts(
+    parameters: Iterable[Tensor],
+    states: Iterable[Any],
+    device: torch.device,
+    *,
+    gradients_bytes: float,
+    before_bytes: float,
+) -> dict[str, float]:
+    """As `device_parts` at the end of a run, whose gradients are gone: they took `gradients_bytes`.
+
+    On a CPU `of the device` is the most the process ever had, `context` what it had before there was a model; the rest are activations.
+    """
+    found = {**device_parts(parameters, states, device), "gradients": gradients_bytes}
+    states_bytes = sum(found[part] for part in ("parameters", "gradients", "optimizer"))
+    if device.type == "cuda":
+        found["activations and buffers"] = max(0.0, found["allocated peak"] - states_bytes)
+        return found
+    peak = float(host_peak_bytes())
+    return {
+        **found,
+        "activations and buffers": max(0.0, peak - before_bytes - states_bytes),
+        "context": before_bytes,
+        "of the device": peak,
     }
 
 

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TextIO
 
-from shardplan.executor.measure import GIB, StepRecord
+from shardplan.executor.measure import GIB, PHASE_NAMES, StepRecord
 
 TENSORBOARD_FOLDER = "tb"
 
@@ -66,9 +66,19 @@ class MetricsFiles:
             "time_metrics/data_loading(s)": data_s,
             "time_metrics/data_loading(%)": 100 * data_s / step_s,
             **self._memory(),
+            **self._phases(),
             "predicted/end_to_end(s)": (self.prediction.get("time") or {}).get("step_s"),
         }
         return {name: value for name, value in found.items() if value is not None}
+
+    def _phases(self) -> dict[str, float]:
+        """Means over the steps that were looked into; none where none was."""
+        found: dict[str, float] = {}
+        for field, (metric, _, _) in PHASE_NAMES.items():
+            values = [value for record in self.since if (value := getattr(record, field)) is not None]
+            if values:
+                found[metric] = sum(values) / len(values)
+        return found
 
     def _memory(self) -> dict[str, float | None]:
         capacity = (self.prediction.get("memory") or {}).get("capacity_bytes")

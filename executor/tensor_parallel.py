@@ -7,13 +7,15 @@ rank's own slice (B, S, V/tp), which `loss.py` takes.
 
 from __future__ import annotations
 
+from typing import Any
+
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_module
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
     PrepareModuleInput,
-    PrepareModuleOutput,
     RowwiseParallel,
     SequenceParallel,
     parallelize_module,
@@ -27,6 +29,8 @@ def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh, *, sequence_para
     """Split the parameters of `model` over the one-axis `mesh`, in place."""
     stream: Placement = Shard(1) if sequence_parallel else Replicate()
     parallelize_module(model, mesh, _ends(model, stream))
+    if sequence_parallel and model.embedding is not None and model.embedding.positions is not None:
+        _split_positions(model.embedding.positions, mesh)
     for layer in model.layers.values():
         assert isinstance(layer, Block)
         parallelize_module(layer, mesh, _block(layer, stream))
@@ -36,17 +40,24 @@ def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh, *, sequence_para
 def _ends(model: Transformer, stream: Placement) -> dict[str, ParallelStyle]:
     styles: dict[str, ParallelStyle] = {}
     if model.embedding is not None:
-        styles["embedding.tokens"] = RowwiseParallel(input_layouts=Replicate(), output_layouts=Replicate())
-        if stream.is_shard():
-            styles["embedding"] = PrepareModuleOutput(output_layouts=Replicate(), desired_output_layouts=stream)
-            if model.embedding.positions is None:  # nothing is added after the lookup: scatter at once
-                styles["embedding.tokens"] = RowwiseParallel(input_layouts=Replicate(), output_layouts=stream)
-                del styles["embedding"]
+        styles["embedding.tokens"] = RowwiseParallel(input_layouts=Replicate(), output_layouts=stream)
     if model.head is not None:
         if stream.is_shard():
             styles["norm"] = SequenceParallel(use_local_output=True)
         styles["head"] = ColwiseParallel(input_layouts=stream, output_layouts=Shard(-1))
     return styles
+
+
+def _split_positions(positions: nn.Module, mesh: DeviceMesh) -> None:
+    """Learned positions, whole on every rank, are looked up for the rank's part of the sequence only: (S) -> (S/tp, H)."""
+
+    def split(_module: nn.Module, inputs: tuple[Tensor, ...], on: DeviceMesh) -> Any:
+        return DTensor.from_local(inputs[0], on, [Replicate()], run_check=False).redistribute(placements=[Shard(-1)])
+
+    def local(_module: nn.Module, looked_up: DTensor, _on: DeviceMesh) -> Any:
+        return looked_up.to_local()
+
+    distribute_module(positions, mesh, input_fn=split, output_fn=local)
 
 
 def _block(layer: Block, stream: Placement) -> dict[str, ParallelStyle]:

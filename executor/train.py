@@ -11,6 +11,8 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -25,10 +27,15 @@ from shardplan.executor.job_file import read_resolved
 from shardplan.executor.measure import RankRecorder, StepRecord, append_event, host_peak_bytes
 from shardplan.executor.memory_parts import device_parts, ran_out_of_memory, told_parts
 from shardplan.executor.mesh import build_mesh
+from shardplan.executor.phases import PHASES
 from shardplan.executor.recipe import make_recipe
 from shardplan.executor.start import check_world_size, die_with_parent, restart_count, start_process_group
 from shardplan.executor.trainer import Trainer
+from shardplan.executor.waits import Waits
 from shardplan.planner.plan import Plan
+
+LOOK_EVERY = {"cpu": 1, "cuda": 10}
+"""Steps from one that is looked into to the next: reading a clock costs nothing beside a step, events take launches."""
 
 
 def synchronize(device: torch.device) -> None:
@@ -38,12 +45,20 @@ def synchronize(device: torch.device) -> None:
 
 
 def train(
-    trainer: Trainer, recorder: RankRecorder, *, steps: int, done: int = 0, checkpoints: Checkpoints | None = None
+    trainer: Trainer,
+    recorder: RankRecorder,
+    *,
+    steps: int,
+    done: int = 0,
+    checkpoints: Checkpoints | None = None,
+    look_every: int = 1,
 ) -> None:
-    """The loop, from step `done` + 1 to `steps`; returns when the last checkpoint and the exported weights are on disk."""
+    """The loop, from step `done` + 1 to `steps`, looking into every `look_every`-th (0: none); returns when the last checkpoint and
+    the exported weights are on disk."""
     held_out = trainer.recipe.validation
+    waits = Waits(trainer.clock, trainer.mesh) if look_every else None
     for step in range(done + 1, steps + 1):
-        record = run_step(trainer, step)
+        record = run_step(trainer, step, waits if look_every and step % look_every == 0 else None)
         if held_out is not None and held_out.due(step, steps=steps):
             record = replace(record, validation_loss=trainer.validate(held_out.data, held_out.batches))
         recorder.write(record)
@@ -51,20 +66,23 @@ def train(
             checkpoints.save(trainer.state(), trainer.progress(step))
     if checkpoints is not None:
         checkpoints.wait()
+    recorder.write_memory(trainer.memory())
     trainer.export()
 
 
-def run_step(trainer: Trainer, step: int) -> StepRecord:
-    """Step `step` (from 1). Its time runs from its batch to the end of the optimizer step, the device idle at both ends."""
+def run_step(trainer: Trainer, step: int, waits: Waits | None = None) -> StepRecord:
+    """Step `step` (from 1), looked into with `waits`. Its time runs from its batch to the end of the optimizer step, the device idle
+    at both ends."""
     if trainer.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(trainer.device)
     synchronize(trainer.device)
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), time.process_time()
     scale = trainer.loss_scale.value if trainer.loss_scale else None
-    loss = trainer.forward_backward(step)
-    norm = trainer.update(step)
+    with waits or nullcontext():
+        loss = trainer.forward_backward(step)
+        norm = trainer.update(step)
     synchronize(trainer.device)
-    seconds = time.perf_counter() - started
+    seconds, cpu_s = time.perf_counter() - started, time.process_time() - cpu_started
     return StepRecord(
         step=step,
         loss=trainer.global_loss(loss),
@@ -75,8 +93,16 @@ def run_step(trainer: Trainer, step: int) -> StepRecord:
         data_s=trainer.data_s,
         loss_scale=scale,
         skipped_steps=trainer.loss_scale.skipped_steps if trainer.loss_scale else None,
+        cpu_s=cpu_s,
+        **(phase_fields(trainer.clock.read(), waits.axes) if waits else {}),
         **peak_memory(trainer.device),
     )
+
+
+def phase_fields(found: Mapping[str, float], axes: Sequence[str]) -> dict[str, float]:
+    """What a step's clock read, as fields of `StepRecord`; of `axes` without a wait, 0."""
+    waits = {f"{axis}_exposed_s": found.get(axis, 0.0) for axis in axes}
+    return {**{f"{phase}_s": found[phase] for phase in PHASES}, **waits}
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:
@@ -113,6 +139,7 @@ def run_rank() -> None:
     parser.add_argument("--checkpoint-every", type=int, default=0, help="steps; 0: never")
     parser.add_argument("--keep", type=int, default=1)
     parser.add_argument("--resume", type=Path, help="one checkpoint folder")
+    parser.add_argument("--profile", type=int, help="look into every N-th step; 0: none")
     given = parser.parse_args()
     die_with_parent()
     with RankRecorder(given.folder, rank=int(os.environ["RANK"])) as recorder:
@@ -130,7 +157,14 @@ def run_rank() -> None:
             if given.checkpoint_every:
                 root = given.folder / CHECKPOINTS_FOLDER
                 checkpoints = Checkpoints(root, every=given.checkpoint_every, keep=given.keep)
-            train(trainer, recorder, steps=given.steps, done=done, checkpoints=checkpoints)
+            train(
+                trainer,
+                recorder,
+                steps=given.steps,
+                done=done,
+                checkpoints=checkpoints,
+                look_every=LOOK_EVERY[device.type] if given.profile is None else given.profile,
+            )
         except Exception as error:
             if ran_out_of_memory(error):
                 recorder.details = out_of_memory(plan, trainer, device)
@@ -141,8 +175,7 @@ def run_rank() -> None:
 
 def out_of_memory(plan: Plan, trainer: Trainer | None, device: torch.device) -> list[str]:
     """Predicted and actual memory of this rank's stage by part, lines of a table, printed as well."""
-    parameters = [] if trainer is None else trainer.parameters()
-    states = [] if trainer is None else [v for s in trainer.optimizer.state.values() for v in s.values()]
+    parameters, states = ([], []) if trainer is None else (trainer.parameters(), trainer.optimizer_states())
     stage = 0 if trainer is None else trainer.mesh.get_local_rank("pp")
     lines = told_parts(plan.prediction, stage=stage, actual=device_parts(parameters, states, device))
     print("\n".join(lines), file=sys.stderr, flush=True)

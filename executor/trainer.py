@@ -28,9 +28,12 @@ from shardplan.executor.context_parallel import choose_blocks, join_context, spr
 from shardplan.executor.expert_parallel import build_expert_groups, set_gradient_scale, settle_experts
 from shardplan.executor.loss import loss_context, loss_function
 from shardplan.executor.loss_scale import LossScale, overflows, scaled
+from shardplan.executor.measure import host_peak_bytes
+from shardplan.executor.memory_parts import gradient_bytes, run_parts
 from shardplan.executor.mesh import data_coordinate
 from shardplan.executor.optimizer import build_optimizer, clip_gradients, settle_gradients
 from shardplan.executor.parallelize import parallelize
+from shardplan.executor.phases import StepClock, in_phase, watch_stages
 from shardplan.executor.pipeline import (
     Schedule,
     build_schedule,
@@ -61,6 +64,9 @@ class Trainer:
     ) -> None:
         layout, job = plan.layout, plan.job
         self.plan, self.mesh, self.device = plan, mesh, device
+        self.clock = StepClock(device)
+        self.before_bytes = host_peak_bytes()
+        self.gradients_bytes = 0.0
         self.recipe = recipe or plain_recipe(plan)
         self.sequences = job.global_batch // layout.dp
         self.micro_batches = self.sequences // layout.micro_batch
@@ -100,8 +106,14 @@ class Trainer:
         self.schedule: Schedule | None = None
         if layout.pp > 1:
             self.schedule = build_schedule(
-                self.chunks, layout, mesh, device=device, micro_batches=self.micro_batches, loss=self.loss
+                self.chunks,
+                layout,
+                mesh,
+                device=device,
+                micro_batches=self.micro_batches,
+                loss=in_phase(self.loss, self.clock, "forward"),
             )
+            watch_stages(self.schedule, self.clock)
         self.optimizer = build_optimizer(
             self.parameters(), rate=self.recipe.learning_rate(1), words=self.recipe.optimizer
         )
@@ -146,9 +158,10 @@ class Trainer:
             contexts.enter_context(loss_context(self.mesh["tp"]))
             contexts.enter_context(attention_context(self.attention))
             loss = self._micro_steps(*batch) if self.schedule is None else self._pipeline(*batch)
-        settle_gradients(self.parameters())
-        settle_experts(self.chunks, self.plan.layout)
-        self.tied.sum_gradients()
+        with self.clock("backward"):
+            settle_gradients(self.parameters())
+            settle_experts(self.chunks, self.plan.layout)
+            self.tied.sum_gradients()
         return loss / self.scale
 
     def _micro_steps(self, *batch: Tensor) -> Tensor:
@@ -156,8 +169,10 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         for i, (x, y, *positions) in enumerate(self._pieces(batch)):
             set_micro_step(model, zero=zero, last=i == self.micro_batches - 1)
-            loss = self.loss(model(x, *positions), y) / self.micro_batches
-            loss.backward()
+            with self.clock("forward"):
+                loss = self.loss(model(x, *positions), y) / self.micro_batches
+            with self.clock("backward"):
+                loss.backward()
             total += loss.detach()
         return total
 
@@ -177,16 +192,34 @@ class Trainer:
             run(*arguments, return_outputs=False, **every_stage)
         return torch.zeros((), device=self.device)
 
+    def optimizer_states(self) -> list[object]:
+        """Whatever the optimizer holds."""
+        return [value for states in self.optimizer.state.values() for value in states.values()]
+
+    def memory(self) -> dict[str, float]:
+        """Bytes of this rank by part, see `memory_parts.run_parts`, and its pipeline `stage`."""
+        parts = run_parts(
+            self.parameters(),
+            self.optimizer_states(),
+            self.device,
+            gradients_bytes=self.gradients_bytes,
+            before_bytes=self.before_bytes,
+        )
+        return {"stage": self.mesh.get_local_rank("pp"), **parts}
+
     def update(self, step: int) -> Tensor:
         """Clip, take an optimizer step unless a gradient overflowed, drop the gradients; returns their norm before clipping."""
         most = self.recipe.optimizer.clip
-        norm = clip_gradients(self.parameters(), self.mesh, most, loss_scale=self.scale, copies=self.tied.copies)
-        overflow = self.loss_scale is not None and overflows(norm)
-        if not overflow:
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.recipe.learning_rate(step)
-            self.optimizer.step()
-        self.optimizer.zero_grad()
+        if not self.gradients_bytes:
+            self.gradients_bytes = gradient_bytes(self.parameters())
+        with self.clock("optimizer"):
+            norm = clip_gradients(self.parameters(), self.mesh, most, loss_scale=self.scale, copies=self.tied.copies)
+            overflow = self.loss_scale is not None and overflows(norm)
+            if not overflow:
+                for group in self.optimizer.param_groups:
+                    group["lr"] = self.recipe.learning_rate(step)
+                self.optimizer.step()
+            self.optimizer.zero_grad()
         if self.loss_scale is not None:
             self.loss_scale.update(overflow=overflow)
         return norm

@@ -1,9 +1,12 @@
 """Does the cost model meet this device? Runs a list of jobs on one GPU and sets predicted beside measured.
 
     python -m shardplan.executor.validate_device -o FOLDER [--profile h200.toml] [--budget-s 150]
+    python -m shardplan.executor.validate_device -o FOLDER --profile cpu.toml --layouts 2
 
 Predicts every case with the catalog's profile of this machine and, with --profile, with a calibrated one. Writes
 FOLDER/validation.csv in long format after every case and prints a table as it goes. A case that fails is a row, not the end.
+
+With --layouts, layouts of that many processes on the CPU (`validate_layouts.py`), beside the calibrated profile alone.
 """
 
 from __future__ import annotations
@@ -25,6 +28,13 @@ from shardplan.costmodel.runtime import Runtime, load_runtime
 from shardplan.executor.device_cases import CPU_CASES, GPU_CASES, Case
 from shardplan.executor.device_run import Measured, case_plan, release, run_case, start_alone
 from shardplan.executor.device_table import HEADER, append_rows, case_rows, start_file, table_line
+from shardplan.executor.validate_layouts import (
+    LAYOUT_HEADER,
+    layout_line,
+    summary_line,
+    validate_layouts,
+    write_results,
+)
 from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.load import cluster_document, cluster_from_document
 from shardplan.planner.search import judge
@@ -146,6 +156,16 @@ def validate(bench: Bench, cases: Sequence[Case], out: Path, *, budget_s: float,
     return results
 
 
+def _layouts(out: Path, profile: Path | str, *, ranks: int) -> int:
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"layouts-{ranks}.csv"
+    origin = start_file(path, torch.device("cpu"), date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+    results = validate_layouts(cluster_document(str(profile)), ranks=ranks)
+    write_results(path, origin, results)
+    print("\n".join([LAYOUT_HEADER, *map(layout_line, results), summary_line(ranks, results)]), flush=True)
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; exit code 1 when no case ran to its end."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
@@ -153,7 +173,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--profile", type=Path, help="calibrated profile (TOML) of this machine")
     parser.add_argument("--budget-s", type=float, default=150.0, help="start no case that would end later")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--layouts", type=int, choices=(1, 2, 4), metavar="RANKS", help="layouts of 1, 2 or 4 processes"
+    )
     given = parser.parse_args(arguments)
+    if given.layouts:
+        return _layouts(given.out, given.profile or "localhost", ranks=given.layouts)
     began = time.monotonic()
     given.out.mkdir(parents=True, exist_ok=True)
     device = torch.device(given.device, 0) if given.device == "cuda" else torch.device("cpu")

@@ -10,6 +10,7 @@ import typer
 from shardplan.cli import (
     bench,
     calibrate,
+    compare,
     diff,
     estimate,
     explain,
@@ -38,6 +39,7 @@ app.command("explain")(explain.explain)
 app.command("diff")(diff.diff)
 app.command("sweep")(sweep.sweep)
 app.command("run")(run.run)
+app.command("compare")(compare.compare)
 app.command("tokenize")(text_tokens.tokenize)
 app.command("calibrate")(calibrate.calibrate)
 app.command("report")(report.report)

@@ -110,3 +110,39 @@ def kernels(
         typer.echo(json.dumps(report.json()))
         return
     typer.echo(report.table())
+
+
+@app.command("executor")
+def executor(
+    *,
+    model: Annotated[str, typer.Option("--model", help="A model that one device holds.")] = "tiny",
+    seq: Annotated[int, typer.Option("--seq", min=1, help="Tokens of a sequence.")] = 256,
+    micro_batch: Annotated[int, typer.Option("--micro-batch", min=1, help="Sequences of a micro-batch.")] = 4,
+    accumulation: Annotated[int, typer.Option("--accumulation", min=1, help="Micro-batches of a step.")] = 1,
+    pairs: Annotated[int, typer.Option("--pairs", min=1, help="Steps each way; the median of the ratios counts.")] = 30,
+    as_json: options.JsonOption = False,
+) -> None:
+    """What the executor adds to a step: its loop beside a bare PyTorch loop of the same model, taking turns in one process.
+
+    Example: shardplan bench executor --micro-batch 8
+
+    Exit codes: 0 measured, 1 torch is missing, 2 malformed input.
+    """
+    import json
+    from dataclasses import asdict
+    from importlib.util import find_spec
+
+    if find_spec("torch") is None:
+        typer.echo("shardplan: measuring the executor needs torch; install shardplan[run]", err=True)
+        raise typer.Exit(1)
+    from shardplan.executor.overhead import measure_overhead
+
+    found = measure_overhead(model=model, seq=seq, micro_batch=micro_batch, accumulation=accumulation, pairs=pairs)
+    if as_json:
+        typer.echo(json.dumps(asdict(found)))
+        return
+    typer.echo(
+        f"{found.model} in {found.precision} on one {found.device}: bare loop {found.bare_s * 1e3:.2f} ms, executor "
+        f"{found.executor_s * 1e3:.2f} ms ({found.clock}); ratio {found.ratio:.3f} (p20 {found.ratio_p20:.3f}, p80 "
+        f"{found.ratio_p80:.3f} of {found.pairs} pairs)"
+    )

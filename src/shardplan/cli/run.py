@@ -58,6 +58,18 @@ OutOption = Annotated[
     Path | None,
     typer.Option("--out", metavar="FOLDER", help="Where run folders are made; default: the job file's, else runs."),
 ]
+CompareOption = Annotated[
+    bool, typer.Option("--compare", help="Print predicted and measured of every phase and part of memory at the end.")
+]
+ProfileOption = Annotated[
+    int | None,
+    typer.Option(
+        "--profile",
+        min=0,
+        metavar="N",
+        help="Time phases and waits in every N-th step; 0: never; default: 1 on CPUs, 10 on GPUs.",
+    ),
+]
 DEFAULT_STEPS = 30
 JsonOption = Annotated[bool, typer.Option("--json", help="Write JSON and nothing else to stdout.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Print the log of the ranks when the run fails.")]
@@ -75,6 +87,8 @@ def run(
     max_restarts: RestartsOption = 0,
     timeout: TimeoutOption = 300.0,
     out: OutOption = None,
+    compare: CompareOption = False,
+    profile: ProfileOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -89,6 +103,7 @@ def run(
     import sys
     from importlib.util import find_spec
 
+    from shardplan.executor.compare import comparison_lines
     from shardplan.executor.job_file import read_job
     from shardplan.executor.launch import Recovery, run_plan
     from shardplan.executor.progress import ProgressLine, summary
@@ -120,6 +135,7 @@ def run(
             on_event=progress.tell,
             recovery=recovery,
             job=wanted,
+            look_every=profile,
         )
     finally:
         progress.end()
@@ -127,6 +143,8 @@ def run(
         _print_json({"folder": str(outcome.folder), **outcome.document, "rejections": []})
     elif outcome.error is None:
         typer.echo(f"{outcome.folder}\n{summary(outcome.document)}")
+        if compare:
+            typer.echo("\n".join(comparison_lines(outcome.document)))
     if outcome.error is not None:
         log = outcome.folder / "log.txt"
         print(f"shardplan: run failed: {outcome.error}; full log: {log}", file=sys.stderr)
