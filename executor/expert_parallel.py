@@ -217,9 +217,9 @@ class Surrounded(nn.Module):
             one.experts for one in expert_layers(layer)
         )  # no child: a name for each parameter
 
-    def forward(self, *inputs: Tensor | None) -> Tensor:
+    def forward(self, *inputs: Tensor | None, **words: Any) -> Tensor:
         """As the layer's."""
-        run: Callable[..., Tensor] = self._surrounded
+        run: Callable[..., Tensor] = partial(self._surrounded, **words)
         for experts in self.experts:
             run = partial(experts, run)
         return run(*inputs)

@@ -77,7 +77,7 @@ def measure_overhead(*, model: str, seq: int, micro_batch: int, accumulation: in
         shardplan_version="",
     )
     trainer = Trainer(plan, mesh, device)
-    waits, every = Waits(trainer.clock, mesh), LOOK_EVERY[device.type]
+    waits, every = Waits(trainer.clock, mesh, trainer.groups), LOOK_EVERY[device.type]
     with (
         tempfile.TemporaryDirectory(prefix="shardplan-overhead-") as folder,
         RankRecorder(Path(folder), rank=0) as recorder,

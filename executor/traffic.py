@@ -25,6 +25,7 @@ SMALL_BYTES = 4096
 """Payloads below are told apart: norms of gradients, losses, what stages tell each other of shapes."""
 WORLD = "world"
 """The axis of a group that is none of the mesh."""
+NO_GROUPS: Mapping[str, dist.ProcessGroup] = {}
 _PLACES: Mapping[str, tuple[str, str]] = {
     "_c10d_functional::all_reduce": ("all_reduce", "first"),
     "_c10d_functional::all_reduce_": ("all_reduce", "first"),
@@ -48,9 +49,9 @@ _PLACES: Mapping[str, tuple[str, str]] = {
 class Traffic(TorchDispatchMode):
     """Counts while it is entered: `payload_bytes` and `times` by (axis, operation); payloads under SMALL_BYTES in `small_times`."""
 
-    def __init__(self, mesh: DeviceMesh) -> None:
+    def __init__(self, mesh: DeviceMesh, groups: Mapping[str, dist.ProcessGroup] = NO_GROUPS) -> None:
         super().__init__()
-        self.axis_of = group_axes(mesh)
+        self.axis_of = Axes(mesh, groups)
         self.payload_bytes: Counter[tuple[str, str]] = Counter()
         self.times: Counter[tuple[str, str]] = Counter()
         self.small_times: Counter[tuple[str, str]] = Counter()
@@ -69,8 +70,8 @@ class Traffic(TorchDispatchMode):
     def _count(self, found: tuple[str, str], result: Any, arguments: Sequence[Any]) -> None:
         operation, place = found
         size, axis = _bytes_of({"first": arguments[0], "second": arguments[1], "result": result}[place]), WORLD
-        for ranks in filter(None, map(_group_ranks, arguments)):
-            axis = self.axis_of.get(ranks, WORLD)
+        for group in filter(None, map(_group, arguments)):
+            axis = self.axis_of(group) or WORLD
         if size < SMALL_BYTES:
             self.small_times[axis, operation] += 1
         else:
@@ -90,6 +91,27 @@ def group_axes(mesh: DeviceMesh) -> dict[tuple[int, ...], str]:
     return found
 
 
+class Axes:
+    """The axis of a process group: by name of those in `groups` (axis -> group, beside the mesh), else by its ranks on the mesh."""
+
+    def __init__(self, mesh: DeviceMesh, groups: Mapping[str, dist.ProcessGroup]) -> None:
+        self.of_ranks = group_axes(mesh)
+        self.of_name = {group.group_name: axis for axis, group in groups.items()}
+
+    def __call__(self, group: dist.ProcessGroup) -> str | None:
+        """None for a group of neither."""
+        if group.group_name not in self.of_name:
+            axis = self.of_ranks.get(ranks_of(group))
+            if axis is None:
+                return None
+            self.of_name[group.group_name] = axis
+        return self.of_name[group.group_name]
+
+    def names(self) -> list[str]:
+        """Axes with more than one rank."""
+        return sorted({*self.of_ranks.values(), *self.of_name.values()})
+
+
 def resolve_group(name: str) -> dist.ProcessGroup:
     """The process group of that name; raises where there is none."""
     return _resolve_process_group(name)  # pyright: ignore[reportArgumentType] (2.13 calls the string GroupName)
@@ -106,13 +128,13 @@ def _bytes_of(value: Any) -> int:
     return sum(map(_bytes_of, value)) if isinstance(value, list | tuple) else 0
 
 
-def _group_ranks(argument: Any) -> tuple[int, ...] | None:
-    """Of a group or its name; None for what is neither."""
+def _group(argument: Any) -> dist.ProcessGroup | None:
+    """A group or that of a name; None for what is neither."""
     try:
         if isinstance(argument, str):
-            return ranks_of(resolve_group(argument))
+            return resolve_group(argument)
         if isinstance(argument, torch.ScriptObject):
-            return ranks_of(dist.ProcessGroup.unbox(argument))
+            return dist.ProcessGroup.unbox(argument)
     except (RuntimeError, TypeError, ValueError):  # the name of an operation, another object
         return None
     return None

@@ -25,7 +25,7 @@ from shardplan.executor.checkpoint import Checkpoints, choose
 from shardplan.executor.checkpoint_files import CHECKPOINTS_FOLDER, clear_parts
 from shardplan.executor.job_file import read_resolved
 from shardplan.executor.measure import RankRecorder, StepRecord, append_event, host_peak_bytes
-from shardplan.executor.memory_parts import device_parts, ran_out_of_memory, told_parts
+from shardplan.executor.memory_parts import device_parts, ran_out_of_memory, run_parts, told_parts
 from shardplan.executor.mesh import build_mesh
 from shardplan.executor.phases import PHASES
 from shardplan.executor.recipe import make_recipe
@@ -56,7 +56,7 @@ def train(
     """The loop, from step `done` + 1 to `steps`, looking into every `look_every`-th (0: none); returns when the last checkpoint and
     the exported weights are on disk."""
     held_out = trainer.recipe.validation
-    waits = Waits(trainer.clock, trainer.mesh) if look_every else None
+    waits = Waits(trainer.clock, trainer.mesh, trainer.groups) if look_every else None
     for step in range(done + 1, steps + 1):
         record = run_step(trainer, step, waits if look_every and step % look_every == 0 else None)
         if held_out is not None and held_out.due(step, steps=steps):
@@ -66,7 +66,7 @@ def train(
             checkpoints.save(trainer.state(), trainer.progress(step))
     if checkpoints is not None:
         checkpoints.wait()
-    recorder.write_memory(trainer.memory())
+    recorder.write_memory(memory(trainer))
     trainer.export()
 
 
@@ -171,6 +171,18 @@ def run_rank() -> None:
             raise
         dist.barrier()  # no rank leaves while another still talks to it
         dist.destroy_process_group()
+
+
+def memory(trainer: Trainer) -> dict[str, float]:
+    """Bytes of this rank by part, see `memory_parts.run_parts`, and its pipeline `stage`."""
+    parts = run_parts(
+        trainer.parameters(),
+        trainer.optimizer_states(),
+        trainer.device,
+        gradients_bytes=trainer.gradients_bytes,
+        before_bytes=trainer.before_bytes,
+    )
+    return {"stage": trainer.mesh.get_local_rank("pp"), **parts}
 
 
 def out_of_memory(plan: Plan, trainer: Trainer | None, device: torch.device) -> list[str]:

@@ -29,7 +29,7 @@ from shardplan.executor.expert_parallel import build_expert_groups, set_gradient
 from shardplan.executor.loss import loss_context, loss_function
 from shardplan.executor.loss_scale import LossScale, overflows, scaled
 from shardplan.executor.measure import host_peak_bytes
-from shardplan.executor.memory_parts import gradient_bytes, run_parts
+from shardplan.executor.memory_parts import gradient_bytes
 from shardplan.executor.mesh import data_coordinate
 from shardplan.executor.optimizer import build_optimizer, clip_gradients, settle_gradients
 from shardplan.executor.parallelize import parallelize
@@ -70,13 +70,19 @@ class Trainer:
         self.recipe = recipe or plain_recipe(plan)
         self.sequences = job.global_batch // layout.dp
         self.micro_batches = self.sequences // layout.micro_batch
-        experts = build_expert_groups(plan.model, layout, device.type)
+        self.experts = build_expert_groups(plan.model, layout, device.type)
         compiler = compile_backend if compiling.is_compiled(plan.runtime) else None
         split, stage = chunk_layers(layout, plan.model.layer_count, plan.prediction), mesh.get_local_rank("pp")
         held = zip(chunks_of_rank(layout, stage), layers_before(layout, split, stage), strict=True)
         self.chunks: list[Transformer] = [
             parallelize(
-                self._build(parts(split)[number]), layout, job, mesh, experts, layers_before=before, compiler=compiler
+                self._build(parts(split)[number]),
+                layout,
+                job,
+                mesh,
+                self.experts,
+                layers_before=before,
+                compiler=compiler,
             )
             for number, before in held
         ]
@@ -132,6 +138,15 @@ class Trainer:
     def scale(self) -> float:
         """What the loss, and so gradients, are multiplied by."""
         return 1.0 if self.loss_scale is None else self.loss_scale.value
+
+    @property
+    def groups(self) -> dict[str, dist.ProcessGroup]:
+        """Axis -> group of this rank, of the axes that are none of the mesh of states."""
+        found = {
+            "cp": self.context.group,
+            "ep": None if self.experts.mesh is None else self.experts.mesh.get_group("ep"),
+        }
+        return {axis: group for axis, group in found.items() if group is not None}
 
     def parameters(self) -> list[nn.Parameter]:
         """Every parameter this rank holds a piece of."""
@@ -195,17 +210,6 @@ class Trainer:
     def optimizer_states(self) -> list[object]:
         """Whatever the optimizer holds."""
         return [value for states in self.optimizer.state.values() for value in states.values()]
-
-    def memory(self) -> dict[str, float]:
-        """Bytes of this rank by part, see `memory_parts.run_parts`, and its pipeline `stage`."""
-        parts = run_parts(
-            self.parameters(),
-            self.optimizer_states(),
-            self.device,
-            gradients_bytes=self.gradients_bytes,
-            before_bytes=self.before_bytes,
-        )
-        return {"stage": self.mesh.get_local_rank("pp"), **parts}
 
     def update(self, step: int) -> Tensor:
         """Clip, take an optimizer step unless a gradient overflowed, drop the gradients; returns their norm before clipping."""

@@ -178,7 +178,7 @@ def run_rank(folder: Path, cases: int) -> None:
     for number in [*range(cases)] * ROUNDS:
         plan = Plan.read(folder / f"{number}.json")
         trainer = Trainer(plan, build_mesh(plan.layout, "cpu"), device)
-        waits = Waits(trainer.clock, trainer.mesh)
+        waits = Waits(trainer.clock, trainer.mesh, trainer.groups)
         steps[number] += [vars(run_step(trainer, step, waits)) for step in range(1, PER_ROUND + 1)]
     every: list[list[list[dict[str, Any]]]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(every, steps)

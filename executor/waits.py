@@ -6,6 +6,7 @@ It puts a clock around the calls that block, and takes it away when it is left, 
 |----------------------------------------------|----------------------------------------------|------------------|
 | torch.distributed.all_reduce, ...            | fully_shard, clipping                        | of its group     |
 | Work.wait of such a call with async_op=True  | fully_shard ahead of a chunk of a pipeline   | of its group     |
+| and of batch_isend_irecv                     | rings of context parallelism, tied tables    | of its group     |
 | torch.ops._c10d_functional.wait_tensor       | DTensor: tensor and loss parallelism         | of the issue     |
 | pipelining's _wait_batch_p2p                 | schedules: transfers and, with them, bubbles | pp               |
 | Stream.wait_event, wait_stream of the stream that computes (GPU) | fully_shard              | dp               |
@@ -15,7 +16,7 @@ A collective on another stream than the one that computes is not a wait. Not see
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import schedules
 
 from shardplan.executor.phases import StepClock
-from shardplan.executor.traffic import group_axes, ranks_of, resolve_group
+from shardplan.executor.traffic import NO_GROUPS, Axes, resolve_group
 
 BLOCKING = (
     "all_reduce",
@@ -46,13 +47,12 @@ Call = Callable[..., Any]
 
 
 class Waits:
-    """Tells `clock` the waits of the rank; `axes` are those of `mesh` with more than one rank."""
+    """Tells `clock` the waits of the rank; `axes` are those of `mesh` and of `groups` (axis -> group) with more than one rank."""
 
-    def __init__(self, clock: StepClock, mesh: DeviceMesh) -> None:
+    def __init__(self, clock: StepClock, mesh: DeviceMesh, groups: Mapping[str, dist.ProcessGroup] = NO_GROUPS) -> None:
         self.clock = clock
-        self.axis_of_ranks = group_axes(mesh)
-        self.axes = sorted(set(self.axis_of_ranks.values()))
-        self.axis_of_group: dict[str, str] = {}
+        self.axis_of = Axes(mesh, groups)
+        self.axes = self.axis_of.names()
         self.started: dict[int, str] = {}
         """Axis of a functional collective by where its result lies."""
         self.works: dict[int, str] = {}
@@ -65,6 +65,7 @@ class Waits:
         for name in BLOCKING:
             if hasattr(dist, name):
                 self._replace(dist, name, self._blocking)
+        self._replace(dist, "batch_isend_irecv", self._passing)
         self._replace(dist.Work, "wait", self._work_wait)
         functional = torch.ops._c10d_functional
         for name in FUNCTIONAL:
@@ -111,6 +112,14 @@ class Waits:
 
         return timed
 
+    def _passing(self, call: Call) -> Call:
+        def started(operations: list[dist.P2POp]) -> list[dist.Work]:
+            works = call(operations)
+            self.works.update((id(work), self._axis(operations[0].group)) for work in works if operations)
+            return works
+
+        return started
+
     def _work_wait(self, call: Call) -> Call:
         def timed(work: Any, *arguments: Any, **words: Any) -> Any:
             axis = self.works.pop(id(work), None)
@@ -153,12 +162,7 @@ class Waits:
         return self.stream is None or torch.cuda.current_stream(self.clock.device) == self.stream
 
     def _axis(self, group: dist.ProcessGroup | None) -> str:
-        if group is None:
-            return OTHER
-        name = group.group_name
-        if name not in self.axis_of_group:
-            self.axis_of_group[name] = self.axis_of_ranks.get(ranks_of(group), OTHER)
-        return self.axis_of_group[name]
+        return OTHER if group is None else self.axis_of(group) or OTHER
 
 
 def _like(operator: Any, call: Call) -> Call:

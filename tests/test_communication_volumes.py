@@ -53,7 +53,14 @@ CASES = [
     (2, "llama", 128, 4, "fp32", "pp=2 schedule=gpipe"),
     (2, "llama", 128, 4, "bf16", "pp=2 schedule=1f1b"),
     (2, "llama", 128, 4, "fp32", "pp=2 schedule=interleaved virtual_stages=2"),
+    (2, "llama", 128, 2, "fp32", "cp=2 zero=1"),
+    (2, "llama", 128, 2, "bf16", "cp=2 zero=3 recompute=full"),
+    (2, "llama", 128, 2, "fp32", "cp=2 cp_kind=ulysses zero=0"),
+    (2, "llama", 128, 2, "fp32", "cp=2 cp_kind=all_gather zero=2"),
     (4, "llama", 128, 8, "fp32", "dp=4 zero=0"),
+    (4, "llama", 128, 4, "fp32", "cp=4 zero=1"),
+    (4, "llama", 128, 4, "fp32", "dp=2 cp=2 cp_kind=ulysses zero=3"),
+    (4, "llama", 128, 4, "fp32", "cp=2 tp=2 sequence_parallel=true zero=1"),
     (4, "llama", 128, 8, "fp32", "dp=4 zero=1 dp_shard=2"),
     (4, "llama", 128, 8, "fp32", "dp=4 zero=2 dp_shard=2"),
     (4, "llama", 128, 8, "bf16", "dp=4 zero=3 dp_shard=2"),
@@ -175,10 +182,10 @@ def count(case: tuple) -> dict[str, object]:
     trainer = Trainer(plan, mesh, torch.device("cpu"))
     trainer.forward_backward(1)
     trainer.update(1)
-    with Traffic(mesh) as traffic:
+    with Traffic(mesh, trainer.groups) as traffic:
         trainer.forward_backward(2)
         trainer.update(2)
-    with Waits(trainer.clock, mesh):
+    with Waits(trainer.clock, mesh, trainer.groups):
         trainer.forward_backward(3)
         trainer.update(3)
     waits = Counter(axis for _, axis, *_ in trainer.clock.waits)
