@@ -84,7 +84,8 @@ class Layout:
     virtual_stages: int = 1
     """Model chunks per pipeline rank."""
     stage_layers: tuple[int, ...] | None = None
-    """Decoder layers of each of the pp * virtual_stages chunks in model order; None = the runtime's rule."""
+    """Decoder layers of each of the pp * virtual_stages chunks in model order, 0 in a first of the embedding alone or a last of the head
+    alone; None = the runtime's rule."""
     attention: str = "auto"
     """flash, unfused or auto (the runtime's own)."""
     offload_optimizer: str = "none"
@@ -121,8 +122,9 @@ class Layout:
         for name, known in CODES.items():
             _known(name, getattr(self, name), known)
         _ratio("offload_ratio", self.offload_ratio)
-        for layers in self.stage_layers or ():
-            _positive("stage_layers", layers)
+        for at, layers in enumerate(self.stage_layers or ()):
+            if layers != 0 or at not in (0, len(self.stage_layers or ()) - 1):
+                _positive("stage_layers", layers)
 
     @property
     def gpus(self) -> int:
