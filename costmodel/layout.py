@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import chain, groupby
 from typing import Any
 
 import numpy as np
@@ -176,10 +177,19 @@ def _known(name: str, word: str, known: Sequence[str]) -> None:
         raise InputError(f"{name}={word!r} is unknown", place="layout", remedy=nearest(word, known))
 
 
+MOST_CHUNKS = 10_000
+"""That a word may stand for."""
+RUN = 3
+"""Equal numbers in a row from which on words say them once: 2*4 for 2,2,2,2."""
+
+
 def _word(value: object) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
-    return str(value).replace(" ", "").strip("(),")
+    if isinstance(value, tuple):
+        runs = [(number, len(list(same))) for number, same in groupby(value)]
+        return ",".join(f"{n}*{times}" if times >= RUN else ",".join([str(n)] * times) for n, times in runs)
+    return str(value)
 
 
 def parse_layout(text: str) -> Layout:
@@ -209,7 +219,7 @@ def _words_to_values(text: str) -> dict[str, object]:
 def _value(name: str, raw: str) -> object:
     try:
         if name == "stage_layers":
-            return tuple(int(part) for part in raw.split(","))
+            return tuple(chain.from_iterable(_repeated(part) for part in raw.split(",")))
         if name == "order":
             return read_order(raw)
         if name in TEXT_WORDS:
@@ -221,9 +231,18 @@ def _value(name: str, raw: str) -> object:
         return int(raw)
     except (ValueError, KeyError):
         kind = dict.fromkeys(YES_OR_NO, "true or false")
-        kind |= {"stage_layers": "numbers such as 10,12,12,10", "offload_ratio": "a share such as 0.4"}
+        kind |= {"stage_layers": "numbers such as 10,12,12,10 or 10,12*2,10", "offload_ratio": "a share such as 0.4"}
         remedy = f"use {kind.get(name, 'a whole number')}" if "=" not in raw else "separate words with spaces"
         raise InputError(f"{name}={raw!r} is malformed", place="layout", remedy=remedy) from None
+
+
+def _repeated(part: str) -> list[int]:
+    """`2*4` as four numbers 2, `2` as one."""
+    number, _, times = part.partition("*")
+    count = int(times) if "*" in part else 1
+    if not 1 <= count <= MOST_CHUNKS:
+        raise ValueError(part)
+    return [int(number)] * count
 
 
 def layout_from_document(document: Mapping[str, object]) -> Layout:

@@ -47,7 +47,9 @@ class Sifted:
 def sift_space(setting: Setting, wishes: Wishes, sifted: Sifted, watch: Watch) -> None:
     """Sift the space into `sifted`, one piece at a time: what an interrupt leaves there stands."""
     kinds, tiers = setting.runtime.abilities.context_parallel, runtime_tiers(setting.runtime)
-    for done, piece in space_pieces(setting.model, setting.job, setting.cluster.gpus, wishes, kinds, tiers):
+    bare = setting.runtime.abilities.ends_without_layers
+    space = space_pieces(setting.model, setting.job, setting.cluster.gpus, wishes, kinds, tiers, bare_ends=bare)
+    for done, piece in space:
         if len(piece):
             left = _sift_factors(setting, piece, sifted.refused)
             sifted.looked_at += len(piece)

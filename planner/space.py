@@ -108,10 +108,16 @@ leave attention too little to hide its exchanges, and searches of the usual leng
 
 
 def layout_space(
-    model: Model, job: Job, gpus: int, wishes: Wishes | None = None, cp_kinds: Sequence[str] = ()
+    model: Model,
+    job: Job,
+    gpus: int,
+    wishes: Wishes | None = None,
+    cp_kinds: Sequence[str] = (),
+    *,
+    bare_ends: bool = False,
 ) -> LayoutTable:
     """All layouts of `model` on `gpus` GPUs within the wishes; may be empty. Order is deterministic."""
-    pieces = [piece.layouts() for _, piece in space_pieces(model, job, gpus, wishes, cp_kinds)]
+    pieces = [piece.layouts() for _, piece in space_pieces(model, job, gpus, wishes, cp_kinds, bare_ends=bare_ends)]
     return join_tables(pieces, wishes or Wishes())
 
 
@@ -141,9 +147,12 @@ def space_pieces(
     wishes: Wishes | None = None,
     cp_kinds: Sequence[str] = (),
     tiers: Sequence[tuple[int, int]] | None = None,
+    *,
+    bare_ends: bool = False,
 ) -> Iterator[tuple[float, Factors]]:
     """(share of the factorisations behind it, piece of the space of about ROWS_OF_A_PIECE rows); `cp_kinds` are the kinds of context
-    parallelism to look at, `tiers` the pairs of TIERS (all when left out)."""
+    parallelism to look at, `tiers` the pairs of TIERS (all when left out); with `bare_ends`
+    the first and the last chunk may lack layers."""
     wanted = wishes or Wishes()
     blocks: list[_Block] = []
     rows = 0
@@ -151,11 +160,11 @@ def space_pieces(
         (tp, pp, gpus // cp // tp // pp, cp)
         for cp in _context_degrees(job, gpus, wanted, cp_kinds)
         for tp in divisors(gpus // cp, most=gpus)
-        for pp in divisors(gpus // cp // tp, most=model.layer_count + 2)
+        for pp in divisors(gpus // cp // tp, most=model.layer_count + 2 * bare_ends)
     ]
     for at, (tp, pp, dp, cp) in enumerate(degrees):
         if job.global_batch % dp == 0 and _agrees(wanted, tp=tp, pp=pp, dp=dp):
-            blocks.append(_block(model, job, tp, pp, dp, cp, wanted, cp_kinds, tiers or TIERS))
+            blocks.append(_block(model, job, tp, pp, dp, cp, wanted, cp_kinds, tiers or TIERS, bare_ends))
             rows += len(blocks[-1][0]["dp"]) * len(blocks[-1][1]["dp"])
             if rows >= ROWS_OF_A_PIECE:
                 yield (at + 1) / len(degrees), _piece(blocks, wanted)
@@ -220,12 +229,13 @@ def _block(
     wishes: Wishes,
     cp_kinds: Sequence[str],
     tiers: Sequence[tuple[int, int]],
+    bare_ends: bool,
 ) -> _Block:
     """All options of one (tp, pp, dp, cp): the cross product of the option groups, those of computing and those of spreading apart."""
     computing: _Groups = (
         (("micro_batch",), [(size,) for size in divisors(job.global_batch // dp)]),
         (("sequence_parallel",), [(0,), (1,)] if tp > 1 else [(0,)]),
-        (("schedule", "virtual_stages"), _schedules(model, pp, wishes.fixed.schedule)),
+        (("schedule", "virtual_stages"), _schedules(model, pp, wishes.fixed.schedule, bare_ends)),
         (RECOMPUTE_COLUMNS, [(code, ALL_LAYERS, 0) for code in range(len(RECOMPUTE))]),
         (("ep",), _expert_degrees(model, dp * cp * tp)),
         (("cp_kind",), [(CP_KINDS.index(kind),) for kind in cp_kinds if cp > 1] or [(0,)]),
@@ -266,9 +276,9 @@ def _sharding(dp: int, cp: int) -> list[tuple[int, ...]]:
     return [(0, dp), *((zero, shard) for zero in (1, 2, 3) for shard in divisors(dp, most=dp) if shard * cp > 1)]
 
 
-def _schedules(model: Model, pp: int, asked: str) -> list[tuple[int, ...]]:
-    """(schedule, virtual stages): interleaving by every number that divides the layers, or the layers with embedding and head as one
-    each, and by powers of two.
+def _schedules(model: Model, pp: int, asked: str, bare_ends: bool) -> list[tuple[int, ...]]:
+    """(schedule, virtual stages): interleaving by every number that divides the layers, with `bare_ends` also the layers and one each
+    for embedding and head, and by powers of two.
 
     Breadth-first, zero-bubble and DualPipe schedules only where `asked` for: no measured run has checked their step time.
     """
@@ -276,9 +286,8 @@ def _schedules(model: Model, pp: int, asked: str) -> list[tuple[int, ...]]:
     if pp == 1:
         return [(plain, 1)]
     interleaved = SCHEDULES.index("interleaved")
-    layers = model.layer_count
-    most = (layers + 2) // pp
-    chunks = [v for v in range(2, most + 1) if 0 in (layers % (pp * v), (layers + 2) % (pp * v), v & (v - 1))]
+    even = (model.layer_count, model.layer_count + 2) if bare_ends else (model.layer_count,)
+    chunks = [v for v in range(2, even[-1] // pp + 1) if v & (v - 1) == 0 or any(n % (pp * v) == 0 for n in even)]
     if asked in V_PLACED:
         return [(SCHEDULES.index(asked), 2)]
     if asked == "looped_bfs":

@@ -33,7 +33,14 @@ NONE, SELECTIVE, FULL = range(len(RECOMPUTE))
 def every_layout(at: Setting, wishes: Wishes | None = None) -> LayoutTable:
     """All words of the space, each as often as there are values of the others."""
     runtime = at.runtime
-    table = layout_space(at.model, at.job, at.cluster.gpus, wishes, cp_kinds=runtime.abilities.context_parallel)
+    table = layout_space(
+        at.model,
+        at.job,
+        at.cluster.gpus,
+        wishes,
+        cp_kinds=runtime.abilities.context_parallel,
+        bare_ends=runtime.abilities.ends_without_layers,
+    )
     parts = runtime.abilities.recompute_parts
     sets = chain.from_iterable(combinations(parts, size) for size in range(1, len(parts) + 1))
     plain = table.take(table.recompute == NONE)
