@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from itertools import chain, groupby
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.costmodel.axis_order import DEFAULT_ORDER, ORDERS, axis_stride, read_order
-from shardplan.costmodel.job import LARGEST
+from shardplan.costmodel.layout_checks import known_word, positive
+from shardplan.costmodel.number_runs import numbers_word, read_numbers
 from shardplan.costmodel.recompute import RECOMPUTE, layers_code, split_recompute, stored_recompute
 from shardplan.hw_profiles.errors import InputError, nearest
 
@@ -110,10 +110,10 @@ class Layout:
 
     def __post_init__(self) -> None:
         for name in ("dp", "tp", "pp", "cp", "ep", "micro_batch", "virtual_stages", "hpz"):
-            _positive(name, getattr(self, name))
+            positive(name, getattr(self, name))
         for name in ("dp_shard", "etp"):
             if getattr(self, name) is not None:
-                _positive(name, getattr(self, name))
+                positive(name, getattr(self, name))
         for name in YES_OR_NO:
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name}={getattr(self, name)!r} is not true or false", place="layout")
@@ -121,11 +121,11 @@ class Layout:
             raise InputError(f"zero={self.zero} is not a ZeRO stage", place="layout", remedy="use 0, 1, 2 or 3")
         split_recompute(self.recompute)
         for name, known in CODES.items():
-            _known(name, getattr(self, name), known)
+            known_word(name, getattr(self, name), known)
         _ratio("offload_ratio", self.offload_ratio)
         for at, layers in enumerate(self.stage_layers or ()):
             if layers != 0 or at not in (0, len(self.stage_layers or ()) - 1):
-                _positive("stage_layers", layers)
+                positive("stage_layers", layers)
 
     @property
     def gpus(self) -> int:
@@ -158,11 +158,6 @@ class Layout:
 FIELD_NAMES = tuple(f.name for f in fields(Layout))
 
 
-def _positive(name: str, value: object) -> None:
-    if type(value) is not int or not 1 <= value <= LARGEST:
-        raise InputError(f"{name}={value} is not a positive whole number", place="layout", remedy="use 1 or more")
-
-
 def _ratio(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value <= 1.0:
         raise InputError(f"{name}={value} is not a share", place="layout", remedy="use more than 0, up to 1")
@@ -172,23 +167,11 @@ def _ratio(name: str, value: object) -> None:
         )
 
 
-def _known(name: str, word: str, known: Sequence[str]) -> None:
-    if word not in known:
-        raise InputError(f"{name}={word!r} is unknown", place="layout", remedy=nearest(word, known))
-
-
-MOST_CHUNKS = 10_000
-"""That a word may stand for."""
-RUN = 3
-"""Equal numbers in a row from which on words say them once: 2*4 for 2,2,2,2."""
-
-
 def _word(value: object) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, tuple):
-        runs = [(number, len(list(same))) for number, same in groupby(value)]
-        return ",".join(f"{n}*{times}" if times >= RUN else ",".join([str(n)] * times) for n, times in runs)
+        return numbers_word(value)  # pyright: ignore[reportUnknownArgumentType]
     return str(value)
 
 
@@ -219,7 +202,7 @@ def _words_to_values(text: str) -> dict[str, object]:
 def _value(name: str, raw: str) -> object:
     try:
         if name == "stage_layers":
-            return tuple(chain.from_iterable(_repeated(part) for part in raw.split(",")))
+            return read_numbers(raw)
         if name == "order":
             return read_order(raw)
         if name in TEXT_WORDS:
@@ -234,15 +217,6 @@ def _value(name: str, raw: str) -> object:
         kind |= {"stage_layers": "numbers such as 10,12,12,10 or 10,12*2,10", "offload_ratio": "a share such as 0.4"}
         remedy = f"use {kind.get(name, 'a whole number')}" if "=" not in raw else "separate words with spaces"
         raise InputError(f"{name}={raw!r} is malformed", place="layout", remedy=remedy) from None
-
-
-def _repeated(part: str) -> list[int]:
-    """`2*4` as four numbers 2, `2` as one."""
-    number, _, times = part.partition("*")
-    count = int(times) if "*" in part else 1
-    if not 1 <= count <= MOST_CHUNKS:
-        raise ValueError(part)
-    return [int(number)] * count
 
 
 def layout_from_document(document: Mapping[str, object]) -> Layout:
