@@ -149,9 +149,9 @@ def memory_remedy(part: str, layout: Layout) -> str:
         knobs += ["use recompute=full"] if not layout.recompute.startswith("full") else []
         knobs += ["raise tp with sequence_parallel=true, or pp"]
         return ", ".join(knobs)
-    if layout.zero < sharded_from[part]:
+    if layout.gpus > 1 and layout.dp * layout.cp > 1 and layout.zero < sharded_from[part]:
         return f"use zero={sharded_from[part]} or more, or raise tp or pp"
-    more = "use more GPUs, or raise tp or pp"
+    more = "use more GPUs" + (", or raise tp or pp" if layout.gpus > 1 else "")
     return more + (", or offload_optimizer=cpu where the runtime has it" if part == "optimizer" else "")
 
 

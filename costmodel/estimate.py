@@ -6,6 +6,7 @@ step = m t_max + (sum_i t_i - t_max) / v + exposed communication + optimizer + h
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -15,7 +16,7 @@ from shardplan.costmodel.adapters import trainable_parameters
 from shardplan.costmodel.estimates import EXPERT_BAND, GUESS_BAND, TIME_BAND, Estimates, joined
 from shardplan.costmodel.fitted import Fitted, fitted, with_fitted_cluster, with_fitted_runtime
 from shardplan.costmodel.job import Job
-from shardplan.costmodel.keys import LazyColumns, in_pieces
+from shardplan.costmodel.keys import LazyColumns, Same, in_pieces
 from shardplan.costmodel.layout import Layout, LayoutTable, layout_table
 from shardplan.costmodel.memory import FULL
 from shardplan.costmodel.model import Model, attended_tokens, matrix_parameters
@@ -60,6 +61,8 @@ IntArray = NDArray[np.int64]
 StageChoice = Literal["worst", "every", "mean", "mean, all hidden"] | slice
 """Stages that are looked at: the few that can be the worst, all, one that holds 1/pp of everything, or some of all."""
 
+SETTINGS_AT_ONCE = 8
+"""Pairs of a cluster and a runtime whose sustained rates are kept."""
 ROWS_AT_ONCE = 1 << 18
 """Rows of one pass: enough to share what unique keys cost, few enough to bound memory (about 0.2 GB)."""
 
@@ -119,7 +122,7 @@ def stage_times(setting: Setting, layouts: LayoutTable) -> tuple[FloatArray, Flo
     ready = prepared(setting)
     model, cluster, runtime = ready.model, ready.cluster, ready.runtime
     stages = stage_rows(model, layouts, runtime, every_stage=True)
-    blocks = block_rows(model, ready.job, cluster, layouts, runtime, tier_table(cluster))
+    blocks = block_rows(model, ready.job, cluster, layouts, runtime)
     return (
         stage_seconds(cluster, layouts, runtime, blocks, stages, micro_batches(ready, layouts)),
         stages.recomputed,
@@ -128,11 +131,19 @@ def stage_times(setting: Setting, layouts: LayoutTable) -> tuple[FloatArray, Flo
 
 def prepared(setting: Setting, constants: Fitted | None = None) -> Setting:
     """The setting at the rates that training sustains (`fitted`)."""
-    used, cluster = fitted() if constants is None else constants, setting.cluster
-    runtime = with_fitted_runtime(setting.runtime, cluster, used)
+    used = fitted() if constants is None else constants
+    cluster, runtime = _sustained(Same((setting.cluster, setting.runtime, used)))
+    return replace(setting, cluster=cluster, runtime=runtime)
+
+
+@lru_cache(maxsize=SETTINGS_AT_ONCE)
+def _sustained(same: Same) -> tuple[Cluster, Runtime]:
+    """A cluster and a runtime at the rates that training sustains: the same objects again as long as they are asked for in turn."""
+    cluster, runtime, used = same.objects
+    sustained = with_fitted_runtime(runtime, cluster, used)
     if cluster.gpu.device == "cpu":
-        runtime = without_overlap(runtime)
-    return replace(setting, cluster=with_fitted_cluster(cluster, used), runtime=runtime)
+        sustained = without_overlap(sustained)
+    return with_fitted_cluster(cluster, used), sustained
 
 
 def _estimate_table(
@@ -193,7 +204,7 @@ def _estimate_rows(
     setting: Setting, layouts: LayoutTable, keys: RowKeys, tiers: TierTable, chosen: StageChoice
 ) -> Estimates:
     model, job, cluster, runtime = setting.model, setting.job, setting.cluster, setting.runtime
-    blocks = block_rows(model, job, cluster, keys.work, runtime, tiers)
+    blocks = block_rows(model, job, cluster, keys.work, runtime)
     mean, every = chosen in ("mean", "mean, all hidden"), chosen != "worst"
     stages = mean_stage_rows(model, keys.work) if mean else stage_rows(model, keys.work, runtime, every_stage=every)
     if isinstance(chosen, slice):

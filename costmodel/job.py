@@ -81,6 +81,7 @@ class Job:
                 raise InputError(
                     f"{name}={value} is not positive" if value < 1 else f"{name}={value} is above {LARGEST}",
                     place=place,
+                    remedy="give 1 or more" if value < 1 else "give less",
                 )
         words: list[tuple[str, str, tuple[str, ...]]] = [
             ("precision", self.precision, PRECISIONS),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -132,6 +132,19 @@ def in_pieces(rows: int, make: Callable[[slice], Mapping[str, FloatArray]]) -> d
     """Columns (N,) of many intermediate arrays, made of as many rows at a time as keep those in the cache."""
     pieces = [make(slice(start, start + KEYS_IN_CACHE)) for start in range(0, rows, KEYS_IN_CACHE)]
     return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+
+
+@dataclass(frozen=True, eq=False)
+class Same:
+    """Objects that are the same only if they are the very same: comparing all their fields would take longer than a small estimate."""
+
+    objects: tuple[Any, ...]
+
+    def __hash__(self) -> int:
+        return hash(tuple(map(id, self.objects)))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and all(a is b for a, b in zip(self.objects, other.objects, strict=True))
 
 
 class LazyColumns(Mapping[str, Column_co]):

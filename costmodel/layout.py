@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.costmodel.axis_order import DEFAULT_ORDER, ORDERS, axis_stride, read_order
-from shardplan.costmodel.job import LARGEST
+from shardplan.costmodel.layout_checks import known_word, positive
+from shardplan.costmodel.number_runs import numbers_word, read_numbers
 from shardplan.costmodel.recompute import RECOMPUTE, layers_code, split_recompute, stored_recompute
 from shardplan.hw_profiles.errors import InputError, nearest
 
@@ -84,7 +85,8 @@ class Layout:
     virtual_stages: int = 1
     """Model chunks per pipeline rank."""
     stage_layers: tuple[int, ...] | None = None
-    """Decoder layers of each of the pp * virtual_stages chunks in model order; None = the runtime's rule."""
+    """Decoder layers of each of the pp * virtual_stages chunks in model order, 0 in a first of the embedding alone or a last of the head
+    alone; None = the runtime's rule."""
     attention: str = "auto"
     """flash, unfused or auto (the runtime's own)."""
     offload_optimizer: str = "none"
@@ -108,10 +110,10 @@ class Layout:
 
     def __post_init__(self) -> None:
         for name in ("dp", "tp", "pp", "cp", "ep", "micro_batch", "virtual_stages", "hpz"):
-            _positive(name, getattr(self, name))
+            positive(name, getattr(self, name))
         for name in ("dp_shard", "etp"):
             if getattr(self, name) is not None:
-                _positive(name, getattr(self, name))
+                positive(name, getattr(self, name))
         for name in YES_OR_NO:
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name}={getattr(self, name)!r} is not true or false", place="layout")
@@ -119,10 +121,11 @@ class Layout:
             raise InputError(f"zero={self.zero} is not a ZeRO stage", place="layout", remedy="use 0, 1, 2 or 3")
         split_recompute(self.recompute)
         for name, known in CODES.items():
-            _known(name, getattr(self, name), known)
+            known_word(name, getattr(self, name), known)
         _ratio("offload_ratio", self.offload_ratio)
-        for layers in self.stage_layers or ():
-            _positive("stage_layers", layers)
+        for at, layers in enumerate(self.stage_layers or ()):
+            if layers != 0 or at not in (0, len(self.stage_layers or ()) - 1):
+                positive("stage_layers", layers)
 
     @property
     def gpus(self) -> int:
@@ -155,11 +158,6 @@ class Layout:
 FIELD_NAMES = tuple(f.name for f in fields(Layout))
 
 
-def _positive(name: str, value: object) -> None:
-    if type(value) is not int or not 1 <= value <= LARGEST:
-        raise InputError(f"{name}={value} is not a positive whole number", place="layout", remedy="use 1 or more")
-
-
 def _ratio(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value <= 1.0:
         raise InputError(f"{name}={value} is not a share", place="layout", remedy="use more than 0, up to 1")
@@ -169,15 +167,12 @@ def _ratio(name: str, value: object) -> None:
         )
 
 
-def _known(name: str, word: str, known: Sequence[str]) -> None:
-    if word not in known:
-        raise InputError(f"{name}={word!r} is unknown", place="layout", remedy=nearest(word, known))
-
-
 def _word(value: object) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
-    return str(value).replace(" ", "").strip("(),")
+    if isinstance(value, tuple):
+        return numbers_word(value)  # pyright: ignore[reportUnknownArgumentType]
+    return str(value)
 
 
 def parse_layout(text: str) -> Layout:
@@ -207,7 +202,7 @@ def _words_to_values(text: str) -> dict[str, object]:
 def _value(name: str, raw: str) -> object:
     try:
         if name == "stage_layers":
-            return tuple(int(part) for part in raw.split(","))
+            return read_numbers(raw)
         if name == "order":
             return read_order(raw)
         if name in TEXT_WORDS:
@@ -219,7 +214,7 @@ def _value(name: str, raw: str) -> object:
         return int(raw)
     except (ValueError, KeyError):
         kind = dict.fromkeys(YES_OR_NO, "true or false")
-        kind |= {"stage_layers": "numbers such as 10,12,12,10", "offload_ratio": "a share such as 0.4"}
+        kind |= {"stage_layers": "numbers such as 10,12,12,10 or 10,12*2,10", "offload_ratio": "a share such as 0.4"}
         remedy = f"use {kind.get(name, 'a whole number')}" if "=" not in raw else "separate words with spaces"
         raise InputError(f"{name}={raw!r} is malformed", place="layout", remedy=remedy) from None
 

@@ -114,9 +114,11 @@ def in_flight(
 def split_layers(layers: int, chunks: int, rule: StageRule) -> tuple[int, ...]:
     """Layers of each chunk in model order: as even as possible with embedding and head weighed as the runtime does.
 
-    Every chunk gets at least one layer where layers >= chunks; the remainder goes to the earliest lightest chunks.
+    Every chunk gets at least one layer where layers >= chunks; the remainder goes to the earliest lightest chunks. With fewer, the ends
+    are counted as one each: up to two chunks more than layers, only the last and the first hold none.
     """
     even_with_ends = rule.weigh_ends_to_divide and layers % chunks != 0 and (layers + 2) % chunks == 0
+    even_with_ends = even_with_ends or layers < chunks
     first, last = (1.0, 1.0) if even_with_ends else (rule.embedding_weight, rule.head_weight)
     if first == last == 0:
         each, more = divmod(layers, chunks)

@@ -75,6 +75,20 @@ def split_is_wrong(setting: Setting, table: LayoutTable) -> BoolArray:
     return broken
 
 
+def most_chunks(setting: Setting) -> int:
+    """Chunks that the layers of the model can be cut into: one each, and two more where the ends may hold none."""
+    return setting.model.layer_count + 2 * setting.runtime.abilities.ends_without_layers
+
+
+def ends_lack_layers(setting: Setting, table: LayoutTable) -> BoolArray:
+    """Predicate: explicit stage_layers with a chunk of the embedding or of the head alone in a runtime that has none."""
+    broken = np.zeros(len(table), dtype=bool)
+    for index, split in enumerate(table.splits):
+        if split is not None and 0 in split:
+            broken |= table.split == index
+    return broken & (not setting.runtime.abilities.ends_without_layers)
+
+
 def depth_is_wrong(_: Setting, table: LayoutTable) -> BoolArray:
     """Predicate: recomputed layers by stage for another number of stages than the layout has, or of stages of several chunks."""
     broken = np.zeros(len(table), dtype=bool)

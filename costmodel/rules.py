@@ -29,7 +29,9 @@ from shardplan.costmodel.rule_parts import (
     codes,
     depth_is_wrong,
     divisors,
+    ends_lack_layers,
     gradient_dtypes,
+    most_chunks,
     not_in,
     options,
     other_runtime,
@@ -78,11 +80,11 @@ STRUCTURE: tuple[Rule, ...] = (
     ),
     Rule(
         id="layers-cover-stages",
-        broken=lambda s, t: t.pp * t.virtual_stages > s.model.layer_count,
+        broken=lambda s, t: t.pp * t.virtual_stages > most_chunks(s),
         detail=lambda s, x: (
             f"pp*virtual_stages = {x.pp}*{x.virtual_stages} chunks, but only {s.model.layer_count} layers"
         ),
-        remedy=lambda s, x: f"use at most {s.model.layer_count} chunks",
+        remedy=lambda s, x: f"use at most {most_chunks(s)} chunks",
         structural=True,
     ),
     Rule(
@@ -92,6 +94,15 @@ STRUCTURE: tuple[Rule, ...] = (
             f"stage_layers={x.stage_layers} has {len(x.stage_layers or ())} chunks and {sum(x.stage_layers or ())} layers"
         ),
         remedy=lambda s, x: f"give {x.pp * x.virtual_stages} numbers that add up to {s.model.layer_count}",
+        structural=True,
+    ),
+    Rule(
+        id="ends-without-layers",
+        broken=ends_lack_layers,
+        detail=lambda s, x: (
+            f"stage_layers={x.stage_layers} has a chunk without layers, which {s.runtime.name!r} does not run"
+        ),
+        remedy=lambda s, x: "give every chunk a layer, or use --runtime megatron",
         structural=True,
     ),
     Rule(

@@ -63,6 +63,8 @@ class Abilities(_FromFile):
     """What it runs of what layers of Llama, GPT-2 and Mixtral do not have."""
     tied_embeddings_across_stages: bool
     uneven_stages: bool
+    ends_without_layers: bool = False
+    """A first chunk of the embedding alone, and a last one of head and loss alone."""
     micro_batches_cover_stages: bool
     """The schedules need at least as many micro-batches as stages."""
     schedules: tuple[str, ...]

@@ -8,22 +8,18 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from shardplan.costmodel.adapters import adapter_parameters, frozen_head_ops, with_adapters, with_head
-from shardplan.costmodel.expert_parallel import expert_load, expert_parameters, mixed, spread_layers
-from shardplan.costmodel.job import BYTES_OF, Job
+from shardplan.costmodel.adapters import adapter_parameters
+from shardplan.costmodel.block_table import block_table, group_strides, padded_vocab
+from shardplan.costmodel.expert_parallel import expert_parameters
+from shardplan.costmodel.job import Job
 from shardplan.costmodel.keys import gathered, unique_keys
-from shardplan.costmodel.layer_cost import BlockCost, block_costs
-from shardplan.costmodel.layout import ATTENTION, CP_KINDS, LayoutTable
-from shardplan.costmodel.memory import FULL, SELECTIVE, gradient_bytes
+from shardplan.costmodel.layout import CP_KINDS, LayoutTable
+from shardplan.costmodel.memory import FULL, SELECTIVE
 from shardplan.costmodel.model import LayerKind, Model, split_parameters
-from shardplan.costmodel.op import Op
-from shardplan.costmodel.operators import Shapes, embedding_ops, head_ops, layer_ops, logits_bytes
 from shardplan.costmodel.pipeline import stage_table
-from shardplan.costmodel.rank_groups import stage_stride
 from shardplan.costmodel.recompute import ALL_LAYERS, BY_STAGE
 from shardplan.costmodel.runtime import Runtime
 from shardplan.hw_profiles.machine import Cluster
-from shardplan.hw_profiles.topology import TierTable
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -78,128 +74,31 @@ class BlockRows:
         )
 
 
-def padded_vocab(model: Model, runtime: Runtime, tp: FloatArray) -> FloatArray:
-    """Vocabulary padded to a multiple of the runtime's block times tp."""
-    multiple = runtime.vocabulary_multiple * tp
-    return np.ceil(model.vocab / multiple) * multiple
-
-
-def _shapes(job: Job, at: LayoutTable, flash: NDArray[np.bool_]) -> Shapes:
-    """The keys of operators of each layout of `at`."""
-    tp = at.tp.astype(np.float64)
-    return Shapes(
-        micro_batch=at.micro_batch.astype(np.float64),
-        seq=job.seq / at.cp,
-        cp=at.cp.astype(np.float64),
-        cp_kind=at.cp_kind,
-        cp_stride=at.stride("cp").astype(np.float64),
-        tp=tp,
-        tp_stride=at.stride("tp").astype(np.float64),
-        sp=np.where(at.sequence_parallel == 1, tp, 1.0),
-        flash=flash,
-        library=at.attention == ATTENTION.index("flash"),
-        ep=at.ep.astype(np.float64),
-        expert_tp=at.expert_tp.astype(np.float64),
-        ep_stride=stage_stride(at, at.expert_tp).astype(np.float64),
-        expert_tp_stride=stage_stride(at, np.ones_like(at.tp)).astype(np.float64),
-        expert_load=expert_load(job, at),
-        recompute_parts=at.recompute_parts,
-        element_bytes=BYTES_OF[job.precision],
-        casts=job.precision == "fp8",
-        document=job.document_tokens,
-    )
-
-
-def _strides(layouts: LayoutTable) -> tuple[NDArray[np.int64], ...]:
-    """Of the groups that a layer exchanges in, each (N,)."""
-    experts = (stage_stride(layouts, layouts.expert_tp), stage_stride(layouts, np.ones_like(layouts.tp)))
-    return (layouts.stride("tp"), layouts.stride("cp"), *(experts if layouts.dispatches.any() else ()))
-
-
-@dataclass(frozen=True, kw_only=True)
-class BlockOps:
-    """The operators of every kind of block, over K layouts."""
-
-    shapes: Shapes
-    layers: tuple[tuple[Op, ...], ...]
-    """One per run of layer kinds."""
-    embedding: tuple[Op, ...]
-    head: tuple[Op, ...]
-    """Of every prediction."""
-    spread: Mapping[int, tuple[Op, ...]]
-    """Of runs of layers with experts, where tokens are dispatched to those."""
-
-
-def block_ops(model: Model, job: Job, at: LayoutTable, runtime: Runtime) -> BlockOps:
-    """The operators of layers, embedding and head for each layout of `at`."""
-    default = ATTENTION.index(runtime.abilities.attention[0])
-    attention = np.where(at.attention == 0, default, at.attention)
-    shapes = _shapes(job, at, attention != ATTENTION.index("unfused"))
-    vocab = padded_vocab(model, runtime, shapes.tp)
-    layers = tuple(_layer(kind, shapes, job, runtime) for kind, _ in model.runs)
-    head = head_ops(model.hidden, model.norm, vocab, shapes, runtime, softcap=model.logit_softcap)
-    return BlockOps(
-        shapes=shapes,
-        layers=layers,
-        embedding=embedding_ops(model.hidden, model.layers[0][0].dropout, shapes),
-        head=_head(head, shapes, job, runtime) * (1 + model.mtp_modules),  # each has logits and a loss of its own
-        spread=spread_layers(model, layers, shapes, runtime) if at.dispatches.any() else {},
-    )
-
-
-def block_rows(
-    model: Model, job: Job, cluster: Cluster, layouts: LayoutTable, runtime: Runtime, tiers: TierTable
-) -> BlockRows:
+def block_rows(model: Model, job: Job, cluster: Cluster, layouts: LayoutTable, runtime: Runtime) -> BlockRows:
     """Costs of layers, embedding and head: once per unique (tp, sp, cp and its kind, ep, etp, their strides, micro-batch, attention,
     recomputed parts), then gathered."""
     context = layouts.cp * len(CP_KINDS) + layouts.cp_kind
     work = (layouts.tp, layouts.sequence_parallel, context, layouts.ep, layouts.etp, layouts.micro_batch)
-    apart = _strides(layouts) if layouts.order.any() else ()  # in the default order tp and etp say them
+    apart = group_strides(layouts) if layouts.order.any() else ()  # in the default order tp and etp say them
     first, inverse = unique_keys(*work, layouts.attention, layouts.recompute_parts, *apart)
     at = layouts.take(first)
-    ops = block_ops(model, job, at, runtime)
-    shapes, spread = ops.shapes, ops.spread
+    costs = block_table(model, job, cluster, runtime).of(at)
+    place = costs.place.take(inverse)
     absent = ("context_",) * bool((layouts.cp == 1).all()) + ("expert_",) * (not at.dispatches.any())
-    names = [name for name in BlockCost.__dataclass_fields__ if not name.startswith(absent)]
-    costs = block_costs(
-        (*ops.layers, ops.embedding, ops.head, *spread.values()),
-        shapes,
-        gpu=cluster.gpu,
-        precision=job.precision,
-        gradient_bytes=gradient_bytes(runtime, job),
-        tiers=tiers,
-        runtime=runtime,
-    )
-    columns = [{name: getattr(cost, name) for name in names} for cost in costs]
-    *layers, embedding, head = columns[: len(ops.layers) + 2]
-    for index, cost in zip(spread, columns[len(ops.layers) + 2 :], strict=True):
-        layers[index] = mixed(layers[index], cost, at.dispatches)
-    streams = np.where(shapes.recompute_parts == 0, runtime.activations.selective_streams, 0.0)
-    for (kind, _), layer in zip(model.runs, layers, strict=True):  # what `selective` keeps in exchange is not dropped
-        layer["selective_bytes"] -= streams * shapes.element_bytes * shapes.tokens * kind.hidden
+
+    def columns(block: Mapping[str, FloatArray]) -> BlockColumns:
+        return BlockColumns({name: column for name, column in block.items() if not name.startswith(absent)}, place)
+
+    *layers, embedding, head = costs.blocks
     repeats, split = runtime.communication, layouts.sequence_parallel == 1
-    vocab, heads = padded_vocab(model, runtime, shapes.tp), 1 + model.mtp_modules
     return BlockRows(
-        layers=tuple(BlockColumns(layer, inverse) for layer in layers),
-        embedding=BlockColumns(embedding, inverse),
-        head=BlockColumns(head, inverse),
-        logits_bytes=heads * logits_bytes(vocab, shapes, with_head(runtime, job), softcap=model.logit_softcap)[inverse],
+        layers=tuple(map(columns, layers)),
+        embedding=columns(embedding),
+        head=columns(head),
+        logits_bytes=costs.logits_bytes.take(place),
         selects=(layouts.recompute == SELECTIVE).astype(np.float64),
         full_repeats=np.where(split, repeats.full_repeats_tensor_sp, repeats.full_repeats_tensor),
     )
-
-
-def _layer(kind: LayerKind, shapes: Shapes, job: Job, runtime: Runtime) -> tuple[Op, ...]:
-    """The operators of a layer, with adapters where the job trains those."""
-    ops = layer_ops(kind, shapes, runtime)
-    if job.adapters is None:
-        return ops
-    return with_adapters(ops, kind, shapes, job.adapters, runtime.tuning, runtime.activations.norm_bytes)
-
-
-def _head(ops: tuple[Op, ...], shapes: Shapes, job: Job, runtime: Runtime) -> tuple[Op, ...]:
-    """The operators of the head as they are, or frozen."""
-    return ops if job.adapters is None else frozen_head_ops(ops, shapes, runtime.activations.norm_bytes)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,7 @@ from shardplan.costmodel.pace import stage_seconds
 from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.rule_parts import micro_batches
 from shardplan.costmodel.stage_cost import BlockRows, StageRows, block_rows, mean_stage_rows, stage_parameters
-from shardplan.hw_profiles.topology import tier_table
+from shardplan.costmodel.step_memory import micro_batches_in_flight, stage_activations
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -57,10 +57,7 @@ class StageTrials:
     def of(setting: Setting, layouts: LayoutTable) -> StageTrials:
         """The trials of any layouts, in `setting` as it is."""
         ready = prepared(setting)
-        tiers = tier_table(ready.cluster)
-        return StageTrials(
-            ready, layouts, block_rows(ready.model, ready.job, ready.cluster, layouts, ready.runtime, tiers)
-        )
+        return StageTrials(ready, layouts, block_rows(ready.model, ready.job, ready.cluster, layouts, ready.runtime))
 
     def take(self, rows: IntArray) -> StageTrials:
         """Those of the layouts at `rows`."""
@@ -70,9 +67,23 @@ class StageTrials:
         """Seconds of one micro-batch, (N, S)."""
         return self._seconds(self._rows(trials))
 
-    def mean_seconds(self) -> FloatArray:
-        """The same of a stage that holds 1/pp of everything, (N,)."""
-        return self._seconds(mean_stage_rows(self.setting.model, self.layouts))[:, 0]
+    def mean_seconds(self, recomputed_share: FloatArray | None = None) -> FloatArray:
+        """The same of a stage that holds 1/pp of everything, (N,); of its layers the layout's own are recomputed, or this share, (N,)."""
+        stages = mean_stage_rows(self.setting.model, self.layouts)
+        if recomputed_share is not None:
+            stages = replace(stages, recomputed=recomputed_share[:, None] * stages.layers.sum(axis=2))
+        return self._seconds(stages)[:, 0]
+
+    def mean_saving_bytes(self) -> FloatArray:
+        """Bytes on the device, (N,), that recomputing every layer saves at most on such a stage, what it rebuilds not counted."""
+        ready, stages = self.setting, mean_stage_rows(self.setting.model, self.layouts)
+        flying = micro_batches_in_flight(self.layouts, stages, self._batches)
+
+        def activations(share: float) -> FloatArray:
+            rows = replace(stages, recomputed=share * stages.layers.sum(axis=2))
+            return stage_activations(ready.model, self._blocks, rows, self.layouts, flying, frees_loss=False)[:, 0]
+
+        return 2.0 * (activations(0.5) - activations(1.0)) * (1.0 + ready.runtime.allocator_slack_fraction)
 
     def parameters(self, trials: Trials) -> FloatArray:
         """Parameters a rank holds, (N, S)."""

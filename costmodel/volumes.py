@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from shardplan.costmodel.block_table import block_ops
 from shardplan.costmodel.context_parallel import exchanges
 from shardplan.costmodel.data_parallel import Exchange, exchange_s
 from shardplan.costmodel.job import Job
@@ -22,7 +23,7 @@ from shardplan.costmodel.op import Op
 from shardplan.costmodel.pace import boundary_bytes
 from shardplan.costmodel.rank_groups import dense_groups
 from shardplan.costmodel.runtime import Runtime
-from shardplan.costmodel.stage_cost import block_ops, stage_parameters, stage_rows
+from shardplan.costmodel.stage_cost import stage_parameters, stage_rows
 
 Volumes = dict[tuple[str, str], float]
 """Bytes by axis (dp, tp, cp, pp) and operation (all_reduce, all_gather, reduce_scatter, all_to_all, send)."""

@@ -16,7 +16,7 @@ from shardplan.costmodel.layout import Layout
 from shardplan.costmodel.model_config import load_model
 from shardplan.hw_profiles.load import load_cluster
 from shardplan.planner.search import SearchResult, search
-from shardplan.planner.shortlist import distinct, same_idea
+from shardplan.planner.shortlist import distinct, same_idea, worth_telling
 from shardplan.planner.space import Wishes, parse_wishes
 
 NEAR = 0.10
@@ -67,12 +67,13 @@ def _searched(published: Mapping[str, Any], wishes: Wishes) -> SearchResult:
 
 
 def _rank(result: SearchResult, layout: Layout) -> int | None:
-    """Place of the layout's idea among those of the ranking, 1 = the best; None where it is not among them."""
+    """Place of the layout's idea in the shortlist that `shardplan plan` tells, 1 = the best; one that is left out there as a copy of a
+    better one counts behind those before it. None where it is not in the ranking."""
     assert result.ranked is not None
     first, _ = distinct(result.ranked.layouts)
-    return next(
-        (at + 1 for at, row in enumerate(first) if same_idea(result.ranked.layouts.row(int(row)), layout)), None
-    )
+    told = worth_telling(result.ranked, first)
+    at = next((at for at, row in enumerate(first) if same_idea(result.ranked.layouts.row(int(row)), layout)), None)
+    return None if at is None else 1 + int(told[:at].sum())
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -71,9 +71,10 @@ def within_deadline(
     assert fastest is not None
     if fastest.ranked is None:
         return fastest
+    refused = sum(one.count for one in fastest.refused)
     late = Refusal(
         rule=DEADLINE,
-        count=len(fastest.ranked),
+        count=fastest.looked_at - refused - fastest.does_not_fit,
         example=f"the fastest, on {fastest.cluster.gpus} GPUs, takes {least:.3g} days, the deadline is {days:g}",
     )
     return replace(fastest, ranked=None, refused=(late, *fastest.refused))

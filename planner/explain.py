@@ -225,6 +225,18 @@ def _no_factorisation(job: Job, cluster: Cluster, wishes: Wishes) -> dict[str, s
                 "detail": f"{word}={degree} does not divide the {cluster.gpus} GPUs",
                 "remedy": f"fix a {word} that does, or change --gpus",
             }
+    product = (
+        wishes.fixed.tp * wishes.fixed.pp * wishes.fixed.cp * (wishes.fixed.dp if "dp" in wishes.fixed_words else 1)
+    )
+    if cluster.gpus % product:
+        words = " ".join(
+            f"{word}={getattr(wishes.fixed, word)}" for word in ("dp", "tp", "pp", "cp") if word in wishes.fixed_words
+        )
+        return {
+            "rule": "gpus-product",
+            "detail": f"{words} make groups of {product} GPUs, which do not divide the {cluster.gpus} GPUs",
+            "remedy": "fix fewer of them or smaller ones, or change --gpus",
+        }
     return {
         "rule": "batch-divisible",
         "detail": f"no dp*tp*pp = {cluster.gpus} within the wishes has a dp that divides global_batch={job.global_batch}",
@@ -248,7 +260,8 @@ def _changes(model: Model, job: Job, cluster: Cluster, runtime: Runtime, wishes:
 
     told: list[str] = []
     if (wishes.fixed_words or wishes.forbidden) and fits(wishes=Wishes()):
-        told.append("dropping --fix and --forbid")
+        words = [word for word, given in (("--fix", wishes.fixed_words), ("--forbid", wishes.forbidden)) if given]
+        told.append(f"dropping {' and '.join(words)}")
     for more in _doubled(cluster):
         if fits(cluster=more):
             told.append(f"{more.gpus} GPUs of the same kind (tried by doubling)")
@@ -259,6 +272,8 @@ def _changes(model: Model, job: Job, cluster: Cluster, runtime: Runtime, wishes:
             told.append(f"sequences of {shorter} tokens (tried by halving)")
             break
         shorter //= 2
+    if job.global_batch < cluster.gpus and fits(job=dataclasses.replace(job, global_batch=cluster.gpus)):
+        told.append(f"a global batch of {cluster.gpus}")
     for word in PRECISIONS:
         if word != job.precision and fits(job=dataclasses.replace(job, precision=word)):
             told.append(f"--precision {word}")

@@ -86,13 +86,13 @@ def least_step_s(setting: Setting, estimates: Estimates, wishes: Wishes, changes
     else:
         kept = [part for part in ("compute_s", "recompute_s", "optimizer_s") if part not in changes]
         moved = np.sum([time[part] for part in kept], axis=0)
-    return np.where(_movable(estimates.layouts, orders), moved, as_it_is)
+    return np.where(movable(estimates.layouts, orders), moved, as_it_is)
 
 
 INNER = "tp-cp-"
 
 
-def _movable(layouts: LayoutTable, orders: tuple[str, ...]) -> NDArray[np.bool_]:
+def movable(layouts: LayoutTable, orders: tuple[str, ...]) -> NDArray[np.bool_]:
     """Rows that some order gives other groups than the default one, as far as their axes go and, with few orders, their experts."""
     used = used_axes([getattr(layouts, axis) for axis in AXES])
     several = np.any([SAME_AS[code, used] != SAME_AS[0, used] for code in codes(orders, ORDERS)], axis=0)
@@ -113,7 +113,7 @@ def place(setting: Setting, ranked: Estimates, wishes: Wishes) -> tuple[Estimate
     order = np.array(layouts.order)
     first = np.arange(min(FIRST_LAYOUTS, len(layouts)))
     estimated = _try(setting, layouts, first, orders, step_s, order)
-    hopeful = np.flatnonzero((least_s < step_s.min()) & _movable(layouts, orders))
+    hopeful = np.flatnonzero((least_s < step_s.min()) & movable(layouts, orders))
     later = hopeful[hopeful >= len(first)]
     later = later[np.argsort(step_s[later], kind="stable")]
     enough = np.searchsorted(np.cumsum(_ways(layouts.take(later), orders)), MOST_ROWS - estimated, side="right")

@@ -23,7 +23,7 @@ from shardplan.planner.deadline import days_needed, within_deadline
 from shardplan.planner.mixed_search import search_mixed
 from shardplan.planner.one_size import search_one_size
 from shardplan.planner.ranking import OBJECTIVES, Objective, SearchResult
-from shardplan.planner.shortlist import distinct, memory_front
+from shardplan.planner.shortlist import distinct, memory_front, worth_telling
 from shardplan.planner.sift import Refusal
 from shardplan.planner.space import Wishes
 from shardplan.planner.watch import Watch
@@ -159,9 +159,10 @@ def search_document(result: SearchResult, top: int) -> dict[str, Any]:
     if result.ranked is not None and top:
         first, variants = distinct(result.ranked.layouts)
         ideas = len(first)
+        told = np.flatnonzero(worth_telling(result.ranked, first))[:top]
         ranked = [
             {**row, "variants": int(count)}
-            for row, count in zip(summary_rows(result.ranked, first[:top]), variants[:top], strict=True)
+            for row, count in zip(summary_rows(result.ranked, first[told]), variants[told], strict=True)
         ]
         front = summary_rows(result.ranked, memory_front(result.ranked))
     return {

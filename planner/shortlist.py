@@ -30,6 +30,22 @@ def distinct(layouts: LayoutTable) -> tuple[IndexArray, IndexArray]:
     return first[order], counts[order]
 
 
+MESH_COLUMNS = ("dp", "tp", "pp", "cp", "ep")
+
+
+def worth_telling(estimates: Estimates, ideas: IndexArray) -> NDArray[np.bool_]:
+    """Which of the `ideas`, rows of a ranking in its order, say something new: another mesh than all before, or the same with LEAST_SAVING
+    less device memory. Another ZeRO stage or a tenth of the optimizer off the GPU, slower and no smaller, is a copy."""
+    meshes = np.stack([getattr(estimates.layouts, name)[ideas] for name in MESH_COLUMNS], axis=1)
+    least: dict[bytes, float] = {}
+    told = np.zeros(len(ideas), dtype=bool)
+    for at, (mesh, row) in enumerate(zip(meshes, ideas, strict=True)):
+        peak, before = float(estimates.device_peak_bytes[row]), least.get(mesh.tobytes(), np.inf)
+        told[at] = peak <= (1.0 - LEAST_SAVING) * before
+        least[mesh.tobytes()] = min(peak, before) if told[at] else before
+    return told
+
+
 def same_idea(one: Layout, other: Layout) -> bool:
     """Whether two layouts are variants of one idea."""
     first, _ = distinct(layout_table([one, other]))

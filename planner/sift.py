@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from shardplan.costmodel.layout import LayoutTable
-from shardplan.costmodel.rule import Setting
-from shardplan.costmodel.rules import RULES, broken_rules
+from shardplan.costmodel.rule import Rule, Setting
+from shardplan.costmodel.rules import RULES
+from shardplan.planner.factors import COMPUTING, SPREADING, Factors
 from shardplan.planner.space import Wishes, join_tables, runtime_tiers, space_pieces
 from shardplan.planner.watch import Watch
 
@@ -44,12 +47,82 @@ class Sifted:
 def sift_space(setting: Setting, wishes: Wishes, sifted: Sifted, watch: Watch) -> None:
     """Sift the space into `sifted`, one piece at a time: what an interrupt leaves there stands."""
     kinds, tiers = setting.runtime.abilities.context_parallel, runtime_tiers(setting.runtime)
-    for done, piece in space_pieces(setting.model, setting.job, setting.cluster.gpus, wishes, kinds, tiers):
+    bare = setting.runtime.abilities.ends_without_layers
+    space = space_pieces(setting.model, setting.job, setting.cluster.gpus, wishes, kinds, tiers, bare_ends=bare)
+    for done, piece in space:
         if len(piece):
-            left = sift(setting, piece, sifted.refused)
+            left = _sift_factors(setting, piece, sifted.refused)
             sifted.looked_at += len(piece)
             sifted.kept.append(left)
         watch.phase("looking", 0.6 * done, sifted.looked_at)
+
+
+def _sift_factors(setting: Setting, piece: Factors, refused: dict[str, Refusal]) -> LayoutTable:
+    """Layouts of a piece that break no rule. Rules that look at one factor are asked about its rows, the others about the layouts that are
+    left; a layout counts for the first rule that its factors break, else for the first of the others."""
+    of_computing, later = _first_broken(setting, piece.computing, SPREADING, RULES)
+    of_spreading, later = _first_broken(setting, piece.spreading, COMPUTING, later)
+    for at, count in enumerate(_refused_pairs(piece, of_computing, of_spreading)):
+        if count:
+            first = (
+                (of_computing == at, of_spreading >= at)
+                if (of_computing == at).any()
+                else (of_computing >= at, of_spreading == at)
+            )
+            _count(setting, RULES[at], int(count), piece.one(*first), refused)
+    return sift(setting, piece.take(of_computing == len(RULES), of_spreading == len(RULES)).layouts(), refused, later)
+
+
+def _first_broken(
+    setting: Setting, table: LayoutTable, hidden: Sequence[str], rules: Sequence[Rule]
+) -> tuple[NDArray[np.int64], list[Rule]]:
+    """(index in RULES of the first rule that each row breaks, len(RULES) where none; rules that read one of the `hidden` columns)."""
+    first, later, half = np.full(len(table), len(RULES)), list[Rule](), _without(table, hidden)
+    for rule in rules:
+        try:
+            broken = np.broadcast_to(rule.broken(setting, half), len(table))
+        except _HiddenError:
+            later.append(rule)
+        else:
+            first = np.where(broken, np.minimum(first, RULES.index(rule)), first)
+    return first, later
+
+
+class _HiddenError(Exception):
+    """A rule reads a column that is not there."""
+
+
+def _without(table: LayoutTable, hidden: Sequence[str]) -> LayoutTable:
+    """The table; reading one of the columns `hidden` raises _HiddenError."""
+
+    class Half(LayoutTable):
+        def __getattribute__(self, name: str) -> Any:
+            if name in hidden:
+                raise _HiddenError(name)
+            return super().__getattribute__(name)
+
+    return Half(**table.columns(), splits=table.splits, depths=table.depths)
+
+
+def _refused_pairs(
+    piece: Factors, of_computing: NDArray[np.int64], of_spreading: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Layouts whose factors break each rule and none before it: of all that break none before it those that do not break it."""
+    codes = len(RULES) + 1
+
+    def at_least(first: NDArray[np.int64], block: NDArray[np.int64]) -> NDArray[np.int64]:
+        counts = np.bincount(block * codes + first, minlength=piece.blocks * codes).reshape(piece.blocks, codes)
+        return counts[:, ::-1].cumsum(axis=1)[:, ::-1]
+
+    left = at_least(of_computing, piece.computing_block) * at_least(of_spreading, piece.spreading_block)
+    return -np.diff(left.sum(axis=0))
+
+
+def _count(setting: Setting, rule: Rule, count: int, rows: LayoutTable, refused: dict[str, Refusal]) -> None:
+    """Add layouts that break a rule to the account; the first of `rows` is the example of a rule that has none yet."""
+    before = refused.get(rule.id)
+    example = before.example if before else rule.detail(setting, rows.row(0))
+    refused[rule.id] = Refusal(rule=rule.id, count=count + (before.count if before else 0), example=example)
 
 
 def largest_first(refused: Mapping[str, Refusal]) -> tuple[Refusal, ...]:
@@ -57,19 +130,17 @@ def largest_first(refused: Mapping[str, Refusal]) -> tuple[Refusal, ...]:
     return tuple(sorted(refused.values(), key=lambda r: (-r.count, r.rule)))
 
 
-def sift(setting: Setting, space: LayoutTable, refused: dict[str, Refusal]) -> LayoutTable:
-    """Rows that break no rule; the others are added to `refused` under the first rule they break."""
-    broken = broken_rules(setting, space)
+def sift(
+    setting: Setting, space: LayoutTable, refused: dict[str, Refusal], rules: Sequence[Rule] = RULES
+) -> LayoutTable:
+    """Rows that break none of the rules; the others are added to `refused` under the first rule they break."""
+    if not len(space):
+        return space
     open_rows = np.ones(len(space), dtype=bool)
-    found: dict[str, Refusal] = {}
-    for rule in RULES:
-        if rule.id in broken:
-            new = broken[rule.id] & open_rows
-            open_rows &= ~new
-            if new.any():
-                before = refused.get(rule.id)
-                example = before.example if before else rule.detail(setting, space.row(int(np.flatnonzero(new)[0])))
-                count = int(new.sum()) + (before.count if before else 0)
-                found[rule.id] = Refusal(rule=rule.id, count=count, example=example)
-    refused.update(found)
+    for rule in rules:
+        new = np.broadcast_to(rule.broken(setting, space), len(space)) & open_rows
+        if new.any():
+            open_rows = open_rows & ~new
+            example = space.slice(int(new.argmax()), int(new.argmax()) + 1)
+            _count(setting, rule, int(new.sum()), example, refused)
     return space.take(open_rows)

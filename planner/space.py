@@ -28,6 +28,7 @@ from shardplan.costmodel.recompute import ALL_LAYERS, RECOMPUTE, RECOMPUTE_COLUM
 from shardplan.costmodel.rule_parts import divisors
 from shardplan.costmodel.runtime import Runtime
 from shardplan.hw_profiles.errors import InputError, nearest
+from shardplan.planner.factors import SPREADING, Factors
 
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
@@ -107,10 +108,16 @@ leave attention too little to hide its exchanges, and searches of the usual leng
 
 
 def layout_space(
-    model: Model, job: Job, gpus: int, wishes: Wishes | None = None, cp_kinds: Sequence[str] = ()
+    model: Model,
+    job: Job,
+    gpus: int,
+    wishes: Wishes | None = None,
+    cp_kinds: Sequence[str] = (),
+    *,
+    bare_ends: bool = False,
 ) -> LayoutTable:
     """All layouts of `model` on `gpus` GPUs within the wishes; may be empty. Order is deterministic."""
-    pieces = [piece for _, piece in space_pieces(model, job, gpus, wishes, cp_kinds)]
+    pieces = [piece.layouts() for _, piece in space_pieces(model, job, gpus, wishes, cp_kinds, bare_ends=bare_ends)]
     return join_tables(pieces, wishes or Wishes())
 
 
@@ -140,22 +147,25 @@ def space_pieces(
     wishes: Wishes | None = None,
     cp_kinds: Sequence[str] = (),
     tiers: Sequence[tuple[int, int]] | None = None,
-) -> Iterator[tuple[float, LayoutTable]]:
+    *,
+    bare_ends: bool = False,
+) -> Iterator[tuple[float, Factors]]:
     """(share of the factorisations behind it, piece of the space of about ROWS_OF_A_PIECE rows); `cp_kinds` are the kinds of context
-    parallelism to look at, `tiers` the pairs of TIERS (all when left out)."""
+    parallelism to look at, `tiers` the pairs of TIERS (all when left out); with `bare_ends`
+    the first and the last chunk may lack layers."""
     wanted = wishes or Wishes()
-    blocks: list[dict[str, IntArray]] = []
+    blocks: list[_Block] = []
     rows = 0
     degrees = [
         (tp, pp, gpus // cp // tp // pp, cp)
         for cp in _context_degrees(job, gpus, wanted, cp_kinds)
         for tp in divisors(gpus // cp, most=gpus)
-        for pp in divisors(gpus // cp // tp, most=model.layer_count)
+        for pp in divisors(gpus // cp // tp, most=model.layer_count + 2 * bare_ends)
     ]
     for at, (tp, pp, dp, cp) in enumerate(degrees):
         if job.global_batch % dp == 0 and _agrees(wanted, tp=tp, pp=pp, dp=dp):
-            blocks.append(_block(model, job, tp, pp, dp, cp, wanted, cp_kinds, tiers or TIERS))
-            rows += len(blocks[-1]["dp"])
+            blocks.append(_block(model, job, tp, pp, dp, cp, wanted, cp_kinds, tiers or TIERS, bare_ends))
+            rows += len(blocks[-1][0]["dp"]) * len(blocks[-1][1]["dp"])
             if rows >= ROWS_OF_A_PIECE:
                 yield (at + 1) / len(degrees), _piece(blocks, wanted)
                 blocks, rows = [], 0
@@ -174,16 +184,35 @@ def _context_degrees(job: Job, gpus: int, wishes: Wishes, cp_kinds: Sequence[str
     return [cp for cp in divisors(gpus, most=job.seq // CONTEXT_TOKENS) if job.seq % cp == 0]
 
 
-def _piece(blocks: Sequence[dict[str, IntArray]], wishes: Wishes) -> LayoutTable:
-    """Blocks as one table, the columns they leave out taken from the fixed words, forbidden rows dropped."""
-    fixed = layout_table([wishes.fixed])
-    columns = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+_Block = tuple[dict[str, IntArray], dict[str, IntArray]]
+"""Columns of what computes and of what spreads states, with those of the mesh in both."""
+
+
+def _piece(blocks: Sequence[_Block], wishes: Wishes) -> Factors:
+    """Blocks with the columns they leave out taken from the fixed words, forbidden rows dropped."""
+    (computing, computing_block), (spreading, spreading_block) = (
+        _rows_of([block[part] for block in blocks], wishes) for part in (0, 1)
+    )
+    whole = Factors(
+        computing=computing,
+        computing_block=computing_block,
+        spreading=spreading,
+        spreading_block=spreading_block,
+        blocks=len(blocks),
+    )
+    spread = {(word, value) for word, value in wishes.forbidden if word in SPREADING}
+    rest = tuple(one for one in wishes.forbidden if one not in spread)
+    return whole.take(_allowed(computing, rest), _allowed(spreading, tuple(spread)))
+
+
+def _rows_of(blocks: Sequence[dict[str, IntArray]], wishes: Wishes) -> tuple[LayoutTable, IntArray]:
+    """(all rows, the block of each)."""
+    fixed, names = layout_table([wishes.fixed]), blocks[0].keys()
+    columns = {name: np.concatenate([block[name] for block in blocks]) for name in names}
     rows = len(columns["dp"])
-    for name in COLUMNS:
-        if name not in columns:
-            columns[name] = np.repeat(getattr(fixed, name), rows)
-    table = LayoutTable(**columns, splits=fixed.splits, depths=fixed.depths)
-    return table.take(_allowed(table, wishes))
+    others = {name: np.repeat(getattr(fixed, name), rows) for name in COLUMNS if name not in columns}
+    table = LayoutTable(**columns, **others, splits=fixed.splits, depths=fixed.depths)
+    return table, np.repeat(np.arange(len(blocks)), [len(block["dp"]) for block in blocks])
 
 
 def _agrees(wishes: Wishes, **degrees: int) -> bool:
@@ -200,26 +229,34 @@ def _block(
     wishes: Wishes,
     cp_kinds: Sequence[str],
     tiers: Sequence[tuple[int, int]],
-) -> dict[str, IntArray]:
-    """All options of one (tp, pp, dp, cp) as columns: the cross product of the option groups."""
-    groups: tuple[tuple[tuple[str, ...], list[tuple[int, ...]]], ...] = (
+    bare_ends: bool,
+) -> _Block:
+    """All options of one (tp, pp, dp, cp): the cross product of the option groups, those of computing and those of spreading apart."""
+    computing: _Groups = (
         (("micro_batch",), [(size,) for size in divisors(job.global_batch // dp)]),
-        (("zero", "dp_shard"), _sharding(dp, cp)),
         (("sequence_parallel",), [(0,), (1,)] if tp > 1 else [(0,)]),
-        (("schedule", "virtual_stages"), _schedules(model, pp, wishes.fixed.schedule)),
+        (("schedule", "virtual_stages"), _schedules(model, pp, wishes.fixed.schedule, bare_ends)),
         (RECOMPUTE_COLUMNS, [(code, ALL_LAYERS, 0) for code in range(len(RECOMPUTE))]),
-        (("offload_optimizer", "offload_params"), list(tiers)),
         (("ep",), _expert_degrees(model, dp * cp * tp)),
         (("cp_kind",), [(CP_KINDS.index(kind),) for kind in cp_kinds if cp > 1] or [(0,)]),
     )
+    spreading: _Groups = (
+        (("zero", "dp_shard"), _sharding(dp, cp)),
+        (("offload_optimizer", "offload_params"), list(tiers)),
+    )
+    mesh = {"tp": tp, "pp": pp, "dp": dp, "cp": cp}
+    return _crossed(computing, mesh, wishes), _crossed(spreading, mesh, wishes)
+
+
+_Groups = tuple[tuple[tuple[str, ...], list[tuple[int, ...]]], ...]
+"""Words that go together, with the values they may have."""
+
+
+def _crossed(groups: _Groups, mesh: dict[str, int], wishes: Wishes) -> dict[str, IntArray]:
+    """The cross product of the groups as columns."""
     chosen = [(names, _restricted(names, options, wishes)) for names, options in groups]
     index = np.indices([len(options) for _, options in chosen]).reshape(len(chosen), -1)
-    columns: dict[str, IntArray] = {
-        "tp": np.full(index.shape[1], tp),
-        "pp": np.full(index.shape[1], pp),
-        "dp": np.full(index.shape[1], dp),
-        "cp": np.full(index.shape[1], cp),
-    }
+    columns: dict[str, IntArray] = {name: np.full(index.shape[1], degree) for name, degree in mesh.items()}
     for (names, options), at in zip(chosen, index, strict=True):
         values = np.asarray(options, dtype=np.int64).reshape(len(options), len(names))[at]
         columns.update({name: values[:, i] for i, name in enumerate(names)})
@@ -239,8 +276,9 @@ def _sharding(dp: int, cp: int) -> list[tuple[int, ...]]:
     return [(0, dp), *((zero, shard) for zero in (1, 2, 3) for shard in divisors(dp, most=dp) if shard * cp > 1)]
 
 
-def _schedules(model: Model, pp: int, asked: str) -> list[tuple[int, ...]]:
-    """(schedule, virtual stages): interleaving by every number that divides the layers, and by powers of two.
+def _schedules(model: Model, pp: int, asked: str, bare_ends: bool) -> list[tuple[int, ...]]:
+    """(schedule, virtual stages): interleaving by every number that divides the layers, with `bare_ends` also the layers and one each
+    for embedding and head, and by powers of two.
 
     Breadth-first, zero-bubble and DualPipe schedules only where `asked` for: no measured run has checked their step time.
     """
@@ -248,8 +286,8 @@ def _schedules(model: Model, pp: int, asked: str) -> list[tuple[int, ...]]:
     if pp == 1:
         return [(plain, 1)]
     interleaved = SCHEDULES.index("interleaved")
-    most = model.layer_count // pp
-    chunks = [v for v in range(2, most + 1) if model.layer_count % (pp * v) == 0 or v & (v - 1) == 0]
+    even = (model.layer_count, model.layer_count + 2) if bare_ends else (model.layer_count,)
+    chunks = [v for v in range(2, even[-1] // pp + 1) if v & (v - 1) == 0 or any(n % (pp * v) == 0 for n in even)]
     if asked in V_PLACED:
         return [(SCHEDULES.index(asked), 2)]
     if asked == "looped_bfs":
@@ -272,10 +310,10 @@ def _restricted(names: tuple[str, ...], options: list[tuple[int, ...]], wishes: 
     return [tuple(fixed.get(name, first[i]) for i, name in enumerate(names))]
 
 
-def _allowed(table: LayoutTable, wishes: Wishes) -> BoolArray:
+def _allowed(table: LayoutTable, forbidden: Sequence[tuple[str, str | None]]) -> BoolArray:
     """Rows without a forbidden word."""
     allowed = np.ones(len(table), dtype=bool)
-    for word, value in wishes.forbidden:
+    for word, value in forbidden:
         if word == "dp_shard":  # only sharding over fewer ranks than dp is a dp_shard at all
             hybrid = table.dp_shard != table.dp
             allowed &= ~(hybrid if value is None else hybrid & (table.dp_shard == int(value)))

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from shardplan.costmodel.estimates import MEMORY_BAND
 from shardplan.costmodel.layout import V_PLACED, Layout
-from shardplan.costmodel.model import Model, layer_order
+from shardplan.costmodel.model import layer_order
 from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.stage_trials import StageTrials, Trials
 
@@ -56,15 +56,19 @@ class Chain:
     """Stage with head and loss."""
     extra: IntArray
     """Layers by kind that the last stage holds besides: prediction modules."""
+    bare_ends: bool
+    """The first chunk may hold the embedding alone, the last one head and loss alone."""
 
     @staticmethod
-    def of(model: Model, layout: Layout) -> Chain:
-        """The layers of `model` as pipelines like that of `layout` cut them."""
+    def of(setting: Setting, layout: Layout) -> Chain:
+        """The layers of the model as pipelines like that of `layout` cut them."""
+        model, bare = setting.model, setting.runtime.abilities.ends_without_layers and layout.schedule not in V_PLACED
         kinds = np.asarray(layer_order(model), dtype=np.int64)
         before = _before(kinds, len(model.runs))
-        most = len(kinds) - (layout.pp - 1) * layout.virtual_stages
-        lengths = range(layout.virtual_stages, most + 1)
-        found = np.concatenate([before[n:] - before[:-n] for n in lengths])
+        least = layout.virtual_stages - bare
+        most = len(kinds) - (layout.pp - 1) * layout.virtual_stages + 2 * bare
+        lengths = range(least, min(most, len(kinds)) + 1)
+        found = np.concatenate([before[n:] - before[: len(before) - n] for n in lengths])
         extra = np.zeros(len(model.runs), dtype=np.int64)
         extra[len(model.layers) :] = model.mtp_modules
         return Chain(
@@ -74,6 +78,7 @@ class Chain:
             chunks=layout.virtual_stages,
             last=0 if layout.schedule in V_PLACED else layout.pp - 1,
             extra=extra,
+            bare_ends=bare,
         )
 
     def segments(self, contents: IntArray) -> IntArray:
@@ -83,7 +88,7 @@ class Chain:
         ends = len(before)
         found = np.full((ends, ends), -1, dtype=np.int64)
         for length in sorted(set(contents.sum(axis=1).tolist())):
-            held = (before[length:] - before[:-length]).tolist()
+            held = (before[length:] - before[: ends - length]).tolist()
             index = [known.get(tuple(row), -1) for row in held]
             found[np.arange(ends - length), np.arange(length, ends)] = index
         return found
@@ -166,6 +171,8 @@ class Options:
             if partly:
                 full[:, some] = tried.seconds(replace(own, recomputed=layers[some]))
             fewest[:, some] = _fewest(tried, own, layers[some] if partly else own.recomputed, usable)
+        inner = (stage != 0) & (stage != chain.pp - 1)
+        fewest[:, inner & (contents[which].sum(axis=1) < chain.chunks)] = -1
         repeating = (full - plain) / np.maximum(layers, 1)
         return Options(layers=layers, plain_s=plain, repeating_s=repeating, fewest=fewest, parameters=parameters)
 

@@ -25,8 +25,9 @@ from shardplan.costmodel.recompute import RECOMPUTE
 from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.rules import broken_rules
 from shardplan.costmodel.stage_trials import StageTrials
+from shardplan.planner.cut_bounds import over_mean_s, recomputing_mean_s
 from shardplan.planner.knobs import Knob, asked, knobs_of, least_s_with, named_recompute, variants_of
-from shardplan.planner.placement import in_other_orders, open_orders
+from shardplan.planner.placement import INNER, in_other_orders, movable, open_orders
 from shardplan.planner.space import Wishes
 from shardplan.planner.stage_options import Part, Wanted
 from shardplan.planner.stages import Cuttable, can_cut
@@ -149,8 +150,51 @@ def _pipelines(setting: Setting, layouts: LayoutTable, wishes: Wishes) -> Layout
 
 def _plain(state: _State, bounds: Estimates) -> BoolArray:
     """Rows that are cut as they are: a layout without recompute stands for any number of recomputed layers."""
-    near = bounds.step_s < state.fastest
-    return near & (bounds.layouts.recompute != FULL) if state.wanted.partial_recompute else near
+    rows = bounds.layouts.recompute != FULL if state.wanted.partial_recompute else np.ones(len(bounds), dtype=bool)
+    return _could_win(state, bounds, bounds.step_s, rows)
+
+
+def _could_win(state: _State, bounds: Estimates, least_s: FloatArray, rows: BoolArray) -> BoolArray:
+    """Of the `rows` those whose step, `least_s` with stages of equal fractions, may be the fastest with stages of whole layers."""
+    found = rows & (least_s < state.fastest)
+    at = np.flatnonzero(found)
+    if len(at) and np.isfinite(state.fastest):
+        some = bounds.layouts.take(at)
+        found[at] = least_s[at] + _in_a_step(state, some, over_mean_s(state.setting, some)) < state.fastest
+    return found
+
+
+def _could_win_recomputing(state: _State, bounds: Estimates) -> BoolArray:
+    """Rows whose step may be the fastest with as many layers recomputed as they need, all other words as they are."""
+    found = bounds.step_s < state.fastest
+    at = np.flatnonzero(found)
+    if len(at) and np.isfinite(state.fastest) and state.wanted.partial_recompute:
+        some = bounds.layouts.take(at)
+        usable = state.setting.cluster.gpu.memory_bytes * (1.0 - state.wanted.headroom) / (1.0 + MEMORY_BAND)
+        longer_s = recomputing_mean_s(state.setting, some, bounds.device_peak_bytes[at], usable)
+        found[at] = bounds.step_s[at] + _in_a_step(state, some, longer_s) < state.fastest
+    return found
+
+
+def _in_a_step(state: _State, layouts: LayoutTable, longer_s: FloatArray) -> FloatArray:
+    """Seconds that a step takes longer where a micro-batch takes `longer_s` longer on the slowest stage."""
+    weight = peak_weight(state.setting, layouts)
+    return longer_s * weight / _waiting(weight)
+
+
+def _could_win_elsewhere(state: _State, bounds: Estimates, least_s: FloatArray, rows: BoolArray) -> BoolArray:
+    """The same in any open order of axes, where `least_s` is the least in any: another order may speed up the blocks of a stage."""
+    orders = open_orders(state.setting, state.wishes)
+    if len(orders) > 1 and not all(order.startswith(INNER) for order in orders):
+        moved = movable(bounds.layouts, orders)
+        return (rows & moved & (least_s < state.fastest)) | _could_win(state, bounds, least_s, rows & ~moved)
+    return _could_win(state, bounds, least_s, rows)
+
+
+def _waiting(weight: FloatArray) -> FloatArray:
+    """Seconds of pipeline that a step must be longer by a second for, (N,): while it waits, a little more of its exchanges hides.
+    `weight` is its `peak_weight`."""
+    return np.where(weight >= LEAST_PEAK_WEIGHT, weight / np.maximum(weight - 1.0, 1.0), 1.0)
 
 
 def _could_fit(state: _State, bounds: Estimates) -> Estimates:
@@ -179,9 +223,10 @@ def _with_other_words(state: _State, bounds: Estimates, turned: Sequence[Knob]) 
         return made
     found = list(made)
     for batch in (bounds, *made):
-        good = least_s_with(setting, batch, wishes, ()) < state.fastest
+        rows = np.ones(len(batch), dtype=bool)
         if batch is bounds and state.wanted.partial_recompute:
-            good &= batch.layouts.recompute != FULL
+            rows = batch.layouts.recompute != FULL
+        good = _could_win_elsewhere(state, batch, least_s_with(setting, batch, wishes, ()), rows)
         some = _could_fit(state, batch.take(np.flatnonzero(good)))
         ordered = in_other_orders(setting, some.layouts, wishes) if len(some) else some.layouts
         if len(ordered) > MOST_ROWS:
@@ -189,7 +234,7 @@ def _with_other_words(state: _State, bounds: Estimates, turned: Sequence[Knob]) 
             ordered = ordered.slice(0, MOST_ROWS)
         if len(some) and len(ordered):
             its = on_mean_stage(setting, ordered)
-            found.append(its.take(np.flatnonzero(its.step_s < state.fastest)))
+            found.append(its.take(np.flatnonzero(_could_win(state, its, its.step_s, np.ones(len(its), dtype=bool)))))
     return found
 
 
@@ -199,9 +244,10 @@ def _with_knobs(state: _State, bounds: Estimates, turned: Sequence[Knob]) -> lis
     for at, knob in enumerate(turned):
         for batch in (bounds, *made):
             least_s = least_s_with(setting, batch, wishes, turned[at:])
-            useful = knob.rows(batch.layouts) & (least_s < state.fastest)
+            useful = knob.rows(batch.layouts)
             if state.wanted.partial_recompute and not knob.saves_memory:  # see `_plain`
-                useful &= (batch.layouts.recompute != FULL) | (batch.layouts.offload_activations > 0)
+                useful = useful & ((batch.layouts.recompute != FULL) | (batch.layouts.offload_activations > 0))
+            useful = _could_win_elsewhere(state, batch, least_s, useful)
             rows = np.flatnonzero(useful)
             if len(rows) and not knob.saves_memory:
                 rows = rows[_have_room(state, batch.layouts.take(rows))]
@@ -213,7 +259,8 @@ def _with_knobs(state: _State, bounds: Estimates, turned: Sequence[Knob]) -> lis
             if table is None:
                 continue
             its = on_mean_stage(setting, table)
-            its = its.take(np.flatnonzero(least_s_with(setting, its, wishes, turned[at + 1 :]) < state.fastest))
+            least_s, every = least_s_with(setting, its, wishes, turned[at + 1 :]), np.ones(len(its), dtype=bool)
+            its = its.take(np.flatnonzero(_could_win_elsewhere(state, its, least_s, every)))
             its = _could_fit(state, its)
             if len(its):
                 made.append(its)
@@ -222,8 +269,8 @@ def _with_knobs(state: _State, bounds: Estimates, turned: Sequence[Knob]) -> lis
 
 def _best_first(state: _State, *candidates: Estimates) -> None:
     """Cut the candidates, least bound first, until no bound is below the fastest."""
-    some = [one for one in candidates if len(one)]
-    if not some:
+    some = [one.take(np.flatnonzero(_could_win_recomputing(state, one))) for one in candidates if len(one)]
+    if not any(map(len, some)):
         return
     layouts = stacked([one.layouts for one in some])
     bounds = np.concatenate([one.step_s for one in some])
@@ -240,9 +287,7 @@ def _cut_some(state: _State, layouts: LayoutTable, bounds: FloatArray) -> None:
     """Cut layouts, least bound first, once what their stages can hold in whole layers says more than `bounds` do."""
     ready: list[Cuttable] = []
     of, place, least_s = np.zeros(len(layouts), dtype=np.int64), np.zeros(len(layouts), dtype=np.int64), bounds + np.inf
-    # seconds of pipeline that a step must be longer by a second for: while it waits, a little more of its exchanges hides
-    longer = peak_weight(state.setting, layouts)
-    longer = np.where(longer >= LEAST_PEAK_WEIGHT, longer / np.maximum(longer - 1.0, 1.0), 1.0)
+    longer = _waiting(peak_weight(state.setting, layouts))
     for rows, part in _alike(state.setting, layouts):
         found = Cuttable.of([part], state.wanted, (state.fastest - bounds[rows]) * longer[rows])
         if found is not None:

@@ -56,7 +56,7 @@ class Cuttable:
         """What stages of pipelines at most `slack_s`, (N,), longer than equal ones could hold; None where no layout has any."""
         layouts, setting = parts[0].trials.layouts, parts[0].setting
         first = layouts.row(0)
-        chain = Chain.of(setting.model, first)
+        chain = Chain.of(setting, first)
         on_parts = [part.trials for part in parts]
         weights = pipeline_weights(setting, layouts)
         least_s, mean_s = mean_stage_seconds(parts)

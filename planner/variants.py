@@ -62,9 +62,9 @@ def batch_range(text: str) -> tuple[int, ...]:
         ) from None
     if not 1 <= first <= last:
         raise InputError(
-            f"global_batch={text} does not rise from 1 or more",
+            f"global_batch={text} is not a rising range" if colon else f"global_batch={text} is not positive",
             place="--global-batch",
-            remedy="write low:high, such as 512:2048",
+            remedy="write low:high, such as 512:2048" if colon else "give 1 or more",
         )
     sizes = [first]
     while sizes[-1] * 2 < last:

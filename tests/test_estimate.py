@@ -338,7 +338,7 @@ def test_selective_keeps_what_the_executor_keeps() -> None:
     for words in ("tp=2", "tp=2 sequence_parallel=true"):
         table = layout_table([parse_layout(words + " recompute=selective")])
         job = Job(seq=256, global_batch=1, precision="fp32")
-        (layer,) = block_rows(model, job, cluster, table, runtime, tier_table(cluster)).layers
+        (layer,) = block_rows(model, job, cluster, table, runtime).layers
         kept = layer["kept_bytes"] - layer["selective_bytes"] - layer["input_bytes"]
         assert float(kept[0]) / 256 == 3072
 

@@ -37,7 +37,13 @@ def searched(at: Setting, wishes: Wishes | None = None):
 
 def every_number(at: Setting) -> tuple[float, str]:
     """(step time, words) of the best of the whole space with every N of full:N written out."""
-    space = layout_space(at.model, at.job, at.cluster.gpus, cp_kinds=at.runtime.abilities.context_parallel)
+    space = layout_space(
+        at.model,
+        at.job,
+        at.cluster.gpus,
+        cp_kinds=at.runtime.abilities.context_parallel,
+        bare_ends=at.runtime.abilities.ends_without_layers,
+    )
     plain = space.take(space.recompute == NONE)
     pieces = [space]
     for layers in range(1, at.model.layer_count + 1):

@@ -339,7 +339,7 @@ def test_no_factorisation_is_told() -> None:
         result, model=at.model, job=at.job, cluster=at.cluster, runtime=at.runtime, wishes=wishes, headroom=0.05
     )
     assert told["rejections"]
-    assert told["would_fit"][0] == "dropping --fix and --forbid"
+    assert told["would_fit"][0] == "dropping --fix"
 
 
 def test_own_layout_is_judged_against_the_best() -> None:

@@ -15,6 +15,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from shardplan.costmodel.block_table import padded_vocab
 from shardplan.costmodel.estimate import Estimates, estimate
 from shardplan.costmodel.fitted import Fitted, fitted, with_fitted_cluster, with_fitted_runtime
 from shardplan.costmodel.job import Job
@@ -26,7 +27,7 @@ from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.rules import broken_rules
 from shardplan.costmodel.runtime import load_runtime
 from shardplan.costmodel.runtime_document import runtime_names
-from shardplan.costmodel.stage_cost import padded_vocab, stage_parameters, stage_rows
+from shardplan.costmodel.stage_cost import stage_parameters, stage_rows
 from shardplan.costmodel.step_time import TIME_PARTS
 from shardplan.hw_profiles.load import load_cluster
 from shardplan.hw_profiles.machine import Cluster, Gpu, Node

@@ -33,7 +33,14 @@ NONE, SELECTIVE, FULL = range(len(RECOMPUTE))
 def every_layout(at: Setting, wishes: Wishes | None = None) -> LayoutTable:
     """All words of the space, each as often as there are values of the others."""
     runtime = at.runtime
-    table = layout_space(at.model, at.job, at.cluster.gpus, wishes, cp_kinds=runtime.abilities.context_parallel)
+    table = layout_space(
+        at.model,
+        at.job,
+        at.cluster.gpus,
+        wishes,
+        cp_kinds=runtime.abilities.context_parallel,
+        bare_ends=runtime.abilities.ends_without_layers,
+    )
     parts = runtime.abilities.recompute_parts
     sets = chain.from_iterable(combinations(parts, size) for size in range(1, len(parts) + 1))
     plain = table.take(table.recompute == NONE)
@@ -133,8 +140,9 @@ def test_nothing_better_exists(
         assert its <= best_s * (1.0 + 1e-12)
 
 
-def all_cuts(layers: int, stages: int) -> list[tuple[int, ...]]:
-    ends = combinations(range(1, layers), stages - 1)
+def all_cuts(layers: int, stages: int, *, bare_ends: bool) -> list[tuple[int, ...]]:
+    """With `bare_ends` also those whose first stage has the embedding alone, or whose last has the head alone."""
+    ends = combinations(range(1 - bare_ends, layers + bare_ends), stages - 1)
     return [tuple(np.diff((0, *some, layers)).tolist()) for some in ends]
 
 
@@ -142,7 +150,7 @@ def cut_every_way(at: Setting, table: LayoutTable) -> LayoutTable:
     """Pipelines of the table with every cut of the layers, and with every number of recomputed layers of each stage."""
     layers, found = at.model.layer_count, list[LayoutTable]()
     for stages in sorted(set(table.pp.tolist()) - {1}):
-        splits = (None, *all_cuts(layers, stages))
+        splits = (None, *all_cuts(layers, stages, bare_ends=at.runtime.abilities.ends_without_layers))
         rows = table.take(table.pp == stages)
         found += [replace(changed(rows, split=code), splits=splits) for code in range(1, len(splits))]
         if not at.runtime.abilities.recompute_by_stage:

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 def sweep(
     model: options.ModelArgument,
     cluster: Annotated[
-        list[str], typer.Option("--cluster", metavar="PROFILE", help="Catalog name or TOML file. Repeatable.")
+        list[str],
+        typer.Option("--cluster", metavar="PROFILE", help="Catalog name or TOML file, one or more: h100-ib,selene."),
     ],
     global_batch: Annotated[str, typer.Option("--global-batch", help="Sequences per step, one or more: 512,1024.")],
     seq: Annotated[str, typer.Option("--seq", help="Tokens per sequence, one or more: 4096,8192.")],
@@ -129,7 +130,7 @@ def _read(
     batch_sizes, lengths = whole_numbers(batches, "--global-batch"), whole_numbers(seqs, "--seq")
     read = [
         options.read_inputs(model, name, None, global_batch=batch_sizes[0], seq=lengths[0], **shared)
-        for name in clusters
+        for name in dict.fromkeys(name for text in clusters for name in text.split(","))
     ]
     return (
         Sweep(model=read[0].model, runtime=read[0].runtime, wishes=parse_wishes(fix, forbid), headroom=headroom),

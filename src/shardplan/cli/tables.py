@@ -238,19 +238,25 @@ def print_assumptions(console: Console, lines: Sequence[str]) -> None:
 
 def print_answer(answer: Mapping[str, Any]) -> None:
     """One estimate."""
+    console = make_console()
+    _print_verdict(console, answer)
+    if answer["time"]:
+        console.print()
+        print_breakdown(console, answer)
+    print_assumptions(console, answer["assumptions"])
+
+
+def _print_verdict(console: Console, answer: Mapping[str, Any]) -> None:
+    """Whether a layout fits, and every reason why not."""
     from shardplan.costmodel.layout import layout_from_document
 
-    console = make_console()
-    verdict = "[green]fits[/green]" if answer["fits"] else "[red]no[/red]"
+    refused = "[red]does not fit[/red]" if answer["time"] else "[red]not possible[/red]"
+    verdict = "[green]fits[/green]" if answer["fits"] else refused
     console.print(
         f"{verdict}: {escape(layout_from_document(answer['layout']).words())} on {answer['gpus']} GPUs, runtime {answer['runtime']}"
     )
     for one in answer["rejections"]:
         console.print(f"  [red]{escape(one['rule'])}[/red]: {escape(one['detail'])}; {escape(one['remedy'])}")
-    if answer["time"]:
-        console.print()
-        print_breakdown(console, answer)
-    print_assumptions(console, answer["assumptions"])
 
 
 def print_explanation(document: Mapping[str, Any]) -> None:
@@ -258,16 +264,23 @@ def print_explanation(document: Mapping[str, Any]) -> None:
     console = make_console()
     subject = document["subject"]
     console.print(f"[bold]{escape(subject['model'])}[/bold] on {escape(subject['cluster'])}")
-    print_answer(document)
+    _print_verdict(console, document)
+    for line in document["notes"]:
+        console.print(f"• {escape(line)}")
+    if document["time"]:
+        console.print()
+        print_breakdown(console, document)
     console.print()
-    for line in (*document["binds"], *document["notes"]):
+    for line in document["binds"]:
         console.print(f"• {escape(line)}")
     print_placement(console, document["placement"])
     from shardplan.planner.explain import TIME_WORDS
 
     for other in document["runners_up"]:
+        longer = other["step_s"] / document["time"]["step_s"] - 1.0
         console.print(
-            f"\nagainst {escape(other['layout'])}: {seconds(other['step_s'])}, {gib(other['device_peak_bytes'])} GiB"
+            f"\nagainst {escape(other['layout'])}, which takes {seconds(other['step_s'])} ({longer:+.1%}) and "
+            f"{gib(other['device_peak_bytes'])} GiB; what it takes more (+) or less (-) of:"
         )
         for part, difference in sorted(other["difference_s"].items(), key=lambda item: -abs(item[1])):
             if abs(difference) >= 5e-4 * other["step_s"]:
@@ -276,6 +289,7 @@ def print_explanation(document: Mapping[str, Any]) -> None:
     _print_changes(console, document)
     console.print()
     print_account(console, document["search"])
+    print_assumptions(console, document["assumptions"])
 
 
 def _print_changes(console: Console, document: Mapping[str, Any]) -> None:

@@ -1,0 +1,80 @@
+"""Layouts as products: what a micro-batch computes times how states are spread, block by block of the same mesh.
+
+A block of W ways to compute and S ways to spread stands for W * S layouts. Most rules look at one of the two, and are asked W + S times.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardplan.costmodel.layout import LayoutTable
+
+IntArray = NDArray[np.int64]
+BoolArray = NDArray[np.bool_]
+
+SPREADING = ("zero", "dp_shard", "offload_optimizer", "offload_params")
+"""Columns of how states are spread that a space has several values of."""
+COMPUTING = (
+    "micro_batch",
+    "sequence_parallel",
+    "schedule",
+    "virtual_stages",
+    "recompute",
+    "recompute_layers",
+    "recompute_parts",
+    "ep",
+    "cp_kind",
+)
+"""Columns of what a micro-batch computes that a space has several values of; those of the mesh belong to both."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Factors:
+    """Blocks of layouts; every row of `computing` goes with every row of `spreading` of its block."""
+
+    computing: LayoutTable
+    """(W,), in the order of blocks; columns of SPREADING say nothing."""
+    computing_block: IntArray
+    spreading: LayoutTable
+    """(S,), likewise."""
+    spreading_block: IntArray
+    blocks: int
+
+    def __len__(self) -> int:
+        each = [np.bincount(of, minlength=self.blocks) for of in (self.computing_block, self.spreading_block)]
+        return int((each[0] * each[1]).sum())
+
+    def take(self, computing: BoolArray, spreading: BoolArray) -> Factors:
+        """Products of the rows that two masks leave."""
+        return Factors(
+            computing=self.computing.take(computing),
+            computing_block=self.computing_block[computing],
+            spreading=self.spreading.take(spreading),
+            spreading_block=self.spreading_block[spreading],
+            blocks=self.blocks,
+        )
+
+    def layouts(self) -> LayoutTable:
+        """Every layout that they stand for."""
+        partners = np.bincount(self.spreading_block, minlength=self.blocks)
+        first = partners.cumsum() - partners
+        each = partners[self.computing_block]
+        rows = np.repeat(np.arange(len(each)), each)
+        nth = np.arange(len(rows)) - np.repeat(each.cumsum() - each, each)
+        with_row = first[self.computing_block[rows]] + nth
+        return replace(
+            self.computing.take(rows),
+            **{name: getattr(self.spreading, name).take(with_row) for name in SPREADING},
+        )
+
+    def one(self, computing: BoolArray, spreading: BoolArray) -> LayoutTable:
+        """The first layout whose rows are in both masks."""
+        within = np.isin(self.computing_block, self.spreading_block[spreading])
+        row = int(np.flatnonzero(computing & within)[0])
+        same = spreading & (self.spreading_block == self.computing_block[row])
+        pair = np.zeros_like(computing), np.zeros_like(spreading)
+        pair[0][row], pair[1][np.flatnonzero(same)[0]] = True, True
+        return self.take(*pair).layouts()

@@ -1,0 +1,130 @@
+"""Bounds that hold for every cut of the layers, factors of the space, chunks without layers."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shardplan.costmodel.estimate import estimate, on_mean_stage
+from shardplan.costmodel.job import Job
+from shardplan.costmodel.layout import COLUMNS, LayoutTable, layout_table, parse_layout
+from shardplan.costmodel.model_config import load_model
+from shardplan.costmodel.pipeline import split_layers
+from shardplan.costmodel.rule import Setting
+from shardplan.costmodel.rules import RULES, broken_rules, rejections
+from shardplan.costmodel.runtime import load_runtime
+from shardplan.hw_profiles.load import load_cluster
+from shardplan.planner.cut_bounds import least_peak_s, over_mean_s, recomputing_mean_s
+from shardplan.planner.search import search
+from shardplan.planner.sift import Sifted, sift_space
+from shardplan.planner.space import layout_space, parse_wishes
+from shardplan.planner.watch import Watch
+
+
+def setting(
+    model: str = "llama-3-8b", gpus: int = 8, runtime: str = "megatron", layers: int = 32, seq: int = 2048
+) -> Setting:
+    shapes = load_model(model)
+    return Setting(
+        model=dataclasses.replace(shapes, layers=((shapes.layers[0][0], layers),)),
+        job=Job(seq=seq, global_batch=32, precision="bf16"),
+        cluster=load_cluster("h100-ib", gpus=gpus),
+        runtime=load_runtime(runtime),
+    )
+
+
+@given(st.integers(1, 9), st.integers(2, 5), st.floats(0.1, 3.0), st.floats(0.0, 6.0), st.floats(0.0, 6.0))
+def test_least_peak_is_that_of_the_best_sharing(layers: int, pp: int, layer: float, first: float, last: float) -> None:
+    best = min(
+        max(layer * counts[0] + first, layer * counts[-1] + last, *(layer * n for n in counts))
+        for counts in itertools.product(range(layers + 1), repeat=pp)
+        if sum(counts) == layers
+    )
+    one = np.asarray([layer]), np.asarray([first]), np.asarray([last])
+    assert least_peak_s(layers, np.asarray([pp]), *one)[0] == pytest.approx(best, rel=1e-6)
+
+
+@pytest.mark.parametrize("pp", [2, 4])
+def test_no_cut_is_below_the_bounds(pp: int) -> None:
+    """Whole layers and the recompute that memory asks for, against every cut with every number of recomputed layers."""
+    at = setting(layers=6)
+    plain = layout_table([parse_layout(f"dp={8 // pp} pp={pp} zero=1 micro_batch=2")])
+    mean = on_mean_stage(at, plain)
+    cuts = [np.diff((0, *ends, 6)).tolist() for ends in itertools.combinations(range(7), pp - 1)]
+    words = [f"dp={8 // pp} pp={pp} zero=1 micro_batch=2 stage_layers={','.join(map(str, cut))}" for cut in cuts]
+    words += [f"{word} recompute=full:{n}" for word in words for n in range(1, 7 // pp + 1)]
+    layouts = [parse_layout(word) for word in words]
+    tried = [one for one in layouts if not rejections(at, one)[1]]
+    found = estimate(model=at.model, job=at.job, cluster=at.cluster, layouts=layout_table(tried), runtime=at.runtime)
+    peak = float(mean.device_peak_bytes[0])
+    batches = at.job.global_batch / (8 // pp) / 2
+    assert float((found.step_s - mean.step_s[0]).min()) >= (batches - 1) * float(over_mean_s(at, plain)[0]) * 0.99
+    for share in (0.9, 0.95, 0.99):
+        fits = found.device_peak_bytes <= share * peak
+        longer = float(recomputing_mean_s(at, plain, mean.device_peak_bytes, share * peak)[0])
+        if fits.any():
+            assert float((found.step_s[fits] - mean.step_s[0]).min()) >= (batches - 1) * longer * 0.99
+
+
+@pytest.mark.parametrize(
+    ("model", "runtime", "fix", "forbid"),
+    [
+        ("llama-3-8b", "megatron", "", []),
+        ("mixtral-8x7b", "megatron", "", ["offload", "zero=3"]),
+        ("llama-3-8b", "deepspeed", "recompute=full", ["hsdp"]),
+        ("llama-3-8b", "shardplan", "", ["recompute", "dp_shard=8", "zero=0"]),
+    ],
+)
+def test_factors_are_sifted_like_layouts(model: str, runtime: str, fix: str, forbid: list[str]) -> None:
+    at = setting(model, gpus=16, runtime=runtime)
+    wishes, sifted = parse_wishes(fix, forbid), Sifted()
+    sift_space(at, wishes, sifted, Watch())
+    whole = layout_space(
+        at.model, at.job, 16, wishes, at.runtime.abilities.context_parallel, bare_ends=runtime == "megatron"
+    )
+    offered = at.runtime.abilities.offload_optimizer
+    whole = whole.take(np.isin(whole.offload_optimizer, [("none", "cpu", "nvme").index(word) for word in offered]))
+    good = whole.take(~np.any([np.zeros(len(whole), dtype=bool), *broken_rules(at, whole).values()], axis=0))
+    assert rows_of(sifted.valid(wishes)) == rows_of(good)
+    assert sum(one.count for one in sifted.account()) == sifted.looked_at - len(good)
+    assert {one.rule for one in sifted.account()} <= {rule.id for rule in RULES}
+
+
+def rows_of(table: LayoutTable) -> set[tuple[int, ...]]:
+    return set(zip(*(getattr(table, name).tolist() for name in COLUMNS), strict=True))
+
+
+def test_126_layers_fill_128_chunks_where_the_ends_may_be_bare() -> None:
+    megatron, fsdp2 = load_runtime("megatron"), load_runtime("fsdp2")
+    assert split_layers(126, 128, megatron.stages) == (0, *[1] * 126, 0)
+    assert split_layers(126, 127, megatron.stages) == (*[1] * 126, 0)
+    assert megatron.abilities.ends_without_layers
+    assert not fsdp2.abilities.ends_without_layers
+    words = "pp=4 dp=2 micro_batch=1 zero=1 stage_layers=0,3,3,0"
+    assert not rejections(setting(layers=6), parse_layout(words))[0]
+    assert "ends-without-layers" in {
+        one.rule for one in rejections(setting(layers=6, runtime="fsdp2"), parse_layout(words))[0]
+    }
+
+
+def test_a_head_as_heavy_as_layers_gets_a_stage_of_its_own() -> None:
+    at = setting(layers=3)
+    wishes = parse_wishes("pp=4 tp=2 schedule=1f1b virtual_stages=1 sequence_parallel=true")
+    found = search(model=at.model, job=at.job, cluster=at.cluster, runtime=at.runtime, wishes=wishes)
+    assert found.ranked is not None
+    layers = found.ranked.layouts.row(0).stage_layers
+    assert layers is not None
+    assert (len(layers), sum(layers), layers[-1]) == (4, 3, 0)
+    assert found.proved
+
+
+def test_words_say_equal_stages_once() -> None:
+    layout = parse_layout("pp=4 virtual_stages=2 schedule=interleaved stage_layers=1,2*5,3,3")
+    assert layout.stage_layers == (1, 2, 2, 2, 2, 2, 3, 3)
+    assert "stage_layers=1,2*5,3,3" in layout.words()
+    assert parse_layout(layout.words()) == layout
