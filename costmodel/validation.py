@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
@@ -216,18 +217,26 @@ def _timed_groups(outcomes: Sequence[Outcome]) -> list[list[Outcome]]:
     return list(groups.values())
 
 
-def ranking(outcomes: Sequence[Outcome], apart: float) -> tuple[int, int]:
-    """(pairs in the right order, pairs) among rows of one group whose measured times differ by more than `apart`, relative."""
-    right = pairs = 0
+def _pairs(outcomes: Sequence[Outcome], apart: float) -> Iterator[tuple[Outcome, Outcome, bool]]:
+    """Pairs of one group whose measured times differ by more than `apart`, relative, and whether the predicted order is right."""
     for members in _timed_groups(outcomes):
         for first, second in combinations(members, 2):
             a, b = first.measured_step_s or 0.0, second.measured_step_s or 0.0
             x, y = first.predicted_step_s or 0.0, second.predicted_step_s or 0.0
-            if max(a, b) <= (1.0 + apart) * min(a, b) or x == y:
-                continue
-            pairs += 1
-            right += (a < b) == (x < y)
-    return right, pairs
+            if max(a, b) > (1.0 + apart) * min(a, b) and x != y:
+                yield first, second, (a < b) == (x < y)
+
+
+def ranking(outcomes: Sequence[Outcome], apart: float) -> tuple[int, int]:
+    """(pairs in the right order, pairs) among rows of one group whose measured times differ by more than `apart`, relative."""
+    found = [right for _, _, right in _pairs(outcomes, apart)]
+    return sum(found), len(found)
+
+
+def misordered(outcomes: Sequence[Outcome], apart: float = 0.03) -> Counter[str]:
+    """Case -> pairs of `ranking` it takes part in that are in the wrong order."""
+    wrong = [(first, second) for first, second, right in _pairs(outcomes, apart) if not right]
+    return Counter(one.case_id for pair in wrong for one in pair)
 
 
 def best_choice_loss(outcomes: Sequence[Outcome]) -> float | None:

@@ -1,8 +1,8 @@
 """Runs a plan: starts the ranks, builds the model, spreads it as the layout says, trains it, measures it.
 
 Reading order: `launch.py` (starts and watches the ranks) -> `train.py` (what one rank does) -> `parallelize.py` (the
-recipe) -> `mesh.py`, `tensor_parallel.py`, `recompute.py`, `zero.py`, `pipeline.py` (one mechanism each).
-Importing this package does not import torch; `launch`, `check`, `data` and `measure` do not either.
+recipe) -> `mesh.py`, `tensor_parallel.py`, `recompute.py`, `zero.py`, `pipeline.py`, `checkpoint.py` (one mechanism each).
+Importing this package does not import torch; `launch`, `failure`, `check`, `checkpoint_files`, `data` and `measure` do not either.
 """
 
 if __name__ != "shardplan.executor":

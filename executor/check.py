@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from shardplan.costmodel.rule import Rejection, Setting
 from shardplan.costmodel.rules import rejections
 from shardplan.costmodel.runtime import load_runtime
+from shardplan.executor.checkpoint_files import Progress
 from shardplan.hw_profiles.load import cluster_from_document
 from shardplan.hw_profiles.machine import PROCESSES_PER_CORE, Cluster
-from shardplan.planner.plan import Plan
+from shardplan.planner.plan import Plan, model_digest
 
 RUNTIME = "shardplan"
+GIB = 2.0**30
 
 
 def plan_cluster(plan: Plan) -> Cluster:
@@ -27,11 +29,46 @@ def cuda_devices_here() -> int:
     return torch.cuda.device_count()
 
 
-def refusals(plan: Plan, *, device: str, cuda_devices: int) -> list[Rejection]:
-    """Why `plan` cannot run on `device` ("cuda" or "cpu") of this machine; empty when it can."""
+def refusals(plan: Plan, *, device: str, cuda_devices: int, force: bool = False) -> list[Rejection]:
+    """Why `plan` cannot run on `device` ("cuda" or "cpu") of this machine; empty when it can. `force`: though it is not to fit."""
     setting = Setting(model=plan.model, job=plan.job, cluster=plan_cluster(plan), runtime=load_runtime(RUNTIME))
     broken, _ = rejections(setting, plan.layout)
-    return [*broken, *_machine(plan, device=device, cuda_devices=cuda_devices)]
+    machine = _machine(plan, device=device, cuda_devices=cuda_devices)
+    return [*broken, *machine, *([] if force else _memory(plan))]
+
+
+def resume_refusals(plan: Plan, saved: Progress, *, steps: int) -> list[Rejection]:
+    """Why `plan` cannot go on from a checkpoint up to step `steps`; empty when it can, in whatever layout it was saved."""
+    found: list[Rejection] = []
+    if saved.model != model_digest(plan.model):
+        found.append(
+            Rejection(
+                rule="checkpoint-model",
+                detail=f"the checkpoint is of another model than the plan's {plan.model.name}",
+                remedy="resume with a plan of the model that was saved",
+            )
+        )
+    if steps <= saved.step:
+        found.append(
+            Rejection(
+                rule="checkpoint-step",
+                detail=f"the checkpoint is at step {saved.step}, --steps asks for {steps} in all",
+                remedy=f"give --steps above {saved.step}",
+            )
+        )
+    return found
+
+
+def _memory(plan: Plan) -> Iterator[Rejection]:
+    """Not even the lower edge of the predicted band fits."""
+    low = ((plan.prediction.get("error_band") or {}).get("device_peak_bytes") or (0.0,))[0]
+    capacity = (plan.prediction.get("memory") or {}).get("capacity_bytes") or float("inf")
+    if low > capacity:
+        yield Rejection(
+            rule="predicted-memory",
+            detail=f"at least {low / GIB:.1f} GiB are predicted, the device has {capacity / GIB:.1f} GiB",
+            remedy="plan a layout that fits, or give --force to try",
+        )
 
 
 def _machine(plan: Plan, *, device: str, cuda_devices: int) -> Iterator[Rejection]:

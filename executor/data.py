@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import gzip
+from collections.abc import Mapping
 from importlib import resources
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from shardplan.hw_profiles.errors import InputError
 
 BYTE_VOCABULARY = 256
 
@@ -30,3 +34,25 @@ def batch(text: ByteArray, *, seq: int, seed: int, step: int, first: int, count:
     """Inputs and targets of sequences first <= i < first + count of the global batch, each (count, seq)."""
     rows = np.stack([sample(text, seq=seq, seed=seed, step=step, index=first + i) for i in range(count)])
     return rows[:, :-1], rows[:, 1:]
+
+
+class ShippedText:
+    """The shipped text as the data of a run: every step draws anew, so there are no epochs."""
+
+    def __init__(self, *, seq: int, seed: int) -> None:
+        self.text, self.seq, self.seed = load_text(), seq, seed
+
+    def batch(self, step: int, *, first: int, count: int) -> tuple[TokenArray, TokenArray]:
+        """As `batch` above."""
+        return batch(self.text, seq=self.seq, seed=self.seed, step=step, first=first, count=count)
+
+    def state(self, step: int) -> dict[str, Any]:
+        """What to keep after `step` was trained."""
+        return {"step": step, "seed": self.seed}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on behind `state`: nothing to do, as a step's batch follows from its number and the seed; InputError for another seed."""
+        if state.get("seed") != self.seed or "files" in state:
+            raise InputError(
+                "the training that stopped had other data or another seed", remedy="give the same job file to resume"
+            )

@@ -21,7 +21,8 @@ from shardplan.costmodel.layout import Layout
 from shardplan.executor.device_cases import Case
 from shardplan.executor.measure import StepRecord
 from shardplan.executor.mesh import build_mesh
-from shardplan.executor.train import Trainer, run_step, synchronize
+from shardplan.executor.train import run_step, synchronize
+from shardplan.executor.trainer import Trainer
 from shardplan.planner.plan import Plan
 
 KERNELS_TOLD = 30

@@ -6,12 +6,15 @@ runs/<UTC time>-<model>-<layout>/
     run.json            measured beside predicted, versions
     log.txt             everything the ranks printed
     ranks/              one JSON line per step and rank, as it happened
+    events.jsonl        resuming and restarts
+    checkpoints/        see checkpoint_files.py
+    metrics.jsonl, tb/  torchtitan's metrics, for people and TensorBoard
+    job.json            what the job file said, where there was one
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -20,14 +23,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from shardplan.costmodel.layout import Layout
 from shardplan.executor import measure
+from shardplan.executor.checkpoint_files import CHECKPOINTS_FOLDER, PART_SUFFIX, read_progress
+from shardplan.executor.failure import Failure, failure, stuck
+from shardplan.executor.job_file import JobFile, Metrics, write_resolved
 from shardplan.executor.measure import StepRecord
+from shardplan.executor.metrics_files import MetricsFiles
 from shardplan.hw_profiles.errors import InputError
 from shardplan.planner.plan import Plan
 
@@ -36,6 +43,28 @@ WARMUP_STEPS = 3
 POLL_S = 0.1
 STOP_S = 40.0
 """torchrun itself gives its ranks 30 s before it kills them."""
+STUCK_STOP_S = 3.0
+"""For ranks that hang anyway, where they die with torchrun."""
+HANG_TIMEOUTS = 2.0
+"""Ranks end themselves after one timeout; when no step has finished and no checkpoint grown for this many, the launcher ends them."""
+START_S = 120.0
+"""Allowed besides for starting processes, building the model, loading: before the first step, and where restarts may follow."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recovery:
+    """What a run does so that a failure costs little."""
+
+    checkpoint_every: int | None = None
+    """Steps from one checkpoint to the next; the last step is saved too. None: no checkpoints."""
+    keep: int = 3
+    """Newest checkpoints kept."""
+    resume: Path | None = None
+    """A verified checkpoint folder to go on from (`checkpoint_files.find`)."""
+    max_restarts: int = 0
+    """How often all ranks are started again after a failure."""
+    timeout_s: float = 300.0
+    """Longest that one rank waits for another."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +76,11 @@ class Outcome:
     """What `run.json` holds."""
     error: str | None = None
     """One line of the rank that failed first; None when the run finished."""
+    details: list[str] = field(default_factory=list[str])
+    """Lines below it: a table of memory where it ran out."""
+
+
+NO_RECOVERY = Recovery()
 
 
 def run_plan(
@@ -56,19 +90,37 @@ def run_plan(
     steps: int,
     out: Path,
     on_step: Callable[[StepRecord], None],
+    on_event: Callable[[str], None] = lambda _: None,
+    recovery: Recovery = NO_RECOVERY,
+    job: JobFile | None = None,
 ) -> Outcome:
-    """Run the plan file `source` for `steps` steps on `device`; `on_step` sees each step of rank 0 at once."""
+    """Run the plan file `source` up to step `steps` on `device`, with what `job` says.
+
+    `on_step` sees rank 0's steps at once, `on_event` what else happens.
+    """
     plan = Plan.read(source)
     folder = make_folder(out, plan)
     shutil.copyfile(source, folder / "plan.json")
-    warmup_steps = min(WARMUP_STEPS, steps - 1)
-    code: int | None = None
+    done = read_progress(recovery.resume).step if recovery.resume else 0
+    warmup_steps = min(WARMUP_STEPS, max(steps - done - 1, 0))
+    command = _command(folder, plan, device=device, steps=steps, recovery=recovery)
+    if job is not None:
+        write_resolved(job, folder / "job.json")
+        command += ["--job", str(folder / "job.json")]
+    metrics = _metrics(folder, plan, steps=steps, words=job.metrics if job else Metrics())
+
+    def tell(record: StepRecord) -> None:
+        metrics(record)
+        on_step(record)
+
+    ended: Failure | None = Failure(line="stopped")
     try:
-        code = _watch(_command(folder, plan, device=device, steps=steps), folder, device=device, on_step=on_step)
+        ended = _watch(command, _Followed(folder, tell, on_event), plan, device=device, recovery=recovery)
     finally:  # also when stopped by hand: what was measured so far is kept
-        error = None if code == 0 else "stopped" if code is None else failure(folder, code)
+        metrics.close()
+        error = ended.line if ended else None
         document = summarise(folder, plan, device=device, steps=steps, warmup_steps=warmup_steps, error=error)
-    return Outcome(folder=folder, document=document, error=error)
+    return Outcome(folder=folder, document=document, error=error, details=ended.details if ended else [])
 
 
 def make_folder(out: Path, plan: Plan) -> Path:
@@ -95,10 +147,29 @@ def layout_slug(layout: Layout) -> str:
     return re.sub(r"[^\w.-]+", "_", "-".join(kept))
 
 
-def _command(folder: Path, plan: Plan, *, device: str, steps: int) -> list[str]:
+def _metrics(folder: Path, plan: Plan, *, steps: int, words: Metrics) -> MetricsFiles:
+    return MetricsFiles(
+        folder,
+        interval=words.interval,
+        steps=steps,
+        ranks=plan.gpus,
+        tokens_per_step=plan.job.tokens_per_step,
+        prediction=plan.prediction,
+        tensorboard=words.tensorboard,
+    )
+
+
+def _command(folder: Path, plan: Plan, *, device: str, steps: int, recovery: Recovery) -> list[str]:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(plan.gpus)]
     torchrun += ["--local-addr", "127.0.0.1"]  # else the ranks look each other up by host name, which may not resolve
-    return [*torchrun, "-m", "shardplan.executor.train", str(folder), "--steps", str(steps), "--device", device]
+    torchrun += ["--max-restarts", str(recovery.max_restarts)]
+    rank = ["-m", "shardplan.executor.train", str(folder), "--steps", str(steps), "--device", device]
+    rank += ["--timeout", str(recovery.timeout_s)]
+    if recovery.checkpoint_every is not None:
+        rank += ["--checkpoint-every", str(recovery.checkpoint_every), "--keep", str(recovery.keep)]
+    if recovery.resume is not None:
+        rank += ["--resume", str(recovery.resume)]
+    return [*torchrun, *rank]
 
 
 def _environment(device: str) -> dict[str, str]:
@@ -107,43 +178,72 @@ def _environment(device: str) -> dict[str, str]:
     return {**os.environ, **changes}
 
 
-def _watch(command: list[str], folder: Path, *, device: str, on_step: Callable[[StepRecord], None]) -> int:
-    """Start `command`, pass on rank 0's steps until it ends; returns its exit code. Ends all ranks when interrupted."""
+class _Followed:
+    """What the run folder has told so far; passes on what is new."""
+
+    def __init__(
+        self, folder: Path, on_step: Callable[[StepRecord], None], on_event: Callable[[str], None] = lambda _: None
+    ) -> None:
+        self.folder, self.on_step, self.on_event = folder, on_step, on_event
+        self.steps, self.events = 0, 0
+        self.saved_bytes = 0
+        self.last_word = time.monotonic()
+
+    def saving(self) -> bool:
+        """Has a checkpoint grown since this was last asked?"""
+        parts = (self.folder / CHECKPOINTS_FOLDER).glob(f"*{PART_SUFFIX}/*")
+        with contextlib.suppress(FileNotFoundError):  # one was completed meanwhile: it has grown
+            before, self.saved_bytes = self.saved_bytes, sum(path.stat().st_size for path in parts)
+            if self.saved_bytes == before:
+                return False
+        self.last_word = time.monotonic()
+        return True
+
+    def follow(self) -> None:
+        events = measure.read_events(self.folder)
+        for event in events[self.events :]:
+            for line in (*event["refused"], event["told"]):
+                self.on_event(line)
+        path = measure.rank_file(self.folder, 0)
+        records = measure.parse_records(path.read_text(encoding="utf-8")) if path.exists() else []
+        for record in records[self.steps :]:
+            self.on_step(record)
+        if len(events) > self.events or len(records) > self.steps:
+            self.last_word = time.monotonic()
+        self.events, self.steps = len(events), len(records)
+
+
+def _watch(command: list[str], followed: _Followed, plan: Plan, *, device: str, recovery: Recovery) -> Failure | None:
+    """Start `command`, pass on what rank 0 tells until it ends; returns why it failed. Ends all ranks when interrupted or stuck."""
+    folder = followed.folder
     with (folder / "log.txt").open("wb") as log, _terminate_interrupts():
         process = subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, env=_environment(device), start_new_session=True
         )
-        seen = 0
         try:
             while True:
                 code = process.poll()
-                seen += _pass_on(folder, seen, on_step)
+                followed.follow()
                 if code is not None:
-                    return code
+                    return failure(folder, code, ranks=plan.gpus) if code else None
+                slack_s = START_S if recovery.max_restarts or not followed.steps else 0.0
+                silent_s = time.monotonic() - followed.last_word
+                if silent_s > HANG_TIMEOUTS * recovery.timeout_s + slack_s and not followed.saving():
+                    _stop(process, STOP_S if sys.platform == "darwin" else STUCK_STOP_S)
+                    return stuck(folder, silent_s, ranks=plan.gpus)
                 time.sleep(POLL_S)
         finally:
             _stop(process)
 
 
-def _pass_on(folder: Path, seen: int, on_step: Callable[[StepRecord], None]) -> int:
-    try:
-        text = measure.rank_file(folder, 0).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return 0
-    fresh = measure.parse_records(text)[seen:]
-    for record in fresh:
-        on_step(record)
-    return len(fresh)
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def _stop(process: subprocess.Popen[bytes], patience_s: float = STOP_S) -> None:
     if process.poll() is not None:
         return
     process.terminate()  # torchrun passes it on to the ranks
     try:
-        process.wait(STOP_S)
+        process.wait(patience_s)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        os.killpg(process.pid, signal.SIGKILL)  # ranks die with it: start.die_with_parent
         process.wait()
 
 
@@ -165,26 +265,6 @@ def _terminate_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def failure(folder: Path, code: int) -> str:
-    """Why the run failed, one line: a rank killed by a signal, else the first that raised, else the exit code."""
-    log = (folder / "log.txt").read_text(encoding="utf-8", errors="replace")
-    report = re.findall(r"rank\s*: (\d+) .*\n\s*exitcode\s*: (-?\d+)", log)
-    for rank, exit_code in report:
-        number = -int(exit_code)
-        if number > 0 and number != signal.SIGTERM:  # SIGTERM is torchrun ending the others
-            hint = " (out of memory?)" if number == signal.SIGKILL else ""
-            return f"rank {rank} was killed by signal {number} {signal.Signals(number).name}{hint}"
-    raised: list[tuple[float, str]] = []
-    for path in (folder / measure.RANKS_FOLDER).glob("rank-*.error.json"):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        rank = int(path.name.removeprefix("rank-").partition(".")[0])
-        raised.append((found["time"], f"rank {rank}: {found['error']}"))
-    if raised:
-        return min(raised)[1]
-    lines = [line.strip() for line in log.splitlines() if re.match(r"\S*(Error|Exception)\b", line.strip())]
-    return lines[-1] if lines else f"torchrun ended with exit code {code}"
-
-
 def summarise(
     folder: Path, plan: Plan, *, device: str, steps: int, warmup_steps: int, error: str | None
 ) -> dict[str, Any]:
@@ -203,8 +283,10 @@ def summarise(
         "world_size": plan.gpus,
         "steps": steps,
         "steps_done": max((record.step for record in records.get(0, ())), default=0),
+        "steps_timed": max(len({r.step for r in records.get(0, ())}) - warmup_steps, 0),
         "warmup_steps": warmup_steps,
         "error": error,
+        "resumed": measure.read_events(folder),
         "measured": found,
         "predicted": expected,
         "ratio": measure.ratios(found, expected),

@@ -21,6 +21,7 @@ from typing import Any, Self, TextIO
 import numpy as np
 
 RANKS_FOLDER = "ranks"
+EVENTS_FILE = "events.jsonl"
 GIB = 2**30
 
 
@@ -43,6 +44,11 @@ class StepRecord:
     reserved_bytes: int | None = None
     rss_bytes: int | None = None
     """Resident set of the rank's process (CPU runs)."""
+    learning_rate: float | None = None
+    data_s: float | None = None
+    """Waiting for the batch, part of `step_s`."""
+    validation_loss: float | None = None
+    """After the step, where one was due; nats per token, the same on every rank."""
 
 
 _TORCHTITAN_NAMES = {
@@ -54,6 +60,9 @@ _TORCHTITAN_NAMES = {
     "active_bytes": ("memory/max_active(GiB)", "GiB", GIB),
     "reserved_bytes": ("memory/max_reserved(GiB)", "GiB", GIB),
     "rss_bytes": ("memory/max_rss(GiB)", "GiB", GIB),
+    "learning_rate": ("lr", "1", 1),
+    "data_s": ("time_metrics/data_loading(s)", "s", 1),
+    "validation_loss": ("validation_metrics/loss", "nats", 1),
 }
 """Field -> (metric, unit, divisor). torchtitan's throughput is per device, so that row is divided by the ranks too."""
 
@@ -77,9 +86,12 @@ class RankRecorder:
     def __init__(self, folder: Path, *, rank: int) -> None:
         self.path = rank_file(folder, rank)
         self.file: TextIO | None = None
+        self.details: list[str] = []
+        """Lines told with the exception."""
 
     def __enter__(self) -> Self:
         self.path.parent.mkdir(exist_ok=True)
+        self.path.with_suffix(".error.json").unlink(missing_ok=True)  # of before a restart
         self.file = self.path.open("a", encoding="utf-8")
         return self
 
@@ -95,14 +107,34 @@ class RankRecorder:
         if kind is not None and error is not None:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             told = f"{kind.__name__}: {lines[0]}" if lines else kind.__name__
-            write_json(self.path.with_suffix(".error.json"), {"time": time.time(), "error": told})
+            write_json(
+                self.path.with_suffix(".error.json"), {"time": time.time(), "error": told, "details": self.details}
+            )
+
+
+def append_event(folder: Path, event: Mapping[str, Any]) -> None:
+    """Add a line to `events.jsonl`: what happened besides steps (resuming, restarts)."""
+    with (folder / EVENTS_FILE).open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"time": time.time(), **event}) + "\n")
+
+
+def read_events(folder: Path) -> list[dict[str, Any]]:
+    """The complete lines of `events.jsonl`."""
+    path = folder / EVENTS_FILE
+    whole = path.read_text(encoding="utf-8").rpartition("\n")[0] if path.exists() else ""
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def last_records(records: Iterable[StepRecord]) -> list[StepRecord]:
+    """One record a step, the last: steps after a checkpoint are trained again when the ranks are restarted."""
+    return list({record.step: record for record in records}.values())
 
 
 def read_records(folder: Path) -> dict[int, list[StepRecord]]:
     """Steps by rank, of a finished, failed or running run; a line that a kill cut short is left out."""
     found: dict[int, list[StepRecord]] = {}
     for path in sorted((folder / RANKS_FOLDER).glob("rank-*.jsonl")):
-        found[int(path.stem.removeprefix("rank-"))] = parse_records(path.read_text(encoding="utf-8"))
+        found[int(path.stem.removeprefix("rank-"))] = last_records(parse_records(path.read_text(encoding="utf-8")))
     return found
 
 
@@ -144,7 +176,7 @@ def measured(records: Mapping[int, Sequence[StepRecord]], *, tokens_per_step: in
     slowest: dict[int, float] = {}
     for record in _every(records):
         slowest[record.step] = max(slowest.get(record.step, 0.0), record.step_s)
-    timed = [seconds for step, seconds in sorted(slowest.items()) if step > warmup_steps]
+    timed = [seconds for _, seconds in sorted(slowest.items())][warmup_steps:]
     low, median, high = np.percentile(timed, (20, 50, 80)).tolist() if timed else (None, None, None)
     kind = "rss" if any(record.rss_bytes is not None for record in _every(records)) else "allocated"
     peaks = [getattr(record, f"{kind}_bytes") for record in _every(records)]
@@ -159,11 +191,18 @@ def measured(records: Mapping[int, Sequence[StepRecord]], *, tokens_per_step: in
         "reserved_peak_bytes": max((r.reserved_bytes for r in _every(records) if r.reserved_bytes), default=None),
         "first_loss": losses[min(losses)] if losses else None,
         "last_loss": losses[max(losses)] if losses else None,
+        "validation_loss": next(
+            (r.validation_loss for r in _latest_first(records) if r.validation_loss is not None), None
+        ),
     }
 
 
 def _every(records: Mapping[int, Sequence[StepRecord]]) -> Iterable[StepRecord]:
     return (record for steps in records.values() for record in steps)
+
+
+def _latest_first(records: Mapping[int, Sequence[StepRecord]]) -> list[StepRecord]:
+    return sorted(_every(records), key=lambda record: -record.step)
 
 
 def predicted(prediction: Mapping[str, Any], *, memory_kind: str) -> dict[str, Any]:

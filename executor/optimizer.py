@@ -1,4 +1,4 @@
-"""AdamW with a short warm-up, and gradient clipping by the norm over all ranks, whatever tensors they hold."""
+"""AdamW, and gradient clipping by the norm over all ranks, whatever tensors they hold."""
 
 from __future__ import annotations
 
@@ -11,33 +11,27 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
-MAX_NORM = 1.0
-WARMUP_STEPS = 10
+from shardplan.executor.schedule import MAX_NORM, AdamWords
+
 SHARDED_AXES: tuple[str, ...] = ("dp_shard", "tp")
 """Mesh axes that parameters may be split over."""
 
 
-def peak_learning_rate(hidden: int) -> float:
-    """3e-3 up to 128 wide, then falling with the square root of the width (5e-4 at 4096)."""
-    return 3e-3 * min(1.0, (128 / hidden) ** 0.5)
-
-
-def learning_rate(step: int, hidden: int) -> float:
-    """Linear warm-up over WARMUP_STEPS, then constant; `step` counts from 1."""
-    return peak_learning_rate(hidden) * min(1.0, step / WARMUP_STEPS)
-
-
-def build_optimizer(parameters: Iterable[nn.Parameter], *, hidden: int) -> torch.optim.AdamW:
+def build_optimizer(
+    parameters: Iterable[nn.Parameter], *, rate: float, words: AdamWords | None = None
+) -> torch.optim.AdamW:
     """One parameter group per mesh: a fused update takes either plain tensors or distributed tensors of one mesh."""
+    words = words or AdamWords()
     groups: dict[object, list[nn.Parameter]] = {}
     for parameter in parameters:
         mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
         groups.setdefault(mesh, []).append(parameter)
     return torch.optim.AdamW(
         [{"params": group} for group in groups.values()],
-        lr=peak_learning_rate(hidden),
-        betas=(0.9, 0.99),
-        weight_decay=0.1,
+        lr=rate,
+        betas=words.betas,
+        eps=words.epsilon,
+        weight_decay=words.weight_decay,
         fused=True,
     )
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, TextIO
 
 from shardplan.executor.measure import StepRecord
+from shardplan.executor.metrics_files import utilisation
 
 GIB = 2.0**30
 PLAIN_LINES = 10
@@ -26,17 +27,25 @@ class ProgressLine:
         self.unfinished = False
         self.predicted_s = (prediction.get("time") or {}).get("step_s")
         self.predicted_bytes = (prediction.get("memory") or {}).get("device_peak_bytes")
+        self.prediction = prediction
+        self.validation_loss: float | None = None
 
     def __call__(self, record: StepRecord) -> None:
         """Tell one step."""
         last = record.step == self.steps
+        due = last or record.validation_loss is not None or record.step % self.every == 1 % self.every
         if self.live:
             self.stream.write(f"\r\x1b[K{self.line(record)}" + ("\n" if last else ""))
             self.stream.flush()
             self.unfinished = not last
-        elif last or record.step % self.every == 1 % self.every or time.monotonic() - self.told_at > QUIET_S:
+        elif due or time.monotonic() - self.told_at > QUIET_S:
             print(self.line(record), file=self.stream, flush=True)
             self.told_at = time.monotonic()
+
+    def tell(self, line: str) -> None:
+        """What happened besides steps, on a line of its own."""
+        self.end()
+        print(line, file=self.stream, flush=True)
 
     def end(self) -> None:
         """Leave the live line, also of a run that stopped early."""
@@ -49,11 +58,20 @@ class ProgressLine:
         memory = next(
             (b for b in (record.rss_bytes, record.reserved_bytes, record.allocated_bytes) if b is not None), None
         )
+        if record.validation_loss is not None:
+            self.validation_loss = record.validation_loss
+        held_out = "" if self.validation_loss is None else f"validation {self.validation_loss:.3f}  "
         return (
-            f"step {record.step:>{len(str(self.steps))}}/{self.steps}  loss {record.loss:.3f}  "
+            f"step {record.step:>{len(str(self.steps))}}/{self.steps}  loss {record.loss:.3f}  {held_out}"
             f"{seconds(record.step_s)} (predicted {seconds(self.predicted_s)})  {record.tokens_per_s:,.0f} tokens/s  "
-            f"memory {gibibytes(memory)} (predicted {gibibytes(self.predicted_bytes)})"
+            f"{self._utilisation(record)}memory {gibibytes(memory)} (predicted {gibibytes(self.predicted_bytes)})"
         )
+
+    def _utilisation(self, record: StepRecord) -> str:
+        mfu = utilisation(self.prediction, record.step_s)["mfu(%)"]
+        if mfu is None:
+            return ""
+        return f"MFU {mfu:.1f} % (predicted {100 * self.prediction['throughput']['mfu']:.1f} %)  "
 
 
 def seconds(value: float | None) -> str:
@@ -84,10 +102,12 @@ def summary(document: Mapping[str, Any]) -> str:
     ]
     lines = [f"{'':<12}{'predicted':>12}{'measured':>12}{'ratio':>8}"]
     lines += [f"{name:<12}{said:>12}{was:>12}{_ratio(part):>8}" for name, said, was, part in rows]
-    timed = max(document["steps_done"] - document["warmup_steps"], 0)
+    timed = document.get("steps_timed", max(document["steps_done"] - document["warmup_steps"], 0))
     lines.append(f"median of {timed} steps after warm-up; memory: {kind} of the fullest rank")
     if found["first_loss"] is not None:
         lines.append(f"loss {found['first_loss']:.3f} -> {found['last_loss']:.3f} nats per token")
+    if found.get("validation_loss") is not None:
+        lines.append(f"validation loss {found['validation_loss']:.3f} nats per token")
     return "\n".join(lines)
 
 

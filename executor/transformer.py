@@ -49,9 +49,9 @@ def make_norm(kind: LayerKind) -> nn.Module:
     return norm(kind.hidden, eps=NORM_EPSILON)
 
 
-def rotary_table(seq: int, head_dim: int, device: torch.device) -> Tensor:
+def rotary_table(seq: int, head_dim: int, device: torch.device, *, base: float = ROTARY_BASE) -> Tensor:
     """cos + i sin of position * frequency, complex (S, D/2); complex so that mixed precision leaves it in fp32."""
-    frequencies = ROTARY_BASE ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+    frequencies = base ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
     angles = torch.outer(torch.arange(seq, device=device, dtype=torch.float32), frequencies)
     return torch.polar(torch.ones_like(angles), angles)
 

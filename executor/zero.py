@@ -52,3 +52,10 @@ def set_micro_step(model: Transformer, *, zero: int, last: bool) -> None:
     model.set_requires_gradient_sync(last or zero >= 2)
     # HSDP with ZeRO-2/3: scatter within the shard group every time, sum across replicas once
     model.set_requires_all_reduce(last)
+
+
+def reshard(model: Transformer) -> None:
+    """Drop parameters that a forward pass without a backward one left whole."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

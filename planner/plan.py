@@ -115,6 +115,13 @@ def digest(document: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def model_digest(model: Model) -> str:
+    """Digest of a model's description: equal for plans whose tensors mean the same."""
+    from shardplan.costmodel.model_config import model_document
+
+    return digest(model_document(model))
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     place = str(path)
     try:

@@ -159,7 +159,7 @@ def reference(model: Model, global_batch: int):
     import torch
 
     from shardplan.executor.data import batch, load_text
-    from shardplan.executor.optimizer import learning_rate
+    from shardplan.executor.schedule import learning_rate
     from shardplan.executor.transformer import build_transformer, whole
 
     plain = build_transformer(model, seq=SEQ, part=whole(model), seed=0, device=torch.device("cpu"))
@@ -187,7 +187,7 @@ def difference(model: Model, words: str, global_batch: int, expected) -> dict[st
 
     from shardplan.executor.mesh import build_mesh
     from shardplan.executor.recompute import parameter_name
-    from shardplan.executor.train import Trainer
+    from shardplan.executor.trainer import Trainer
 
     losses, gradients, norm = expected
     plan = make_plan(model, words, global_batch=global_batch)

@@ -18,7 +18,8 @@ from shardplan.costmodel.rank_groups import rank_coordinates
 from shardplan.executor import measure
 from shardplan.executor.check import refusals
 from shardplan.executor.data import batch, load_text
-from shardplan.executor.launch import failure, layout_slug
+from shardplan.executor.failure import failure
+from shardplan.executor.launch import layout_slug
 from shardplan.executor.measure import StepRecord
 from shardplan.executor.progress import ProgressLine, summary
 from shardplan.hw_profiles.load import cluster_document
@@ -253,7 +254,7 @@ def test_the_first_rank_that_raised_is_named(tmp_path):
         with pytest.raises(type(error)), measure.RankRecorder(tmp_path, rank=rank):
             raise error
     (tmp_path / "log.txt").write_text("  rank      : 1 (local_rank: 1)\n  exitcode  : 1 (pid: 7)\n")
-    assert failure(tmp_path, 1) == "rank 0: ValueError: the cause"
+    assert failure(tmp_path, 1, ranks=2).line == "rank 0: ValueError: the cause"
 
 
 def test_a_killed_rank_is_named_before_those_it_dragged_along(tmp_path):
@@ -263,14 +264,14 @@ def test_a_killed_rank_is_named_before_those_it_dragged_along(tmp_path):
         "  rank      : 0 (local_rank: 0)\n  exitcode  : 1 (pid: 6)\n"
         "  rank      : 1 (local_rank: 1)\n  exitcode  : -9 (pid: 7)\n"
     )
-    assert failure(tmp_path, 1).startswith(f"rank 1 was killed by signal {int(signal.SIGKILL)} SIGKILL")
+    assert failure(tmp_path, 1, ranks=2).line.startswith(f"rank 1 was killed by signal {int(signal.SIGKILL)} SIGKILL")
 
 
 def test_a_run_that_never_started_shows_the_last_error_of_the_log(tmp_path):
     (tmp_path / "log.txt").write_text("starting\nModuleNotFoundError: No module named 'x'\nbye\n")
-    assert failure(tmp_path, 1) == "ModuleNotFoundError: No module named 'x'"
+    assert failure(tmp_path, 1, ranks=2).line == "ModuleNotFoundError: No module named 'x'"
     (tmp_path / "log.txt").write_text("")
-    assert failure(tmp_path, 7) == "torchrun ended with exit code 7"
+    assert failure(tmp_path, 7, ranks=1).line == "torchrun ended with exit code 7"
 
 
 def test_run_folders_are_named_by_what_the_layout_changes():

@@ -19,7 +19,15 @@ from shardplan.costmodel.layout import parse_layout
 from shardplan.costmodel.model_config import load_model
 from shardplan.costmodel.published_rows import COLUMNS, RefusedRowError, read_rows, row_case
 from shardplan.costmodel.runtime import load_runtime
-from shardplan.costmodel.validation import KINDS, Outcome, summaries, summary, validate_rows
+from shardplan.costmodel.validation import (
+    KINDS,
+    Outcome,
+    misordered,
+    ranking,
+    summaries,
+    summary,
+    validate_rows,
+)
 from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.load import load_cluster
 from shardplan.hw_profiles.machine import Source
@@ -180,6 +188,40 @@ def test_layouts_stay_in_order(by_source: dict[str, dict[str, Any]]) -> None:
     right, pairs = by_source["all"]["pairs_3"]
     assert right >= 0.85 * pairs
     assert by_source["all"]["best_choice_loss"] <= 1.8
+
+
+def test_misplaced_pairs_are_counted_by_run() -> None:
+    def run(name: str, measured_s: float, predicted_s: float) -> Outcome:
+        return replace(
+            bare, case_id=name, measured_step_s=measured_s, predicted_step_s=predicted_s, group=("the same work",)
+        )
+
+    bare = Outcome(
+        case_id="",
+        source="this test",
+        precision="bf16",
+        fine_tuned=False,
+        digitised=False,
+        experts=False,
+        group=(),
+        measured_step_s=None,
+        measured_peak_gib=None,
+        memory_kind="",
+        out_of_memory=False,
+    )
+    runs = [run("slow", 4.0, 1.5), run("near", 2.04, 1.0), run("fast", 2.0, 2.0), run("slowest", 8.0, 9.0)]
+    assert ranking(runs, 0.03) == (4, 5)  # near and fast are 2 % apart
+    assert misordered(runs, 0.03) == {"slow": 1, "fast": 1}
+    assert misordered(runs, 0.01) == {"slow": 1, "fast": 2, "near": 1}
+
+
+def test_the_runs_furthest_off_are_listed(tmp_path: Path) -> None:
+    table = write_rows(tmp_path / "one.csv")
+    case = read_rows(table)[0]["case_id"]
+    told = CliRunner().invoke(app, ["validate", str(table), "--worst", "3"]).stdout
+    assert "pairs misplaced" in told
+    assert case[:40] in told  # long names are folded
+    assert "pairs misplaced" not in CliRunner().invoke(app, ["validate", str(table)]).stdout
 
 
 def test_few_rows_are_refused(outcomes: list[Outcome]) -> None:

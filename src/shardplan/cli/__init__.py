@@ -19,6 +19,7 @@ from shardplan.cli import (
     report,
     run,
     sweep,
+    text_tokens,
     validate,
 )
 
@@ -37,6 +38,7 @@ app.command("explain")(explain.explain)
 app.command("diff")(diff.diff)
 app.command("sweep")(sweep.sweep)
 app.command("run")(run.run)
+app.command("tokenize")(text_tokens.tokenize)
 app.command("calibrate")(calibrate.calibrate)
 app.command("report")(report.report)
 app.command("validate")(validate.validate)

@@ -25,6 +25,9 @@ def validate(
     cross: Annotated[
         bool, typer.Option("--cross", help="Also errors with the source, or source and model, left out of the fit.")
     ] = False,
+    worst: Annotated[
+        int, typer.Option("--worst", min=0, metavar="N", help="Also the N runs whose times are furthest off.")
+    ] = 0,
     as_json: options.JsonOption = False,
 ) -> None:
     """How far the cost model is off on runs that others measured, by source.
@@ -49,9 +52,11 @@ def validate(
         document: dict[str, Any] = {"rows": [one.document() for one in outcomes], "sources": sources}
         typer.echo(json.dumps(document if left_out is None else {**document, "left_out": left_out}, indent=1))
         return
-    from shardplan.cli.validation_tables import print_validation
+    from shardplan.cli.validation_tables import print_validation, print_worst
 
     print_validation(outcomes, sources, left_out)
+    if worst:
+        print_worst(outcomes, worst)
 
 
 def _rows(tables: list[Path]) -> list[Row]:

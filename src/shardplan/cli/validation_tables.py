@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -48,6 +49,24 @@ def print_validation(
             f"{name}: {error['rows']} rows, mean {percent(error['mape'])} %, median {percent(error['median'])} %, "
             f"90th percentile {percent(error['p90'])} %, bias {percent(error['bias'], signed=True)} %"
         )
+
+
+def print_worst(outcomes: Sequence[Outcome], count: int) -> None:
+    """The runs whose predicted times are furthest off, and in how many of the pairs more than 3 % apart each is misplaced."""
+    from shardplan.costmodel.validation import misordered
+
+    console, misplaced = make_console(), misordered(outcomes)
+    timed = [one for one in outcomes if one.step_ratio is not None]
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    table.add_column("run", overflow="fold")
+    for name in ("measured s", "predicted s", "off %", "pairs misplaced"):
+        table.add_column(name, justify="right")
+    for one in sorted(timed, key=lambda one: abs(math.log(one.step_ratio or 1.0)), reverse=True)[:count]:
+        off = percent(100.0 * ((one.step_ratio or 1.0) - 1.0), signed=True)
+        times = (f"{one.measured_step_s:.4g}", f"{one.predicted_step_s:.4g}")
+        table.add_row(escape(one.case_id), *times, off, str(misplaced[one.case_id] or "–"))
+    console.print("")
+    console.print(table)
 
 
 def _cells(one: Mapping[str, Any]) -> list[str]:

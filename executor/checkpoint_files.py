@@ -1,0 +1,225 @@
+"""Checkpoint folders on disk, without torch: complete or not there, whenever the run is killed.
+
+checkpoints/
+    step-00000010.tmp/  being written; nothing reads it, the next start removes it
+    step-00000010/      complete: files flushed, `manifest.json` last, then the folder renamed
+    step-00000010-2/    the same step saved again: a complete checkpoint is never written over
+    LATEST              name of the newest, for people and other tools; loading looks at the folders themselves
+
+`manifest.json` holds the step, what must survive besides tensors, and size and sha256 of each file; it carries its own digest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from shardplan.hw_profiles.errors import InputError
+from shardplan.planner.plan import digest
+
+CHECKPOINTS_FOLDER = "checkpoints"
+LATEST = "LATEST"
+MANIFEST = "manifest.json"
+SCHEMA = "shardplan/checkpoint"
+SCHEMA_VERSION = 1
+PART_SUFFIX = ".tmp"
+DIGEST_SUFFIX = ".sha256"
+
+
+class CheckpointError(InputError):
+    """A checkpoint that is not whole, or not of this model; names the folder and what is wrong."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """What a checkpoint holds besides tensors; nothing of it depends on the layout."""
+
+    step: int
+    """Steps done."""
+    seed: int
+    """Of initial values and of the order of the data."""
+    model: str
+    """Digest of the model's description."""
+    layout: str
+    """The layout that saved it, in words."""
+    data: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """State of the data loader: JSON values, the same on every rank."""
+
+
+def part_folder(root: Path, step: int) -> Path:
+    """Where step `step` is written before it is complete."""
+    return root / f"step-{step:08d}{PART_SUFFIX}"
+
+
+def clear_parts(root: Path) -> None:
+    """Make `root` and remove what killed saves left in it; no save may be going on."""
+    root.mkdir(parents=True, exist_ok=True)
+    for part in root.glob(f"step-*{PART_SUFFIX}"):
+        shutil.rmtree(part)
+
+
+def write_digest(path: Path) -> None:
+    """Write size and sha256 of `path` beside it: each rank does it for its own files, `commit` collects them."""
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    _write(path.with_name(path.name + DIGEST_SUFFIX), json.dumps({"bytes": path.stat().st_size, "sha256": sha256}))
+
+
+def commit(part: Path, progress: Progress) -> Path:
+    """Make the written folder `part` a complete checkpoint, durable when this returns; returns its folder."""
+    files: dict[str, Any] = {}
+    for path in sorted(part.glob(f"*{DIGEST_SUFFIX}")):
+        files[path.name.removesuffix(DIGEST_SUFFIX)] = json.loads(path.read_text(encoding="utf-8"))
+        path.unlink()
+    body = {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, **asdict(progress), "files": files}
+    _write(part / MANIFEST, json.dumps({**body, "digest": digest(body)}, indent=1) + "\n")
+    _flush_folder(part)
+    target = _free_name(part)
+    part.rename(target)
+    _flush_folder(target.parent)
+    pointer = target.parent / LATEST
+    fresh = pointer.with_name(LATEST + PART_SUFFIX)
+    _write(fresh, target.name + "\n")
+    fresh.replace(pointer)
+    _flush_folder(target.parent)
+    return target
+
+
+def prune(root: Path, *, keep: int, newest: Path) -> None:
+    """Remove all but `keep` checkpoints, `newest` (just committed) among the kept; each leaves by one rename, then for good."""
+    others = [folder for folder in checkpoints(root) if folder != newest]
+    for old in others[keep - 1 :]:
+        gone = old.with_name(old.name + PART_SUFFIX)
+        old.rename(gone)
+        shutil.rmtree(gone)
+
+
+def checkpoints(root: Path) -> list[Path]:
+    """Folders that were committed below `root`, the newest step first, of one step the last saved first; none is opened."""
+    found = [(int(m[1]), int(m[2] or 1), path) for path in _entries(root) if (m := _NAME.fullmatch(path.name))]
+    return [path for _, _, path in sorted(found, reverse=True)]
+
+
+def verify(folder: Path) -> Progress:
+    """Read every byte of a checkpoint and hold it against its manifest; CheckpointError names the first thing wrong."""
+    manifest = _read_manifest(folder)
+    for name, expected in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise _refused(folder, f"{name} is missing")
+        size = path.stat().st_size
+        if size != expected["bytes"]:
+            raise _refused(folder, f"{name} has {size} bytes of {expected['bytes']}")
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
+                raise _refused(folder, f"{name} is corrupt (its sha256 differs)")
+    return _progress(manifest)
+
+
+def read_progress(folder: Path) -> Progress:
+    """What the manifest of a checkpoint says, its files unopened."""
+    return _progress(_read_manifest(folder))
+
+
+def newest(roots: Iterable[Path]) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint of the first of `roots` that has one, and a line for each newer one refused."""
+    refused: list[str] = []
+    for root in roots:
+        for folder in checkpoints(root) if _NAME.fullmatch(root.name) is None else [root]:
+            try:
+                verify(folder)
+            except CheckpointError as bad:
+                refused.append(str(bad))
+            else:
+                return folder, refused
+    return None, refused
+
+
+def find(place: Path) -> tuple[Path, list[str]]:
+    """The checkpoint meant by a run folder, its `checkpoints` or one checkpoint; CheckpointError where none is whole."""
+    inside = place / CHECKPOINTS_FOLDER
+    root = inside if inside.is_dir() else place
+    folder, refused = newest([root])
+    if folder is not None:
+        return folder, refused
+    if refused:
+        raise CheckpointError(f"no checkpoint is whole: {'; '.join(refused)}", place=str(place))
+    raise CheckpointError(
+        "holds no complete checkpoint", place=str(place), remedy="name a run made with --checkpoint-every"
+    )
+
+
+def last_run(out: Path) -> Path:
+    """The newest run folder below `out` that has a complete checkpoint; CheckpointError where none has."""
+    for folder in sorted(_entries(out), key=lambda path: path.name, reverse=True):
+        if checkpoints(folder / CHECKPOINTS_FOLDER):
+            return folder
+    raise CheckpointError(
+        "holds no run with a checkpoint",
+        place=str(out),
+        remedy="name a run folder with --resume, or the runs with --out",
+    )
+
+
+_NAME = re.compile(r"step-(\d{8,})(?:-(\d+))?")
+
+
+def _entries(root: Path) -> list[Path]:
+    return list(root.iterdir()) if root.is_dir() else []
+
+
+def _free_name(part: Path) -> Path:
+    target = part.with_name(part.name.removesuffix(PART_SUFFIX))
+    taken = [path.name for path in checkpoints(part.parent) if path.name.startswith(target.name)]
+    if not taken:
+        return target
+    last = _NAME.fullmatch(taken[0])
+    return target.with_name(f"{target.name}-{int((last and last[2]) or 1) + 1}")
+
+
+def _write(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make renames and new names in `folder` survive a loss of power."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        said = manifest.pop("digest")
+    except FileNotFoundError:
+        raise _refused(folder, f"{MANIFEST} is missing") from None
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        raise _refused(folder, f"{MANIFEST} is truncated or not readable") from None
+    if said != digest(manifest) or manifest.get("schema") != SCHEMA:
+        raise _refused(folder, f"{MANIFEST} is corrupt (its digest differs)")
+    if manifest["schema_version"] > SCHEMA_VERSION:
+        raise _refused(folder, f"schema_version={manifest['schema_version']} is newer than {SCHEMA_VERSION}")
+    if any("/" in name or name in ("", ".", "..") for name in manifest["files"]):
+        raise _refused(folder, f"{MANIFEST} names files outside the folder")
+    return manifest
+
+
+def _progress(manifest: Mapping[str, Any]) -> Progress:
+    return Progress(**{name: manifest[name] for name in Progress.__dataclass_fields__})
+
+
+def _refused(folder: Path, problem: str) -> CheckpointError:
+    return CheckpointError(problem, place=f"checkpoint {folder}")

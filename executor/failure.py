@@ -1,0 +1,82 @@
+"""Why a run failed, read off what the ranks and torchrun left: the rank that failed first, not those it took with it."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from shardplan.executor import measure
+
+WAITED = re.compile(r"timed?[ -]?out", re.IGNORECASE)
+LEFT = re.compile(r"connection (reset|closed)|broken pipe|remote process", re.IGNORECASE)
+"""What a rank raises because another is gone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """One line for people, and lines of detail below it."""
+
+    line: str
+    details: list[str] = field(default_factory=list[str])
+
+
+def failure(folder: Path, code: int, *, ranks: int) -> Failure:
+    """A rank killed by a signal, else one that answers no more, else the first that raised, else the exit code."""
+    log = (folder / "log.txt").read_text(encoding="utf-8", errors="replace")
+    raised = _raised(folder)
+    own = {rank: found for rank, found in raised.items() if not LEFT.search(found["error"])} or raised
+    first = min(own, key=lambda rank: own[rank]["time"], default=None)
+    waited = first is not None and WAITED.search(own[first]["error"]) is not None
+    killed = _killed(log)
+    if killed is not None and not waited:  # torchrun kills a rank that hangs, after others have waited for it
+        rank, number = killed
+        hint = " (out of memory?)" if number == signal.SIGKILL else ""
+        return Failure(line=f"rank {rank} was killed by signal {number} {signal.Signals(number).name}{hint}")
+    if first is not None:
+        line = f"rank {first}: {own[first]['error']}"
+        silent = sorted(set(range(ranks)) - set(raised))
+        if silent and waited:
+            line = f"{silent_ranks(folder, silent)}; {line}"
+        return Failure(line=line, details=list(own[first].get("details", ())))
+    lines = [line.strip() for line in log.splitlines() if re.match(r"\S*(Error|Exception)\b", line.strip())]
+    return Failure(line=lines[-1] if lines else f"torchrun ended with exit code {code}")
+
+
+def silent_ranks(folder: Path, ranks: list[int]) -> str:
+    """`rank 1 hung after step 3`: the ranks that left no word while others waited for them."""
+    records = measure.read_records(folder)
+    last = {rank: max((record.step for record in records.get(rank, ())), default=0) for rank in ranks}
+    return ", ".join(f"rank {rank} hung after step {step}" for rank, step in last.items())
+
+
+def stuck(folder: Path, seconds: float, *, ranks: int) -> Failure:
+    """Of a run that was ended because no step finished for `seconds`: what a rank said, else which are furthest behind."""
+    if _raised(folder):
+        return failure(folder, 1, ranks=ranks)
+    records = measure.read_records(folder)
+    last = {rank: max((record.step for record in records.get(rank, ())), default=0) for rank in range(ranks)}
+    behind = [rank for rank, step in last.items() if step == min(last.values())]
+    who = "all ranks" if len(behind) == ranks else "rank " + ", ".join(map(str, behind))
+    return Failure(line=f"no step finished for {seconds:.0f} s; {who} hung after step {min(last.values())}")
+
+
+def _killed(log: str) -> tuple[int, int] | None:
+    """Rank and signal of torchrun's report, without those that torchrun itself ended; of the last start."""
+    report = re.findall(r"rank\s*: (\d+) .*\n\s*exitcode\s*: (-?\d+)", log)
+    for rank, exit_code in report:
+        number = -int(exit_code)
+        if number > 0 and number != signal.SIGTERM:
+            return int(rank), number
+    return None
+
+
+def _raised(folder: Path) -> dict[int, dict[str, Any]]:
+    found: dict[int, dict[str, Any]] = {}
+    for path in (folder / measure.RANKS_FOLDER).glob("rank-*.error.json"):
+        rank = int(path.name.removeprefix("rank-").partition(".")[0])
+        found[rank] = json.loads(path.read_text(encoding="utf-8"))
+    return found

@@ -1,0 +1,92 @@
+"""Moves weights between a `Transformer` and a folder with Hugging Face's names (`hugging_face`), for every layout.
+
+Reading happens before a chunk is spread, so each rank reads what its chunk holds. Writing gathers one parameter after the other; the first
+rank of each pipeline stage writes its files, rank 0 the index, and the folder gets its name when everything is in it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from shardplan.executor.hugging_face import CONFIG, INDEX, Folder, config_of, their_name
+from shardplan.executor.mesh import data_rank
+from shardplan.executor.recompute import parameter_name
+from shardplan.executor.transformer import Transformer, rotary_table
+from shardplan.planner.plan import Plan
+
+DTYPES = {"fp32": (torch.float32, "float32"), "bf16": (torch.bfloat16, "bfloat16"), "fp16": (torch.float16, "float16")}
+MOST_FILE_BYTES = 5 * 10**9
+
+
+@torch.no_grad()
+def load(chunk: Transformer, folder: Folder) -> None:
+    """Give a chunk that is not spread yet the values of `folder`, its rotary base and norm epsilon."""
+    for name, parameter in chunk.named_parameters():
+        theirs = their_name(name)
+        with safe_open(str(folder.files[theirs]), framework="pt") as file:
+            parameter.copy_(file.get_tensor(theirs))
+    for module in chunk.modules():
+        if isinstance(getattr(module, "eps", None), float):
+            module.eps = folder.norm_epsilon  # type: ignore[assignment]
+    if chunk.table is not None:
+        chunk.table = rotary_table(chunk.seq, chunk.head_dim, chunk.table.device, base=folder.rotary_base)
+
+
+def save(
+    chunks: Sequence[Transformer], plan: Plan, mesh: DeviceMesh, target: Path, *, dtype: str, origin: Folder | None
+) -> None:
+    """Write the whole model to the new folder `target`; every rank calls this."""
+    torch_dtype, word = DTYPES[dtype]
+    stage, writes = mesh.get_local_rank("pp"), data_rank(mesh) == 0 and mesh.get_local_rank("tp") == 0
+    part = target.with_name(target.name + ".tmp")
+    part.mkdir(parents=True, exist_ok=True)
+    found: dict[str, str] = {}
+    held: dict[str, Tensor] = {}
+    size_bytes = 0
+
+    def flush() -> None:
+        if held:
+            file = f"model-stage-{stage:03}-{len(set(found.values())):05}.safetensors"
+            save_file(held, str(part / file), metadata={"format": "pt"})
+            found.update(dict.fromkeys(held, file))
+            held.clear()
+
+    for name, value in _whole(chunks):
+        if writes:
+            held[their_name(name)] = value.to("cpu", torch_dtype).contiguous()
+            size_bytes += held[their_name(name)].nbytes
+            if sum(one.nbytes for one in held.values()) > MOST_FILE_BYTES:
+                flush()
+    flush()
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, (found, size_bytes))
+    if dist.get_rank() == 0:
+        names = {name: file for files, _ in every for name, file in files.items()}
+        index = {"metadata": {"total_size": sum(size for _, size in every)}, "weight_map": dict(sorted(names.items()))}
+        (part / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+        config = config_of(plan.model, seq=plan.job.seq, dtype=word, folder=origin)
+        (part / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        part.replace(target)
+    dist.barrier()
+
+
+@torch.no_grad()
+def _whole(chunks: Sequence[Transformer]) -> Iterator[tuple[str, Tensor]]:
+    """Name in the plain model and value of every parameter, gathered; a tied head comes once, as the embedding."""
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            yield (
+                parameter_name(name),
+                parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach(),
+            )

@@ -1,0 +1,146 @@
+"""Weights under Hugging Face's names: a checkpoint made by transformers computes the same logits here, and comes back bit for bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from shardplan.costmodel.job import Job
+from shardplan.costmodel.layout import parse_layout
+from shardplan.costmodel.model_config import load_model
+from shardplan.executor.hugging_face import check_shape, check_weights, config_of, expected_shapes, open_folder
+from shardplan.executor.job_file import parse_job
+from shardplan.hw_profiles.errors import InputError
+from shardplan.planner.plan import Plan
+
+pytest.importorskip("safetensors", reason="weights are safetensors")
+CHECKPOINT = Path(__file__).parent / "llama_checkpoint"
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A copy of the checkpoint to damage."""
+    return Path(shutil.copytree(CHECKPOINT, tmp_path / "copy"))
+
+
+def refusal(folder: Path, model=None) -> str:
+    with pytest.raises(InputError) as refused:
+        check_weights(model or load_model(CHECKPOINT), open_folder(folder))
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+def test_the_logits_are_those_of_transformers():
+    torch = pytest.importorskip("torch", reason="the executor needs torch")
+    from shardplan.executor.transformer import build_transformer, whole
+    from shardplan.executor.weights import load
+
+    model, told = load_model(CHECKPOINT), json.loads((CHECKPOINT / "logits.json").read_text())
+    built = build_transformer(model, seq=24, part=whole(model), seed=0, device=torch.device("cpu"))
+    load(built, open_folder(CHECKPOINT))
+    found = built(torch.tensor(told["tokens"]))
+    right = torch.tensor(told["logits"])
+    assert (found - right).abs().max() < 1e-5 * right.abs().max()
+
+
+def test_expected_shapes_are_those_of_the_model():
+    torch = pytest.importorskip("torch", reason="the executor needs torch")
+    from shardplan.executor.transformer import Transformer, whole
+
+    for name in ("tiny", "qwen2.5-0.5b"):  # the second has biases and a tied head
+        model = load_model(name)
+        with torch.device("meta"):
+            built = Transformer(model, seq=8, part=whole(model))
+        built.tie()
+        assert dict(expected_shapes(model)) == {n: tuple(p.shape) for n, p in built.named_parameters()}
+
+
+def test_the_written_config_describes_the_same_shapes(tmp_path):
+    for name in ("tiny", "qwen2.5-0.5b", "llama-3-8b"):
+        model = load_model(name)
+        (tmp_path / "config.json").write_text(json.dumps(config_of(model, seq=64, dtype="float32", folder=None)))
+        again = load_model(tmp_path)
+        assert (again.layers, again.vocab, again.tied_embeddings) == (model.layers, model.vocab, model.tied_embeddings)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("words", ["dp=2 zero=3", "pp=2"])
+def test_a_spread_model_comes_back_bit_for_bit(tmp_path, words):
+    """One step at a rate that changes no fp32 value: what was read is what is written."""
+    pytest.importorskip("torch", reason="the executor needs torch")
+    import torch
+    from safetensors import safe_open
+
+    from shardplan.executor.launch import run_plan
+    from shardplan.executor.token_files import TokenWriter
+
+    writer = TokenWriter(tmp_path / "train.bin", vocabulary=32)
+    writer.write([(5 * i + i // 7) % 32 for i in range(1000)])
+    writer.close()
+    layout = parse_layout(words)
+    Plan(
+        model=load_model(CHECKPOINT),
+        job=Job(seq=16, global_batch=4, precision="fp32"),
+        cluster={},
+        gpus=2,
+        runtime="shardplan",
+        layout=layout,
+        prediction={"memory": {}, "time": {"step_s": 1.0}, "throughput": {}},
+        search={},
+        digests={},
+        shardplan_version="0",
+    ).write(tmp_path / "plan.json")
+    job = parse_job(
+        {
+            "steps": 1,
+            "data": {"files": [{"path": str(tmp_path / "train.bin")}]},
+            "learning_rate": {"peak": 1e-30},
+            "weights": {"initial": str(CHECKPOINT), "export": str(tmp_path / "out"), "dtype": "fp32"},
+        },
+        place="job",
+    )
+    outcome = run_plan(
+        tmp_path / "plan.json", device="cpu", steps=1, out=tmp_path / "runs", on_step=lambda _: None, job=job
+    )
+    assert outcome.error is None, outcome.error
+    folder = open_folder(tmp_path / "out")
+    assert folder.rotary_base == 500_000
+    check_weights(load_model(tmp_path / "out"), folder)
+    with safe_open(str(CHECKPOINT / "model.safetensors"), framework="pt") as given:
+        assert set(folder.files) == set(given.keys())
+        for name, path in folder.files.items():
+            with safe_open(str(path), framework="pt") as written:
+                assert torch.equal(written.get_tensor(name), given.get_tensor(name)), name
+
+
+def test_what_does_not_belong_together_is_refused(copy):
+    assert "model.embed_tokens.weight has shape [32, 16], the plan's model tiny has [256, 128]" in refusal(
+        CHECKPOINT, load_model("tiny")
+    )
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:3000])
+    assert f"{weights}: is damaged or not safetensors" in refusal(copy)
+    weights.unlink()
+    assert f"{weights}: no such file" in refusal(copy)
+    config = json.loads((copy / "config.json").read_text())
+    config["rope_parameters"]["rope_type"] = "llama3"
+    (copy / "config.json").write_text(json.dumps(config))
+    assert "rope_type='llama3' is not executed" in refusal(copy)
+    (copy / "config.json").unlink()
+    assert "config.json: no such file" in refusal(copy)
+
+
+def test_a_tensor_that_an_index_lacks_is_named(copy):
+    names = [name for name in open_folder(copy).files if "layers.1.mlp.up" not in name]
+    files = dict.fromkeys(names, "model.safetensors")
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    assert "model.layers.1.mlp.up_proj.weight is missing" in refusal(copy)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen3-8b", "mixtral-8x7b", "gemma-7b"])
+def test_models_of_another_shape_are_refused(name):
+    with pytest.raises(InputError, match=r"weights: model .* has .*; leave \[weights\] out"):
+        check_shape(load_model(name))
