@@ -160,6 +160,7 @@ def _routed_ops(
         Op(
             name=down.name,
             gemms=(Gemm(m=each, n=kind.hidden * one, k=ffn, count=local, separate=alone),),
+            copied_bytes=how.bias_passes * _received(kind, shapes)[1] * shapes.expert_tp if kind.mlp_bias else 0.0,
             kept_bytes=how.kept_outputs * _received(kind, shapes)[1] * shapes.expert_tp,
             launches=launches,
         ),

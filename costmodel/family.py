@@ -28,6 +28,8 @@ class Family:
     positions: str = "max_position_embeddings"
     """The key of the longest sequence."""
     learned_positions: bool = False
+    more_positions: int = 0
+    """Rows of the table of learned positions beyond the longest sequence (OPT: 2)."""
     head_bias: bool = False
     mtp: str = ""
     """The key that counts multi-token prediction modules."""

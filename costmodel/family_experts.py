@@ -1,4 +1,4 @@
-"""Families of mixture-of-experts models: Mixtral, Qwen 2 and 3 MoE, gpt-oss, DeepSeek-V2 and -V3 and Kimi K2, which has V3's schema."""
+"""Families of mixture-of-experts models: Mixtral, Qwen 2 and 3 MoE, OLMoE, gpt-oss, GLM-4.5, DeepSeek's and Kimi K2 (V3's schema)."""
 
 from __future__ import annotations
 
@@ -110,6 +110,11 @@ def _deepseek(values: Fields) -> Sequence[LayerKind]:
         qk_rope_head_dim=rope,
         v_head_dim=values.count("v_head_dim"),
     )
+    return _dense_then_sparse(values, dense, router_bias=values.value("topk_method") == "noaux_tc")
+
+
+def _dense_then_sparse(values: Fields, dense: LayerKind, *, router_bias: bool) -> Sequence[LayerKind]:
+    """The first first_k_dense_replace layers as they are, the others with routed and shared experts instead of their MLP."""
     first, layers = values.count("first_k_dense_replace", least=0), depth(values)
     if values.value("n_routed_experts") is None or first >= layers:
         return [dense] * layers
@@ -118,9 +123,28 @@ def _deepseek(values: Fields) -> Sequence[LayerKind]:
     sparse = replace(
         _with_experts(values, replace(dense, ffn=width), "n_routed_experts"),
         shared_ffn=shared * width,
-        router_bias=values.value("topk_method") == "noaux_tc",
+        router_bias=router_bias,
     )
     return [dense] * first + [sparse] * (layers - first)
+
+
+def _deepseek_first(values: Fields) -> Sequence[LayerKind]:
+    """DeepSeekMoE (arXiv 2401.06066): Llama's attention, and experts as DeepSeek-V2's."""
+    dense = _attention(values, ffn="intermediate_size", bias=values.flag("attention_bias"))
+    return _dense_then_sparse(values, dense, router_bias=False)
+
+
+def _glm4_moe(values: Fields) -> Sequence[LayerKind]:
+    """Biases on queries, keys and values alone, norms of queries and keys where the file says so; experts as DeepSeek-V3's."""
+    dense = _attention(values, ffn="intermediate_size", bias=False)
+    dense = replace(dense, qkv_bias=values.flag("attention_bias"), qk_norm=values.flag("use_qk_norm"))
+    return _dense_then_sparse(values, dense, router_bias=True)
+
+
+def _olmoe(values: Fields) -> Sequence[LayerKind]:
+    """Norms over all queries and all keys; experts in every layer."""
+    kind = _attention(values, ffn="intermediate_size", bias=values.flag("attention_bias"))
+    return [_with_experts(values, replace(kind, qk_norm=True, qk_norm_wide=True), "num_experts")] * depth(values)
 
 
 _QWEN_EXPERTS: Mapping[str, object] = {
@@ -229,6 +253,49 @@ EXPERTS: Mapping[str, Family] = {
         spellings={"n_routed_experts": "num_experts"},
         only={"moe_layer_freq": (1,), "mlp_bias": (False,)},
     ),
+    "deepseek": Family(
+        architecture="DeepseekForCausalLM",
+        defaults={
+            **shapes(102400, 4096, 11008, 30, 32, None, 2048),
+            "attention_bias": False,
+            "moe_intermediate_size": 1407,
+            "n_routed_experts": None,
+            "n_shared_experts": None,
+            "num_experts_per_tok": None,
+            "first_k_dense_replace": 0,
+        },
+        layers=_deepseek_first,
+        only={"moe_layer_freq": (1,)},
+    ),
     "deepseek_v3": _DEEPSEEK_V3,
     "kimi_k2": _DEEPSEEK_V3,
+    "glm4_moe": Family(
+        architecture="Glm4MoeForCausalLM",
+        defaults={
+            **shapes(151552, 4096, 10944, 46, 96, 8, 131072),
+            "head_dim": None,
+            "attention_bias": False,
+            "use_qk_norm": False,
+            "moe_intermediate_size": 1408,
+            "n_routed_experts": 128,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 8,
+            "first_k_dense_replace": 1,
+            "num_nextn_predict_layers": 0,
+        },
+        layers=_glm4_moe,
+        spellings={"n_routed_experts": "num_local_experts"},
+        mtp="num_nextn_predict_layers",
+    ),
+    "olmoe": Family(
+        architecture="OlmoeForCausalLM",
+        defaults={
+            **shapes(50304, 2048, 2048, 16, 16, None, 4096),
+            "attention_bias": False,
+            "num_experts": 64,
+            "num_experts_per_tok": 8,
+        },
+        layers=_olmoe,
+        spellings={"num_experts": "num_local_experts"},
+    ),
 }

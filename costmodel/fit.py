@@ -1,8 +1,9 @@
 """Fit the constants of `fitted.toml` on measured step times, and say how well they carry over to rows left out.
 
-Minimised: sum over rows of w soft_L1(log(predicted/measured) / 0.02) + sum over constants of ((x - prior) / deviation)^2, with the
-row weight w = 1/sqrt(near-duplicates): close to the mean absolute error that is reported, and outliers do not decide. Constants that
-scale (gemm, memory, link, traffic) are fitted as logarithms, shares as they are.
+Minimised: sum over rows of w soft_L1(log(predicted/measured) / noise) + sum over constants of ((x - prior) / deviation)^2, with the
+row weight w = 1/sqrt(near-duplicates): close to the mean absolute error that is reported, and outliers do not decide. Noise is 0.02, of
+rows read off figures 0.05, so that they weigh less; errors told are of the other rows. Constants that scale (gemm, memory, link, traffic)
+are fitted as logarithms, shares as they are.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from shardplan.costmodel.validation import errors, estimate_case
 from shardplan.hw_profiles.errors import InputError
 
 FloatArray = NDArray[np.float64]
-NOISE = 0.02
-"""Relative error of a row from which on its error counts as it is, below by its square: about what repeated steps differ by."""
+NOISE = {"exact": 0.02, "derived": 0.02, "digitised": 0.05}
+"""By quality, relative error of a row from which on its error counts as it is, below by its square: about what repeated steps differ
+by, and how far a figure can be read (3 of some 60 TFLOP/s)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,7 @@ class FitRow:
     measured_s: float
     source: str
     model: str
+    quality: str
     keys: tuple[tuple[str, str], ...]
     """(table, name) of the constants its prediction uses."""
 
@@ -41,12 +44,12 @@ Constant = tuple[str, str, str]
 
 
 def fit_rows(rows: Sequence[Row]) -> list[FitRow]:
-    """Rows with a step time that the model covers, are exact or derived and not marked SUSPECT, of dense models that are trained whole:
+    """Rows with a step time that the model covers, of a quality in NOISE and not marked SUSPECT, of dense models that are trained whole:
     published times of LoRA and QLoRA hold loading and start, runs with experts are left to test what the dense ones say. Recompute is
     settled here once."""
     found: list[FitRow] = []
     for row in rows:
-        if not row["step_s"] or row["quality"] not in ("exact", "derived") or "SUSPECT" in row["notes"]:
+        if not row["step_s"] or row["quality"] not in NOISE or "SUSPECT" in row["notes"]:
             continue
         if names_adapters(row) or row["experts"]:
             continue
@@ -61,6 +64,7 @@ def fit_rows(rows: Sequence[Row]) -> list[FitRow]:
                 measured_s=number(row, "step_s"),
                 source=row["source"],
                 model=row["model"],
+                quality=row["quality"],
                 keys=(
                     ("architecture", case.cluster.gpu.architecture),
                     ("runtime", case.runtime.fitted_entry),
@@ -78,6 +82,11 @@ def row_weights(rows: Sequence[FitRow]) -> FloatArray:
     ]
     copies = Counter(same)
     return np.asarray([copies[key] ** -0.5 for key in same])
+
+
+def row_noise(rows: Sequence[FitRow]) -> FloatArray:
+    """NOISE of each row."""
+    return np.asarray([NOISE[row.quality] for row in rows])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,22 +169,28 @@ def log_ratio_jacobian(rows: Sequence[FitRow], space: Space, x: FloatArray, at: 
 
 
 def _weighted_step(
-    ratios: FloatArray, jacobian: FloatArray, weights: FloatArray, space: Space, x: FloatArray, damping: float
+    ratios: FloatArray,
+    jacobian: FloatArray,
+    weights: FloatArray,
+    noise: FloatArray,
+    space: Space,
+    x: FloatArray,
+    damping: float,
 ) -> FloatArray:
     """One damped Gauss-Newton step of the robust problem inside the bounds."""
     from scipy.optimize import lsq_linear
 
-    scaled = ratios / NOISE
+    scaled = ratios / noise
     robust = np.sqrt(weights / np.sqrt(1.0 + scaled**2))
-    rows = [robust[:, None] * jacobian / NOISE, np.diag(1.0 / space.deviation), damping * np.eye(len(x))]
+    rows = [(robust / noise)[:, None] * jacobian, np.diag(1.0 / space.deviation), damping * np.eye(len(x))]
     right = [-robust * scaled, -(x - space.prior) / space.deviation, np.zeros(len(x))]
     found = lsq_linear(np.vstack(rows), np.concatenate(right), bounds=(space.low - x - 1e-9, space.high - x + 1e-9))
     return np.clip(x + found.x, space.low, space.high)
 
 
-def cost(ratios: FloatArray, weights: FloatArray, space: Space, x: FloatArray) -> float:
+def cost(ratios: FloatArray, weights: FloatArray, noise: FloatArray, space: Space, x: FloatArray) -> float:
     """The minimised sum."""
-    data = 2.0 * weights * (np.sqrt(1.0 + (ratios / NOISE) ** 2) - 1.0)
+    data = 2.0 * weights * (np.sqrt(1.0 + (ratios / noise) ** 2) - 1.0)
     return float(data.sum() + (((x - space.prior) / space.deviation) ** 2).sum())
 
 
@@ -184,15 +199,15 @@ def fit(rows: Sequence[FitRow], space: Space, start: FloatArray, *, passes: int 
 
     Derivatives change slowly and cost about as much as a dozen predictions of all rows: a pass takes several steps on the same ones.
     """
-    weights, x = row_weights(rows), start
+    weights, noise, x = row_weights(rows), row_noise(rows), start
     ratios = log_ratios(rows, space.constants(x))
-    best, damping = cost(ratios, weights, space, x), 1.0
+    best, damping = cost(ratios, weights, noise, space, x), 1.0
     for _ in range(passes):
         jacobian, before = log_ratio_jacobian(rows, space, x, ratios), best
         for _ in range(STEPS_A_PASS):
-            candidate = _weighted_step(ratios, jacobian, weights, space, x, damping)
+            candidate = _weighted_step(ratios, jacobian, weights, noise, space, x, damping)
             tried = log_ratios(rows, space.constants(candidate))
-            reached = cost(tried, weights, space, candidate)
+            reached = cost(tried, weights, noise, space, candidate)
             if reached >= best:
                 damping *= 4.0
                 continue
@@ -213,7 +228,7 @@ def left_out_ratios(
 ) -> FloatArray:
     """log(predicted/measured) of each row by constants fitted without its group: the problem linearised at the optimum is solved
     again without the group (three reweighted steps), and the held-out rows are predicted with the full model."""
-    weights = row_weights(rows)
+    weights, noise = row_weights(rows), row_noise(rows)
     jacobian = log_ratio_jacobian(rows, space, x, ratios)
     result = np.empty(len(rows))
     for group in dict.fromkeys(groups):
@@ -221,14 +236,14 @@ def left_out_ratios(
         keep, moved = ~out, x
         for _ in range(3):
             linear = ratios + jacobian @ (moved - x)
-            moved = _weighted_step(linear[keep], jacobian[keep], weights[keep], space, moved, 0.3)
+            moved = _weighted_step(linear[keep], jacobian[keep], weights[keep], noise[keep], space, moved, 0.3)
         result[out] = log_ratios([row for row, o in zip(rows, out, strict=True) if o], space.constants(moved))
     return result
 
 
 def left_out_errors(rows: Sequence[FitRow]) -> dict[str, dict[str, float | int | None]]:
     """Errors of step time with the shipped constants: in sample, and with each row's source and model, or source, left out; of all
-    rows, and of those not in fp8 where there are both."""
+    rows that are not read off figures, and of those not in fp8 where there are both."""
     space = fit_space(rows, only=fitted())
     x = space.vector(fitted())
     ratios = log_ratios(rows, space.constants(x))
@@ -238,9 +253,10 @@ def left_out_errors(rows: Sequence[FitRow]) -> dict[str, dict[str, float | int |
     }
     found = {"in sample": ratios}
     found |= {name: left_out_ratios(rows, space, x, ratios, keys) for name, keys in groups.items()}
-    answer = {name: errors(np.exp(values).tolist()) for name, values in found.items()}
-    wide = np.array([row.case.job.precision != "fp8" for row in rows])
-    if 0 < wide.sum() < len(rows):
+    printed = np.array([row.quality != "digitised" for row in rows])
+    answer = {name: errors(np.exp(values[printed]).tolist()) for name, values in found.items()}
+    wide = printed & np.array([row.case.job.precision != "fp8" for row in rows])
+    if 0 < wide.sum() < printed.sum():
         answer |= {f"{name}, all but fp8": errors(np.exp(values[wide]).tolist()) for name, values in found.items()}
     return answer
 

@@ -23,7 +23,7 @@ ARCHITECTURE_BOUNDS: Mapping[str, tuple[float, float, float, float]] = {
     "memory": (0.5, 1.08, 0.95, 0.1),
     "attention": (0.6, 1.5, 1.0, 0.15),
     "link": (0.5, 1.6, 1.0, 0.2),
-    "network": (0.5, 1.6, 1.0, 0.2),
+    "network": (0.5, 1.6, 1.0, 0.1),
 }
 """Constant -> lowest, highest, what physics suggests, and how sure that is (standard deviation of the logarithm)."""
 RUNTIME_BOUNDS: Mapping[str, tuple[float, float, float, float]] = {

@@ -53,6 +53,8 @@ class LayerKind:
     """Attention and MLP read the same stream and are added to it together (GPT-NeoX, Phi)."""
     qk_norm: bool = False
     """Heads of queries and keys are normalised; one weight of head_dim for all query heads, one for all key heads."""
+    qk_norm_wide: bool = False
+    """With qk_norm, the weight is as wide as all heads together (OLMo 2, Command R+)."""
     window: int = 0
     """Keys a query sees, itself included (sliding window); 0 = all up to itself."""
     sinks: bool = False
@@ -214,7 +216,7 @@ def layer_parameters(kind: LayerKind) -> Mapping[str, int]:
         "router": kind.hidden * kind.experts
         + (kind.experts if kind.router_bias else 0)
         + (kind.hidden if kind.shared_gate else 0),
-        "norms": width * (kind.norms * kind.hidden + (2 * kind.head_dim if kind.qk_norm else 0))
+        "norms": width * (kind.norms * kind.hidden + _head_norm(kind))
         + width * (kind.q_lora_rank + kind.kv_lora_rank + (3 * kind.hidden if kind.mtp else 0)),
     }
     if kind.shared_ffn:
@@ -224,6 +226,13 @@ def layer_parameters(kind: LayerKind) -> Mapping[str, int]:
     if kind.mtp:
         parts["mtp_projection"] = 2 * kind.hidden * kind.hidden
     return parts
+
+
+def _head_norm(kind: LayerKind) -> int:
+    """Width of the norms of queries and keys."""
+    if not kind.qk_norm:
+        return 0
+    return ((kind.heads + kind.kv_heads) if kind.qk_norm_wide else 2) * kind.head_dim
 
 
 def _attention_parameters(kind: LayerKind) -> tuple[int, int]:

@@ -128,7 +128,7 @@ def model_from_config(
         layers=layers,
         vocab=values.count("vocab_size"),
         tied_embeddings=values.flag("tie_word_embeddings"),
-        learned_positions=positions if family.learned_positions else 0,
+        learned_positions=positions + family.more_positions if family.learned_positions else 0,
         max_positions=positions,
         source=source,
         pattern=pattern,

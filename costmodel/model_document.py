@@ -106,6 +106,8 @@ def _layer_run(document: object, place: str) -> tuple[LayerKind, int]:
     for word in ("q_lora_rank", "qk_rope_head_dim", "v_head_dim"):
         if numbers[word] and not numbers["kv_lora_rank"]:
             raise values.bad(word, "needs latent attention, but kv_lora_rank=0", "give kv_lora_rank or write 0")
+    if values.flag("qk_norm_wide") and not values.flag("qk_norm"):
+        raise values.bad("qk_norm_wide", "needs qk_norm, but qk_norm=false", "write false")
     if numbers["shared_ffn"] and not experts:
         raise values.bad("shared_ffn", f"needs experts, but {values.show('experts')}", "write 0 for a dense MLP")
     kind = LayerKind(
@@ -127,7 +129,7 @@ def _layer_run(document: object, place: str) -> tuple[LayerKind, int]:
 _NUMBERS = ("shared_ffn", "window", "kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "v_head_dim")
 _FLAGS = (
     *("gated_mlp", "qkv_bias", "attention_output_bias", "mlp_bias", "rotary", "dropout"),
-    *("shared_gate", "router_bias", "parallel", "qk_norm", "sinks", "gelu_gate", "raw_scores"),
+    *("shared_gate", "router_bias", "parallel", "qk_norm", "qk_norm_wide", "sinks", "gelu_gate", "raw_scores"),
 )
 """Fields of LayerKind that are counts from 0, and that are yes or no."""
 

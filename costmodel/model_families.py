@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from shardplan.costmodel.family import Family
 from shardplan.costmodel.family_dense import DENSE
 from shardplan.costmodel.family_experts import EXPERTS
+from shardplan.costmodel.family_more import MORE
+from shardplan.costmodel.family_older import OLDER
 
-FAMILIES: Mapping[str, Family] = {**DENSE, **EXPERTS}
+FAMILIES: Mapping[str, Family] = {**DENSE, **MORE, **OLDER, **EXPERTS}
 
 TEXT_TYPES: Mapping[str, str] = {
     "gemma3": "gemma3_text",
@@ -21,12 +23,13 @@ TEXT_TYPES: Mapping[str, str] = {
 
 NOT_READ: Mapping[str, str] = {
     "bloom": "its ALiBi positions and embedding norm are not modelled",
-    "falcon": "its layers come in three shapes that the file does not tell apart",
+    "mpt": "its ALiBi positions are not modelled",
+    "dbrx": "its nested description of attention and experts is not read",
+    "phi3small": "its block-sparse attention is not modelled",
     "llama4": "its chunked attention, and layers with and without rotary positions, are not modelled",
     "llama4_text": "its chunked attention, and layers with and without rotary positions, are not modelled",
     "mllama": "its cross-attention layers are not modelled",
     "mllama_text_model": "its cross-attention layers are not modelled",
-    "opt": "its projections of word embeddings and optional final norm are not modelled",
     "phimoe": "its biased layer norms beside experts are not modelled",
     "qwen3_next": "its linear attention is not modelled",
     "kimi_linear": "its linear attention is not modelled",
@@ -40,6 +43,7 @@ NOT_READ: Mapping[str, str] = {
         "its state-space layers are not modelled",
     ),
     **dict.fromkeys(("recurrent_gemma", "rwkv"), "its recurrent layers are not modelled"),
-    "t5": "encoder-decoder models are not modelled",
+    **dict.fromkeys(("t5", "mt5", "bart", "whisper"), "encoder-decoder models are not modelled"),
+    **dict.fromkeys(("bert", "roberta", "modernbert", "vit"), "encoders are not modelled"),
 }
 """Known schemas that are refused, and why."""

@@ -29,5 +29,7 @@ class ExpertParallel:
     """Copies of what experts return that are kept: 1 where tokens are weighed after the experts, 0 where inside them."""
     activation_traffic: float = 1.0
     """Traffic of the experts' activation relative to a kernel of its own; 0 where the product before it computes it."""
+    bias_passes: float = 1.0
+    """Traffic of adding the biases of experts, weighed like their outputs, relative to one tensor of those; forward and backward alike."""
     overlap: float = 0.0
     """Share of the exchange of tokens that the compute of another micro-batch can hide."""

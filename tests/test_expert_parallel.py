@@ -16,7 +16,7 @@ from shardplan.costmodel.estimate import Estimates, estimate
 from shardplan.costmodel.expert_parallel import dispatched_ops, expert_load, expert_parameters
 from shardplan.costmodel.job import Job
 from shardplan.costmodel.layout import LayoutTable, layout_from_document, layout_table, parse_layout
-from shardplan.costmodel.model import layer_parameters
+from shardplan.costmodel.model import LayerKind, layer_parameters
 from shardplan.costmodel.model_config import load_model
 from shardplan.costmodel.op import Op, Shapes
 from shardplan.costmodel.operators import layer_ops
@@ -223,6 +223,21 @@ def test_ordering_reads_and_writes_copies() -> None:
     assert lone.copied_bytes == stream + copies  # one expert a rank: nothing to sort
     once = spread_ops(runtime="megatron+permute_fusion+deepep", ep=one(8.0))["dispatch"]
     assert once.copied_bytes == pytest.approx(copies * (1 + 8 * (1 - (7 / 8) ** 2) / 2))
+
+
+def test_biases_of_experts_pass_memory_in_fp32() -> None:
+    """gpt-oss: 34 bytes for each value that an expert returns, forward and backward; none in a fused kernel, none without biases."""
+    kind, spread = load_model("gpt-oss-120b").layers[0][0], shapes(ep=one(8.0))
+    returned = 4 * 4096 * 2880
+
+    def bias_bytes(model_kind: LayerKind, runtime: str) -> float:
+        how = load_runtime(runtime)
+        ops = {op.name: op for op in dispatched_ops(layer_ops(model_kind, spread, how), model_kind, spread, how)}
+        return float(np.max(ops["down"].copied_bytes))
+
+    assert bias_bytes(kind, "megatron") == 34 * returned
+    assert bias_bytes(kind, "megatron+fused_experts") == 0
+    assert bias_bytes(replace(kind, mlp_bias=False), "megatron") == 0
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,29 @@ def test_experts_of_a_recipe_by_release_and_machine(
     assert switches(row) == expected
 
 
+def test_gpt_oss_dispatches_by_all_to_all_until_everything_is_fused() -> None:
+    row = row_of(BRIDGE, framework=BARE, gpu="gb200", model="GPT OSS 120B", **MIXTURE)
+    assert switches({**row, "notes": "release 26.04 table"}) == set()
+    assert "deepep" in switches({**row, "notes": "release 26.06 table"})
+
+
+@pytest.mark.parametrize(
+    ("framework", "runtime"),
+    [
+        ("torchtitan", "fsdp2"),
+        ("Megatron-LM", "megatron-2021"),
+        ("megatron (main)", "megatron"),
+        ("gpt-neox", "megatron-deepspeed"),
+        ("picotron", "nanotron"),
+        ("Hugging Face accelerate", "fsdp1"),
+        ("torch DDP", "fsdp1"),
+    ],
+)
+def test_software_that_builds_on_another_counts_as_it(framework: str, runtime: str) -> None:
+    found = software(row_of("BLOOM topology sweep", framework=framework))
+    assert found is not None and found[0].name.split("+")[0] == runtime
+
+
 def test_what_the_row_names_wins_over_what_recipes_set() -> None:
     row = row_of(
         BRIDGE, framework=BARE, gpu="gb200", notes="release 26.06; DeepEP + 1f1b A2A overlap", model="m", **MIXTURE

@@ -72,7 +72,7 @@ WORST_MEAN_ERROR = {
     "BLOOM topology sweep": 4.2,
     "MosaicML llm-foundry MPT": 4.2,
     "Megatron-LM README Sep-2020": 5.0,
-    "DeepSpeed on Azure": 6.0,
+    "DeepSpeed on Azure": 8.0,
     "ZeRO++ blog figures": 6.0,
     "torchtitan A100 docs": 3.0,
     "torchtitan H100 2024-12": 3.5,
@@ -90,11 +90,11 @@ def test_step_times_do_not_get_worse(by_source: dict[str, dict[str, Any]], sourc
 @pytest.mark.parametrize(
     ("source", "rows", "worst"),
     [
-        ("ZeRO-Offload Fig 8", 5, 13.0),
-        ("ZeRO-Offload Fig 9", 4, 15.0),
-        ("ZeRO-Offload Fig 10", 4, 16.0),
-        ("DeepSpeed on Azure", 29, 21.0),
-        ("all", 48, 19.0),
+        ("ZeRO-Offload Fig 8", 5, 12.0),
+        ("ZeRO-Offload Fig 9", 4, 14.5),
+        ("ZeRO-Offload Fig 10", 4, 15.0),
+        ("DeepSpeed on Azure", 29, 7.0),
+        ("all", 48, 9.5),
     ],
 )
 def test_step_times_read_off_figures_do_not_get_worse(
@@ -115,7 +115,7 @@ def test_step_times_with_states_outside_the_gpu(outcomes: list[Outcome]) -> None
     away = {row["case_id"] for row in read_rows(RUNS) if row["offload_optimizer"] in ("cpu", "nvme")}
     found = [one for one in outcomes if one.case_id in away and not one.fine_tuned and one.step_ratio is not None]
     assert len(found) == 52
-    assert summary("offloaded", found)["time"]["mape"] <= 17.5
+    assert summary("offloaded", found)["time"]["mape"] <= 10.0
 
 
 @pytest.mark.parametrize(
