@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from shardplan.kernels.interpreter import as_output
 from shardplan.kernels.launch import on_device_of, uses_kernel
 from shardplan.kernels.shipped import Shipped
 
@@ -70,11 +71,11 @@ def adamw_kernel(
     v = beta2 * v + rest2 * g * g
     p -= learning_rate * weight_decay * p
     p -= step_size * m / (tl.sqrt(v) / root2 + eps)
-    tl.store(first + at, m.to(first.dtype.element_ty), mask=mask)
-    tl.store(second + at, v.to(second.dtype.element_ty), mask=mask)
-    tl.store(parameter + at, p.to(parameter.dtype.element_ty), mask=mask)
+    tl.store(first + at, as_output(m, first), mask=mask)
+    tl.store(second + at, as_output(v, second), mask=mask)
+    tl.store(parameter + at, as_output(p, parameter), mask=mask)
     if HAS_COPY:
-        tl.store(copy + at, p.to(copy.dtype.element_ty), mask=mask)
+        tl.store(copy + at, as_output(p, copy), mask=mask)
 
 
 def adamw_reference(

@@ -46,7 +46,8 @@ def attention(
 
     q is (B, S_q, H, D), k and v are (B, S_k, H_kv, D) with H a multiple of H_kv, D at most 256, any strides; the result
     is (B, S_q, H, D) in q's dtype. With `cu_seqlens_q` and `cu_seqlens_k` (int32, sequences + 1, from 0) they are packed:
-    (T, H, D), and `max_seqlen_*` are the longest sequences (computed, which waits for the device, where 0).
+    (T, H, D), and `max_seqlen_*` are the longest sequences (computed, which waits for the device, where 0). Rows of no sequence
+    come out as 0 but must be finite: a tile reads past the end of a sequence and weighs what is there with 0.
 
     `causal` hides keys after the diagonal, which ends at the last query and key (or starts at the first with `top_left`,
     as torch's `is_causal` does); `window` = (left, right) keeps that many keys on its sides, -1 for all. `alibi_slopes`

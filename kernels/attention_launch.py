@@ -42,12 +42,10 @@ def strides(x: Tensor) -> tuple[int, int, int]:
 
 def describable(*tensors: Tensor) -> bool:
     """Whether tiles of (B, S, H, D) tensors can be loaded by descriptor (TMA): Hopper or later, 16-byte strides and base."""
-    if INTERPRETED:
-        return True
-    if torch.cuda.get_device_capability(tensors[0].device) < HOPPER:
+    if not INTERPRETED and torch.cuda.get_device_capability(tensors[0].device) < HOPPER:
         return False
     return all(
-        x.element_size() == 2
+        (x.element_size() == 2 or INTERPRETED)
         and x.stride(3) == 1
         and x.data_ptr() % 16 == 0
         and all(stride * x.element_size() % 16 == 0 and stride > 0 for stride in strides(x))

@@ -124,6 +124,13 @@ def reference(
     return torch.cat(outs, 1), torch.cat(lses, 2)
 
 
+def _probabilities(score: Tensor, lse: Tensor) -> Tensor:
+    """Softmax over the keys, zero where a row sees none; not exp(score - LSE), whose error grows with the score."""
+    empty = torch.isneginf(lse)[..., None]
+    # filled on both sides: a row of -inf would be NaN, and would send NaN back
+    return torch.softmax(score.masked_fill(empty, 0.0), dim=-1).masked_fill(empty, 0.0)
+
+
 def _dense(
     q: Tensor, k: Tensor, v: Tensor, shape: Shape, slopes: Tensor | None, seed: int, first: int
 ) -> tuple[Tensor, Tensor]:
@@ -132,9 +139,7 @@ def _dense(
         return nothing, torch.full((q.shape[0], q.shape[2], q.shape[1]), -math.inf, device=q.device)
     score = scores(q, k, shape, slopes)
     lse = torch.logsumexp(score, dim=-1)
-    empty = torch.isneginf(lse)
-    # both places: a masked row must not send NaN back through the exponential
-    weight = torch.exp(score.masked_fill(empty[..., None], -math.inf) - torch.where(empty, 0.0, lse)[..., None])
+    weight = _probabilities(score, lse)
     if shape.dropout:
         keep = kept(seed, first, q.shape[0], q.shape[2], q.shape[1], k.shape[1], shape.dropout, q.device)
         weight = torch.where(keep, weight / (1 - shape.dropout), 0.0)
@@ -190,7 +195,7 @@ def _dense_gradients(
     wide_k, wide_v = (x.float().repeat_interleave(heads // kv_heads, dim=2) for x in (k, v))
     score = scores(q, k, shape, slopes)
     lse = torch.logsumexp(score, dim=-1)
-    weight = torch.exp(score - torch.where(torch.isneginf(lse), torch.inf, lse)[..., None])
+    weight = _probabilities(score, lse)
     keep: Tensor | float = 1.0
     if shape.dropout:
         kept_pairs = kept(seed, first, q.shape[0], heads, q.shape[1], k.shape[1], shape.dropout, q.device)

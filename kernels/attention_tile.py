@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from shardplan.kernels.interpreter import WIDEN
+from shardplan.kernels.interpreter import WIDEN, as_output
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -84,7 +84,7 @@ def store_rows(
     inside = (start + rows < limit)[:, None]
     if BLOCK_D != D:
         inside = inside & (columns < D)[None, :]
-    tl.store(base + rows[:, None] * stride_s + columns[None, :], tile.to(target.dtype.element_ty), mask=inside)
+    tl.store(base + rows[:, None] * stride_s + columns[None, :], as_output(tile, target), mask=inside)
 
 
 @triton.jit

@@ -17,6 +17,8 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +152,7 @@ def _notes(options: Options, outcomes: Sequence[Outcome], shortest_s: float) -> 
     notes: list[str] = []
     if options.dry_run:
         notes.append("dry run: tiny shapes, once each; times and ratios mean nothing")
+        notes += interpreter_notes()
     elif shortest_s < Plan().round_s:
         notes.append(
             f"rounds of {shortest_s * 1e3:.0f} ms instead of {Plan().round_s * 1e3:.0f} ms, to keep the budget"
@@ -158,6 +161,24 @@ def _notes(options: Options, outcomes: Sequence[Outcome], shortest_s: float) -> 
     if dropped:
         notes.append(f"{dropped} of {len(outcomes)} cases left out, the largest first: the budget was spent")
     return notes
+
+
+def interpreter_notes() -> list[str]:
+    """Why a dry run cannot run this project's kernels here, and what would; nothing where it can."""
+    remedy = "pip install triton==3.6.0 'numpy<2.4', or see `make kernels` for an environment of its own"
+    if find_spec("triton") is None:
+        return [f"triton is not installed: none of shardplan's own kernels ran; {remedy} (Linux)"]
+    if not torch.cuda.is_available() and _release("triton") < (3, 9) and _release("numpy") >= (2, 4):
+        return [
+            f"the interpreter of triton {version('triton')} fails under numpy {version('numpy')}: "
+            f"kernels with loops did not run; {remedy}"
+        ]
+    return []
+
+
+def _release(package: str) -> tuple[int, int]:
+    major, minor = version(package).split(".")[:2]
+    return int(major), int(minor)
 
 
 def keep(report: Report, output: Path | None) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from shardplan.kernels.interpreter import as_output
+
 STATISTICS_BLOCK = 8_192
 STATISTICS_WARPS = 8
 GRADIENT_BLOCK = 2_048
@@ -107,7 +109,7 @@ def logit_gradient_kernel(
     dx = tl.exp(x - lse) * (1.0 + 2.0 * z_loss * lse) - smoothing / vocabulary
     dx = tl.where(column + start == target, dx - (1.0 - smoothing), dx) * g
     dx = tl.where(target == ignore_index, 0.0, dx)
-    tl.store(out + token * out_stride + column, dx.to(out.dtype.element_ty), mask=mask)
+    tl.store(out + token * out_stride + column, as_output(dx, out), mask=mask)
 
 
 @triton.jit

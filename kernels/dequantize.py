@@ -22,7 +22,7 @@ import triton.language as tl
 
 from shardplan.kernels import quantize_reference as reference
 from shardplan.kernels.code_tiles import LAUNCHES, Launch
-from shardplan.kernels.interpreter import takes_kernel
+from shardplan.kernels.interpreter import as_output, takes_kernel
 from shardplan.kernels.packing import Packing, check_packed, check_split, part_numel
 from shardplan.kernels.quantize import (
     POINTERS,
@@ -32,7 +32,8 @@ from shardplan.kernels.quantize import (
     scale_view,
     variant_name,
 )
-from shardplan.kernels.quantize_tiles import as_output, decode, load_scale
+from shardplan.kernels.quantize_scale import load_scale
+from shardplan.kernels.quantize_tiles import decode
 from shardplan.kernels.shipped import Shipped
 
 MAX_UNROLL = 8
@@ -45,6 +46,17 @@ def last_repeated(block, left):
 
 
 @triton.jit
+def scale_of(scales, source, source_bytes, block, factor, HALF_SCALE: tl.constexpr, FOLD: tl.constexpr):
+    """Scales of the blocks of a tile from one source, times the factor if it is folded into them."""
+    scale = load_scale(
+        scales + tl.cast(source, tl.int64) * (source_bytes // (2 if HALF_SCALE else 4)) + block, HALF_SCALE
+    )
+    if FOLD:
+        scale *= factor
+    return scale
+
+
+@triton.jit
 def decode_sum(
     codes, scales, source_bytes, block, column, factor,
     SOURCES: tl.constexpr, UNROLL: tl.constexpr, KIND: tl.constexpr, WIDTH: tl.constexpr, HALF_SCALE: tl.constexpr,
@@ -52,29 +64,28 @@ def decode_sum(
 ):  # fmt: skip
     """factor · sum over sources of the tile at `codes`, `scales`, in fp32: (whole block, 0) or (low, high half) for int4.
 
-    Codes are read as code + offset, whose product with a scale is exact, and the offsets are taken off once at the end:
-    one multiply-add an element and source. That adds an error of at most 3e-5 of a code step a source.
+    Codes are read as code + offset, whose product with a scale is exact; sums start at minus the offsets' share, so that
+    an element and source cost one multiply-add. That adds an error of at most 3e-5 of a code step a source.
     FOLD: the factor is a power of two, so multiplying the scales with it gives the same bits as multiplying the sums.
     """
     OFFSET: tl.constexpr = 136.0 if KIND == "int4" else (384.0 if KIND == "int8" else 0.0)
-    low = tl.zeros((TILE_BLOCKS, WIDTH), tl.float32)
-    high = tl.zeros((TILE_BLOCKS, WIDTH if KIND == "int4" else 1), tl.float32)
-    offset = tl.zeros((TILE_BLOCKS, 1), tl.float32)
+    start = tl.zeros((TILE_BLOCKS, 1), tl.float32)
+    if KIND != "fp8":
+        for group in tl.range(0, SOURCES, UNROLL):
+            for step in tl.static_range(UNROLL):
+                scale = scale_of(scales, group + step, source_bytes, block, factor, HALF_SCALE, FOLD)
+                start = tl.fma(scale, tl.full((TILE_BLOCKS, 1), -OFFSET, tl.float32), start)
+    low = tl.broadcast_to(start, (TILE_BLOCKS, WIDTH))
+    high = tl.broadcast_to(start, (TILE_BLOCKS, WIDTH if KIND == "int4" else 1))
     for group in tl.range(0, SOURCES, UNROLL):
         for step in tl.static_range(UNROLL):
             source = tl.cast(group + step, tl.int64)
             code = tl.load(codes + source * source_bytes + block * WIDTH + column)
-            scale = load_scale(scales + source * (source_bytes // (2 if HALF_SCALE else 4)) + block, HALF_SCALE)
-            if FOLD:
-                scale *= factor
+            scale = scale_of(scales, group + step, source_bytes, block, factor, HALF_SCALE, FOLD)
             value, other = decode(code, KIND, HARDWARE_FP8)
             low = tl.fma(value, tl.broadcast_to(scale, (TILE_BLOCKS, WIDTH)), low)
-            offset += scale * OFFSET
             if KIND == "int4":
                 high = tl.fma(other, tl.broadcast_to(scale, (TILE_BLOCKS, WIDTH)), high)
-    if KIND != "fp8":
-        low -= offset
-        high -= offset
     if not FOLD:
         low *= factor
         high *= factor
@@ -291,6 +302,7 @@ def _shipped(
         },
         warps=launch.warps_for(packing.block),
         stages=3,
+        contracted=False,
         undivided=frozenset({"devices_per_node", "nodes", "blocks"}),
         capabilities=capabilities,
     )

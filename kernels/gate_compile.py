@@ -23,7 +23,7 @@ from triton.compiler import ASTSource
 from shardplan.kernels.shipped import Shipped
 
 WARP_THREADS = 32
-FORMAT = 1
+FORMAT = 2
 """Goes into the key of a kept result; a change of `Compiled` or of how it is counted raises it."""
 _INTEGER = re.compile(r"[iu](8|16|32|64)")
 _MNEMONIC = re.compile(r"^\s*(?:/\*[0-9a-f]+\*/\s*)?(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]+)[. ;]", re.MULTILINE)
@@ -69,6 +69,8 @@ def key(entry: Shipped, arch: int) -> str:
         sorted(entry.undivided),
         entry.warps,
         entry.stages,
+        entry.contracted,
+        disassembled(entry),
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
@@ -89,13 +91,25 @@ def compile_entry(entry: Shipped, arch: int) -> Compiled:
             kernel = triton.compile(
                 _source(entry),
                 target=GPUTarget("cuda", arch, WARP_THREADS),
-                options={"num_warps": entry.warps, "num_stages": entry.stages},
+                options={
+                    "num_warps": entry.warps,
+                    "num_stages": entry.stages,
+                    "enable_fp_fusion": entry.contracted,
+                },
             )
-            return _count(kernel.asm["cubin"], kernel.metadata)
+            return _count(kernel.asm["cubin"], kernel.metadata, instructions=disassembled(entry))
         except (
             Exception
         ) as error:  # the compiler raises anything, PTXASError to RuntimeError("PassManager::run failed")
             return Compiled(error=_reason(error, noise.read_text(errors="replace")))
+
+
+def disassembled(entry: Shipped) -> bool:
+    """Whether instructions are counted: only where some are claimed, as that takes longer than to compile most kernels.
+
+    What spills shows in the stack of any kernel.
+    """
+    return entry.tensor_cores or entry.tma
 
 
 def _source(entry: Shipped) -> ASTSource:
@@ -122,12 +136,14 @@ def _divisibility(types: Mapping[str, str], undivided: frozenset[str]) -> dict[t
     }
 
 
-def _count(cubin: bytes, metadata: Any) -> Compiled:
+def _count(cubin: bytes, metadata: Any, *, instructions: bool) -> Compiled:
     with tempfile.TemporaryDirectory(prefix="shardplan-gate-") as folder:
         binary = Path(folder, "kernel.cubin")
         binary.write_bytes(cubin)
         usage = _USAGE.search(_tool(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(binary)))
-        counts = Counter(_MNEMONIC.findall(_tool(knobs.nvidia.nvdisasm.path, "-c", str(binary))))
+        counts: Counter[str] = Counter()
+        if instructions:
+            counts.update(_MNEMONIC.findall(_tool(knobs.nvidia.nvdisasm.path, "-c", "-ndf", str(binary))))
     if usage is None:
         raise RuntimeError("cuobjdump printed no resource usage")
     return Compiled(

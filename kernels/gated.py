@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
+from shardplan.kernels.interpreter import as_output
 from shardplan.kernels.launch import KERNEL_DTYPES, TRITON_TYPES, as_rows, on_device_of, uses_kernel
 from shardplan.kernels.shipped import Shipped
 
@@ -69,7 +70,7 @@ def gated_forward_kernel(
     g = tl.load(gate + row * gate_stride + column, mask=mask, other=0.0).to(tl.float32)
     u = tl.load(up + row * up_stride + column, mask=mask, other=0.0).to(tl.float32)
     value, _ = _activate(g, ACTIVATION)
-    tl.store(y + row * width + column, (value * u).to(y.dtype.element_ty), mask=mask)
+    tl.store(y + row * width + column, as_output(value * u, y), mask=mask)
 
 
 @triton.jit
@@ -97,8 +98,8 @@ def gated_backward_kernel(
     u = tl.load(up + row * up_stride + column, mask=mask, other=0.0).to(tl.float32)
     value, slope = _activate(g, ACTIVATION)
     place = row * out_stride + column
-    tl.store(grad_gate + place, (dy * u * slope).to(grad_gate.dtype.element_ty), mask=mask)
-    tl.store(grad_up + place, (dy * value).to(grad_up.dtype.element_ty), mask=mask)
+    tl.store(grad_gate + place, as_output(dy * u * slope, grad_gate), mask=mask)
+    tl.store(grad_up + place, as_output(dy * value, grad_up), mask=mask)
 
 
 def _activation_reference(x: Tensor, activation: str) -> Tensor:

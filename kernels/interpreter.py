@@ -16,3 +16,13 @@ WIDEN: tl.constexpr = tl.constexpr(INTERPRETED)
 def takes_kernel(tensor: torch.Tensor) -> bool:
     """Whether a kernel can read `tensor`: CUDA memory, or any memory under the interpreter; else use the reference."""
     return tensor.is_cuda or INTERPRETED
+
+
+@triton.jit
+def as_output(value, pointer):
+    """`value` in the type `pointer` points at, ties to even; the interpreter would truncate to bf16, so round before it."""
+    if WIDEN and pointer.dtype.element_ty == tl.bfloat16:
+        bits = value.to(tl.int32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & ~0xFFFF
+        value = tl.where(value == value, rounded.to(tl.float32, bitcast=True), value)  # noqa: PLR0124 - NaN
+    return value.to(pointer.dtype.element_ty)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from shardplan.kernels.interpreter import as_output
+
 
 @triton.jit
 def norm_forward_kernel(
@@ -49,7 +51,7 @@ def norm_forward_kernel(
         if HAS_RESIDUAL:
             added = tl.load(residual + row[:, None] * residual_stride + column[None, :], mask=mask, other=0.0)
             # the statistics are those of the sum as it is stored, which is what the backward sees
-            rounded = (value + added.to(tl.float32)).to(total.dtype.element_ty)
+            rounded = as_output(value + added.to(tl.float32), total)
             tl.store(total + place, rounded, mask=mask)
             value = rounded.to(tl.float32)
         if CENTERED:
@@ -61,7 +63,7 @@ def norm_forward_kernel(
         out = value * scale[:, None] * w.to(tl.float32)
         if HAS_BIAS:
             out += b.to(tl.float32)
-        tl.store(y + place, out.to(y.dtype.element_ty), mask=mask)
+        tl.store(y + place, as_output(out, y), mask=mask)
 
 
 @triton.jit
@@ -134,7 +136,7 @@ def norm_backward_kernel(
         if HAS_TOTAL:
             ds = tl.load(grad_total + row[:, None] * grad_total_stride + column[None, :], mask=mask, other=0.0)
             out += ds.to(tl.float32)
-        tl.store(grad_value + row[:, None] * width + column[None, :], out.to(grad_value.dtype.element_ty), mask=mask)
+        tl.store(grad_value + row[:, None] * width + column[None, :], as_output(out, grad_value), mask=mask)
     part = program.to(tl.int64) * width + column
     tl.store(parts + part, tl.sum(dw, axis=0), mask=inside)
     if HAS_BIAS:
@@ -163,6 +165,6 @@ def sum_parts_kernel(
         sums += tl.load(first + row[:, None] * width + column[None, :], mask=mask, other=0.0)
     out = tl.sum(sums, axis=0)
     if which == 0:
-        tl.store(grad_weight + column, out.to(grad_weight.dtype.element_ty), mask=inside)
+        tl.store(grad_weight + column, as_output(out, grad_weight), mask=inside)
     else:
-        tl.store(grad_bias + column, out.to(grad_bias.dtype.element_ty), mask=inside)
+        tl.store(grad_bias + column, as_output(out, grad_bias), mask=inside)

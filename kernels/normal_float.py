@@ -31,10 +31,10 @@ import triton.language as tl
 
 from shardplan.kernels import normal_float_reference as reference
 from shardplan.kernels.dequantize import aligned
-from shardplan.kernels.interpreter import WIDEN, takes_kernel
+from shardplan.kernels.interpreter import WIDEN, as_output, takes_kernel
 from shardplan.kernels.normal_float_reference import LEVELS, MIDPOINTS, Nf4Layout
 from shardplan.kernels.quantize import POINTERS, TILE, WARPS, check_floats, quantize
-from shardplan.kernels.quantize_tiles import SMALLEST, as_output, magnitude_bits
+from shardplan.kernels.quantize_scale import SMALLEST, magnitude_bits
 from shardplan.kernels.shipped import Shipped
 
 CUTS: tl.constexpr = tl.constexpr(MIDPOINTS)
@@ -232,6 +232,7 @@ def _shipped_quantize(dtype: torch.dtype) -> Shipped:
         constants={"BLOCK": 64, "TILE_BLOCKS": TILE // 64},
         warps=WARPS,
         stages=3,
+        contracted=False,
         undivided=frozenset({"blocks"}),
     )
 
@@ -250,6 +251,7 @@ def _shipped_dequantize(dtype: torch.dtype, double: bool) -> Shipped:
         constants={"BLOCK": 64, "TILE_BLOCKS": TILE // 64, "DOUBLE": double, "GROUP": reference.GROUP},
         warps=WARPS,
         stages=3,
+        contracted=False,
         undivided=frozenset({"blocks"}),
         capabilities=(80, 90, 100) if dtype == torch.bfloat16 else (90,),
     )

@@ -29,13 +29,8 @@ from shardplan.kernels import quantize_reference as reference
 from shardplan.kernels.code_tiles import LAUNCHES, Launch
 from shardplan.kernels.interpreter import INTERPRETED, takes_kernel
 from shardplan.kernels.packing import Packing, check_split, part_numel
-from shardplan.kernels.quantize_tiles import (
-    block_scale,
-    draw_dither,
-    encode,
-    magnitude_bits,
-    store_scale,
-)
+from shardplan.kernels.quantize_scale import block_scale, largest_bits, store_scale
+from shardplan.kernels.quantize_tiles import draw_dither, encode
 from shardplan.kernels.shipped import Shipped
 
 TILE = 8192
@@ -72,15 +67,13 @@ def _quantize_kernel(
         low = tl.load(x + place).to(tl.float32)
     else:
         low = tl.load(x + place, mask=place < left, other=0.0).to(tl.float32)
-    largest = magnitude_bits(low)
     high = low
     if KIND == "int4":
         if whole:
             high = tl.load(x + place + WIDTH).to(tl.float32)
         else:
             high = tl.load(x + place + WIDTH, mask=place + WIDTH < left, other=0.0).to(tl.float32)
-        largest = tl.maximum(largest, magnitude_bits(high))
-    scale, inverse, finite = block_scale(tl.max(largest, axis=1, keep_dims=True), KIND, HALF_SCALE)
+    scale, inverse, finite = block_scale(largest_bits(low, high, KIND == "int4"), KIND, HALF_SCALE)
     low_dither = 0.0
     high_dither = 0.0
     if DITHERED:
@@ -266,6 +259,7 @@ def _shipped(
         },
         warps=launch.warps_for(packing.block),
         stages=3,
+        contracted=False,
         undivided=frozenset({"devices_per_node", "nodes", "blocks"}),
         capabilities=capabilities,
     )

@@ -45,7 +45,8 @@ from shardplan.kernels.quantize import (
     seed_tensor,
     variant_name,
 )
-from shardplan.kernels.quantize_tiles import block_scale, draw_dither, encode, magnitude_bits, store_scale
+from shardplan.kernels.quantize_scale import block_scale, largest_bits, store_scale
+from shardplan.kernels.quantize_tiles import draw_dither, encode
 from shardplan.kernels.shipped import Shipped
 
 
@@ -70,10 +71,7 @@ def _reduce_kernel(
         last_repeated(block, blocks - tile * TILE_BLOCKS), column, factor,
         SOURCES, UNROLL, KIND, WIDTH, HALF_SCALE, TILE_BLOCKS, HARDWARE_FP8, FOLD,
     )  # fmt: skip
-    largest = magnitude_bits(low)
-    if KIND == "int4":
-        largest = tl.maximum(largest, magnitude_bits(high))
-    scale, inverse, finite = block_scale(tl.max(largest, axis=1, keep_dims=True), KIND, HALF_SCALE)
+    scale, inverse, finite = block_scale(largest_bits(low, high, KIND == "int4"), KIND, HALF_SCALE)
     low_dither = 0.0
     high_dither = 0.0
     if DITHERED:
@@ -204,6 +202,7 @@ def _shipped(packing: Packing, sources: int, dithered: bool, capabilities: tuple
         },
         warps=launch.warps_for(packing.block),
         stages=3,
+        contracted=False,
         undivided=frozenset({"blocks"}),
         capabilities=capabilities,
     )

@@ -66,14 +66,16 @@ def encode(x: torch.Tensor, packing: Packing, seed: torch.Tensor | None, stage: 
     blocks = x.reshape(rows, -1, packing.block)
     scale = block_scale(blocks.abs().amax(dim=2, keepdim=True), packing)
     used = scale > 0
-    scaled = blocks * torch.where(used, 1.0 / torch.where(used, scale, 1.0), 0.0)
-    scaled = torch.where(torch.isnan(scale), 0.0, scaled)
+    inverse = torch.where(used, 1.0 / torch.where(used, scale, 1.0), 0.0)
+    scaled = torch.where(torch.isnan(scale), 0.0, blocks * inverse)
     if packing.kind == "fp8":
         codes = scaled.to(torch.float8_e4m3fn).view(torch.uint8)
     else:
         if seed is not None:
             most = LARGEST_CODE[packing.kind]
             scaled = scaled.clamp(-most, most) + dither(seed, rows, x.shape[1], stage).view_as(scaled)
+        else:  # the exact product is rounded, once
+            scaled = torch.where(torch.isnan(scale), 0.0, blocks.double() * inverse.double())
         codes = scaled.round().to(torch.int8).view(torch.uint8)
         if packing.kind == "int4":
             low, high = codes.chunk(2, dim=2)
@@ -119,15 +121,16 @@ def decode(packed: torch.Tensor, blocks: int, packing: Packing) -> tuple[torch.T
 def reduce_sources(packed: torch.Tensor, blocks: int, packing: Packing, factor: float) -> torch.Tensor:
     """factor · sum over the first axis of uint8 [sources, rows, row_bytes], fp32 [rows, blocks · block].
 
-    In the kernels' order of operations: sums of (code + offset) · scale, the offsets taken off at the end.
+    In the kernels' order of operations: the offsets taken off first, then sums of (code + offset) · scale.
     """
     codes, scales = decode(packed, blocks, packing)
     offset = {"int4": 136.0, "int8": 384.0, "fp8": 0.0}[packing.kind]
-    total, offsets = torch.zeros_like(codes[0]), torch.zeros_like(scales[0])
+    total = torch.zeros_like(scales[0])
+    for scale in scales:
+        total = total - offset * scale
     for code, scale in zip(codes, scales, strict=True):
         total = total + (code + offset) * scale
-        offsets = offsets + scale * offset
-    return ((total - offsets) * factor).reshape(packed.shape[1], -1)
+    return (total * factor).reshape(packed.shape[1], -1)
 
 
 def dequantize(

@@ -1,4 +1,4 @@
-"""Inside the quantise kernels: scale of a block, value to code, code to value, random dither. Layout: `packing.py`.
+"""Inside the quantise kernels: value to code, code to value, random dither. Layout: `packing.py`.
 
 Tiles are [blocks, elements of a block]. Codes are made and read by adding a power of two, never by int-to-float conversion
 units (16 lanes a clock against 128): 1.5 · 2^23 + v holds round-half-even(v) in its low bits, and 128 + n (256 + n) is the bits
@@ -14,50 +14,11 @@ import triton
 import triton.language as tl
 
 from shardplan.kernels.interpreter import WIDEN
-from shardplan.kernels.packing import SMALLEST_SCALE
 
-SMALLEST: tl.constexpr = tl.constexpr(SMALLEST_SCALE)
 ROUND_MAGIC: tl.constexpr = tl.constexpr(12582912.0)
+WIDE_ROUND_MAGIC: tl.constexpr = tl.constexpr(1.5 * 2.0**52)
 PHILOX_ROUNDS: tl.constexpr = tl.constexpr(7)
 """Fewest that pass BigCrush (Salmon 2011, table 2); the customary ten cost more than the memory traffic."""
-
-
-@triton.jit
-def magnitude_bits(value):
-    """|value| as integers, which order as the floats do, with infinity and NaN above all: one max finds both."""
-    return value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-
-
-@triton.jit
-def block_scale(largest, KIND: tl.constexpr, HALF_SCALE: tl.constexpr):
-    """(scale, 1 / scale, finite) of blocks whose largest magnitude has the bits `largest`; scale NaN where not finite."""
-    LARGEST_CODE: tl.constexpr = 127.0 if KIND == "int8" else (7.0 if KIND == "int4" else 448.0)
-    DROPPED: tl.constexpr = 0xFFFF if HALF_SCALE else 0x1FF
-    finite = largest < 0x7F800000
-    scale = tl.div_rn(largest.to(tl.float32, bitcast=True), LARGEST_CODE)
-    scale = ((scale.to(tl.int32, bitcast=True) + DROPPED) & ~DROPPED).to(tl.float32, bitcast=True)
-    used = finite & (scale >= SMALLEST)
-    inverse = tl.where(used, tl.div_rn(1.0, tl.where(used, scale, 1.0)), 0.0)
-    return tl.where(used, scale, tl.where(finite, 0.0, float("nan"))), inverse, finite
-
-
-@triton.jit
-def store_scale(pointer, scale, mask, HALF_SCALE: tl.constexpr):
-    """Write scales; bf16 ones as their bits, exact because `block_scale` rounded them."""
-    if HALF_SCALE:
-        tl.store(pointer, (scale.to(tl.int32, bitcast=True) >> 16).to(tl.int16), mask=mask)
-    else:
-        tl.store(pointer, scale, mask=mask)
-
-
-@triton.jit
-def load_scale(pointer, HALF_SCALE: tl.constexpr):
-    """Read scales as fp32."""
-    if HALF_SCALE:
-        scale = (tl.load(pointer).to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    else:
-        scale = tl.load(pointer)
-    return scale
 
 
 @triton.jit
@@ -72,13 +33,22 @@ def e4m3_bits(value):
 
 @triton.jit
 def code_bits(value, inverse, dither, KIND: tl.constexpr, DITHERED: tl.constexpr):
-    """Bits of 1.5 · 2^23 + code: int8 and int4 codes in the low bits, something else above."""
-    scaled = value * inverse
+    """Bits of 1.5 · 2^23 + code: int8 and int4 codes in the low bits, something else above.
+
+    Without dither the exact product is rounded, once: the multiply-add that scales also rounds.
+    """
     if DITHERED:
         LARGEST_CODE: tl.constexpr = 127.0 if KIND == "int8" else 7.0
         # 1 / scale is rounded, so the largest can come out a hair above its code, and dither would carry it over.
-        scaled = tl.minimum(tl.maximum(scaled, -LARGEST_CODE), LARGEST_CODE) + dither
-    return (scaled + ROUND_MAGIC).to(tl.int32, bitcast=True)
+        scaled = tl.minimum(tl.maximum(value * inverse, -LARGEST_CODE), LARGEST_CODE) + dither
+        bits = (scaled + ROUND_MAGIC).to(tl.int32, bitcast=True)
+    elif WIDEN:  # whose multiply-add rounds twice
+        exact = value.to(tl.float64) * inverse.to(tl.float64)
+        bits = (exact + WIDE_ROUND_MAGIC).to(tl.int64, bitcast=True).to(tl.int32)
+    else:
+        magic = tl.full(value.shape, ROUND_MAGIC, tl.float32)
+        bits = tl.fma(value, tl.broadcast_to(inverse, value.shape), magic).to(tl.int32, bitcast=True)
+    return bits
 
 
 @triton.jit
@@ -287,13 +257,3 @@ def draw_dither(seed, row, stage, first, ROWS: tl.constexpr, STRIDE: tl.constexp
     bits = tl.reshape(bits, (ROWS, WIDTH))
     # 1 + bits / 2^16 as a float, moved to the middle of its cell: symmetric about 0, so rounding is unbiased.
     return ((bits << 7) | 0x3F800000).to(tl.float32, bitcast=True) - 1.49999237060546875
-
-
-@triton.jit
-def as_output(value, pointer):
-    """`value` in the type `pointer` points at, ties to even; the interpreter would truncate to bf16, so round before it."""
-    if WIDEN and pointer.dtype.element_ty == tl.bfloat16:
-        bits = value.to(tl.int32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & ~0xFFFF
-        value = tl.where(value == value, rounded.to(tl.float32, bitcast=True), value)  # noqa: PLR0124 - NaN
-    return value.to(pointer.dtype.element_ty)

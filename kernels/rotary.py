@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from shardplan.kernels.interpreter import as_output
 from shardplan.kernels.launch import KERNEL_DTYPES, TRITON_TYPES, next_power_of_two, on_device_of, uses_kernel
 from shardplan.kernels.layer_tiles import ROTARY, HeadTiles, head_launch
 from shardplan.kernels.operators import operator
@@ -55,14 +56,14 @@ def _turn_heads(
         pairs = tl.reshape(tl.load(at + both, mask=mask, other=0.0).to(tl.float32), (HEADS, PAIRS, 2))
         a, b = tl.split(pairs)
         turned = tl.join(a * cos - b * sin, b * cos + a * sin)
-        tl.store(to + both, tl.reshape(turned, (HEADS, 2 * PAIRS)).to(out.dtype.element_ty), mask=mask)
+        tl.store(to + both, as_output(tl.reshape(turned, (HEADS, 2 * PAIRS)), out), mask=mask)
     else:
         pair = tl.arange(0, PAIRS)[None, :]
         mask = live & (pair < HALF)
         a = tl.load(at + pair, mask=mask, other=0.0).to(tl.float32)
         b = tl.load(at + HALF + pair, mask=mask, other=0.0).to(tl.float32)
-        tl.store(to + pair, (a * cos - b * sin).to(out.dtype.element_ty), mask=mask)
-        tl.store(to + HALF + pair, (b * cos + a * sin).to(out.dtype.element_ty), mask=mask)
+        tl.store(to + pair, as_output(a * cos - b * sin, out), mask=mask)
+        tl.store(to + HALF + pair, as_output(b * cos + a * sin, out), mask=mask)
     if TAIL > 0:
         rest = 2 * HALF + tl.arange(0, TAIL)[None, :]
         mask = live & (rest < DIM)

@@ -25,7 +25,7 @@ import triton
 from triton import knobs
 
 import shardplan.kernels
-from shardplan.kernels.gate_compile import Compiled
+from shardplan.kernels.gate_compile import Compiled, disassembled
 from shardplan.kernels.gate_jobs import Job, compile_all, default_cache
 from shardplan.kernels.gate_rules import SHARED_BYTES, faults
 
@@ -51,7 +51,7 @@ def jobs_of(modules: Sequence[str], archs: Sequence[int], only: str = "") -> lis
 
 
 def table(jobs: Sequence[Job], found: Sequence[Compiled]) -> str:
-    """One line a kernel."""
+    """One line a kernel; `-` where instructions are not counted."""
     width = max(len("kernel"), *(len(job.entry.name) for job in jobs))
     head = f"{'kernel':<{width}}  arch  registers  threads  stack B  shared KiB  tensor core  TMA load/store  local"
     return "\n".join([head, *(_row(job, one, width) for job, one in zip(jobs, found, strict=True))])
@@ -62,9 +62,12 @@ def _row(job: Job, one: Compiled, width: int) -> str:
     if one.error:
         return f"{start}  does not compile"
     tensor_core = f"{one.hgmma}" if one.hgmma or not one.mma else f"{one.mma} warp"
+    tma, local = f"{one.utmaldg}/{one.utmast}", f"{one.local_loads + one.local_stores}"
+    if not disassembled(job.entry):
+        tensor_core = tma = local = "-"
     return (
         f"{start}  {one.registers:>9}  {one.threads:>7}  {one.stack_bytes:>7}  {one.shared_bytes / 1024:>10.1f}  "
-        f"{tensor_core:>11}  {f'{one.utmaldg}/{one.utmast}':>14}  {one.local_loads + one.local_stores:>5}"
+        f"{tensor_core:>11}  {tma:>14}  {local:>5}"
     )
 
 

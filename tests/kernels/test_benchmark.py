@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from shardplan.kernels import benchmark
 from shardplan.kernels.benchmark import Options, Report, main, measure
 from shardplan.kernels.benchmark_attention import attention_targets
 from shardplan.kernels.benchmark_case import COPY, CUDNN, FLASH, MUST, OURS, Case, Setting, Target
@@ -159,3 +160,10 @@ def test_no_such_case(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 def test_without_a_gpu_only_a_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 1
     assert "--dry-run" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(("numpy", "told"), [("2.3.5", False), ("2.4.0", True)])
+def test_an_interpreter_that_cannot_loop_is_told(numpy: str, told: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "version", {"triton": "3.6.0", "numpy": numpy}.__getitem__)
+    assert any(f"fails under numpy {numpy}" in note for note in benchmark.interpreter_notes()) == told

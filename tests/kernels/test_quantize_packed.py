@@ -1,4 +1,4 @@
-"""The PTX of the code kernels, which no interpreter runs: read from the source and carried out in Python."""
+"""What of the code kernels no interpreter runs: PTX, read from the source and carried out here; divisions by multiply-adds."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import random
 import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from shardplan.kernels import quantize_tiles
@@ -79,3 +80,32 @@ def test_codes_are_packed(kept: int) -> None:
         low, high = ([draw.randint(-7, 7) for _ in range(4)] for _ in range(2))
         packed = int.from_bytes(bytes(a & 0xF | (b & 0xF) << 4 for a, b in zip(low, high, strict=True)), "little")
         assert carry_out("pack_halves", 1, [*(as_bits(MAGIC + one) for one in low + high), kept]) == [packed & kept]
+
+
+def multiply_add(a: np.ndarray, b: np.ndarray | float, c: np.ndarray | float) -> np.ndarray:
+    """a · b + c of fp32 numbers, rounded once."""
+    wide = np.float64(a) * np.float64(b) + np.float64(c)
+    # fp64 has rounded before only where its 29 extra bits are those of a tie
+    assert not ((wide.view(np.int64) & 0x1FFFFFFF) == 0x10000000).any()
+    return wide.astype(np.float32)
+
+
+@pytest.mark.parametrize("code", [7.0, 127.0])
+def test_a_scale_is_the_quotient_rounded_once(code: float) -> None:
+    # every mantissa; 448 is 7 · 2^6
+    value = np.arange(1 << 23, 1 << 24, dtype=np.float32)
+    inverse = np.float32(1.0 / code)
+    near = value * inverse
+    rest = (np.float64(near) * -code + value).astype(np.float32)
+    assert (near != value / np.float32(code)).any()
+    assert np.array_equal(multiply_add(rest, inverse, near), value / np.float32(code))
+
+
+@pytest.mark.parametrize("spacings", [-2, -1, 0, 1, 2])
+def test_the_inverse_of_a_scale_is_rounded_once_from_any_near_one(spacings: int) -> None:
+    # every scale of 15 significant bits; hardware's approximation is off by one spacing at most
+    scale = np.arange(1 << 14, 1 << 15, dtype=np.float32) / np.float32(1 << 14)
+    exact = np.float32(1.0) / scale
+    near = (exact.view(np.int32) + spacings).view(np.float32)
+    error = (1.0 - np.float64(scale) * near).astype(np.float32)
+    assert np.array_equal(multiply_add(near, error, near), exact)
