@@ -238,6 +238,7 @@ def wrong(found: dict[str, dict]) -> dict[str, dict]:
             one["loss"] < parity.LOSS_TOLERANCE
             and one["gradient"] < parity.GRADIENT_TOLERANCE
             and one["norm"] < parity.GRADIENT_TOLERANCE
+            and one["margin"] > parity.LEAST_MARGIN
             and one["names"] == one["expected_names"]
         )
     }
@@ -254,18 +255,19 @@ def rank_main(todo: Path, result: Path) -> None:
     parity.STEPS = STEPS
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=120))
-    expected = cache(lambda name, batch: parity.reference(models()[name], batch))
+    expected = cache(lambda name, batch, micro_batch: parity.reference(models()[name], batch, micro_batch))
     answers = {}
     for name, batch, words in json.loads(todo.read_text()):
         if dist.get_rank() == 0:
             print(f"running {name} {batch} {words}", file=sys.stderr, flush=True)
-        mine = parity.difference(models()[name], words, batch, expected(name, batch))
+        right = expected(name, batch, parse_layout(words).micro_batch)
+        mine = parity.difference(models()[name], words, batch, right)
         every: list[dict] = [{}] * dist.get_world_size()
         dist.all_gather_object(every, mine)
         answers[parity.case_key(name, batch, words)] = {
-            **{field: max(one[field] for one in every) for field in ("loss", "gradient", "norm")},
+            **{field: max(one[field] for one in every) for field in ("loss", "gradient", "norm", "margin")},
             "names": sorted(set().union(*(one["names"] for one in every))),
-            "expected_names": sorted(expected(name, batch)[1]),
+            "expected_names": sorted(right[1]),
         }
     if dist.get_rank() == 0:
         result.write_text(json.dumps(answers))
