@@ -32,6 +32,10 @@ LAYERS = 5
 """Of the models: uneven over 2 and 4 chunks, too few for 8."""
 STEPS = 2
 """The second loss sees the first update."""
+TOGETHER = 30
+"""Combinations in a job: groups that meshes hold on to keep gloo's threads, which slow it down."""
+LEAST_MARGIN = 1e-6
+"""Of a router's choice: ten roundings of a score."""
 BESIDE = {
     4: [
         ("llama-deep", 8, "pp=4 schedule=dualpipe_v virtual_stages=2"),
@@ -223,7 +227,9 @@ def launch(ranks: int, chosen: list[tuple[str, int, str]], folder: Path, *, time
 @pytest.mark.parametrize("ranks", [4, pytest.param(8, marks=pytest.mark.slow)])
 def test_what_no_rule_refuses_computes_what_one_process_computes(ranks, tmp_path):
     pytest.importorskip("torch", reason="the executor needs torch")
-    found = launch(ranks, cases(ranks), tmp_path, timeout_s=900 if ranks == 4 else 3600)
+    found: dict[str, dict] = {}
+    for first in range(0, len(cases(ranks)), TOGETHER):
+        found |= launch(ranks, cases(ranks)[first : first + TOGETHER], tmp_path, timeout_s=900)
     assert len(found) == len(set(cases(ranks)))
     assert wrong(found) == {}
 
@@ -238,7 +244,7 @@ def wrong(found: dict[str, dict]) -> dict[str, dict]:
             one["loss"] < parity.LOSS_TOLERANCE
             and one["gradient"] < parity.GRADIENT_TOLERANCE
             and one["norm"] < parity.GRADIENT_TOLERANCE
-            and one["margin"] > parity.LEAST_MARGIN
+            and one["margin"] > LEAST_MARGIN
             and one["names"] == one["expected_names"]
         )
     }
@@ -254,24 +260,28 @@ def rank_main(todo: Path, result: Path) -> None:
     parity = sibling("test_executor_parity")
     parity.STEPS = STEPS
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     expected = cache(lambda name, batch, micro_batch: parity.reference(models()[name], batch, micro_batch))
     answers = {}
-    for name, batch, words in json.loads(todo.read_text()):
-        if dist.get_rank() == 0:
+    for number, (name, batch, words) in enumerate(json.loads(todo.read_text())):
+        if rank == 0:
             print(f"running {name} {batch} {words}", file=sys.stderr, flush=True)
+        own = dist.PrefixStore(f"case-{number}", store)
+        dist.init_process_group("gloo", store=own, rank=rank, world_size=world, timeout=timedelta(seconds=120))
         right = expected(name, batch, parse_layout(words).micro_batch)
         mine = parity.difference(models()[name], words, batch, right)
-        every: list[dict] = [{}] * dist.get_world_size()
+        every: list[dict] = [{}] * world
         dist.all_gather_object(every, mine)
         answers[parity.case_key(name, batch, words)] = {
             **{field: max(one[field] for one in every) for field in ("loss", "gradient", "norm", "margin")},
             "names": sorted(set().union(*(one["names"] for one in every))),
             "expected_names": sorted(right[1]),
         }
-    if dist.get_rank() == 0:
+        dist.barrier()
+        dist.destroy_process_group()
+    if rank == 0:
         result.write_text(json.dumps(answers))
-    dist.destroy_process_group()
     os._exit(0)  # as shardplan.executor.train does, for the reason told there
 
 
