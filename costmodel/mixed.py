@@ -87,7 +87,7 @@ def estimate_spread(setting: Setting, layouts: LayoutTable | Layout) -> Estimate
     found = [_plain(part, layouts) for part in part_settings(setting)]
     slowest = np.asarray(np.stack([one.step_s for one in found]).argmax(axis=0), dtype=np.int64)
     least = min(found, key=lambda one: one.capacity_bytes - one.context_bytes)
-    names = (*TIME_PARTS, "step_s")
+    names = (*TIME_PARTS, "forward_s", "step_s")
     return replace(
         least,
         time={name: _chosen([one.time[name] for one in found], slowest) for name in names},
@@ -128,7 +128,11 @@ def estimate_staged(setting: Setting, layouts: LayoutTable, stages: Sequence[int
     lead = found[0]
     return replace(
         lead,
-        time={**time, "step_s": np.sum(list(time.values()), axis=0)},
+        time={
+            **time,
+            "forward_s": _chosen([one.time["forward_s"] for one in found], slowest),
+            "step_s": np.sum(list(time.values()), axis=0),
+        },
         hidden={axis: _chosen([one.hidden[axis] for one in found], slowest) for axis in lead.hidden},
         peaks={name: _chosen([one.peaks[name] for one in found], fullest) for name in lead.peaks},
         stages=_side_by_side([one.stages for one in found]),

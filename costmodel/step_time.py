@@ -229,11 +229,8 @@ def held_times(
     updated, share = owner.trained / layouts.zero_ranks, optimizer_share(layouts)
     if owner.experts is not None:
         updated = updated + owner.experts * (1.0 / layouts.expert_zero_ranks - 1.0 / layouts.zero_ranks)
-    traffic = (
-        (update_traffic_bytes(runtime, job) + unscaling_bytes(runtime, job))
-        * updated
-        * np.where(share < 1, 1.0 - share, 1.0)
-    )
+    each = update_traffic_bytes(runtime, job) + unscaling_bytes(runtime, job)
+    traffic = each * updated * np.where(share < 1, 1.0 - share, 1.0)
     execution, on_gpu = runtime.execution, cluster.gpu.device == "cuda"
     update_s = np.where(share < 1, memory_bound_s(cluster.gpu, traffic + execution.clip_bytes * updated), 0.0)
     update_s = (execution.update_slowdown if on_gpu else 1.0) * update_s + paging_s(job, cluster.node, updated)

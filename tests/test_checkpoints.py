@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import shutil
 import signal
 import subprocess
@@ -304,23 +303,6 @@ def test_what_cannot_be_resumed_is_refused_in_one_line_and_a_corrupt_checkpoint_
     assert code == 2
     assert len(told) == 1
     assert "no checkpoint is whole: checkpoint " in told[0]
-
-
-class Evil:
-    def __reduce__(self):
-        return (os.system, ("touch /tmp/should-not-exist",))
-
-
-def test_an_index_that_would_run_code_is_refused(tmp_path):
-    pytest.importorskip("torch", reason="the executor needs torch")
-    from shardplan.executor.checkpoint import CheckpointReader
-
-    (tmp_path / ".metadata").write_bytes(pickle.dumps(Evil()))
-    with pytest.raises(checkpoint_files.CheckpointError, match=r"system is not part of a checkpoint's index"):
-        CheckpointReader(tmp_path).read_metadata()
-    (tmp_path / ".metadata").write_bytes(b"\x80\x04")
-    with pytest.raises(checkpoint_files.CheckpointError, match=r"\.metadata is refused"):
-        CheckpointReader(tmp_path).read_metadata()
 
 
 @pytest.mark.distributed

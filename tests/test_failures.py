@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from shardplan.costmodel.job import Job
 from shardplan.costmodel.layout import parse_layout
 from shardplan.costmodel.model_config import load_model
 from shardplan.executor import check, measure
-from shardplan.executor.checkpoint_files import Progress
+from shardplan.executor.checkpoint_files import CheckpointError, Progress
 from shardplan.executor.failure import failure, stuck
 from shardplan.executor.measure import RankRecorder, StepRecord
 from shardplan.hw_profiles.load import cluster_document
@@ -197,3 +199,20 @@ def test_a_disk_that_fills_up_is_told_in_the_words_of_the_rank(tmp_path):
     saves.saving.set_exception(CheckpointException("write", {3: (full, [])}))
     with pytest.raises(CheckpointError, match=r"^saving failed on rank 3: OSError: .*No space left on device"):
         saves.wait()
+
+
+class Evil:
+    def __reduce__(self):
+        return (os.system, ("touch /tmp/should-not-exist",))
+
+
+def test_an_index_that_would_run_code_is_refused(tmp_path):
+    pytest.importorskip("torch", reason="the executor needs torch")
+    from shardplan.executor.checkpoint import CheckpointReader
+
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(CheckpointError, match=r"system is not part of a checkpoint's index"):
+        CheckpointReader(tmp_path).read_metadata()
+    (tmp_path / ".metadata").write_bytes(b"\x80\x04")
+    with pytest.raises(CheckpointError, match=r"\.metadata is refused"):
+        CheckpointReader(tmp_path).read_metadata()

@@ -160,7 +160,7 @@ def test_windows_shorten_long_sequences_alone() -> None:
         ("gemma-2b", "shardplan", "GELU-gated MLPs"),
         ("mistral-7b", "shardplan", "sliding windows"),
         ("phi-2", "megatron", "attention and MLP side by side"),
-        ("deepseek-v3-mtp", "nanotron", "latent attention and no multi-token prediction"),
+        ("deepseek-v3-mtp", "nanotron", "latent attention and no expert biases and no multi-token prediction"),
     ],
 )
 def test_a_runtime_refuses_by_name_what_it_lacks(model: str, runtime: str, reason: str) -> None:

@@ -169,9 +169,9 @@ def test_space_holds_every_valid_layout() -> None:
 
 def test_best_is_the_best_of_all_estimates() -> None:
     """Of a runtime that recomputes all layers or none (tests/test_partial_recompute.py has the others), with the stages of its rule
-    (tests/test_stages.py has other cuts)."""
+    (tests/test_stages.py has other cuts) and no secondary partition, which refinement adds."""
     at = setting(gpus=8, runtime="deepspeed", batch=16)
-    rule_alone = parse_wishes("", ["stage_layers"])
+    rule_alone = parse_wishes("", ["stage_layers", "hpz"])
     result = search(model=at.model, job=at.job, cluster=at.cluster, runtime=at.runtime, wishes=rule_alone)
     assert result.ranked is not None
     space = layout_space(at.model, at.job, 8)

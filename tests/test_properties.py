@@ -346,7 +346,8 @@ def test_bytes_follow_the_dtype(case: Case) -> None:
 @given(cases())
 def test_layers_and_parameters_add_up_to_the_model(case: Case) -> None:
     """Over stages and tensor-parallel ranks: the model's count, its norms and positions once more on every further rank, the
-    padding of the vocabulary, and a tied embedding twice where first and last stage are two ranks."""
+    padding of the vocabulary, and a tied embedding twice where first and last stage are two ranks
+    (or two chunks of one, for runtimes that keep both)."""
     model, table, runtime = case.setting.model, case.layouts, case.setting.runtime
     stages = stage_rows(model, table, runtime, every_stage=True)
     there = np.arange(stages.stage.shape[1])[None, :] < table.pp[:, None]
@@ -362,6 +363,7 @@ def _expected_parameters(model: Model, case: Case) -> NDArray[np.float64]:
     counts, table = parameter_counts(model), case.layouts
     whole = counts["norms"] + counts["final_norm"] + counts["positions"]
     padding = (padded_vocab(model, case.setting.runtime, table.tp.astype(np.float64)) - model.vocab) * model.hidden
-    twice = model.tied_embeddings & (table.pp > 1) & ~table.v_placed
+    apart = (table.pp > 1) & (~table.v_placed | case.setting.runtime.working_set.tied_twice_in_v)
+    twice = model.tied_embeddings & apart
     tables = np.where(twice | (not model.tied_embeddings), 2, 1)
     return counts["total"] + (table.tp - 1) * whole + tables * padding + np.where(twice, counts["embedding"], 0)
