@@ -124,7 +124,7 @@ def stage_times(setting: Setting, layouts: LayoutTable) -> tuple[FloatArray, Flo
     stages = stage_rows(model, layouts, runtime, every_stage=True)
     blocks = block_rows(model, ready.job, cluster, layouts, runtime)
     return (
-        stage_seconds(cluster, layouts, runtime, blocks, stages, micro_batches(ready, layouts)),
+        stage_seconds(ready.job, cluster, layouts, runtime, blocks, stages, micro_batches(ready, layouts)),
         stages.recomputed,
     )
 
@@ -311,7 +311,7 @@ def _step_time(
 
     def pace_of(some: slice) -> dict[str, FloatArray]:
         rows, at = keys.pace.slice(some.start, some.stop), of[some]
-        return pipeline_pace(model, cluster, rows, runtime, blocks.take(at), stages.take(at), batches[some])
+        return pipeline_pace(model, job, cluster, rows, runtime, blocks.take(at), stages.take(at), batches[some])
 
     pace = in_pieces(len(of), pace_of)
     copies = None

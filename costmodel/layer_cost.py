@@ -69,6 +69,8 @@ class BlockCost:
     """Adding the gradients of one micro-batch, whole, to the accumulated ones."""
     host_forward_s: FloatArray
     """Host time to launch the forward; the backward takes BACKWARD_LAUNCHES times that."""
+    reduce_host_s: FloatArray
+    """Host time of one reduction of its gradients that goes with their size."""
     input_bytes: FloatArray
     """Kept even under full recompute."""
     kept_bytes: FloatArray
@@ -283,6 +285,7 @@ def _op_totals(
         "selective_s": seconds.forward * selected,
         "full_s": seconds.forward * repeated,
         "accumulate_s": seconds.accumulate,
+        "reduce_host_s": runtime.execution.reduce_host_s * _weights(op),
         "input_bytes": op.kept_bytes if op.name == "input" else 0.0,
         "kept_bytes": kept,
         "selective_bytes": kept * selected,

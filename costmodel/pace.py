@@ -12,7 +12,7 @@ from shardplan.costmodel.data_parallel import exchange_counts, gathered_ahead, r
 from shardplan.costmodel.job import BYTES_OF, Job
 from shardplan.costmodel.layer_cost import BACKWARD_LAUNCHES
 from shardplan.costmodel.layout import LayoutTable
-from shardplan.costmodel.memory import FULL
+from shardplan.costmodel.memory import FULL, exchanges_alone
 from shardplan.costmodel.model import Model
 from shardplan.costmodel.pipeline import bubble_hops, hop_share
 from shardplan.costmodel.recompute import ALL_LAYERS
@@ -34,6 +34,7 @@ PACE_PARTS = ("forward", "backward", "recompute", "tensor_exposed", "context_exp
 
 def pipeline_pace(
     model: Model,
+    job: Job,
     cluster: Cluster,
     layouts: LayoutTable,
     runtime: Runtime,
@@ -43,7 +44,7 @@ def pipeline_pace(
 ) -> dict[str, FloatArray]:
     """Seconds of one micro-batch on the slowest stage by part, and the `bubble` of a step; columns of shape (N,)."""
     gpu = cluster.gpu
-    each_micro_batch = _each_micro_batch(cluster, layouts, runtime, micro_batches)
+    each_micro_batch = _each_micro_batch(job, cluster, layouts, runtime, micro_batches)
     share = _recomputed_share(layouts, stages)
     paces = _block_paces(gpu, runtime, blocks, share, each_micro_batch)
     counts = [*np.moveaxis(stages.layers, 2, 0), stages.embedding, stages.head]
@@ -60,6 +61,7 @@ def pipeline_pace(
 
 
 def stage_seconds(
+    job: Job,
     cluster: Cluster,
     layouts: LayoutTable,
     runtime: Runtime,
@@ -70,7 +72,7 @@ def stage_seconds(
     """Seconds of one micro-batch on each stage, (N, S)."""
     total = stages.layers.sum(axis=2)
     share = np.divide(stages.recomputed, total, out=np.zeros_like(total), where=total > 0)
-    each_micro_batch = _each_micro_batch(cluster, layouts, runtime, micro_batches)
+    each_micro_batch = _each_micro_batch(job, cluster, layouts, runtime, micro_batches)
     paces = _block_paces(cluster.gpu, runtime, blocks, share, each_micro_batch)
     counts = [*np.moveaxis(stages.layers, 2, 0), stages.embedding, stages.head]
     return np.broadcast_to(_over_blocks(counts, [_busy(pace) for pace in paces]), total.shape)
@@ -86,10 +88,10 @@ def fill_weight(layouts: LayoutTable, micro_batches: FloatArray, recomputed: Flo
 
 
 def _each_micro_batch(
-    cluster: Cluster, layouts: LayoutTable, runtime: Runtime, micro_batches: FloatArray
+    job: Job, cluster: Cluster, layouts: LayoutTable, runtime: Runtime, micro_batches: FloatArray
 ) -> dict[str, FloatArray]:
     return {
-        "exchanging": _exchange_host_s(cluster.gpu, layouts, runtime, micro_batches),
+        **_exchange_host(cluster.gpu, layouts, job, runtime, micro_batches),
         "accumulating": _accumulating(layouts, runtime, micro_batches),
         "showing": _tensor_showing(layouts, runtime, cluster.node.gpus),
     }
@@ -149,13 +151,17 @@ def _tensor_showing(layouts: LayoutTable, runtime: Runtime, node_gpus: int) -> F
     return (1.0 - communication.tensor_overlap) * np.where(cut, 1.0 - communication.async_tensor_overlap, 1.0)
 
 
-def _exchange_host_s(gpu: Gpu, layouts: LayoutTable, runtime: Runtime, micro_batches: FloatArray) -> FloatArray:
-    """Host seconds per layer and micro-batch that gathers and reductions of its states take, (N,)."""
+def _exchange_host(
+    gpu: Gpu, layouts: LayoutTable, job: Job, runtime: Runtime, micro_batches: FloatArray
+) -> dict[str, FloatArray]:
+    """Host seconds per layer and micro-batch that gathers and reductions of its states take, and the reductions, each (N,)."""
     reductions, gathers = exchange_counts(layouts, runtime.communication, micro_batches)
-    gathers = np.where(layouts.zero_ranks > 1, gathers, 0.0)
+    alone = exchanges_alone(runtime, job)
+    gathers = np.where((layouts.zero_ranks > 1) | alone, gathers, 0.0)
     each, ahead = runtime.execution.exchange_launches, gathered_ahead(layouts, runtime.communication)
     per_step = ((reductions + gathers) * each + gathers * ahead * runtime.execution.fetch_launches) * gpu.launch_s
-    return np.where(layouts.dp * layouts.cp > 1, per_step / micro_batches, 0.0)
+    share = np.where((layouts.dp * layouts.cp > 1) | alone, 1.0 / micro_batches, 0.0)
+    return {"exchanging": per_step * share, "reducing": reductions * share}
 
 
 def _block_paces(
@@ -181,6 +187,7 @@ def _block_pace(
     selects: Share,
     repeated: Share,
     exchanging: FloatArray,
+    reducing: FloatArray,
     accumulating: FloatArray,
     showing: FloatArray,
 ) -> dict[str, FloatArray]:
@@ -204,6 +211,8 @@ def _block_pace(
     if experts:
         busy = busy + experts["expert_exposed"]
     launching = of("host_forward_s") * (1.0 + BACKWARD_LAUNCHES + recomputed) + exchanging
+    if runtime.execution.reduce_host_s:
+        launching = launching + reducing * of("reduce_host_s")
     # a CPU runs the operation it dispatches, a GPU only idles when launches come too slowly
     host = launching if gpu.device == "cpu" else np.maximum(launching - busy, 0.0)
     return {

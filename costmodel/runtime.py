@@ -44,6 +44,7 @@ class Abilities(_FromFile):
     zeropp: tuple[Literal["hpz", "qwz", "qgz"], ...]
     """Words of ZeRO++."""
     hpz_with_tensor_parallel: bool = True
+    hpz_with_pipeline: bool = True
     tensor_parallel: bool
     sequence_parallel: bool
     pipeline_parallel: bool
@@ -140,6 +141,8 @@ class Execution(_FromFile):
     """Extra host time per tensor-parallel operator (dispatch of distributed tensors), in launches."""
     exchange_launches: float
     """Host time to gather or reduce the states of one layer (hooks, copies in and out), in launches."""
+    reduce_host_s: float = 0.0
+    """Host seconds per parameter of a product to prepare the reduction of its gradient: torch lays out the copy into the buffer first."""
     fetch_launches: float = 0.0
     """More for a gather ahead of a layer (hooks of every module that track its parameters), in launches."""
     gather_copy_bytes: float = 0.0

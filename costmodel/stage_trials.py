@@ -102,7 +102,7 @@ class StageTrials:
 
     def _seconds(self, stages: StageRows) -> FloatArray:
         ready = self.setting
-        return stage_seconds(ready.cluster, self.layouts, ready.runtime, self._blocks, stages, self._batches)
+        return stage_seconds(ready.job, ready.cluster, self.layouts, ready.runtime, self._blocks, stages, self._batches)
 
     def _rows(self, trials: Trials) -> StageRows:
         rows, recomputed = np.zeros(len(self.layouts), dtype=np.int64), trials.recomputed.astype(np.float64)

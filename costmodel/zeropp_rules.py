@@ -46,6 +46,14 @@ ZEROPP_RULES: tuple[Rule, ...] = (
         evidence="torch fully_shard 2.11 and 2.13: an integer reshard_after_forward is not supported for DTensor parameters",
     ),
     Rule(
+        id="hpz-pipeline",
+        broken=lambda s, t: (t.hpz > 1) & (t.pp > 1) & (not can(s, "hpz_with_pipeline")),
+        detail=lambda s, x: f"hpz={x.hpz} with pp={x.pp}: {s.runtime.name!r} shards a second copy over all ranks only",
+        remedy=lambda s, x: "use pp=1, or drop hpz",
+        evidence="torch fully_shard 2.13: an integer reshard_after_forward makes process groups, one more set for each layer, that "
+        "ranks of other stages do not join; seen to hang on 8 ranks",
+    ),
+    Rule(
         id="zeropp-zero",
         broken=lambda s, t: _used(s, t) & (t.zero != 3),
         detail=lambda s, x: f"{_words(x)} with zero={x.zero}: parameters are not sharded",

@@ -25,7 +25,7 @@ class Case:
     zero: int = 0
     precision: str = "bf16"
     kernel: str = "auto"
-    """Attention kernel; auto (this project's on Hopper in 16 bits, else torch's flash), flash (torch's) or cudnn."""
+    """Attention kernel; auto (this project's on Hopper in 16 bits, else torch's flash), flash (torch's), cudnn or unfused."""
     compiled: bool = False
     """Layers go through torch.compile."""
     profiled: bool = False
@@ -60,53 +60,59 @@ class Case:
 
     def layout(self) -> Layout:
         """One GPU."""
-        attention = "auto" if self.kernel == "auto" else "flash"
+        attention = "flash" if self.kernel == "cudnn" else self.kernel
         return Layout(micro_batch=self.micro_batch, zero=self.zero, recompute=self.recompute, attention=attention)
 
 
 GPU_CASES = (
-    # not measured on 2026-11-26
+    # what the executor switches: compiled, 16-bit formats, experts, recompute, kernels
     Case(seq=4096, micro_batch=2, compiled=True),
-    Case(seq=4096, layers=16),
+    Case(seq=4096, micro_batch=2),
     Case(seq=4096, micro_batch=2, precision="fp16"),
-    Case(seq=4096, micro_batch=2, recompute="full", compiled=True),
+    Case(seq=4096, model="mixtral-8x7b", layers=2, micro_batch=2),
     Case(seq=8192, micro_batch=2, recompute="selective:layernorm+act"),
-    Case(seq=4096, zero=3, accumulation=2),
-    Case(seq=4096, micro_batch=4),
+    Case(seq=4096, micro_batch=2, recompute="full", compiled=True),
+    Case(seq=4096, micro_batch=2, recompute="full"),
+    Case(seq=4096, micro_batch=2, recompute="selective"),
+    Case(seq=4096, micro_batch=1, kernel="unfused"),
+    Case(seq=8192, kernel="flash"),
+    Case(seq=1024, model="gpt2-xl", layers=48, micro_batch=8, compiled=True),
+    Case(seq=8192, micro_batch=2),
+    Case(seq=4096, model="mixtral-8x7b", layers=2, micro_batch=2, recompute="full"),
+    Case(seq=16384, recompute="full"),
+    Case(seq=4096, layers=28, recompute="full"),
+    Case(seq=4096, model="llama-2-7b", layers=8, micro_batch=2),
+    Case(seq=2048, micro_batch=2, accumulation=4, recompute="full"),
+    Case(seq=8192, layers=20, recompute="selective"),
+    Case(seq=2048, micro_batch=4, precision="fp16", recompute="full", accumulation=2),
+    Case(seq=4096, zero=3, accumulation=2, compiled=True),
+    Case(seq=8192, micro_batch=3),
+    Case(seq=8192, micro_batch=2, recompute="selective"),
+    Case(seq=2048, layers=4, precision="fp32"),
+    Case(seq=8192, micro_batch=4, recompute="full"),
+    Case(seq=1024, micro_batch=1),
+    Case(seq=8192, layers=4, micro_batch=2),
+    Case(seq=256, model="tiny", layers=4, micro_batch=4),
+    # sizes
     Case(seq=8192),
+    Case(seq=4096, layers=16),
+    Case(seq=4096, micro_batch=4),
     Case(seq=2048, micro_batch=4),
-    Case(seq=1024, model="gpt2-xl", layers=48, micro_batch=8),
+    Case(seq=4096, zero=3, accumulation=2),
     Case(seq=4096, zero=2, accumulation=2),
+    Case(seq=1024, model="gpt2-xl", layers=48, micro_batch=8),
     Case(seq=4096, model="llama-3.2-1b", layers=16, micro_batch=4),
     Case(seq=4096, layers=4),
     Case(seq=4096, layers=26, micro_batch=2, recompute="full"),
-    Case(seq=1024, micro_batch=1),
-    Case(seq=8192, kernel="flash"),
-    Case(seq=4096, layers=28, recompute="full"),
-    Case(seq=8192, layers=4, micro_batch=2),
-    Case(seq=4096, model="llama-2-7b", layers=8, micro_batch=2),
-    Case(seq=16384, recompute="full"),
-    Case(seq=8192, micro_batch=2, recompute="selective"),
-    Case(seq=2048, layers=4, precision="fp32"),
-    Case(seq=256, model="tiny", layers=4, micro_batch=4),
-    Case(seq=2048, micro_batch=2, accumulation=4, recompute="full"),
-    Case(seq=8192, micro_batch=3),
-    Case(seq=8192, layers=20, recompute="selective"),
-    Case(seq=8192, micro_batch=4, recompute="full"),
-    # measured then, with torch's flash
-    Case(seq=4096, micro_batch=2),
     Case(seq=4096, micro_batch=2, kernel="flash"),
     Case(seq=8192, kernel="cudnn"),
-    Case(seq=4096, micro_batch=2, recompute="full"),
-    Case(seq=4096, micro_batch=2, recompute="selective"),
     Case(seq=4096, accumulation=4),
     Case(seq=4096, layers=24, recompute="full"),
     Case(seq=2048, micro_batch=1),
     # profiled: the budget keeps room for them
-    Case(seq=8192, profiled=True),
-    Case(seq=2048, micro_batch=1, profiled=True),
-    Case(seq=1024, model="gpt2-xl", layers=48, micro_batch=8, profiled=True),
-    Case(seq=256, model="tiny", layers=4, micro_batch=4, profiled=True),
+    Case(seq=4096, micro_batch=2, compiled=True, profiled=True),
+    Case(seq=4096, model="mixtral-8x7b", layers=2, micro_batch=2, profiled=True),
+    Case(seq=8192, micro_batch=2, recompute="selective:layernorm+act", profiled=True),
 )
 CPU_CASES = (
     Case(seq=128, model="tiny", layers=2, micro_batch=2, precision="fp32"),

@@ -33,15 +33,20 @@ def ran_out_of_memory(error: BaseException | None) -> bool:
     return error is not None
 
 
-def device_parts(parameters: Iterable[Tensor], states: Iterable[Any], device: torch.device) -> dict[str, float]:
-    """What this rank holds and the peak since the step began, bytes by row of `ROWS`; `free` is what the device had left."""
+def device_parts(
+    parameters: Iterable[Tensor], states: Iterable[Any], device: torch.device, *, gathered_bytes: float
+) -> dict[str, float]:
+    """What this rank holds and the peak since the step began, bytes by row of `ROWS`; `free` is what the device had left.
+
+    `parameters` are the shards, `gathered_bytes` what whole copies of them take.
+    """
     import torch
 
     held = list(parameters)
     found: dict[str, float] = {
-        "parameters": sum(map(_local_bytes, held)),
-        "gradients": sum(_local_bytes(p.grad) for p in held if p.grad is not None),
-        "optimizer": sum(_local_bytes(value) for value in states if isinstance(value, torch.Tensor)),
+        "parameters": sum(map(local_bytes, held)) + gathered_bytes,
+        "gradients": sum(local_bytes(p.grad) for p in held if p.grad is not None),
+        "optimizer": sum(local_bytes(value) for value in states if isinstance(value, torch.Tensor)),
     }
     if device.type != "cuda":
         return found
@@ -61,7 +66,7 @@ def device_parts(parameters: Iterable[Tensor], states: Iterable[Any], device: to
 
 def gradient_bytes(parameters: Iterable[Tensor]) -> float:
     """Bytes of the gradients that this rank holds now."""
-    return float(sum(_local_bytes(p.grad) for p in parameters if p.grad is not None))
+    return float(sum(local_bytes(p.grad) for p in parameters if p.grad is not None))
 
 
 def run_parts(
@@ -70,13 +75,17 @@ def run_parts(
     device: torch.device,
     *,
     gradients_bytes: float,
+    gathered_bytes: float,
     before_bytes: float,
 ) -> dict[str, float]:
-    """As `device_parts` at the end of a run, whose gradients are gone: they took `gradients_bytes`.
+    """As `device_parts` at the end of a run, whose gradients and whole copies of parameters are gone: they took so much.
 
     On a CPU `of the device` is the most the process ever had, `context` what it had before there was a model; the rest are activations.
     """
-    found = {**device_parts(parameters, states, device), "gradients": gradients_bytes}
+    found = {
+        **device_parts(parameters, states, device, gathered_bytes=gathered_bytes),
+        "gradients": gradients_bytes,
+    }
     states_bytes = sum(found[part] for part in ("parameters", "gradients", "optimizer"))
     if device.type == "cuda":
         found["activations and buffers"] = max(0.0, found["allocated peak"] - states_bytes)
@@ -90,7 +99,8 @@ def run_parts(
     }
 
 
-def _local_bytes(tensor: Tensor) -> int:
+def local_bytes(tensor: Tensor) -> int:
+    """Bytes of what this rank holds of it."""
     from torch.distributed.tensor import DTensor
 
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor

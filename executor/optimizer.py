@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from torch.optim.adamw import adamw
 
 from shardplan.executor.schedule import MAX_NORM, AdamWords
 
@@ -17,23 +18,49 @@ SHARDED_AXES: tuple[str, ...] = ("dp_shard", "tp", "expert_shard", "ep")
 """Mesh axes that parameters may be split over, of the mesh of all or of that of experts."""
 
 
-def build_optimizer(
-    parameters: Iterable[nn.Parameter], *, rate: float, words: AdamWords | None = None
-) -> torch.optim.AdamW:
-    """One parameter group per mesh: a fused update takes either plain tensors or distributed tensors of one mesh."""
+class ShardAdamW(torch.optim.Optimizer):
+    """AdamW (arXiv 1711.05101, algorithm 2) by torch's fused update, which is handed the shards themselves: through distributed tensors
+    every launch waits for their dispatch, 0.1 ms a parameter on the host. States are placed as their parameters are."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """One update of every parameter that has a gradient; there is no closure."""
+        for group in self.param_groups:
+            held = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if not held:
+                continue
+            states = [self.state[parameter] or self._first(parameter) for parameter in held]
+            beta1, beta2 = group["betas"]
+            adamw(
+                [_local(parameter) for parameter in held],
+                [_local(parameter.grad) for parameter in held],
+                [_local(state["exp_avg"]) for state in states],
+                [_local(state["exp_avg_sq"]) for state in states],
+                [],
+                [state["step"] for state in states],
+                fused=True,
+                amsgrad=False,
+                beta1=beta1,
+                beta2=beta2,
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+
+    def _first(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        state = self.state[parameter]
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        state["exp_avg"] = torch.zeros_like(parameter)
+        state["exp_avg_sq"] = torch.zeros_like(parameter)
+        return state
+
+
+def build_optimizer(parameters: Iterable[nn.Parameter], *, rate: float, words: AdamWords | None = None) -> ShardAdamW:
+    """Of one group, whatever meshes the parameters are on."""
     words = words or AdamWords()
-    groups: dict[object, list[nn.Parameter]] = {}
-    for parameter in parameters:
-        mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
-        groups.setdefault(mesh, []).append(parameter)
-    return torch.optim.AdamW(
-        [{"params": group} for group in groups.values()],
-        lr=rate,
-        betas=words.betas,
-        eps=words.epsilon,
-        weight_decay=words.weight_decay,
-        fused=True,
-    )
+    defaults = {"lr": rate, "betas": words.betas, "eps": words.epsilon, "weight_decay": words.weight_decay}
+    return ShardAdamW(list(parameters), defaults)
 
 
 def settle_gradients(parameters: Iterable[nn.Parameter]) -> None:
@@ -63,13 +90,18 @@ def clip_gradients(
     Gradients of `copies` are scaled, but other stages count them.
     """
     elsewhere = {id(copy) for copy in copies}
-    pieces = [(_split_axes(p.grad), _local(p.grad), id(p) not in elsewhere) for p in parameters if p.grad is not None]
     device = mesh.device_type if mesh.device_type == "cpu" else torch.device("cuda", torch.cuda.current_device())
     groups = {axis: group for p in parameters for axis, group in _groups(p.grad)}
     kinds = [frozenset(axes) for size in range(3) for axes in itertools.combinations(SHARDED_AXES, size)]
+    counted: list[list[Tensor]] = [[] for _ in kinds]
+    grads = [_local(p.grad) for p in parameters if p.grad is not None]
+    for parameter in parameters:
+        if parameter.grad is not None and id(parameter) not in elsewhere:
+            counted[kinds.index(_split_axes(parameter.grad))].append(_local(parameter.grad))
     squares = torch.zeros(len(kinds), device=device)
-    for axes, grad, counts in pieces:
-        squares[kinds.index(axes)] += torch.linalg.vector_norm(grad, dtype=torch.float32).square() * counts
+    for kind, held in enumerate(counted):
+        if held:
+            squares[kind] = torch.stack(torch._foreach_norm(held, 2.0, torch.float32)).square().sum()  # pyright: ignore[reportPrivateImportUsage]
     for axis in SHARDED_AXES:
         if axis in groups:  # on all ranks of a stage or on none: they hold the same parameters
             rows = [i for i, kind in enumerate(kinds) if axis in kind]
@@ -81,8 +113,7 @@ def clip_gradients(
         dist.all_reduce(total, group=mesh.get_group("pp"))
     norm = total.sqrt() / loss_scale
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0) / loss_scale
-    for _, grad, _ in pieces:
-        grad.mul_(scale)
+    torch._foreach_mul_(grads, scale)  # pyright: ignore[reportPrivateImportUsage]
     return norm
 
 

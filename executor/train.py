@@ -176,10 +176,11 @@ def run_rank() -> None:
 def memory(trainer: Trainer) -> dict[str, float]:
     """Bytes of this rank by part, see `memory_parts.run_parts`, and its pipeline `stage`."""
     parts = run_parts(
-        trainer.parameters(),
+        trainer.shards(),
         trainer.optimizer_states(),
         trainer.device,
         gradients_bytes=trainer.gradients_bytes,
+        gathered_bytes=trainer.gathered_bytes,
         before_bytes=trainer.before_bytes,
     )
     return {"stage": trainer.mesh.get_local_rank("pp"), **parts}
@@ -187,9 +188,12 @@ def memory(trainer: Trainer) -> dict[str, float]:
 
 def out_of_memory(plan: Plan, trainer: Trainer | None, device: torch.device) -> list[str]:
     """Predicted and actual memory of this rank's stage by part, lines of a table, printed as well."""
-    parameters, states = ([], []) if trainer is None else (trainer.parameters(), trainer.optimizer_states())
-    stage = 0 if trainer is None else trainer.mesh.get_local_rank("pp")
-    lines = told_parts(plan.prediction, stage=stage, actual=device_parts(parameters, states, device))
+    if trainer is None:
+        stage, actual = 0, device_parts([], [], device, gathered_bytes=0.0)
+    else:
+        stage, held = trainer.mesh.get_local_rank("pp"), trainer.shards()
+        actual = device_parts(held, trainer.optimizer_states(), device, gathered_bytes=trainer.gathered())
+    lines = told_parts(plan.prediction, stage=stage, actual=actual)
     print("\n".join(lines), file=sys.stderr, flush=True)
     return lines
 

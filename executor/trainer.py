@@ -29,7 +29,7 @@ from shardplan.executor.expert_parallel import build_expert_groups, set_gradient
 from shardplan.executor.loss import loss_context, loss_function
 from shardplan.executor.loss_scale import LossScale, overflows, scaled
 from shardplan.executor.measure import host_peak_bytes
-from shardplan.executor.memory_parts import gradient_bytes
+from shardplan.executor.memory_parts import gradient_bytes, local_bytes
 from shardplan.executor.mesh import data_coordinate
 from shardplan.executor.optimizer import build_optimizer, clip_gradients, settle_gradients
 from shardplan.executor.parallelize import parallelize
@@ -87,6 +87,10 @@ class Trainer:
             for number, before in held
         ]
         head_dim = max(kind.head_dim for kind, _ in plan.model.layers)
+        if layout.attention == "unfused" and job.precision != "fp32":
+            torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(
+                True
+            )  # else its products run in fp32, several times slower
         self.attention = attention_backends(layout.attention, device_type=device.type, precision=job.precision)
         self.own_attention = runs_own_attention(
             layout.attention,
@@ -123,7 +127,19 @@ class Trainer:
         self.optimizer = build_optimizer(
             self.parameters(), rate=self.recipe.learning_rate(1), words=self.recipe.optimizer
         )
+        self.gathered_bytes = 0.0
+        for chunk in self.chunks:
+            chunk.register_forward_hook(self._see_gathered)
         self.data_s = 0.0
+
+    def _see_gathered(self, *_: object) -> None:
+        if not self.gathered_bytes:
+            self.gathered_bytes = self.gathered()
+
+    def gathered(self) -> float:
+        """Bytes that whole copies of parameters take on this rank now, beside the shards."""
+        shards = {id(parameter) for parameter in self.shards()}
+        return float(sum(local_bytes(whole) for whole in self.parameters() if id(whole) not in shards))
 
     def _build(self, part: Part) -> Transformer:
         job, recipe = self.plan.job, self.recipe
@@ -149,8 +165,12 @@ class Trainer:
         return {axis: group for axis, group in found.items() if group is not None}
 
     def parameters(self) -> list[nn.Parameter]:
-        """Every parameter this rank holds a piece of."""
+        """Every parameter this rank holds a piece of: the shards, but for layers whose whole copies are gathered just now."""
         return [parameter for chunk in self.chunks for parameter in chunk.parameters()]
+
+    def shards(self) -> list[nn.Parameter]:
+        """What the optimizer updates, also while whole copies stand in for it."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def batch(self, step: int, data: Batches | None = None) -> tuple[Tensor, ...]:
         """Inputs, targets and, where documents are kept apart, positions of this rank for `step`, each (sequences, seq / cp).

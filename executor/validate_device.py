@@ -39,8 +39,8 @@ from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.load import cluster_document, cluster_from_document
 from shardplan.planner.search import judge
 
-WARMUP_STEPS, TIMED_STEPS = 5, 10
-CASE_LIMIT_S = 4.0
+WARMUP_STEPS, TIMED_STEPS = 4, 8
+CASE_LIMIT_S = 3.0
 """Steps of one case take no longer, unless fewer than 3 of them do."""
 CASE_OVERHEAD_S = 2.0
 """Building, first step, profiling: what a case takes beside its steps."""

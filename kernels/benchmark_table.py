@@ -1,6 +1,7 @@
-"""The results of `bench kernels` as a table of Markdown: `python -m shardplan.kernels.benchmark_table FILE.csv`.
+"""The results of `bench kernels` as a table of Markdown: `python -m shardplan.kernels.benchmark_table FILE.csv [FILE.csv ...]`.
 
 One row a case: our rate, the ratio to every baseline (above 1: ours is faster), and the targets that are missed.
+Of several files the last that measured a case counts.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import csv
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 OURS = "shardplan"
@@ -15,14 +17,23 @@ LEFT_OUT = ("device",)
 """Kernels that are no kernels of ours."""
 
 
-def table(rows: Iterable[Mapping[str, str]]) -> str:
+def table(*files: Iterable[Mapping[str, str]]) -> str:
     """Markdown of the long-format rows that `bench kernels -o` writes."""
-    cases: dict[tuple[str, str], dict[tuple[str, str], Mapping[str, str]]] = {}
-    for row in rows:
-        if row["kernel"] not in LEFT_OUT:
-            cases.setdefault((row["kernel"], row["case"]), {})[row["provider"], row["metric"]] = row
+    cases: dict[tuple[str, str], Mapping[tuple[str, str], Mapping[str, str]]] = {}
+    for rows in files:
+        for case, found in _by_case(rows).items():
+            if case not in cases or (OURS, "rate") in found:
+                cases[case] = found
     lines = ["| kernel | case | rate | ours over a baseline | below what it should reach |", "|---|---|---|---|---|"]
     return "\n".join([*lines, *(_line(*key, found) for key, found in cases.items())])
+
+
+def _by_case(rows: Iterable[Mapping[str, str]]) -> dict[tuple[str, str], dict[tuple[str, str], Mapping[str, str]]]:
+    found: dict[tuple[str, str], dict[tuple[str, str], Mapping[str, str]]] = {}
+    for row in rows:
+        if row["kernel"] not in LEFT_OUT:
+            found.setdefault((row["kernel"], row["case"]), {})[row["provider"], row["metric"]] = row
+    return found
 
 
 def _line(kernel: str, case: str, found: Mapping[tuple[str, str], Mapping[str, str]]) -> str:
@@ -37,14 +48,13 @@ def _line(kernel: str, case: str, found: Mapping[tuple[str, str], Mapping[str, s
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print the table of one file."""
-    if len(arguments) != 1 or not Path(arguments[0]).is_file():
-        print(
-            "python -m shardplan.kernels.benchmark_table FILE.csv: name a file of `bench kernels -o`", file=sys.stderr
-        )
+    """Print the table of these files."""
+    if not arguments or not all(Path(name).is_file() for name in arguments):
+        print("python -m shardplan.kernels.benchmark_table FILE.csv: name files of `bench kernels -o`", file=sys.stderr)
         return 2
-    with Path(arguments[0]).open(newline="", encoding="utf-8") as file:
-        print(table(csv.DictReader(file)))
+    with ExitStack() as opened:
+        files = [opened.enter_context(Path(name).open(newline="", encoding="utf-8")) for name in arguments]
+        print(table(*map(csv.DictReader, files)))
     return 0
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 import pytest
@@ -20,9 +20,14 @@ from shardplan.planner.search import judge
 FOLDER = Path(__file__).parent.parent / "reports" / "measured" / "h200-2026-11-26"
 OWN = FOLDER / "own-attention"
 """Later that day: other cases, with this project's attention, and the profile calibrated with it."""
+SWITCHES = FOLDER / "switches"
+"""Later still: torch.compile, fp16, experts, named parts, attention in the open; unfused attention still ran in fp32."""
+SHARDS = FOLDER / "shards"
+"""After that, with an optimizer that updates the shards themselves: a fourth of the host's time. The profile is SWITCHES'."""
 OTHER_KERNELS = ("own", "cudnn")
 """The profile knows the rates of torch's flash, which the other cases ran."""
-HOST_BOUND = "tiny:4 seq=256 mb=4 profiled"
+HOST_BOUND = ("tiny", "gpt2-xl")
+"""Models whose steps the host bounds; before SHARDS with another optimizer."""
 SMALL_BYTES = 2.0**30
 """Below, what is reserved is the allocator's smallest blocks."""
 
@@ -53,7 +58,7 @@ def case_of(name: str, kernel: str) -> Case:
     shape, *words = name.split()
     model, layers = shape.split(":")
     given = dict(word.split("=") for word in words if "=" in word)
-    recompute = next((word for word in words if word in ("full", "selective")), "none")
+    named = [word for word in words if word in ("flash", "cudnn", "unfused")]
     return Case(
         model=model,
         layers=int(layers),
@@ -61,25 +66,28 @@ def case_of(name: str, kernel: str) -> Case:
         micro_batch=int(given["mb"]),
         accumulation=int(given.get("acc", 1)),
         zero=int(given.get("zero", 0)),
-        recompute=recompute,
-        kernel=kernel,
+        recompute=next((word for word in words if word.split(":")[0] in ("full", "selective")), "none"),
+        precision=next((word for word in words if word in ("fp16", "fp32")), "bf16"),
+        kernel=named[0] if named else kernel,
+        compiled="compiled" in words,
     )
 
 
 @cache
-def replays(folder: Path = FOLDER, kernel: str = "flash") -> tuple[Replay, ...]:
-    return tuple(_replays(folder, kernel))
+def replays(folder: Path = FOLDER, kernel: str = "flash", profile: Path | None = None) -> tuple[Replay, ...]:
+    return tuple(_replays(folder, kernel, (profile or folder) / "h200.toml"))
 
 
-def _replays(folder: Path, kernel: str) -> Iterator[Replay]:
+def _replays(folder: Path, kernel: str, profile: Path) -> Iterator[Replay]:
     measured: dict[str, dict[str, float]] = {}
     with (folder / "validation.csv").open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             if row["source"] == "measured" and row["metric"] != "error":
                 measured.setdefault(row["case"], {})[row["metric"]] = float(row["value"])
-    cluster, runtime = load_cluster(str(folder / "h200.toml")).with_gpus(1), load_runtime("shardplan")
+    cluster = load_cluster(str(profile)).with_gpus(1)
     for name, metrics in measured.items():
         case = case_of(name, kernel)
+        runtime = load_runtime(case.runtime)
         answer = judge(case.layout(), model=case.shapes(), job=case.job(), cluster=cluster, runtime=runtime)
         assert isinstance(answer, dict), answer
         yield Replay(name=name, measured=metrics, answer=answer)
@@ -96,10 +104,21 @@ def told(one: Replay) -> str:
 
 
 def test_measured_beside_predicted() -> None:
-    """With -s: every case, one line each."""
-    lines = [told(one) for one in (*replays(), *later())]
-    print("\n".join(["", *lines]))
-    assert len(lines) == 27
+    """With -s: every case, one line each, then the steps that the GPU bounds, those the host bounds and the peaks of memory."""
+    every = (*replays(), *later(), *switched(), *sharded())
+    print("\n".join(["", *map(told, every)]))
+    calibrated = [one for one in every if not {"unfused", *OTHER_KERNELS} & set(one.words)]
+    hosts = [one for one in calibrated if one.name.startswith(HOST_BOUND)]
+    steps = [abs(one.step_error) for one in calibrated if one not in hosts]
+    peaks = [abs(one.error(one.answer["memory"]["allocated_peak_bytes"], "allocated_bytes")) for one in calibrated]
+    print(
+        f"{len(steps)} steps that the GPU bounds: mean {mean(steps):.1%}, median {median(steps):.1%}, most {max(steps):.1%}"
+    )
+    print(f"{len(hosts)} of {', '.join(HOST_BOUND)}: {', '.join(f'{one.step_error:+.0%}' for one in hosts)}")
+    print(
+        f"{len(peaks)} peaks of allocated memory: mean {mean(peaks):.1%}, median {median(peaks):.2%}, most {max(peaks):.1%}"
+    )
+    assert len(every) == 66
 
 
 def test_every_measured_case_is_there() -> None:
@@ -121,22 +140,14 @@ def test_the_peak_of_what_is_reserved() -> None:
 
 
 def test_step_times() -> None:
-    """All are too long: products run faster here than calibrated on random data (byte text has few distinct rows)."""
-    errors = [abs(one.step_error) for one in replays() if one.name != HOST_BOUND and one.words[-1] not in OTHER_KERNELS]
+    errors = [
+        abs(one.step_error)
+        for one in replays()
+        if not one.name.startswith(HOST_BOUND) and one.words[-1] not in OTHER_KERNELS
+    ]
     assert len(errors) == 10
-    assert mean(errors) < 0.045
+    assert mean(errors) < 0.03
     assert max(errors) < 0.07
-
-
-def test_a_step_that_the_host_bounds() -> None:
-    (one,) = [one for one in replays() if one.name == HOST_BOUND]
-    assert abs(one.step_error) < 0.1
-
-
-def test_the_update_takes_what_it_took() -> None:
-    for one in replays():
-        if one.name != HOST_BOUND:
-            assert abs(one.error(one.answer["time"]["optimizer_s"], "optimizer_s")) < 0.03, one.name
 
 
 @pytest.mark.parametrize("zero", [0, 3])
@@ -175,3 +186,50 @@ def test_later_step_times() -> None:
     assert len(errors) == 9
     assert mean(errors) < 0.035
     assert max(errors) < 0.07
+
+
+def switched() -> list[Replay]:
+    """Cases of the switches."""
+    return list(replays(SWITCHES, "auto"))
+
+
+def sharded() -> list[Replay]:
+    """With the optimizer of today; exchange_launches, reduce_host_s, update_launches and step_overhead_s were set on these."""
+    return list(replays(SHARDS, "auto", SWITCHES))
+
+
+def test_steps_with_switches() -> None:
+    """Compiled, fp16, experts, named parts, fp32, each recompute mode."""
+    chosen = [one for one in switched() if not one.name.startswith(HOST_BOUND) and "unfused" not in one.words]
+    errors = [abs(one.step_error) for one in chosen]
+    assert len(errors) == 29
+    assert mean(errors) < 0.035
+    assert max(errors) < 0.1
+
+
+def test_memory_with_switches() -> None:
+    """Gradients accumulated reduced and copies of experts are not all counted: up to 4.5 % short."""
+    chosen = [one for one in switched() if not one.name.startswith("tiny") and "unfused" not in one.words]
+    errors = [one.error(one.answer["memory"]["allocated_peak_bytes"], "allocated_bytes") for one in chosen]
+    assert len(errors) == 30
+    assert mean(map(abs, errors)) < 0.008
+    assert min(errors) > -0.045 and max(errors) < 0.02
+
+
+def test_steps_with_the_optimizer_of_today() -> None:
+    """Three of seven are bound by the host, one by attention in the open, whose passes over scores are not all counted."""
+    for one in sharded():
+        limit = 0.25 if one.name.startswith("tiny") else 0.15 if "unfused" in one.words else 0.085
+        assert abs(one.step_error) < limit, one.name
+
+
+def test_the_update_takes_what_it_took() -> None:
+    for one in sharded():
+        if not one.name.startswith(HOST_BOUND):
+            assert abs(one.error(one.answer["time"]["optimizer_s"], "optimizer_s")) < 0.04, one.name
+
+
+def test_more_than_half_of_the_peak() -> None:
+    """MFU of bf16 steps that keep the GPU busy."""
+    best = max(one.measured["mfu"] for one in switched() if "fp32" not in one.words)
+    assert best > 0.55
