@@ -93,12 +93,18 @@ def test_the_written_config_describes_the_same_shapes(tmp_path):
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("checkpoint", "words"),
-    [(CHECKPOINT, "dp=2 zero=3"), (CHECKPOINT, "pp=2"), (CHECKPOINT, "cp=2 zero=1"), (MIXTRAL, "dp=2 ep=2 zero=1")],
-    ids=["llama-zero3", "llama-pp2", "llama-cp2", "mixtral-ep2"],
+    ("checkpoint", "words", "tied"),
+    [
+        (CHECKPOINT, "dp=2 zero=3", False),
+        (CHECKPOINT, "pp=2", False),
+        (CHECKPOINT, "pp=2", True),
+        (CHECKPOINT, "cp=2 zero=1", False),
+        (MIXTRAL, "dp=2 ep=2 zero=1", False),
+    ],
+    ids=["llama-zero3", "llama-pp2", "llama-pp2-tied", "llama-cp2", "mixtral-ep2"],
 )
-def test_a_spread_model_comes_back_bit_for_bit(tmp_path, checkpoint, words):
-    """One step at a rate that changes no fp32 value: what was read is what is written."""
+def test_a_spread_model_comes_back_bit_for_bit(tmp_path, checkpoint, words, tied):
+    """One step at a rate that changes no fp32 value: what was read is what is written, a tied table once."""
     pytest.importorskip("torch", reason="the executor needs torch")
     import torch
     from safetensors import safe_open
@@ -106,12 +112,13 @@ def test_a_spread_model_comes_back_bit_for_bit(tmp_path, checkpoint, words):
     from shardplan.executor.launch import run_plan
     from shardplan.executor.token_files import TokenWriter
 
+    source = tied_checkpoint(tmp_path / "tied") if tied else checkpoint
     writer = TokenWriter(tmp_path / "train.bin", vocabulary=32)
     writer.write([(5 * i + i // 7) % 32 for i in range(1000)])
     writer.close()
     layout = parse_layout(words)
     Plan(
-        model=load_model(checkpoint),
+        model=load_model(source),
         job=Job(seq=16, global_batch=4, precision="fp32"),
         cluster={},
         gpus=2,
@@ -127,7 +134,7 @@ def test_a_spread_model_comes_back_bit_for_bit(tmp_path, checkpoint, words):
             "steps": 1,
             "data": {"files": [{"path": str(tmp_path / "train.bin")}]},
             "learning_rate": {"peak": 1e-30},
-            "weights": {"initial": str(checkpoint), "export": str(tmp_path / "out"), "dtype": "fp32"},
+            "weights": {"initial": str(source), "export": str(tmp_path / "out"), "dtype": "fp32"},
         },
         place="job",
     )
@@ -138,11 +145,25 @@ def test_a_spread_model_comes_back_bit_for_bit(tmp_path, checkpoint, words):
     folder = open_folder(tmp_path / "out")
     assert folder.rotary_base == 500_000
     check_weights(load_model(tmp_path / "out"), folder)
-    with safe_open(str(checkpoint / "model.safetensors"), framework="pt") as given:
+    with safe_open(str(source / "model.safetensors"), framework="pt") as given:
         assert set(folder.files) == set(given.keys())
         for name, path in folder.files.items():
             with safe_open(str(path), framework="pt") as written:
                 assert torch.equal(written.get_tensor(name), given.get_tensor(name)), name
+
+
+def tied_checkpoint(folder: Path) -> Path:
+    """The checkpoint with the embedding as its head too, which is then not in the file."""
+    from safetensors.torch import load_file, save_file
+
+    folder.mkdir()
+    tensors = load_file(str(CHECKPOINT / "model.safetensors"))
+    save_file(
+        {name: value for name, value in tensors.items() if name != "lm_head.weight"}, str(folder / "model.safetensors")
+    )
+    config = json.loads((CHECKPOINT / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    return folder
 
 
 def test_what_does_not_belong_together_is_refused(copy):

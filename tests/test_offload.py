@@ -255,6 +255,9 @@ def test_host_memory_and_flash_are_limits() -> None:
         ("dp=16 hpz=8", "deepspeed", "dgx2-edr", "zeropp-zero", "use zero=3, or drop hpz=8"),
         ("dp=16 zero=3 hpz=3", "deepspeed", "dgx2-edr", "hpz-divides", "divisor"),
         ("dp=16 zero=3 qwz=true", "fsdp2", "dgx2-edr", "runtime-zeropp", "--runtime"),
+        ("dp=16 zero=3 qwz=true", "shardplan", "dgx2-edr", "runtime-zeropp", "--runtime"),
+        ("dp=8 tp=2 zero=3 hpz=2", "shardplan", "dgx2-edr", "hpz-tensor-parallel", "tp=1"),
+        ("dp=8 pp=2 zero=3 hpz=2", "shardplan", "dgx2-edr", "hpz-pipeline", "pp=1"),
         (
             "dp=16 zero=3 hpz=8 offload_optimizer=cpu offload_params=cpu",
             "deepspeed",
