@@ -54,12 +54,13 @@ def block_ops(model: Model, job: Job, at: LayoutTable, runtime: Runtime) -> Bloc
     attention = np.where(at.attention == 0, default, at.attention)
     shapes = _shapes(job, at, attention != ATTENTION.index("unfused"))
     vocab = padded_vocab(model, runtime, shapes.tp)
+    table = 0.0 if model.tied_embeddings else vocab / shapes.tp * model.hidden
     layers = tuple(_layer(kind, shapes, job, runtime) for kind, _ in model.runs)
     head = head_ops(model.hidden, model.norm, vocab, shapes, runtime, softcap=model.logit_softcap)
     return BlockOps(
         shapes=shapes,
         layers=layers,
-        embedding=embedding_ops(model.hidden, model.layers[0][0].dropout, shapes),
+        embedding=embedding_ops(model.hidden, table, model.layers[0][0].dropout, shapes),
         head=_head(head, shapes, job, runtime) * (1 + model.mtp_modules),  # each has logits and a loss of its own
         spread=spread_layers(model, layers, shapes, runtime) if at.dispatches.any() else {},
     )

@@ -142,6 +142,7 @@ def _block_cost(
             total["tensor_backward_s"] += one
         if op.name not in TENSORS:
             total["host_forward_s"] += gpu.launch_s * (launches + op.launches)
+        total["reduce_host_s"] += gpu.launch_s * runtime.execution.reduce_launches * (_weights(op) + op.table)
     if any(op.experts is not None for op, _ in ops):
         total["expert_s"] = exchange_s(tiers, [op for op, _ in ops], shapes, runtime)
     return BlockCost(**total)
@@ -285,7 +286,6 @@ def _op_totals(
         "selective_s": seconds.forward * selected,
         "full_s": seconds.forward * repeated,
         "accumulate_s": seconds.accumulate,
-        "reduce_host_s": runtime.execution.reduce_host_s * _weights(op),
         "input_bytes": op.kept_bytes if op.name == "input" else 0.0,
         "kept_bytes": kept,
         "selective_bytes": kept * selected,

@@ -98,6 +98,8 @@ class Op:
     """Tokens exchanged with experts in each pass: bytes a rank sends, and copies of each token among them."""
     launches: Amount = 0.0
     """Kernels launched beyond those of any operator."""
+    table: Amount = 0.0
+    """Parameters of a table in which rows are looked up and that no product multiplies."""
     context: tuple[FloatArray, FloatArray] | None = None
     """Of attention: bytes of queries, and of keys and values, that context-parallel ranks exchange."""
 

@@ -159,14 +159,15 @@ def _residual(name: str, kind: LayerKind, stream: FloatArray, element_bytes: int
     return Op(name=name, traffic_bytes=3 * stream + mask, kept_bytes=mask + (stream if keeps_output else 0.0))
 
 
-def embedding_ops(hidden: int, dropout: bool, shapes: Shapes) -> tuple[Op, ...]:
-    """Look-up (an all-reduce joins the vocabulary parts) and embedding dropout."""
+def embedding_ops(hidden: int, table: FloatArray | float, dropout: bool, shapes: Shapes) -> tuple[Op, ...]:
+    """Look-up (an all-reduce joins the vocabulary parts) and embedding dropout; `table` is as in `Op`."""
     stream = shapes.element_bytes * shapes.tokens * hidden
     leaving = tensor_parallel_collectives(shapes, stream)[1]
     mask = stream / shapes.element_bytes / shapes.sp if dropout else np.zeros_like(stream)
     return (
         Op(
             name="embedding",
+            table=table,
             traffic_bytes=2 * stream + mask,
             kept_bytes=mask + 8 * shapes.tokens,
             forward=leaving[0],

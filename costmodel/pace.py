@@ -91,7 +91,7 @@ def _each_micro_batch(
     job: Job, cluster: Cluster, layouts: LayoutTable, runtime: Runtime, micro_batches: FloatArray
 ) -> dict[str, FloatArray]:
     return {
-        **_exchange_host(cluster.gpu, layouts, job, runtime, micro_batches),
+        **_exchange_host(job, cluster.gpu, layouts, runtime, micro_batches),
         "accumulating": _accumulating(layouts, runtime, micro_batches),
         "showing": _tensor_showing(layouts, runtime, cluster.node.gpus),
     }
@@ -152,16 +152,23 @@ def _tensor_showing(layouts: LayoutTable, runtime: Runtime, node_gpus: int) -> F
 
 
 def _exchange_host(
-    gpu: Gpu, layouts: LayoutTable, job: Job, runtime: Runtime, micro_batches: FloatArray
+    job: Job, gpu: Gpu, layouts: LayoutTable, runtime: Runtime, micro_batches: FloatArray
 ) -> dict[str, FloatArray]:
-    """Host seconds per layer and micro-batch that gathers and reductions of its states take, and the reductions, each (N,)."""
+    """Per micro-batch, each (N,): host seconds that gathers and reductions of the states of a layer take (`exchanging`), of an embedding
+    (`embedding_exchanging`: nothing where the head's take it along), and the number of reductions (`reducing`)."""
     reductions, gathers = exchange_counts(layouts, runtime.communication, micro_batches)
     alone = exchanges_alone(runtime, job)
     gathers = np.where((layouts.zero_ranks > 1) | alone, gathers, 0.0)
     each, ahead = runtime.execution.exchange_launches, gathered_ahead(layouts, runtime.communication)
     per_step = ((reductions + gathers) * each + gathers * ahead * runtime.execution.fetch_launches) * gpu.launch_s
     share = np.where((layouts.dp * layouts.cp > 1) | alone, 1.0 / micro_batches, 0.0)
-    return {"exchanging": per_step * share, "reducing": reductions * share}
+    taken_along = runtime.execution.root_is_one_unit & (layouts.pp == 1)
+    exchanging = per_step * share
+    return {
+        "exchanging": exchanging,
+        "embedding_exchanging": np.where(taken_along, 0.0, exchanging),
+        "reducing": reductions * share,
+    }
 
 
 def _block_paces(
@@ -169,13 +176,18 @@ def _block_paces(
 ) -> list[dict[str, FloatArray]]:
     """Seconds of one micro-batch by part of one layer of each run, of the embedding and of the head, shape of `share`."""
     wide = {name: column[:, None] for name, column in each_micro_batch.items()}
+    of_embedding = wide.pop("embedding_exchanging")
     repeats, selects = share * blocks.full_repeats[:, None], blocks.selects[:, None]
 
-    def pace(block: BlockColumns, recomputed: Share, selected: Share, repeated: Share) -> dict[str, FloatArray]:
-        return _block_pace(gpu, runtime, block, recomputed=recomputed, selects=selected, repeated=repeated, **wide)
+    def pace(
+        block: BlockColumns, recomputed: Share, selected: Share, repeated: Share, **own: FloatArray
+    ) -> dict[str, FloatArray]:
+        words = {**wide, **own}
+        return _block_pace(gpu, runtime, block, recomputed=recomputed, selects=selected, repeated=repeated, **words)
 
     layers = [pace(block, share, selects, repeats) for block in blocks.layers]
-    return [*layers, pace(blocks.embedding, 0.0, 0.0, 0.0), pace(blocks.head, 0.0, 0.0, 0.0)]
+    embedding = pace(blocks.embedding, 0.0, 0.0, 0.0, exchanging=of_embedding)
+    return [*layers, embedding, pace(blocks.head, 0.0, 0.0, 0.0)]
 
 
 def _block_pace(
@@ -211,7 +223,7 @@ def _block_pace(
     if experts:
         busy = busy + experts["expert_exposed"]
     launching = of("host_forward_s") * (1.0 + BACKWARD_LAUNCHES + recomputed) + exchanging
-    if runtime.execution.reduce_host_s:
+    if runtime.execution.reduce_launches:
         launching = launching + reducing * of("reduce_host_s")
     # a CPU runs the operation it dispatches, a GPU only idles when launches come too slowly
     host = launching if gpu.device == "cpu" else np.maximum(launching - busy, 0.0)

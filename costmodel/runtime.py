@@ -141,8 +141,10 @@ class Execution(_FromFile):
     """Extra host time per tensor-parallel operator (dispatch of distributed tensors), in launches."""
     exchange_launches: float
     """Host time to gather or reduce the states of one layer (hooks, copies in and out), in launches."""
-    reduce_host_s: float = 0.0
-    """Host seconds per parameter of a product to prepare the reduction of its gradient: torch lays out the copy into the buffer first."""
+    reduce_launches: float = 0.0
+    """Host time to lay out the copy of a gradient into the buffer that is reduced, per parameter, in launches."""
+    root_is_one_unit: bool = False
+    """Embedding, last norm and head of a rank are gathered and reduced together."""
     fetch_launches: float = 0.0
     """More for a gather ahead of a layer (hooks of every module that track its parameters), in launches."""
     gather_copy_bytes: float = 0.0
