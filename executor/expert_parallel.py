@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from shardplan.costmodel.layout import Layout
 from shardplan.costmodel.model import Model
 from shardplan.executor.experts import Back, Experts, MixtureOfExperts, Stream, inverse_of, pick
-from shardplan.executor.mesh import mesh_ranks
+from shardplan.executor.mesh import local_part, mesh_ranks
 
 EXPERT_AXES = ("pp", "expert_replicate", "expert_shard", "ep")
 """Of the mesh of experts, outermost first. The ranks of expert_replicate x expert_shard hold the same experts."""
@@ -179,7 +179,7 @@ class _Exchanged(torch.autograd.Function):
 
 def shard_dim(parameter: Tensor, shards: int) -> Shard | None:
     """Along which dimension ZeRO cuts a stack of experts: by expert, or each of them where there are fewer experts than shards."""
-    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    local = local_part(parameter)
     if local.dim() < 3 or local.shape[0] % shards == 0 or local.shape[1] % shards:
         return None
     return Shard(1)

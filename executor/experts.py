@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Partial
 from torch.nn import functional
 
 from shardplan.costmodel.model import LayerKind
+from shardplan.executor.mesh import local_part
 
 HOPPER = 9
 """Major compute capability from which torch's grouped product has a kernel of its own."""
@@ -136,11 +137,6 @@ def inverse_of(order: Tensor) -> Tensor:
     return inverse
 
 
-def local_parameter(parameter: Tensor) -> Tensor:
-    """What this rank computes with, of a parameter that may be split over ranks."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
-
-
 def shared_parameter(parameter: Tensor) -> Tensor:
     """The same of one that ranks share and use on different tokens, or for different parts of a sum: their gradients add up."""
     if isinstance(parameter, DTensor):
@@ -171,7 +167,7 @@ class Experts(nn.Module):
     def compute(self, rows_RH: Tensor, counts_E: Tensor) -> Tensor:
         """(R, H) -> (R, H): the first counts_E[0] rows through expert 0, and so on; every expert gets a gradient, of no rows zeros."""
         held = (self.w1, self.w2, self.w3) if self.gated else (self.w1, self.w2)
-        matrices = [local_parameter(parameter) for parameter in held]
+        matrices = [local_part(parameter) for parameter in held]
         if can_group(rows_RH, matrices[0]):
             return self._grouped(rows_RH, counts_E.cumsum(0).to(torch.int32), *matrices)
         each = zip(rows_RH.split(counts_E.tolist()), *(stack.unbind() for stack in matrices), strict=True)

@@ -101,9 +101,9 @@ def run_parts(
 
 def local_bytes(tensor: Tensor) -> int:
     """Bytes of what this rank holds of it."""
-    from torch.distributed.tensor import DTensor
+    from shardplan.executor.mesh import local_part
 
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    local = local_part(tensor)
     return local.numel() * local.element_size()
 
 

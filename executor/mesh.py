@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from shardplan.costmodel.axis_order import DEFAULT_ORDER
 from shardplan.costmodel.layout import Layout
@@ -59,3 +60,8 @@ def data_coordinate(layout: Layout, rank: int) -> int:
 def data_rank(mesh: DeviceMesh) -> int:
     """This rank's place among the dp * cp that hold the same parameters."""
     return mesh.get_local_rank("dp_replicate") * mesh["dp_shard"].size() + mesh.get_local_rank("dp_shard")
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor that may be spread over ranks."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

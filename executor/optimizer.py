@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
+from shardplan.executor.mesh import local_part
 from shardplan.executor.schedule import MAX_NORM, AdamWords
 
 SHARDED_AXES: tuple[str, ...] = ("dp_shard", "tp", "expert_shard", "ep")
@@ -32,10 +33,10 @@ class ShardAdamW(torch.optim.Optimizer):
             states = [self.state[parameter] or self._first(parameter) for parameter in held]
             beta1, beta2 = group["betas"]
             adamw(
-                [_local(parameter) for parameter in held],
-                [_local(parameter.grad) for parameter in held],
-                [_local(state["exp_avg"]) for state in states],
-                [_local(state["exp_avg_sq"]) for state in states],
+                [local_part(parameter) for parameter in held],
+                [local_part(parameter.grad) for parameter in held],
+                [local_part(state["exp_avg"]) for state in states],
+                [local_part(state["exp_avg_sq"]) for state in states],
                 [],
                 [state["step"] for state in states],
                 fused=True,
@@ -94,10 +95,10 @@ def clip_gradients(
     groups = {axis: group for p in parameters for axis, group in _groups(p.grad)}
     kinds = [frozenset(axes) for size in range(3) for axes in itertools.combinations(SHARDED_AXES, size)]
     counted: list[list[Tensor]] = [[] for _ in kinds]
-    grads = [_local(p.grad) for p in parameters if p.grad is not None]
+    grads = [local_part(p.grad) for p in parameters if p.grad is not None]
     for parameter in parameters:
         if parameter.grad is not None and id(parameter) not in elsewhere:
-            counted[kinds.index(_split_axes(parameter.grad))].append(_local(parameter.grad))
+            counted[kinds.index(_split_axes(parameter.grad))].append(local_part(parameter.grad))
     squares = torch.zeros(len(kinds), device=device)
     for kind, held in enumerate(counted):
         if held:
@@ -115,10 +116,6 @@ def clip_gradients(
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0) / loss_scale
     torch._foreach_mul_(grads, scale)  # pyright: ignore[reportPrivateImportUsage]
     return norm
-
-
-def _local(grad: Tensor) -> Tensor:
-    return grad.to_local() if isinstance(grad, DTensor) else grad
 
 
 def _split_axes(grad: Tensor) -> frozenset[str]:

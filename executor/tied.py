@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
+from shardplan.executor.mesh import local_part
 from shardplan.executor.transformer import Transformer
 
 
@@ -36,7 +36,7 @@ class TiedEmbedding:
     @torch.no_grad()
     def sum_gradients(self) -> None:
         """Make the gradients of both copies their sum; the ranks that hold one call it together."""
-        mine = [_local(one.grad) for one in (self.embedding, self.head) if one is not None and one.grad is not None]
+        mine = [local_part(one.grad) for one in (self.embedding, self.head) if one is not None and one.grad is not None]
         if len(mine) == 2:
             mine[0].add_(mine[1])
             mine[1].copy_(mine[0])
@@ -61,14 +61,10 @@ class TiedEmbedding:
         """Give the head's copy what the embedding's on the same rank has: values and optimizer states."""
         if self.embedding is None or self.head is None:
             return
-        _local(self.head).copy_(_local(self.embedding))
+        local_part(self.head).copy_(local_part(self.embedding))
         for kind, value in optimizer.state.get(self.embedding, {}).items():
-            _local(optimizer.state[self.head][kind]).copy_(_local(value))
+            local_part(optimizer.state[self.head][kind]).copy_(local_part(value))
 
 
 def _first(modules: Iterable[nn.Module]) -> nn.Parameter | None:
     return next((one for module in modules for name, one in module.named_parameters() if name == "weight"), None)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -87,10 +87,6 @@ class Trainer:
             for number, before in held
         ]
         head_dim = max(kind.head_dim for kind, _ in plan.model.layers)
-        if layout.attention == "unfused" and job.precision != "fp32":
-            torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(
-                True
-            )  # else its products run in fp32, several times slower
         self.attention = attention_backends(layout.attention, device_type=device.type, precision=job.precision)
         self.own_attention = runs_own_attention(
             layout.attention,
@@ -128,13 +124,12 @@ class Trainer:
             self.parameters(), rate=self.recipe.learning_rate(1), words=self.recipe.optimizer
         )
         self.gathered_bytes = 0.0
-        for chunk in self.chunks:
-            chunk.register_forward_hook(self._see_gathered)
+        self.watches = [chunk.register_forward_hook(self._see_gathered) for chunk in self.chunks]
         self.data_s = 0.0
 
     def _see_gathered(self, *_: object) -> None:
-        if not self.gathered_bytes:
-            self.gathered_bytes = self.gathered()
+        """Behind every forward of the first step: chunks of a stage gather one after the other."""
+        self.gathered_bytes = max(self.gathered_bytes, self.gathered())
 
     def gathered(self) -> float:
         """Bytes that whole copies of parameters take on this rank now, beside the shards."""
@@ -236,6 +231,8 @@ class Trainer:
         most = self.recipe.optimizer.clip
         if not self.gradients_bytes:
             self.gradients_bytes = gradient_bytes(self.parameters())
+        while self.watches:
+            self.watches.pop().remove()
         with self.clock("optimizer"):
             norm = clip_gradients(self.parameters(), self.mesh, most, loss_scale=self.scale, copies=self.tied.copies)
             overflow = self.loss_scale is not None and overflows(norm)

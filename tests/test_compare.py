@@ -194,3 +194,49 @@ def test_the_bare_loop_trains_what_the_executor_trains():
     found = json.loads(done.stdout)
     assert found["last_loss"][1] == pytest.approx(found["last_loss"][0], rel=1e-5)
     assert found["bare_s"] > 0
+
+
+@pytest.mark.parametrize(("words", "copies"), [("zero=0", 1.0), ("zero=3", 0.0)])
+def test_whole_copies_count_as_parameters(words, copies):
+    """On one rank in bf16, fp32 shards and 16-bit copies: of the layers too unless ZeRO-3 has dropped them behind the forward."""
+    pytest.importorskip("torch", reason="the executor needs torch")
+    found = json.loads(
+        subprocess.run(
+            [sys.executable, "-c", GATHERED, words],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    )
+    root, layers = found["root"], found["layers"]
+    assert found["gathered"] == 2 * (root + copies * layers)
+    assert found["told"] == 4 * (root + layers) + found["gathered"]
+    assert found["watches"] == 0
+
+
+GATHERED = """
+import json, os, sys
+import torch
+from shardplan.costmodel.job import Job
+from shardplan.costmodel.layout import parse_layout
+from shardplan.costmodel.model_config import load_model
+from shardplan.executor.device_run import start_alone
+from shardplan.executor.train import memory
+from shardplan.executor.trainer import Trainer
+from shardplan.planner.plan import Plan
+
+device = torch.device("cpu")
+layout, job = parse_layout(sys.argv[1]), Job(seq=32, global_batch=1, precision="bf16")
+plan = Plan(model=load_model("tiny"), job=job, cluster={}, gpus=1, runtime="shardplan", layout=layout,
+            prediction={}, search={}, digests={}, shardplan_version="")
+trainer = Trainer(plan, start_alone(device), device)
+sizes = {name: parameter.numel() for name, parameter in trainer.chunks[0].named_parameters()}
+layers = sum(size for name, size in sizes.items() if name.startswith("layers"))
+trainer.forward_backward(1)
+trainer.update(1)
+print(json.dumps({"gathered": trainer.gathered_bytes, "told": memory(trainer)["parameters"], "layers": layers,
+                  "root": sum(sizes.values()) - layers, "watches": len(trainer.watches)}), flush=True)
+os._exit(0)
+"""
+"""A step of one process, whose process group a test process cannot have."""
