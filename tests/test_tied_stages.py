@@ -89,10 +89,10 @@ def trained(folder: Path, words: str, **recovery) -> tuple[Path, dict[int, float
         gpus=layout.gpus,
         runtime="shardplan",
         layout=layout,
-        prediction={},
+        prediction={"time": {"step_s": 0.1}, "throughput": {"tokens_per_s": 1.0}, "memory": {"stages": []}},
         search={},
         digests={},
-        shardplan_version="",
+        shardplan_version="0",
     )
     plan.write(folder.with_suffix(".json"))
     outcome = run_plan(
