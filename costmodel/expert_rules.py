@@ -83,6 +83,11 @@ def _group(layout: Layout) -> int:
     return layout.ep * int(layout_table([layout]).expert_tp[0])
 
 
+def _cut_experts(setting: Setting, table: LayoutTable) -> BoolArray:
+    """ZeRO gives a rank parts of experts, not whole ones."""
+    return np.any([kind.experts % (table.dp * table.cp) != 0 for kind in setting.kinds if kind.experts], axis=0)
+
+
 EXPERT_RULES: tuple[Rule, ...] = (
     Rule(
         id="ep-needs-experts",
@@ -157,9 +162,11 @@ EXPERT_RULES: tuple[Rule, ...] = (
     ),
     _without(
         "hpz",
-        meets=lambda s, t: (t.hpz > 1) & t.dispatches,
-        what=lambda s, x: f"ep={x.ep} and hpz={x.hpz}",
-        remedy="drop hpz, or use ep=1",
+        meets=lambda s, t: (t.hpz > 1) & (t.dispatches | _cut_experts(s, t)),
+        what=lambda s, x: (
+            f"hpz={x.hpz} and {f'ep={x.ep}' if x.ep > 1 else f'dp*cp = {x.dp * x.cp}, which cuts experts'}"
+        ),
+        remedy="drop hpz, or use ep=1 and a dp*cp that divides the experts of a layer",
     ),
     _without(
         "split_backward",

@@ -28,7 +28,8 @@ def refused(words: str, *, runtime: str = "shardplan", model: str = "mixtral-8x7
     [
         ("experts-without-cp", "dp=32 cp=2", {}, "cp=2; use cp=1"),
         ("experts-without-fp16", "dp=64", {"precision": "fp16"}, "--precision bf16"),
-        ("experts-without-hpz", "dp=64 ep=2 zero=3 hpz=8", {}, "ep=2 and hpz=8; drop hpz"),
+        ("experts-without-hpz", "dp=64 ep=2 zero=3 hpz=8", {}, "hpz=8 and ep=2; drop hpz"),
+        ("experts-without-hpz", "dp=64 zero=3 hpz=8", {}, "hpz=8 and dp*cp = 64, which cuts experts; drop hpz"),
         ("experts-without-split-backward", "dp=32 pp=2 schedule=zero_bubble", {}, "schedule=zero_bubble"),
     ],
 )
@@ -36,6 +37,10 @@ def test_a_rule_names_what_does_not_go_together_and_the_remedy(rule, words, chan
     assert told in refused(words, **changed)[rule]
     assert rule not in refused(words, model="llama-3-8b", **changed)
     assert rule not in refused(words, runtime="megatron", **changed)
+
+
+def test_a_second_copy_goes_with_whole_experts():
+    assert "experts-without-hpz" not in refused("dp=8 pp=8 zero=3 hpz=2")
 
 
 def test_spread_experts_go_with_the_rest():
