@@ -249,9 +249,9 @@ def _attention_parameters(kind: LayerKind) -> tuple[int, int]:
 
 
 def split_parameters(kind: LayerKind) -> tuple[int, int]:
-    """Parameters of one layer that tensor parallelism (divides, keeps whole on every rank): norms and MLA's latents are whole."""
+    """Parameters of one layer that tensor parallelism (divides, keeps whole on every rank): norms, routers and MLA's latents are whole."""
     parts = layer_parameters(kind)
-    whole = parts["norms"] + parts.get("latent", 0)
+    whole = parts["norms"] + parts["router"] + parts.get("latent", 0)
     return sum(parts.values()) - whole, whole
 
 

@@ -21,12 +21,13 @@ from shardplan.costmodel.memory import SELECTIVE, gradient_bytes, parameter_byte
 from shardplan.costmodel.model import Model
 from shardplan.costmodel.op import Op
 from shardplan.costmodel.pace import boundary_bytes
-from shardplan.costmodel.rank_groups import dense_groups
+from shardplan.costmodel.rank_groups import StateGroups, dense_groups, expert_groups
 from shardplan.costmodel.runtime import Runtime
 from shardplan.costmodel.stage_cost import stage_parameters, stage_rows
+from shardplan.costmodel.step_time import tied_table_bytes
 
 Volumes = dict[tuple[str, str], float]
-"""Bytes by axis (dp, tp, cp, pp) and operation (all_reduce, all_gather, reduce_scatter, all_to_all, send)."""
+"""Bytes by axis (dp, tp, cp, ep, pp) and operation (all_reduce, all_gather, reduce_scatter, all_to_all, send)."""
 
 
 def communication_volumes(
@@ -34,7 +35,7 @@ def communication_volumes(
 ) -> list[Volumes]:
     """Payload bytes per step of a rank of each pipeline stage, tensor-parallel collectives below `smallest_bytes` left out.
 
-    Exchanges with experts, whose rows vary, are left out too.
+    Tokens go to experts evenly: those of real ranks vary about these, with the same sum.
     """
     table = layout_table([layout])
     micro_batches = job.global_batch / (layout.dp * layout.micro_batch)
@@ -47,13 +48,22 @@ def communication_volumes(
         layers = stages.layers[0, stage]
         ends = float(stages.embedding[0, stage] + stages.head[0, stage])
         depth = float(stages.recomputed[0, stage] / max(layers.sum(), 1.0))
-        total = _states(held.stage[0, stage], held.root[0, stage], table, job, runtime, micro_batches)
-        for count, block in zip(layers, ops.layers, strict=True):
+        spread = 0.0 if held.experts is None else float(held.experts[0, stage])
+        dense = float(held.stage[0, stage]) - spread
+        states = (job, runtime, micro_batches)
+        total = _states(dense, float(held.root[0, stage]), dense_groups(table), table, *states)
+        if spread:
+            _add(total, _states(spread, 0.0, expert_groups(table), table, *states))
+        for run, count in enumerate(layers):
+            block = ops.spread.get(run, ops.layers[run])
             _add(total, _layer(block, table, runtime, depth, smallest_bytes), micro_batches * float(count))
         for count, block in ((stages.embedding, ops.embedding), (stages.head, ops.head)):
             _add(total, _collectives(block, smallest_bytes, backward=True), micro_batches * float(count[0, stage]))
         if layout.pp > 1:  # the first chunk sends nothing back, the last nothing on
             _add(total, {("pp", "send"): boundary}, micro_batches * (2.0 * layout.virtual_stages - ends))
+            if model.tied_embeddings and not table.v_placed[0] and ends:
+                name = "send" if runtime.communication.tied_after_reduction else "all_reduce"
+                _add(total, {("pp", name): float(tied_table_bytes(model, job, table, runtime)[0])})
         found.append({key: size for key, size in total.items() if size > 0})
     return found
 
@@ -64,10 +74,16 @@ def _add(total: Volumes, more: Mapping[tuple[str, str], float], times: float = 1
 
 
 def _states(
-    parameters: float, root: float, table: LayoutTable, job: Job, runtime: Runtime, micro_batches: float
+    parameters: float,
+    root: float,
+    groups: StateGroups,
+    table: LayoutTable,
+    job: Job,
+    runtime: Runtime,
+    micro_batches: float,
 ) -> Volumes:
-    """Gathers and reductions of the states of a rank that holds `parameters`, `root` of them outside its layers."""
-    groups, one = dense_groups(table), np.ones(1)
+    """Gathers and reductions among `groups` of the states of a rank that holds `parameters`, `root` of them outside its layers."""
+    one = np.ones(1)
     counts = exchange_s(
         Exchange(reduce_s=one, gather_s=one, reduce_share=one, gather_share=one),
         table,
@@ -97,6 +113,8 @@ def _layer(block: Sequence[Op], table: LayoutTable, runtime: Runtime, depth: flo
         again = how.selective_repeats_tensor_sp if split else how.selective_repeats_tensor
     _add(found, _collectives(block, smallest_bytes, backward=False), again)
     for op in block:
+        if op.experts is not None:
+            _add(found, {("ep", "all_to_all"): float(np.ravel(op.experts[0])[0])}, 2.0 + depth)
         if op.context is not None and table.cp[0] > 1:
             query, key_value = (np.asarray(size, dtype=np.float64) for size in op.context)
             both = exchanges(CP_KINDS[int(table.cp_kind[0])], table.cp.astype(np.float64), query, key_value)

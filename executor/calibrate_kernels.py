@@ -6,6 +6,7 @@ Data are random normal: matrix units draw less power on zeros and would run up t
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -22,13 +23,15 @@ from shardplan.executor.attention_kernel import (
     runs_own_attention,
 )
 from shardplan.executor.calibrate_measurements import Timing
-from shardplan.executor.calibrate_timing import Timer
+from shardplan.executor.calibrate_timing import Call, Timer
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ASPECTS = ((1.0, 1.0, 1.0), (4.0, 0.5, 0.5), (2.0, 0.5, 1.0))
 """M, K, N relative to an edge: a square, a narrow model over many tokens, an up-projection; all of equal FLOP."""
 COLD_BYTES = 512e6
 """Working set that no GPU cache holds."""
+KEPT_BYTES, MOST_KEPT = 256e6, 64
+"""Of a CPU's results: as much as a small model keeps."""
 DISPATCH_CHAIN = 50
 
 
@@ -55,9 +58,17 @@ def _gemm_seconds(timer: Timer, precision: str, m: int, k: int, n: int) -> float
     dtype = DTYPES[precision]
     x_MK = torch.randn(m, k, device=timer.device).to(dtype)
     weight_NK = torch.randn(n, k, device=timer.device).to(dtype)
-    out_MN = torch.empty(m, n, device=timer.device, dtype=dtype)
     weight_KN = weight_NK.t()
+    if timer.device.type == "cpu":
+        return timer.device_seconds(_kept(lambda: torch.mm(x_MK, weight_KN), m * n * x_MK.element_size()))
+    out_MN = torch.empty(m, n, device=timer.device, dtype=dtype)
     return timer.device_seconds(lambda: torch.mm(x_MK, weight_KN, out=out_MN))
+
+
+def _kept(call: Callable[[], Tensor], result_bytes: float) -> Call:
+    """Call and keep the last results, like activations until the backward pass: the next one is written where no cache is warm."""
+    kept: deque[Tensor] = deque(maxlen=max(1, min(MOST_KEPT, int(KEPT_BYTES / result_bytes))))
+    return lambda: kept.append(call())
 
 
 @contextmanager
@@ -74,8 +85,8 @@ def matmul_precision(precision: str) -> Iterator[None]:
 def memory_timings(timer: Timer, sizes_bytes: Sequence[float]) -> tuple[Timing, ...]:
     """Seconds of y = b + a·x in fp32 by bytes moved (two tensors read, one written).
 
-    A GPU goes through enough tensors that its cache holds none of them. A CPU process keeps one set: its small
-    activations do stay in cache between operations, so small sizes run faster than main memory.
+    A GPU goes through enough tensors that its cache holds none of them. A CPU process reads one set, for what an operation
+    reads is mostly what the last one wrote, and writes a new tensor each time, as autograd does.
     """
     timings: list[Timing] = []
     for size in sorted(sizes_bytes):
@@ -88,7 +99,11 @@ def memory_timings(timer: Timer, sizes_bytes: Sequence[float]) -> tuple[Timing, 
 
 def _memory_timing(timer: Timer, moved_bytes: float) -> Timing:
     elements = max(1, int(moved_bytes / 12))
-    sets = max(1, int(COLD_BYTES / moved_bytes)) if timer.device.type == "cuda" else 1
+    if timer.device.type == "cpu":
+        x, b = torch.randn(elements), torch.randn(elements)
+        seconds = timer.device_seconds(_kept(lambda: torch.add(b, x, alpha=1.5), 4 * elements))
+        return Timing(size=12.0 * elements, seconds=seconds)
+    sets = max(1, int(COLD_BYTES / moved_bytes))
     pool_x = torch.randn(sets, elements, device=timer.device)
     pool_b, pool_y = torch.randn_like(pool_x), torch.zeros_like(pool_x)
     turns = itertools.cycle([(pool_x[i], pool_b[i], pool_y[i]) for i in range(sets)])

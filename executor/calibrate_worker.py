@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import resource
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from importlib import import_module
+from itertools import chain
 from pathlib import Path
+from statistics import median
 from typing import TypeVar
 
 import torch
@@ -61,7 +64,7 @@ class Effort:
     collective_bytes: tuple[float, ...]
     heat_s: float = 0.0
     rounds: int = 1
-    """Passes over everything but collectives; a program that disturbed one seldom disturbs the other."""
+    """Passes over everything but collectives: the speed of a CPU that others use too moves within seconds."""
 
 
 def effort(device: str, *, quick: bool) -> Effort:
@@ -91,7 +94,7 @@ def effort(device: str, *, quick: bool) -> Effort:
         host_bytes=64e6 if quick else 256e6,
         adam_parameters=1_000_000 if quick else 8_000_000,
         collective_bytes=(4e3, 256e3, 4e6) if quick else (4e3, 64e3, 512e3, 4e6, 32e6),
-        rounds=1 if quick else 2,
+        rounds=1 if quick else 3,
     )
 
 
@@ -165,39 +168,39 @@ def _facts_at_work(cover: Call) -> dict[str, str]:
 
 
 def _device_rates(rates: Rates, timer: Timer, plan: Effort, notes: list[str]) -> Rates:
-    """Products, attention, element-wise kernels, dispatch; of several rounds the fastest."""
-    gemm: dict[str, tuple[Timing, ...]] = {}
-    attention: dict[str, dict[str, Timing]] = {}
-    memory: tuple[Timing, ...] = ()
+    """Products, attention, element-wise kernels, dispatch; of several rounds the median, as training will meet them all."""
+    gemm: dict[str, list[tuple[Timing, ...]]] = defaultdict(list)
+    attention: dict[str, list[dict[str, Timing]]] = defaultdict(list)
+    memory: list[tuple[Timing, ...]] = []
     precisions = _usable(plan.precisions, timer.device)
     for _ in range(plan.rounds):
         for precision in precisions:
             found = _try(notes, f"gemm {precision}", partial(gemm_timings, timer, precision, plan.gemm_edges))
-            gemm[precision] = fastest(gemm.get(precision, ()), found or ())
+            gemm[precision].append(found or ())
         for precision in [word for word in plan.attention_precisions if word in precisions]:
             ways = _try(notes, f"attention {precision}", partial(_attention, timer, precision, plan))
-            before = attention.get(precision, {})
-            attention[precision] = {
-                way: fastest((before.get(way, new),), (new,))[0] for way, new in (ways or {}).items()
-            }
-        memory = fastest(memory, _try(notes, "memory", partial(memory_timings, timer, plan.memory_bytes)) or ())
+            attention[precision] += [ways] if ways else []
+        memory.append(_try(notes, "memory", partial(memory_timings, timer, plan.memory_bytes)) or ())
     return replace(
         rates,
-        gemm={word: timings for word, timings in gemm.items() if timings},
-        attention={word: ways for word, ways in attention.items() if ways},
+        gemm={word: usual(rounds) for word, rounds in gemm.items() if any(rounds)},
+        attention={
+            word: {way: usual([(ways[way],) for ways in rounds])[0] for way in rounds[0]}
+            for word, rounds in attention.items()
+            if rounds
+        },
         attention_seq=plan.attention_seq,
-        memory=memory,
+        memory=usual(memory),
         dispatch_s=_try(notes, "dispatch", partial(dispatch_seconds, timer)),
     )
 
 
-def fastest(one: Sequence[Timing], other: Sequence[Timing]) -> tuple[Timing, ...]:
-    """Of two rounds, the faster timing of each size."""
-    best = {timing.size: timing for timing in one}
-    for timing in other:
-        if timing.size not in best or timing.seconds < best[timing.size].seconds:
-            best[timing.size] = timing
-    return tuple(best[size] for size in sorted(best))
+def usual(rounds: Sequence[Sequence[Timing]]) -> tuple[Timing, ...]:
+    """Of several rounds, the median timing of each size."""
+    seconds: dict[float, list[float]] = defaultdict(list)
+    for timing in chain.from_iterable(rounds):
+        seconds[timing.size].append(timing.seconds)
+    return tuple(Timing(size=size, seconds=median(seconds[size])) for size in sorted(seconds))
 
 
 def _attention(timer: Timer, precision: str, plan: Effort) -> dict[str, Timing]:

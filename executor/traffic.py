@@ -25,7 +25,8 @@ SMALL_BYTES = 4096
 """Payloads below are told apart: norms of gradients, losses, what stages tell each other of shapes."""
 WORLD = "world"
 """The axis of a group that is none of the mesh."""
-NO_GROUPS: Mapping[str, dist.ProcessGroup] = {}
+Groups = Sequence[tuple[str, dist.ProcessGroup]]
+"""(axis, group) of this rank, beside those of the mesh."""
 _PLACES: Mapping[str, tuple[str, str]] = {
     "_c10d_functional::all_reduce": ("all_reduce", "first"),
     "_c10d_functional::all_reduce_": ("all_reduce", "first"),
@@ -49,7 +50,7 @@ _PLACES: Mapping[str, tuple[str, str]] = {
 class Traffic(TorchDispatchMode):
     """Counts while it is entered: `payload_bytes` and `times` by (axis, operation); payloads under SMALL_BYTES in `small_times`."""
 
-    def __init__(self, mesh: DeviceMesh, groups: Mapping[str, dist.ProcessGroup] = NO_GROUPS) -> None:
+    def __init__(self, mesh: DeviceMesh, groups: Groups = ()) -> None:
         super().__init__()
         self.axis_of = Axes(mesh, groups)
         self.payload_bytes: Counter[tuple[str, str]] = Counter()
@@ -71,7 +72,7 @@ class Traffic(TorchDispatchMode):
         operation, place = found
         size, axis = _bytes_of({"first": arguments[0], "second": arguments[1], "result": result}[place]), WORLD
         for group in filter(None, map(_group, arguments)):
-            axis = self.axis_of(group) or WORLD
+            axis = self.axis_of(group, operation) or WORLD
         if size < SMALL_BYTES:
             self.small_times[axis, operation] += 1
         else:
@@ -92,24 +93,27 @@ def group_axes(mesh: DeviceMesh) -> dict[tuple[int, ...], str]:
 
 
 class Axes:
-    """The axis of a process group: by name of those in `groups` (axis -> group, beside the mesh), else by its ranks on the mesh."""
+    """The axis of a process group: by name of those in `groups`, else by its ranks, of the mesh first.
 
-    def __init__(self, mesh: DeviceMesh, groups: Mapping[str, dist.ProcessGroup]) -> None:
-        self.of_ranks = group_axes(mesh)
-        self.of_name = {group.group_name: axis for axis, group in groups.items()}
+    The ep group may be that of another axis, as torch makes one for the same ranks; on it, all-to-all is what experts do.
+    """
 
-    def __call__(self, group: dist.ProcessGroup) -> str | None:
+    def __init__(self, mesh: DeviceMesh, groups: Groups) -> None:
+        self.of_name = {group.group_name: axis for axis, group in groups if axis != "ep"}
+        self.of_experts = {ranks_of(group) for axis, group in groups if axis == "ep"}
+        beside = {ranks_of(group): axis for axis, group in groups if axis != "ep"}
+        self.of_ranks = dict.fromkeys(self.of_experts, "ep") | beside | group_axes(mesh)
+
+    def __call__(self, group: dist.ProcessGroup, operation: str) -> str | None:
         """None for a group of neither."""
-        if group.group_name not in self.of_name:
-            axis = self.of_ranks.get(ranks_of(group))
-            if axis is None:
-                return None
-            self.of_name[group.group_name] = axis
-        return self.of_name[group.group_name]
+        ranks = ranks_of(group)
+        if operation.startswith("all_to_all") and ranks in self.of_experts:
+            return "ep"
+        return self.of_name.get(group.group_name) or self.of_ranks.get(ranks)
 
     def names(self) -> list[str]:
         """Axes with more than one rank."""
-        return sorted({*self.of_ranks.values(), *self.of_name.values()})
+        return sorted({*self.of_ranks.values(), *self.of_name.values(), *(["ep"] if self.of_experts else [])})
 
 
 def resolve_group(name: str) -> dist.ProcessGroup:

@@ -151,13 +151,14 @@ class Trainer:
         return 1.0 if self.loss_scale is None else self.loss_scale.value
 
     @property
-    def groups(self) -> dict[str, dist.ProcessGroup]:
-        """Axis -> group of this rank, of the axes that are none of the mesh of states."""
-        found = {
-            "cp": self.context.group,
-            "ep": None if self.experts.mesh is None else self.experts.mesh.get_group("ep"),
-        }
-        return {axis: group for axis, group in found.items() if group is not None}
+    def groups(self) -> list[tuple[str, dist.ProcessGroup]]:
+        """(axis, group) of this rank, those that are none of the mesh of states; ranks that hold the same experts are of axis dp."""
+        found = [] if self.context.group is None else [("cp", self.context.group)]
+        experts = self.experts.mesh
+        if experts is not None:
+            axes = (("dp", "expert_replicate"), ("dp", "expert_shard"), ("ep", "ep"))
+            found += [(axis, experts.get_group(name)) for axis, name in axes if experts[name].size() > 1]
+        return found
 
     def parameters(self) -> list[nn.Parameter]:
         """Every parameter this rank holds a piece of: the shards, but for layers whose whole copies are gathered just now."""

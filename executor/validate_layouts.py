@@ -3,6 +3,9 @@
 One launch for each number of ranks walks through its cases, and that ROUNDS times, so that what disturbs the machine for a while
 disturbs all cases. Each step tells the wall clock and the CPU time of the busiest rank. On a machine that others use too the second is
 what to compare, with what is predicted without waiting: compute, recompute, host, optimizer.
+
+Virtual CPUs share cores with other guests, and their speed moves by half within minutes. So before and after each case the ranks time one
+point of the calibration again; `pace` is the speed then over the calibrated one, and predictions at that pace are told beside the others.
 """
 
 from __future__ import annotations
@@ -30,8 +33,10 @@ from shardplan.hw_profiles.load import cluster_from_document
 from shardplan.planner.plan import Plan
 from shardplan.planner.search import judge
 
-ROUNDS, WARMUP_STEPS, TIMED_STEPS = 2, 2, 6
+ROUNDS, WARMUP_STEPS, TIMED_STEPS = 3, 2, 5
 PER_ROUND = WARMUP_STEPS + TIMED_STEPS
+PROBED, PROBE_S = 256, 0.1
+"""Edge of the products that tell the pace (calibrate_kernels.gemm_timings), seconds for each shape."""
 LIMIT_S = 1500.0
 """Of one launch."""
 WORKING = ("compute_s", "recompute_s", "optimizer_s", "host_s")
@@ -46,6 +51,8 @@ class LayoutResult:
     predicted_s: float
     working_s: float
     """Predicted without waiting."""
+    pace: float
+    """Speed of products while the case ran, over the calibrated one."""
     step_s: float
     cpu_s: float
     phases: Mapping[str, float]
@@ -54,6 +61,11 @@ class LayoutResult:
     def step_error(self) -> float:
         """Predicted over measured, less one."""
         return self.predicted_s / self.step_s - 1.0
+
+    @property
+    def step_error_at_pace(self) -> float:
+        """The same, predicted for a machine as fast as it was."""
+        return self.predicted_s / self.pace / self.step_s - 1.0
 
     @property
     def cpu_error(self) -> float:
@@ -98,6 +110,7 @@ def _result(case: LayoutCase, plan: Plan, steps: Sequence[Sequence[Mapping[str, 
     return LayoutResult(
         case=case,
         predicted_s=time["step_s"],
+        pace=_calibrated_probe_s(plan) / median(one["probe_s"] for one in busiest),
         working_s=sum(time[part] for part in WORKING),
         step_s=median(max(one["step_s"] for one in together) for together in zip(*timed, strict=True)),
         cpu_s=median(one["cpu_s"] for one in busiest),
@@ -105,7 +118,16 @@ def _result(case: LayoutCase, plan: Plan, steps: Sequence[Sequence[Mapping[str, 
     )
 
 
-LAYOUT_HEADER = f"{'case':<58}{'step ms':>9}{'predicted':>10}{'err %':>7}{'cpu ms':>9}{'predicted':>10}{'err %':>7}{'waiting ms':>11}"
+def _calibrated_probe_s(plan: Plan) -> float:
+    gpu = cluster_from_document(dict(plan.cluster)).gpu
+    flop = 2.0 * PROBED**3
+    return flop / (gpu.peak_flop_per_s["fp32"] * float(gpu.gemm_curve("fp32").at(flop)))
+
+
+LAYOUT_HEADER = (
+    f"{'case':<58}{'step ms':>9}{'predicted':>10}{'err %':>7}{'pace':>6}{'err %':>7}"
+    f"{'cpu ms':>9}{'predicted':>10}{'err %':>7}{'waiting ms':>11}"
+)
 
 
 def layout_line(one: LayoutResult) -> str:
@@ -113,13 +135,16 @@ def layout_line(one: LayoutResult) -> str:
     waited = sum(seconds for name, seconds in one.phases.items() if name.endswith("_exposed_s"))
     return (
         f"{one.case.name:<58}{one.step_s * 1e3:>9.1f}{one.predicted_s * 1e3:>10.1f}{one.step_error * 100:>+7.1f}"
+        f"{one.pace:>6.2f}{one.step_error_at_pace * 100:>+7.1f}"
         f"{one.cpu_s * 1e3:>9.1f}{one.working_s * 1e3:>10.1f}{one.cpu_error * 100:>+7.1f}{waited * 1e3:>11.1f}"
     )
 
 
 def summary_line(ranks: int, results: Sequence[LayoutResult]) -> str:
     """Median error, and pairs of layouts of one size in the predicted order, where measured they are 10 % apart or more."""
-    wall, cpu = (median(abs(getattr(one, name)) for one in results) for name in ("step_error", "cpu_error"))
+    wall, paced, cpu = (
+        median(abs(getattr(one, name)) for one in results) for name in ("step_error", "step_error_at_pace", "cpu_error")
+    )
     orders = " and ".join(
         f"{right} of {right + wrong} pairs by {what}"
         for what, right, wrong in (
@@ -128,8 +153,9 @@ def summary_line(ranks: int, results: Sequence[LayoutResult]) -> str:
         )
     )
     return (
-        f"{ranks} rank{'s' if ranks > 1 else ''}, {len(results)} cases: median error {wall:.1%} of the step, {cpu:.1%} of CPU "
-        f"time; in the right order {orders}; load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
+        f"{ranks} rank{'s' if ranks > 1 else ''}, {len(results)} cases: median error {wall:.1%} of the step "
+        f"({paced:.1%} at the pace of the machine), {cpu:.1%} of CPU time; "
+        f"in the right order {orders}; load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
     )
 
 
@@ -154,32 +180,42 @@ def write_results(path: Path, origin: tuple[str, ...], results: Sequence[LayoutR
         writer = csv.writer(file, lineterminator="\n")
         for one in results:
             measured = {"step_s": one.step_s, "cpu_s": one.cpu_s, **one.phases}
-            rows = [("measured", name, value) for name, value in measured.items()]
+            rows = [("measured", name, value, "s") for name, value in measured.items()]
             rows += [
-                ("predicted:calibrated", "step_s", one.predicted_s),
-                ("predicted:calibrated", "cpu_s", one.working_s),
+                ("measured", "pace", one.pace, ""),
+                ("predicted:calibrated", "step_s", one.predicted_s, "s"),
+                ("predicted:calibrated", "cpu_s", one.working_s, "s"),
             ]
-            for source, name, value in rows:
-                writer.writerow((*origin, one.case.name, source, name, f"{value:.7g}", "s"))
+            for source, name, value, unit in rows:
+                writer.writerow((*origin, one.case.name, source, name, f"{value:.7g}", unit))
 
 
 def run_rank(folder: Path, cases: int) -> None:
     """What a rank of a launch does: all cases, ROUNDS times; rank 0 writes down everyone's steps."""
     import torch.distributed as dist
 
+    from shardplan.executor.calibrate_kernels import gemm_timings
+    from shardplan.executor.calibrate_timing import Timer
     from shardplan.executor.mesh import build_mesh
     from shardplan.executor.start import start_process_group
     from shardplan.executor.train import run_step
     from shardplan.executor.trainer import Trainer
     from shardplan.executor.waits import Waits
+    from shardplan.hw_profiles.detect import cpu_facts
 
     device = start_process_group("cpu", timedelta(seconds=300.0))
+    together = dist.get_world_size() > 1
+    crowd = max(dist.get_world_size() / cpu_facts().cores, 1.0)
+    timer = Timer(device=device, budget_s=PROBE_S, per_core=crowd, group=dist.group.WORLD if together else None)
     steps: list[list[dict[str, Any]]] = [[] for _ in range(cases)]
     for number in [*range(cases)] * ROUNDS:
         plan = Plan.read(folder / f"{number}.json")
+        (before,) = gemm_timings(timer, "fp32", (PROBED,))
         trainer = Trainer(plan, build_mesh(plan.layout, "cpu"), device)
         waits = Waits(trainer.clock, trainer.mesh, trainer.groups)
-        steps[number] += [vars(run_step(trainer, step, waits)) for step in range(1, PER_ROUND + 1)]
+        visit = [vars(run_step(trainer, step, waits)) for step in range(1, PER_ROUND + 1)]
+        (after,) = gemm_timings(timer, "fp32", (PROBED,))
+        steps[number] += [{**one, "probe_s": 0.5 * (before.seconds + after.seconds)} for one in visit]
     every: list[list[list[dict[str, Any]]]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(every, steps)
     if dist.get_rank() == 0:

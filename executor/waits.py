@@ -16,7 +16,7 @@ A collective on another stream than the one that computes is not a wait. Not see
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -26,7 +26,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import schedules
 
 from shardplan.executor.phases import StepClock
-from shardplan.executor.traffic import NO_GROUPS, Axes, resolve_group
+from shardplan.executor.traffic import Axes, Groups, resolve_group
 
 BLOCKING = (
     "all_reduce",
@@ -47,9 +47,9 @@ Call = Callable[..., Any]
 
 
 class Waits:
-    """Tells `clock` the waits of the rank; `axes` are those of `mesh` and of `groups` (axis -> group) with more than one rank."""
+    """Tells `clock` the waits of the rank; `axes` are those of `mesh` and of `groups` with more than one rank."""
 
-    def __init__(self, clock: StepClock, mesh: DeviceMesh, groups: Mapping[str, dist.ProcessGroup] = NO_GROUPS) -> None:
+    def __init__(self, clock: StepClock, mesh: DeviceMesh, groups: Groups = ()) -> None:
         self.clock = clock
         self.axis_of = Axes(mesh, groups)
         self.axes = self.axis_of.names()
@@ -100,7 +100,7 @@ class Waits:
     def _blocking(self, call: Call) -> Call:
         def timed(*arguments: Any, **words: Any) -> Any:
             given = (one for one in (*arguments, *words.values()) if isinstance(one, dist.ProcessGroup))
-            axis = self._axis(next(given, None) or dist.group.WORLD)
+            axis = self._axis(next(given, None) or dist.group.WORLD, call.__name__)
             if words.get("async_op"):
                 work = call(*arguments, **words)
                 self.works[id(work)] = axis
@@ -115,7 +115,7 @@ class Waits:
     def _passing(self, call: Call) -> Call:
         def started(operations: list[dist.P2POp]) -> list[dist.Work]:
             works = call(operations)
-            self.works.update((id(work), self._axis(operations[0].group)) for work in works if operations)
+            self.works.update((id(work), self._axis(operations[0].group, "send")) for work in works if operations)
             return works
 
         return started
@@ -134,7 +134,7 @@ class Waits:
         def started(*arguments: Any, **words: Any) -> Any:
             result = call(*arguments, **words)
             name = words.get("group_name", arguments[-1])
-            self.started[result.data_ptr()] = self._axis(resolve_group(name))
+            self.started[result.data_ptr()] = self._axis(resolve_group(name), call.__name__)
             return result
 
         return _like(call, started)
@@ -161,8 +161,8 @@ class Waits:
     def _computes_here(self) -> bool:
         return self.stream is None or torch.cuda.current_stream(self.clock.device) == self.stream
 
-    def _axis(self, group: dist.ProcessGroup | None) -> str:
-        return OTHER if group is None else self.axis_of(group) or OTHER
+    def _axis(self, group: dist.ProcessGroup | None, operation: str) -> str:
+        return OTHER if group is None else self.axis_of(group, operation) or OTHER
 
 
 def _like(operator: Any, call: Call) -> Call:

@@ -31,7 +31,7 @@ from shardplan.executor.calibrate_measurements import (
 )
 from shardplan.executor.calibrate_profile import base_document, profile_document, undisturbed
 from shardplan.executor.calibrate_summary import summary_rows
-from shardplan.executor.calibrate_worker import fastest
+from shardplan.executor.calibrate_worker import usual
 from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.load import cluster_document, cluster_from_document, load_cluster
 from shardplan.hw_profiles.machine import Cluster
@@ -298,10 +298,13 @@ def test_a_disturbed_measurement_says_so() -> None:
     assert cpu_measurements().notes == ()
 
 
-def test_of_two_rounds_the_faster_timing_of_each_size_counts() -> None:
-    one = [Timing(size=1.0, seconds=3.0), Timing(size=2.0, seconds=1.0)]
-    other = [Timing(size=1.0, seconds=2.0), Timing(size=2.0, seconds=4.0), Timing(size=3.0, seconds=5.0)]
-    assert [timing.seconds for timing in fastest(one, other)] == [2.0, 1.0, 5.0]
+def test_of_several_rounds_the_median_timing_of_each_size_counts() -> None:
+    rounds = [
+        [Timing(size=1.0, seconds=3.0), Timing(size=2.0, seconds=1.0)],
+        [Timing(size=2.0, seconds=4.0), Timing(size=1.0, seconds=2.0), Timing(size=3.0, seconds=5.0)],
+        [Timing(size=1.0, seconds=9.0), Timing(size=2.0, seconds=3.0)],
+    ]
+    assert [timing.seconds for timing in usual(rounds)] == [3.0, 3.0, 5.0]
 
 
 def test_answers_survive_json() -> None:

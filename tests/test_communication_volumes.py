@@ -57,6 +57,24 @@ CASES = [
     (2, "llama", 128, 2, "bf16", "cp=2 zero=3 recompute=full"),
     (2, "llama", 128, 2, "fp32", "cp=2 cp_kind=ulysses zero=0"),
     (2, "llama", 128, 2, "fp32", "cp=2 cp_kind=all_gather zero=2"),
+    (2, "tied", 128, 4, "fp32", "pp=2 schedule=1f1b"),
+    (2, "tied", 128, 4, "bf16", "pp=2 schedule=interleaved virtual_stages=2"),
+    (2, "tied", 128, 4, "fp32", "dp=2 zero=3"),
+    (2, "mixtral", 128, 4, "fp32", "dp=2 ep=2 zero=1"),
+    (2, "mixtral", 128, 2, "bf16", "dp=2 ep=2 zero=3 recompute=full"),
+    (2, "mixtral", 128, 2, "fp32", "dp=2 ep=2 zero=2 recompute=selective"),
+    (2, "mixtral", 128, 2, "fp32", "dp=2 zero=3"),
+    (2, "mixtral", 128, 2, "fp32", "tp=2 ep=2 sequence_parallel=true zero=1"),
+    (2, "mixtral", 128, 2, "fp32", "tp=2 sequence_parallel=true"),
+    (4, "tied", 128, 8, "fp32", "dp=2 pp=2 zero=3"),
+    (4, "tied", 128, 8, "fp32", "dp=2 pp=2 zero=0"),
+    (4, "tied", 128, 4, "fp32", "tp=2 pp=2 sequence_parallel=true"),
+    (4, "mixtral", 128, 8, "fp32", "dp=4 ep=2 zero=3"),
+    (4, "mixtral", 128, 8, "bf16", "dp=4 ep=2 zero=1"),
+    (4, "mixtral", 128, 8, "fp32", "dp=4 ep=2 zero=2 dp_shard=2"),
+    (4, "mixtral", 128, 8, "fp32", "dp=4 ep=4 zero=2"),
+    (4, "mixtral", 128, 8, "fp32", "dp=2 pp=2 ep=2 zero=1"),
+    (4, "mixtral", 128, 4, "fp32", "dp=2 tp=2 ep=2 zero=1 sequence_parallel=true"),
     (4, "llama", 128, 8, "fp32", "dp=4 zero=0"),
     (4, "llama", 128, 4, "fp32", "cp=4 zero=1"),
     (4, "llama", 128, 4, "fp32", "dp=2 cp=2 cp_kind=ulysses zero=3"),
@@ -73,6 +91,8 @@ CASES = [
     (4, "llama", 128, 4, "fp32", "pp=4 schedule=1f1b"),
 ]
 
+TOKENS = "ep all_to_all"
+"""Ranks send to experts what routers choose, so it is counted over all ranks of a stage."""
 NOT_MODELLED = {
     "gpt 128 2 fp32 tp=2 sequence_parallel=true": {
         "tp all_reduce": 4.0 * 128 * 64
@@ -84,9 +104,12 @@ def models() -> dict[str, Model]:
     """Sizes that all ranks divide; a row of the hidden state has fewer than 4 KiB, a stream of 128 tokens more."""
     llama = LayerKind(hidden=64, heads=4, kv_heads=2, head_dim=16, ffn=96, gated_mlp=True, norm="rmsnorm")
     biases = {"qkv_bias": True, "attention_output_bias": True, "mlp_bias": True}
+    experts = replace(llama, experts=4, experts_per_token=2, balance_weight=0.02)
     gpt = replace(llama, kv_heads=4, ffn=128, gated_mlp=False, norm="layernorm", rotary=False, **biases)
     return {
         "llama": Model(name="llama", family="llama", layers=((llama, 4),), vocab=256, tied_embeddings=False),
+        "tied": Model(name="tied", family="llama", layers=((llama, 4),), vocab=256, tied_embeddings=True),
+        "mixtral": Model(name="mixtral", family="mixtral", layers=((experts, 4),), vocab=256, tied_embeddings=False),
         "gpt": Model(
             name="gpt", family="gpt2", layers=((gpt, 4),), vocab=256, tied_embeddings=False, learned_positions=128
         ),
@@ -139,7 +162,12 @@ def test_a_real_step_sends_what_the_cost_model_says(counted, case):
     for one in found:
         expected = {f"{axis} {what}": size for (axis, what), size in said[one["stage"]].items()}
         expected |= NOT_MODELLED.get(key(case), {})
-        assert merged(one["volumes"]) == pytest.approx(merged(expected), rel=1e-12)
+        sent, even = one["volumes"], expected.pop(TOKENS, 0.0)
+        together = [other["volumes"].get(TOKENS, 0.0) for other in found if other["stage"] == one["stage"]]
+        assert sum(together) == pytest.approx(len(together) * even, rel=1e-12)
+        assert merged({name: size for name, size in sent.items() if name != TOKENS}) == pytest.approx(
+            merged(expected), rel=1e-12
+        )
 
 
 @pytest.mark.distributed
@@ -152,6 +180,8 @@ def test_every_collective_is_waited_for_under_the_clock(counted, case):
             assert waits.pop("pp") > times.pop("pp")
         if "cp=" in case[-1] and "cp_kind=" not in case[-1]:  # a ring
             assert waits.pop("cp") > 0
+        if "ep=" in case[-1] and "selective" in case[-1]:  # tokens that are kept look waited for twice
+            assert waits.pop("ep") > times.pop("ep")
         assert waits == times
 
 

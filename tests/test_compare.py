@@ -173,7 +173,7 @@ def test_layouts_to_validate_break_no_rule(ranks):
 def test_pairs_too_close_to_tell_do_not_count():
     def result(predicted_s: float, step_s: float, size: str = "tiny") -> LayoutResult:
         case = layout_cases(1)[0 if size == "tiny" else -1]
-        return LayoutResult(case=case, predicted_s=predicted_s, working_s=1, step_s=step_s, cpu_s=1, phases={})
+        return LayoutResult(case=case, predicted_s=predicted_s, working_s=1, pace=1, step_s=step_s, cpu_s=1, phases={})
 
     results = [result(1.0, 1.0), result(1.2, 1.05), result(0.9, 1.5), result(9.0, 0.1, "wide")]
     assert pairs_in_order(results, "predicted_s", "step_s") == (0, 2)
