@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from shardplan.hw_profiles.machine import Gpu
+from shardplan.hw_profiles.machine import Cluster, Gpu
 
 FloatArray = NDArray[np.float64]
 
@@ -123,3 +123,12 @@ def memory_bound_s(gpu: Gpu, traffic_bytes: ArrayLike) -> FloatArray:
     """Seconds to move `traffic_bytes` (read + written) by one element-wise kernel."""
     traffic = np.asarray(traffic_bytes, dtype=np.float64)
     return traffic / (gpu.memory_bandwidth_bytes_per_s * gpu.memory_efficiency.at(traffic))
+
+
+def state_pass_s(cluster: Cluster, traffic_bytes: FloatArray) -> FloatArray:
+    """Seconds to read and write so much of parameters, gradients or states, (K,): a GPU does, or processes that share a host's memory."""
+    if cluster.gpu.device != "cpu":
+        return memory_bound_s(cluster.gpu, traffic_bytes)
+    host = cluster.node.host
+    sharing = max(cluster.node.gpus, host.cores)
+    return traffic_bytes * sharing / (host.memory_bandwidth_bytes_per_s * host.memory_efficiency)

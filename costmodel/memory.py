@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from shardplan.costmodel.job import BYTES_OF, GATHERED_BYTES, PAGED, Job
 from shardplan.costmodel.layout import LayoutTable
+from shardplan.costmodel.model import Model
 from shardplan.costmodel.offload import NVME, READ_STATE_BYTES, optimizer_share
 from shardplan.costmodel.recompute import RECOMPUTE
 from shardplan.costmodel.runtime import Runtime
@@ -68,6 +69,14 @@ def state_columns(
             columns["optimizer"], rows[0].whole["optimizer"], MOMENT_BYTES[job.optimizer]
         )
     return columns
+
+
+def tied_table_bytes(model: Model, job: Job, layouts: LayoutTable, runtime: Runtime) -> FloatArray:
+    """Gradient of a tied embedding that its two copies exchange once a step, (K,): whole, or after ZeRO's reduction."""
+    table = model.vocab * model.hidden / layouts.tp
+    if runtime.communication.tied_after_reduction:
+        return MASTER_BYTES * table / layouts.zero_ranks
+    return gradient_bytes(runtime, job) * table
 
 
 def update_traffic_bytes(runtime: Runtime, job: Job) -> float:

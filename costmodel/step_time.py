@@ -26,16 +26,16 @@ from shardplan.costmodel.data_parallel import (
     reduces_often,
 )
 from shardplan.costmodel.job import BYTES_OF, PAGED, Job
-from shardplan.costmodel.kernels_time import memory_bound_s
+from shardplan.costmodel.kernels_time import state_pass_s
 from shardplan.costmodel.keys import ROWS_IN_CACHE, LazyColumns
 from shardplan.costmodel.layout import LayoutTable
 from shardplan.costmodel.memory import (
-    MASTER_BYTES,
     MOMENT_BYTES,
     exchanges_alone,
     frozen_element_bytes,
     gradient_bytes,
     parameter_bytes,
+    tied_table_bytes,
     unscaling_bytes,
     update_traffic_bytes,
 )
@@ -221,23 +221,6 @@ def paging_s(job: Job, node: Node, updated: FloatArray) -> FloatArray | float:
     return 2.0 * MOMENT_BYTES[job.optimizer] * updated / node.host.pcie_bytes_per_s
 
 
-def _pass_s(cluster: Cluster, traffic: FloatArray) -> FloatArray:
-    """Seconds to read and write so much of parameters, gradients or states, (K,): a GPU does, or processes that share a host's memory."""
-    if cluster.gpu.device != "cpu":
-        return memory_bound_s(cluster.gpu, traffic)
-    host = cluster.node.host
-    sharing = max(cluster.node.gpus, host.cores)
-    return traffic * sharing / (host.memory_bandwidth_bytes_per_s * host.memory_efficiency)
-
-
-def tied_table_bytes(model: Model, job: Job, layouts: LayoutTable, runtime: Runtime) -> FloatArray:
-    """Gradient of a tied embedding that its two copies exchange once a step, (K,): whole, or after ZeRO's reduction."""
-    table = model.vocab * model.hidden / layouts.tp
-    if runtime.communication.tied_after_reduction:
-        return MASTER_BYTES * table / layouts.zero_ranks
-    return gradient_bytes(runtime, job) * table
-
-
 def held_times(
     model: Model, job: Job, cluster: Cluster, layouts: LayoutTable, runtime: Runtime, tiers: TierTable, owner: Owner
 ) -> HeldTimes:
@@ -249,7 +232,7 @@ def held_times(
     each = update_traffic_bytes(runtime, job) + unscaling_bytes(runtime, job)
     traffic = each * updated * np.where(share < 1, 1.0 - share, 1.0)
     execution, on_gpu = runtime.execution, cluster.gpu.device == "cuda"
-    update_s = np.where(share < 1, _pass_s(cluster, traffic + execution.clip_bytes * updated), 0.0)
+    update_s = np.where(share < 1, state_pass_s(cluster, traffic + execution.clip_bytes * updated), 0.0)
     update_s = (execution.update_slowdown if on_gpu else 1.0) * update_s + paging_s(job, cluster.node, updated)
     copied = np.where((layouts.dp * layouts.cp > 1) | exchanges_alone(runtime, job), 1.0, 0.0)
     tiers_used = bool((share > 0).any() or layouts.offload_params.any())
@@ -274,8 +257,8 @@ def held_times(
         ),
         tied_s=tied,
         optimizer_s=update_s,
-        reduce_copy_s=copied * _pass_s(cluster, execution.reduce_copy_bytes * owner.trained),
-        gather_copy_s=copied * _pass_s(cluster, execution.gather_copy_bytes * owner.gathered),
+        reduce_copy_s=copied * state_pass_s(cluster, execution.reduce_copy_bytes * owner.trained),
+        gather_copy_s=copied * state_pass_s(cluster, execution.gather_copy_bytes * owner.gathered),
         launching_s=np.maximum(execution.update_launches * cluster.gpu.launch_s * owner.units - update_s, 0.0)
         if on_gpu
         else np.zeros_like(update_s),

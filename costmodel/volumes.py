@@ -17,14 +17,13 @@ from shardplan.costmodel.context_parallel import exchanges
 from shardplan.costmodel.data_parallel import Exchange, exchange_s
 from shardplan.costmodel.job import Job
 from shardplan.costmodel.layout import CP_KINDS, Layout, LayoutTable, layout_table
-from shardplan.costmodel.memory import SELECTIVE, gradient_bytes, parameter_bytes
+from shardplan.costmodel.memory import SELECTIVE, gradient_bytes, parameter_bytes, tied_table_bytes
 from shardplan.costmodel.model import Model
 from shardplan.costmodel.op import Op
 from shardplan.costmodel.pace import boundary_bytes
 from shardplan.costmodel.rank_groups import StateGroups, dense_groups, expert_groups
 from shardplan.costmodel.runtime import Runtime
 from shardplan.costmodel.stage_cost import stage_parameters, stage_rows
-from shardplan.costmodel.step_time import tied_table_bytes
 
 Volumes = dict[tuple[str, str], float]
 """Bytes by axis (dp, tp, cp, ep, pp) and operation (all_reduce, all_gather, reduce_scatter, all_to_all, send)."""

@@ -65,7 +65,8 @@ def test_tensor_parallel_ranks_share_all_products_but_the_latents() -> None:
     assert product_flop(kind, tp=4) == pytest.approx(whole / 4 + latent + routed)
     assert product_flop(kind, tp=4, sp=True) == pytest.approx(whole / 4 + latent / 4 + routed)
     divided, kept = split_parameters(kind)
-    assert kept == 7168 * (1536 + 512 + 64) + 2 * 7168 + 1536 + 512
+    router = 7168 * 256 + 256  # and a bias that balances
+    assert kept == router + 7168 * (1536 + 512 + 64) + 2 * 7168 + 1536 + 512
     assert (
         divided + kept
         == parameter_counts(replace(load_model("deepseek-v3"), layers=((kind, 1),), vocab=1))["total"] - 3 * 7168
