@@ -133,7 +133,7 @@ class Job:
     @property
     def _targets(self) -> tuple[str, ...]:
         """Products of a layer that adapters stand beside."""
-        return LORA_TARGETS.get(self.lora_targets) or tuple(self.lora_targets.split("+"))
+        return LORA_TARGETS.get(self.lora_targets) or tuple(dict.fromkeys(self.lora_targets.split("+")))
 
     @property
     def adapters(self) -> Adapters | None:

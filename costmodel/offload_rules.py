@@ -39,7 +39,9 @@ OFFLOAD_RULES: tuple[Rule, ...] = (
             f"offload_optimizer={x.offload_optimizer} does not go with zero={x.zero} in {s.runtime.name!r}"
         ),
         remedy=lambda s, x: (
-            f"use zero={' or '.join(map(str, s.runtime.abilities.offload_zero)) or 'with another --runtime'}"
+            f"use zero={' or '.join(map(str, s.runtime.abilities.offload_zero))}"
+            if s.runtime.abilities.offload_zero
+            else "use another --runtime, or offload_optimizer=none"
         ),
     ),
     Rule(

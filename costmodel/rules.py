@@ -11,6 +11,7 @@ import numpy as np
 from shardplan.costmodel.attention_time import OWN_HEAD_DIM, OWN_PRECISIONS, takes_own_kernel
 from shardplan.costmodel.context_rules import CONTEXT_RULES
 from shardplan.costmodel.expert_rules import EXPERT_RULES
+from shardplan.costmodel.job import PRECISIONS
 from shardplan.costmodel.layout import (
     ATTENTION,
     Layout,
@@ -339,7 +340,9 @@ RUNTIME_RULES: tuple[Rule, ...] = (
         id="gpu-precision",
         broken=lambda s, t: np.full(len(t), s.job.precision not in s.cluster.gpu.peak_flop_per_s),
         detail=lambda s, x: f"GPU {s.cluster.gpu.name} has no {s.job.precision} matrix units",
-        remedy=lambda s, x: f"use --precision {' or '.join(s.cluster.gpu.peak_flop_per_s)}",
+        remedy=lambda s, x: (
+            f"use --precision {' or '.join(word for word in PRECISIONS if word in s.cluster.gpu.peak_flop_per_s)}"
+        ),
         structural=True,
     ),
 )

@@ -6,21 +6,21 @@ No code asks for a runtime's name; a new runtime is a new file. User files: give
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_type_hints
 
 from shardplan.costmodel.axis_order import DEFAULT_ORDER, ORDERS
 from shardplan.costmodel.model import PART_NAMES, LayerPart
 from shardplan.costmodel.recompute import Part
-from shardplan.costmodel.runtime_document import runtime_document, runtime_file, state_row, switched
+from shardplan.costmodel.runtime_document import check_values, runtime_document, runtime_file, state_row, switched
 from shardplan.costmodel.runtime_experts import ExpertParallel
 from shardplan.costmodel.runtime_offload import Offloading
 from shardplan.costmodel.runtime_stages import StageRule
 from shardplan.costmodel.runtime_states import States, WorkingSet
 from shardplan.costmodel.runtime_tuning import Tuning
-from shardplan.hw_profiles.errors import InputError
+from shardplan.hw_profiles.errors import InputError, nearest
 from shardplan.hw_profiles.machine import AttentionKernel
 
 if TYPE_CHECKING:
@@ -295,6 +295,7 @@ def _read(text: str, place: str, switches: list[str]) -> Runtime:
     from pydantic import ValidationError
 
     document = switched(runtime_document(text, place), switches, place)
+    check_values(document, place)
     abilities: dict[str, Any] = document.get("abilities", {})
     if abilities.get("orders") == "any":
         abilities["orders"] = ORDERS
@@ -313,4 +314,9 @@ def _read(text: str, place: str, switches: list[str]) -> Runtime:
         first = next((e for e in errors if e["type"] in ("extra_forbidden", "unexpected_keyword_argument")), errors[0])
         field = ".".join(map(str, first["loc"]))
         value = "" if first["type"].startswith("missing") else f" (value {first.get('input')!r:.60})"
-        raise InputError(f"{field}: {first['msg']}{value}", place=place, remedy="see the shipped runtimes") from None
+        remedy = "see the shipped runtimes"
+        if first["type"] in ("extra_forbidden", "unexpected_keyword_argument") and len(first["loc"]) == 2:
+            table, word = map(str, first["loc"])
+            part = get_type_hints(Runtime).get(table)
+            remedy = nearest(word, [one.name for one in fields(part)]) if is_dataclass(part) else remedy
+        raise InputError(f"{field}: {first['msg']}{value}", place=place, remedy=remedy) from None

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, cast
 
+from shardplan.costmodel.job import PRECISIONS
+from shardplan.costmodel.layout import SCHEDULES
 from shardplan.hw_profiles.errors import InputError, nearest
 
 
@@ -36,14 +39,15 @@ def runtime_document(text: str, place: str, above: tuple[str, ...] = ()) -> dict
     except tomllib.TOMLDecodeError as bad:
         raise InputError(f"not valid TOML ({bad})", place=place) from None
     base = document.pop("base", None)
+    missing = [word for word in ("name", "version", "source") if word not in document]
+    if missing:
+        why = "say what this runtime is" if base is None else "its base's is not this runtime's"
+        raise InputError(f"{missing[0]} is missing", place=place, remedy=why)
     if base is None:
         return document
     if not isinstance(base, str) or place in above:
         told = f"base = {base!r} is not a runtime" if place not in above else f"base = {base!r} leads back to this file"
         raise InputError(told, place=place, remedy=f"a file, or one of {', '.join(runtime_names())}")
-    missing = [word for word in ("name", "version", "source") if word not in document]
-    if missing:
-        raise InputError(f"{missing[0]} is missing", place=place, remedy="its base's is not this runtime's")
     name, *switches = base.split("+")
     beneath = runtime_document(*runtime_file(name, Path(place).parent), (*above, place))
     kept = {"switches": beneath.get("switches", {}), "base_switches": [*beneath.get("base_switches", []), *switches]}
@@ -103,6 +107,36 @@ def _over(before: Any, after: Any) -> Any:
 def _scales(before: object, after: object) -> bool:
     """Both are numbers and the first is not 0."""
     return isinstance(before, int | float) and isinstance(after, int | float) and before != 0
+
+
+def check_values(document: Mapping[str, Any], place: str) -> None:
+    """Raises InputError for numbers that no runtime has, and for words and stages that nothing knows."""
+    for name, value in _numbers(document):
+        most = 1.0 if name.endswith(("overlap", "fraction")) else float("inf")
+        if not 0.0 <= value <= most:
+            remedy = "use a share from 0 to 1" if most == 1.0 else "use a number of 0 or more"
+            raise InputError(f"{name}={value:g} is out of range", place=place, remedy=remedy)
+    abilities: dict[str, Any] = document.get("abilities", {})
+    for name, known in (("schedules", SCHEDULES), ("zero", range(4)), ("precisions", PRECISIONS)):
+        for word in abilities.get(name, ()):
+            if word not in known:
+                raise InputError(
+                    f"abilities.{name} has the unknown {word!r}",
+                    place=place,
+                    remedy=f"use {', '.join(map(str, known))}",
+                )
+
+
+def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    """All numbers of a document, with the path of their key."""
+    if isinstance(value, Mapping):
+        for key, below in cast("Mapping[str, Any]", value).items():
+            yield from _numbers(below, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list | tuple):
+        for below in cast("list[Any]", value):
+            yield from _numbers(below, name)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield name, float(value)
 
 
 def state_row(states: dict[str, Any], stage: int) -> dict[str, Any]:

@@ -28,7 +28,10 @@ PrecisionOption = Annotated[
         help="bf16, fp16, fp32, or fp8 (products of layers); default: the best 16-bit type of the GPU, fp32 on a CPU.",
     ),
 ]
-OptimizerOption = Annotated[str, typer.Option("--optimizer", help="adamw or sgd.")]
+OptimizerOption = Annotated[
+    str,
+    typer.Option("--optimizer", help="adamw, sgd, adafactor, adamw8bit, adamw16bit, paged_adamw or paged_adamw8bit."),
+]
 GradDtypeOption = Annotated[
     str | None, typer.Option("--grad-dtype", help="Gradient accumulation: fp32, bf16, fp16; default: the runtime's.")
 ]
@@ -59,7 +62,11 @@ FailureOption = Annotated[
 MethodOption = Annotated[str, typer.Option("--method", help="What is trained: full, lora or qlora (4-bit base).")]
 LoraRankOption = Annotated[int, typer.Option("--lora-rank", help="With lora and qlora: rank of the adapters.")]
 LoraTargetsOption = Annotated[
-    str, typer.Option("--lora-targets", help="With lora and qlora: products with adapters: all, attention or qv.")
+    str,
+    typer.Option(
+        "--lora-targets",
+        help="With lora and qlora: products with adapters: all, attention, qv, or names such as q+k+v.",
+    ),
 ]
 DocumentOption = Annotated[
     int | None,
