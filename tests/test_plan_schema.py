@@ -51,7 +51,7 @@ def schema(root: Path) -> Draft202012Validator:
         ("llama-3-8b", "h100-ib", 16, "fsdp2", "recompute=selective:core_attn+mlp", None),
         ("megatron-1.7b", "8x4090", 8, "deepspeed", "zero=2", None),
         ("llama-3-8b", "selene", 16, "megatron", "pp=4 stage_layers=7,8,9,8", None),
-        ("llama-3-8b", "selene", 16, "megatron", "pp=4 recompute=full:3,2,0,0", None),
+        ("llama-3-8b", "selene", 16, "shardplan", "pp=4 schedule=1f1b recompute=full:3,2,0,0", None),
         ("llama-3-8b", "docs/examples/a100-h100.toml", 64, "megatron", "tp=1 pp=2", None),
     ],
 )
