@@ -74,7 +74,7 @@ def within_deadline(
     refused = sum(one.count for one in fastest.refused)
     late = Refusal(
         rule=DEADLINE,
-        count=fastest.looked_at - refused - fastest.does_not_fit,
+        count=fastest.looked_at - refused - fastest.slower - fastest.does_not_fit,
         example=f"the fastest, on {fastest.cluster.gpus} GPUs, takes {least:.3g} days, the deadline is {days:g}",
     )
     return replace(fastest, ranked=None, refused=(late, *fastest.refused))

@@ -5,12 +5,14 @@ A block of W ways to compute and S ways to spread stands for W * S layouts. Most
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.costmodel.layout import LayoutTable
+from shardplan.costmodel.layout_join import stacked
 
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
@@ -43,9 +45,28 @@ class Factors:
     spreading_block: IntArray
     blocks: int
 
+    @classmethod
+    def joined(cls, parts: Sequence[Factors]) -> Factors:
+        """All blocks of `parts`, in order."""
+        first = np.cumsum([0, *(part.blocks for part in parts)])
+        return cls(
+            computing=stacked([part.computing for part in parts]),
+            computing_block=np.concatenate([p.computing_block + n for p, n in zip(parts, first, strict=False)]),
+            spreading=stacked([part.spreading for part in parts]),
+            spreading_block=np.concatenate([p.spreading_block + n for p, n in zip(parts, first, strict=False)]),
+            blocks=int(first[-1]),
+        )
+
     def __len__(self) -> int:
-        each = [np.bincount(of, minlength=self.blocks) for of in (self.computing_block, self.spreading_block)]
-        return int((each[0] * each[1]).sum())
+        return int(self.partners().sum())
+
+    def partners(self) -> IntArray:
+        """Rows of `spreading` that each row of `computing` goes with, (W,)."""
+        return np.bincount(self.spreading_block, minlength=self.blocks)[self.computing_block]
+
+    def with_rows(self, computing: NDArray[np.intp]) -> Factors:
+        """Products of some rows of `computing`, given in order."""
+        return replace(self, computing=self.computing.take(computing), computing_block=self.computing_block[computing])
 
     def take(self, computing: BoolArray, spreading: BoolArray) -> Factors:
         """Products of the rows that two masks leave."""

@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 from shardplan.costmodel.estimate import estimate
 from shardplan.costmodel.estimates import Estimates
 from shardplan.costmodel.layout import OFFLOAD, RATIO_STEPS, LayoutTable
-from shardplan.costmodel.recompute import PART_BITS, RECOMPUTE
+from shardplan.costmodel.recompute import RECOMPUTE
 from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.rule_parts import divisors
 from shardplan.costmodel.rules import broken_rules
+from shardplan.planner.named_recompute import named_sets, parts_recomputed
 from shardplan.planner.partial_recompute import partly_recomputed
 from shardplan.planner.placement import least_step_s
 from shardplan.planner.space import Wishes
@@ -102,17 +103,10 @@ def asked(wishes: Wishes, word: str) -> bool:
     return word in wishes.fixed_words or any(forbidden == word for forbidden, _ in wishes.forbidden)
 
 
-def _named_sets(setting: Setting) -> tuple[Variant, ...]:
-    """Every set of parts that the runtime can run again and the model has, the small ones first, all parts last."""
-    latents = any(kind.kv_lora_rank for kind in setting.kinds)
-    parts = [part for part in setting.runtime.abilities.recompute_parts if latents or part != "mla_up_proj"]
-    sets = chain.from_iterable(combinations(parts, size) for size in range(1, len(parts) + 1))
-    return tuple({"recompute": SELECTIVE, "recompute_parts": sum(PART_BITS[part] for part in some)} for some in sets)
-
-
 def named_recompute(setting: Setting, wishes: Wishes) -> tuple[Knob, ...]:
     """The knob of named parts to recompute, where there is one: `turn_knobs` finds the quickest set that fits by itself."""
-    variants = () if asked(wishes, "recompute") else _named_sets(setting)
+    sets = () if asked(wishes, "recompute") else named_sets(setting)
+    variants = tuple({"recompute": SELECTIVE, "recompute_parts": parts} for parts in sets)
     knob = Knob(words=("recompute",), variants=variants, rows=lambda t: t.recompute == NONE)
     return (knob,) if variants else ()
 
@@ -127,11 +121,18 @@ def _zeropp(setting: Setting, wishes: Wishes) -> tuple[Variant, ...]:
 
 
 def turn_knobs(
-    setting: Setting, space: Sequence[Estimates], wishes: Wishes, headroom: float, *, least_memory: bool = False
+    setting: Setting,
+    space: Sequence[Estimates],
+    wishes: Wishes,
+    headroom: float,
+    *,
+    fastest: float = np.inf,
+    least_memory: bool = False,
 ) -> Turned:
-    """Variants of the layouts of the space that fit and may be the fastest, or with `least_memory` the leanest."""
-    fastest = (float(np.min(one.step_s, where=one.fits(headroom), initial=np.inf)) for one in space)
-    state = Turned(best_s=min(fastest, default=np.inf))
+    """Variants of the layouts of the space that fit and may be the fastest, also of `fastest`, seconds of a step of another layout that
+    fits, or with `least_memory` the leanest."""
+    steps = (float(np.min(one.step_s, where=one.fits(headroom), initial=np.inf)) for one in space)
+    state = Turned(best_s=min(fastest, *steps))
     for batch in space:
         _recompute_some(setting, batch, wishes, headroom, state)
     turned, made = knobs_of(setting, wishes), list[Estimates]()
@@ -148,17 +149,17 @@ def turn_knobs(
     return state
 
 
-def least_s_with(setting: Setting, estimates: Estimates, wishes: Wishes, later: Sequence[Knob]) -> FloatArray:
-    """Seconds that a step of each layout takes at least, whatever `later` knobs do."""
-    if not later:
-        return least_step_s(setting, estimates, wishes)
-    least = least_step_s(setting, estimates, wishes)
+def least_s_with(
+    setting: Setting, estimates: Estimates, wishes: Wishes, later: Sequence[Knob], *, even: bool = False
+) -> FloatArray:
+    """Seconds that a step of each layout takes at least, whatever `later` knobs do; `even` as in `least_step_s`."""
+    least = least_step_s(setting, estimates, wishes, even=even)
     for size in range(1, len(later) + 1):
         for some in combinations(later, size):
             together = np.all([knob.rows(estimates.layouts) for knob in some], axis=0)
             changes = tuple(dict.fromkeys(chain.from_iterable(knob.changes for knob in some)))
             if changes and together.any():
-                changed = least_step_s(setting, estimates, wishes, changes)
+                changed = least_step_s(setting, estimates, wishes, changes, even=even)
                 least = np.where(together, np.minimum(least, changed), least)
     return least
 
@@ -213,40 +214,12 @@ def _recompute_some(setting: Setting, estimates: Estimates, wishes: Wishes, head
     if more is not None and len(more):
         state.found.append(_estimated(setting, more))
         state.best_s = min(state.best_s, float(state.found[-1].step_s.min()))
-    variants = _named_sets(setting)
-    if not variants:
-        return
-    least_s = least_step_s(setting, estimates, wishes)
-    rows = np.flatnonzero(~estimates.fits(headroom) & (estimates.layouts.recompute == NONE) & (least_s < state.best_s))
-    rows = rows[_fit_with(setting, estimates.layouts.take(rows), variants[-1], headroom)]  # no fewer parts save more
-    state.tried += len(rows)
-    rows = rows[np.argsort(least_s[rows], kind="stable")]
-    spent, kept = 0, list[LayoutTable]()
-    for start in range(0, len(rows), LAYOUTS_AT_ONCE):
-        some = rows[start : start + LAYOUTS_AT_ONCE]
-        some = some[least_s[some] < state.best_s]
-        if spent + len(some) * len(variants) > MOST_ROWS:
-            state.complete = False
-            break
-        found = _variants(setting, estimates.layouts.take(some), variants)
-        spent += len(some) * len(variants)
-        if found is not None:
-            fits = found.fits(headroom)
-            state.best_s = min(state.best_s, float(np.min(found.step_s, where=fits, initial=np.inf)))
-            could_win = fits & (least_step_s(setting, found, wishes) <= state.best_s)
-            kept.append(found.layouts.take(np.flatnonzero(could_win)))
-    state.tried += spent
-    whole = _joined(kept)
-    if whole is not None:
-        state.found.append(_estimated(setting, whole))
-
-
-def _fit_with(setting: Setting, layouts: LayoutTable, variant: Variant, headroom: float) -> BoolArray:
-    """Layouts that fit with a variant, whether a rule refuses it or not."""
-    if not len(layouts):
-        return np.zeros(0, dtype=bool)
-    table = replace(layouts, **{name: np.full(len(layouts), value) for name, value in variant.items()})
-    return _estimated(setting, table).fits(headroom)
+    more, tried, complete = parts_recomputed(setting, estimates, wishes, headroom, best_s=state.best_s)
+    state.tried += tried
+    state.complete &= complete
+    if more is not None and len(more):
+        state.found.append(_estimated(setting, more))
+        state.best_s = min(state.best_s, float(state.found[-1].step_s.min()))
 
 
 def _variants(setting: Setting, layouts: LayoutTable, variants: Sequence[Variant]) -> Estimates | None:

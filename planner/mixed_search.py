@@ -90,6 +90,7 @@ def search_mixed(setting: Setting, wishes: Wishes, objective: Objective, headroo
         closest=None if ranked is not None else closest,
         looked_at=sum(one.count for one in refused.values()) + estimated,
         refused=largest_first(refused),
+        slower=0,
         does_not_fit=estimated - (len(ranked) if ranked is not None else 0),
         refined=0,
         placement=None,

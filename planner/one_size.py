@@ -7,7 +7,7 @@ Stages come last: the best step of equal stages, knobs and orders included, is w
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -19,6 +19,7 @@ from shardplan.costmodel.estimates import Estimates, joined
 from shardplan.costmodel.layout import COLUMNS, LayoutTable
 from shardplan.costmodel.layout_join import stacked
 from shardplan.costmodel.rule import Setting
+from shardplan.planner.context_search import Written, write_out
 from shardplan.planner.knobs import turn_knobs
 from shardplan.planner.placement import Placement, place
 from shardplan.planner.ranking import Objective, SearchResult, order_of
@@ -35,10 +36,12 @@ class _State:
     sifted: Sifted = field(default_factory=Sifted)
     tried: int = 0
     """By knobs and cuts, beyond the space."""
-    valid: LayoutTable | None = None
-    batches: list[Estimates] = field(default_factory=list[Estimates])
-    """Of the space first, then of what refinement added."""
-    space_batches: int = 0
+    space: list[Estimates] = field(default_factory=list[Estimates])
+    """Layouts of the space that break no rule."""
+    more: list[Estimates] = field(default_factory=list[Estimates])
+    """What knobs added, all of it fits."""
+    slower: int = 0
+    """Layouts of the space that were not written out, their least time is too long."""
     ranked: Estimates | None = None
     placement: Placement | None = None
     proved: bool = True
@@ -66,26 +69,26 @@ def search_one_size(
     state = _State()
     with state.phase(watch):
         sift_space(setting, wishes, state.sifted, watch)
-    state.valid = state.sifted.valid(wishes)
     with state.phase(watch):
-        _estimate_space(setting, state, watch)
-    if state.batches and not state.partial:
-        with state.phase(watch):
-            _refine(setting, wishes, objective, headroom, state, watch)
-    if state.batches:
+        _estimate_space(setting, wishes, state, watch)
+    with state.phase(watch):
+        _refine(setting, wishes, objective, headroom, state, state.space, watch)
+    with state.phase(watch):
+        _write_out(setting, wishes, objective, headroom, state, watch)
+    if state.space:
         with state.phase(watch):
             _rank(setting, wishes, objective, headroom, state, watch)
         if state.partial and state.ranked is None:  # stopped while it was placed: once more without
             _rank(setting, wishes, objective, headroom, state, watch)
-    if state.batches and not state.partial:
+    if state.space and not state.partial:
         with state.phase(watch):
             _cut_stages(setting, wishes, objective, headroom, state, watch)
     closest = None
-    if state.batches and state.ranked is None:
-        leanest = min(state.batches, key=lambda one: float(one.device_peak_bytes.min()))
+    if state.space and state.ranked is None:
+        leanest = min(state.space, key=lambda one: float(one.device_peak_bytes.min()))
         closest = leanest.take(np.asarray([int(leanest.device_peak_bytes.argmin())]))
     looked_at, refused = state.sifted.looked_at, state.sifted.account()
-    fitting = sum(int(one.fits(headroom).sum()) for one in state.batches[: state.space_batches])
+    fitting = sum(int(one.fits(headroom).sum()) for one in state.space)
     placed, proved = state.placement is None or state.placement.complete, state.proved and not state.partial
     return SearchResult(
         cluster=setting.cluster,
@@ -94,7 +97,8 @@ def search_one_size(
         looked_at=looked_at,
         refined=state.tried,
         refused=refused,
-        does_not_fit=looked_at - sum(one.count for one in refused) - fitting,
+        slower=state.slower,
+        does_not_fit=looked_at - sum(one.count for one in refused) - state.slower - fitting,
         placement=state.placement,
         proved=proved,
         complete=state.complete and proved and placed,
@@ -109,33 +113,66 @@ def _estimated(setting: Setting, layouts: LayoutTable) -> Estimates:
     )
 
 
-def _estimate_space(setting: Setting, state: _State, watch: Watch) -> None:
-    """Estimate the valid layouts in batches."""
-    assert state.valid is not None
-    rows = len(state.valid)
+def _estimate_space(setting: Setting, wishes: Wishes, state: _State, watch: Watch) -> None:
+    """Estimate the layouts that the rules left, in batches."""
+    valid = state.sifted.valid(wishes)
+    rows = len(valid)
     for start in range(0, rows, ROWS_AT_ONCE):
-        piece = state.valid.slice(start, start + ROWS_AT_ONCE) if rows > ROWS_AT_ONCE else state.valid
-        state.batches.append(_estimated(setting, piece))
-        state.space_batches += 1
-        watch.phase("estimating", 0.6 + 0.3 * min((start + ROWS_AT_ONCE) / rows, 1.0), state.sifted.looked_at)
+        piece = valid.slice(start, start + ROWS_AT_ONCE) if rows > ROWS_AT_ONCE else valid
+        state.space.append(_estimated(setting, piece))
+        watch.phase("estimating", 0.6 + 0.2 * min((start + ROWS_AT_ONCE) / rows, 1.0), state.sifted.looked_at)
 
 
 def _refine(
+    setting: Setting,
+    wishes: Wishes,
+    objective: Objective,
+    headroom: float,
+    state: _State,
+    batches: Sequence[Estimates],
+    watch: Watch,
+) -> None:
+    """Add what words find that are not multiplied into the space, from some batches of it."""
+    if not batches or state.partial:
+        return
+    watch.phase("refining", 0.8, state.sifted.looked_at)
+    memory = objective == "memory"
+    found = turn_knobs(setting, batches, wishes, headroom, fastest=_fastest_s(state, headroom), least_memory=memory)
+    state.more += found.found
+    state.tried += found.tried
+    state.complete &= found.complete
+
+
+def _write_out(
     setting: Setting, wishes: Wishes, objective: Objective, headroom: float, state: _State, watch: Watch
 ) -> None:
-    """Add what words find that are not multiplied into the space."""
-    watch.phase("refining", 0.9, state.sifted.looked_at)
-    found = turn_knobs(setting, state.batches, wishes, headroom, least_memory=objective == "memory")
-    state.batches += found.found
-    state.tried, state.complete = found.tried, found.complete
+    """Add layouts with context parallelism as far as they may be near the best, and what knobs make of them."""
+    if state.partial:
+        return
+    written = Written(fastest=_fastest_s(state, headroom))
+    before = len(state.space)
+    try:
+        for done, batch in write_out(setting, wishes, state.sifted, written, objective, headroom):
+            state.space.append(batch)
+            watch.phase("estimating", 0.8 + 0.1 * done, state.sifted.looked_at)
+    finally:
+        state.slower = written.slower
+    _refine(setting, wishes, objective, headroom, state, state.space[before:], watch)
+
+
+def _fastest_s(state: _State, headroom: float) -> float:
+    """The quickest step known that fits."""
+    every = (float(np.min(one.step_s, where=one.fits(headroom), initial=np.inf)) for one in (*state.space, *state.more))
+    return min(every, default=np.inf)
 
 
 def _rank(setting: Setting, wishes: Wishes, objective: Objective, headroom: float, state: _State, watch: Watch) -> None:
     """Rank what fits of all batches, each layout in its best order of axes."""
-    fitting = [batch.layouts.take(batch.fits(headroom)) for batch in state.batches]
+    batches = [*state.space, *state.more]
+    fitting = [batch.layouts.take(batch.fits(headroom)) for batch in batches]
     if not any(map(len, fitting)):
         return
-    whole = state.batches[0] if len(state.batches) == 1 else _estimated(setting, join_tables(fitting, wishes))
+    whole = batches[0] if len(batches) == 1 else _estimated(setting, join_tables(fitting, wishes))
     ranked = whole.take(order_of(whole, np.flatnonzero(whole.fits(headroom)), objective))
     if not state.partial:
         watch.phase("placing", 0.95, state.sifted.looked_at + state.tried)
@@ -149,13 +186,13 @@ def _cut_stages(
     setting: Setting, wishes: Wishes, objective: Objective, headroom: float, state: _State, watch: Watch
 ) -> None:
     """Add layouts whose stages are cut so that they could be the fastest, and rank them with the others."""
-    assert state.valid is not None
+    valid = stacked([one.layouts for one in state.space])
     looked_at = state.sifted.looked_at + state.tried
     watch.phase("cutting", 0.97, looked_at)
     ranked = state.ranked
     found = search_stages(
         setting,
-        state.valid,
+        valid,
         wishes,
         headroom,
         fastest=np.inf if ranked is None else float(ranked.step_s.min()),
@@ -166,7 +203,7 @@ def _cut_stages(
         whole = joined(every, stacked([one.layouts for one in every]))
         ranked = whole.take(_once(whole.layouts, order_of(whole, np.arange(len(whole)), objective)))
     if objective == "memory" and ranked is not None:  # cuts are chosen for time
-        least_bytes = least_cut_bytes(setting, state.valid, wishes, headroom)
+        least_bytes = least_cut_bytes(setting, valid, wishes, headroom)
         state.proved = least_bytes >= float(ranked.device_peak_bytes[0])
     else:
         state.proved = found.proved

@@ -73,8 +73,18 @@ def open_orders(setting: Setting, wishes: Wishes) -> tuple[str, ...]:
     return tuple(order for order in setting.runtime.abilities.orders if order not in out)
 
 
-def least_step_s(setting: Setting, estimates: Estimates, wishes: Wishes, changes: tuple[str, ...] = ()) -> FloatArray:
-    """Seconds that each layout takes at least, (N,), in any open order and whatever the time parts `changes` shrink to."""
+PACE = ("compute_s", "recompute_s", "tp_exposed_s", "cp_exposed_s", "ep_exposed_s", "host_s")
+"""Time parts of micro-batches: the bubble is so many of them."""
+
+
+def least_step_s(
+    setting: Setting, estimates: Estimates, wishes: Wishes, changes: tuple[str, ...] = (), *, even: bool = False
+) -> FloatArray:
+    """Seconds that each layout takes at least, (N,), in any open order and whatever the time parts `changes` shrink to.
+
+    Layouts in the default order are meant: tensor parallelism, innermost there, is nowhere faster. `even` says that all stages are alike
+    (`estimate.on_mean_stage`), so that the bubble shrinks no faster than what a micro-batch takes.
+    """
     time, orders = estimates.time, open_orders(setting, wishes)
     as_it_is = np.array(time["step_s"])
     for part in changes:
@@ -84,9 +94,17 @@ def least_step_s(setting: Setting, estimates: Estimates, wishes: Wishes, changes
     if all(order.startswith(INNER) for order in orders):  # tp, cp and experts lie the same way in all
         moved = as_it_is - sum((time[part] for part in ("dp_exposed_s", "pp_exposed_s") if part not in changes), 0.0)
     else:
-        kept = [part for part in ("compute_s", "recompute_s", "optimizer_s") if part not in changes]
+        kept = [part for part in ("compute_s", "recompute_s", "tp_exposed_s", "host_s") if part not in changes]
         moved = np.sum([time[part] for part in kept], axis=0)
+        if even:
+            moved = with_bubble(time, moved)
+        moved = moved + (0.0 if "optimizer_s" in changes else time["optimizer_s"])
     return np.where(movable(estimates.layouts, orders), moved, as_it_is)
+
+
+def with_bubble(time: Mapping[str, FloatArray], pace_s: FloatArray) -> FloatArray:
+    """Seconds of a pipeline of equal stages, (N,), whose micro-batches take `pace_s` together instead of what `time` says of PACE."""
+    return pace_s * (1.0 + time["bubble_s"] / np.sum([time[part] for part in PACE], axis=0))
 
 
 INNER = "tp-cp-"

@@ -30,6 +30,8 @@ class SearchResult:
     looked_at: int
     refused: tuple[Refusal, ...]
     """Largest first; a layout that breaks several rules counts for the first in the list of rules."""
+    slower: int
+    """Left out because a step of theirs takes too long whatever is done (`context_search.py`), whether they fit or not."""
     does_not_fit: int
     refined: int
     """Variants looked at beyond the space: recompute of some layers or parts, shares of the optimizer, ZeRO++ (`knobs.py`), stages

@@ -168,6 +168,7 @@ def search_document(result: SearchResult, top: int) -> dict[str, Any]:
     return {
         "looked_at": result.looked_at,
         "refused": {r.rule: {"count": r.count, "reason": r.example} for r in result.refused},
+        "slower": result.slower,
         "does_not_fit": result.does_not_fit,
         "refined": result.refined,
         "proved": result.proved,

@@ -33,6 +33,10 @@ class Sifted:
     looked_at: int = 0
     kept: list[LayoutTable] = field(default_factory=list[LayoutTable])
     """Rows that break no rule, by piece of the space."""
+    waiting: list[Factors] = field(default_factory=list[Factors])
+    """Layouts with context parallelism that no rule refuses for one factor alone; rules that need both were not asked yet."""
+    later: list[Rule] = field(default_factory=list[Rule])
+    """These rules."""
     refused: dict[str, Refusal] = field(default_factory=dict[str, Refusal])
 
     def valid(self, wishes: Wishes) -> LayoutTable:
@@ -45,21 +49,28 @@ class Sifted:
 
 
 def sift_space(setting: Setting, wishes: Wishes, sifted: Sifted, watch: Watch) -> None:
-    """Sift the space into `sifted`, one piece at a time: what an interrupt leaves there stands."""
+    """Sift the space into `sifted`, one piece at a time: what an interrupt leaves there stands. Layouts with cp > 1 are not written out
+    yet (`context_search.py`)."""
     kinds, tiers = setting.runtime.abilities.context_parallel, runtime_tiers(setting.runtime)
     bare = setting.runtime.abilities.ends_without_layers
     space = space_pieces(setting.model, setting.job, setting.cluster.gpus, wishes, kinds, tiers, bare_ends=bare)
     for done, piece in space:
         if len(piece):
-            left = _sift_factors(setting, piece, sifted.refused)
+            left, later = _sift_factors(setting, piece, sifted.refused)
             sifted.looked_at += len(piece)
-            sifted.kept.append(left)
+            if not len(left):
+                pass
+            elif left.computing.cp[0] > 1:
+                sifted.waiting.append(left)
+                sifted.later = later
+            else:
+                sifted.kept.append(sift(setting, left.layouts(), sifted.refused, later))
         watch.phase("looking", 0.6 * done, sifted.looked_at)
 
 
-def _sift_factors(setting: Setting, piece: Factors, refused: dict[str, Refusal]) -> LayoutTable:
-    """Layouts of a piece that break no rule. Rules that look at one factor are asked about its rows, the others about the layouts that are
-    left; a layout counts for the first rule that its factors break, else for the first of the others."""
+def _sift_factors(setting: Setting, piece: Factors, refused: dict[str, Refusal]) -> tuple[Factors, list[Rule]]:
+    """(factors that break no rule that looks at one of them, the other rules). A layout counts for the first rule that its factors break,
+    else for the first of the others that it breaks itself."""
     of_computing, later = _first_broken(setting, piece.computing, SPREADING, RULES)
     of_spreading, later = _first_broken(setting, piece.spreading, COMPUTING, later)
     for at, count in enumerate(_refused_pairs(piece, of_computing, of_spreading)):
@@ -70,7 +81,7 @@ def _sift_factors(setting: Setting, piece: Factors, refused: dict[str, Refusal])
                 else (of_computing >= at, of_spreading == at)
             )
             _count(setting, RULES[at], int(count), piece.one(*first), refused)
-    return sift(setting, piece.take(of_computing == len(RULES), of_spreading == len(RULES)).layouts(), refused, later)
+    return piece.take(of_computing == len(RULES), of_spreading == len(RULES)), later
 
 
 def _first_broken(

@@ -102,11 +102,6 @@ ROWS_OF_A_PIECE = 200_000
 """Blocks are joined up to about this many rows, so that sifting one piece at a time bounds the memory."""
 
 
-LONG_SEQ, CONTEXT_TOKENS = 8192, 4096
-"""Unasked, sequences of LONG_SEQ tokens and more are spread over ranks, as long as each keeps CONTEXT_TOKENS: shorter pieces
-leave attention too little to hide its exchanges, and searches of the usual lengths stay as small as they were."""
-
-
 def layout_space(
     model: Model,
     job: Job,
@@ -152,7 +147,7 @@ def space_pieces(
 ) -> Iterator[tuple[float, Factors]]:
     """(share of the factorisations behind it, piece of the space of about ROWS_OF_A_PIECE rows); `cp_kinds` are the kinds of context
     parallelism to look at, `tiers` the pairs of TIERS (all when left out); with `bare_ends`
-    the first and the last chunk may lack layers."""
+    the first and the last chunk may lack layers. Either all layouts of a piece have cp > 1 or none."""
     wanted = wishes or Wishes()
     blocks: list[_Block] = []
     rows = 0
@@ -166,22 +161,19 @@ def space_pieces(
         if job.global_batch % dp == 0 and _agrees(wanted, tp=tp, pp=pp, dp=dp):
             blocks.append(_block(model, job, tp, pp, dp, cp, wanted, cp_kinds, tiers or TIERS, bare_ends))
             rows += len(blocks[-1][0]["dp"]) * len(blocks[-1][1]["dp"])
-            if rows >= ROWS_OF_A_PIECE:
-                yield (at + 1) / len(degrees), _piece(blocks, wanted)
-                blocks, rows = [], 0
-    if blocks:
-        yield 1.0, _piece(blocks, wanted)
+        last = at + 1 == len(degrees) or (cp == 1) != (degrees[at + 1][3] == 1)
+        if blocks and (last or rows >= ROWS_OF_A_PIECE):
+            yield (at + 1) / len(degrees), _piece(blocks, wanted)
+            blocks, rows = [], 0
 
 
 def _context_degrees(job: Job, gpus: int, wishes: Wishes, cp_kinds: Sequence[str]) -> list[int]:
-    """The fixed cp; else 1, and more for long sequences where there are `cp_kinds`, or where the user fixed one of them."""
+    """The fixed cp; else 1, and all that divide the sequence where there are `cp_kinds` or the user fixed one of them."""
     if "cp" in wishes.fixed_words:
         return [wishes.fixed.cp] if gpus % wishes.fixed.cp == 0 else []
-    if "cp_kind" in wishes.fixed_words:
-        return [cp for cp in divisors(gpus, most=job.seq) if job.seq % cp == 0]
-    if not cp_kinds or job.seq < LONG_SEQ:
+    if not cp_kinds and "cp_kind" not in wishes.fixed_words:
         return [1]
-    return [cp for cp in divisors(gpus, most=job.seq // CONTEXT_TOKENS) if job.seq % cp == 0]
+    return [cp for cp in divisors(gpus, most=job.seq) if job.seq % cp == 0]
 
 
 _Block = tuple[dict[str, IntArray], dict[str, IntArray]]
@@ -270,9 +262,10 @@ def _expert_degrees(model: Model, ranks: int) -> list[tuple[int, ...]]:
 
 
 def _sharding(dp: int, cp: int) -> list[tuple[int, ...]]:
-    """(zero, dp_shard): stage 0, and stages 1-3 over every divisor of dp that, times cp, is above 1."""
+    """(zero, dp_shard): stage 0, and stages 1-3 over every divisor of dp that, times cp, is above 1. On one rank they cut nothing, but
+    runtimes offload only what one of them owns."""
     if dp * cp == 1:
-        return [(0, 1)]
+        return [(zero, 1) for zero in (0, 1, 2, 3)]
     return [(0, dp), *((zero, shard) for zero in (1, 2, 3) for shard in divisors(dp, most=dp) if shard * cp > 1)]
 
 

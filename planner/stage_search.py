@@ -27,6 +27,7 @@ from shardplan.costmodel.rules import broken_rules
 from shardplan.costmodel.stage_trials import StageTrials
 from shardplan.planner.cut_bounds import over_mean_s, recomputing_mean_s
 from shardplan.planner.knobs import Knob, asked, knobs_of, least_s_with, named_recompute, variants_of
+from shardplan.planner.named_recompute import with_needed_parts
 from shardplan.planner.placement import INNER, in_other_orders, movable, open_orders
 from shardplan.planner.space import Wishes
 from shardplan.planner.stage_options import Part, Wanted
@@ -226,7 +227,7 @@ def _with_other_words(state: _State, bounds: Estimates, turned: Sequence[Knob]) 
         rows = np.ones(len(batch), dtype=bool)
         if batch is bounds and state.wanted.partial_recompute:
             rows = batch.layouts.recompute != FULL
-        good = _could_win_elsewhere(state, batch, least_s_with(setting, batch, wishes, ()), rows)
+        good = _could_win_elsewhere(state, batch, least_s_with(setting, batch, wishes, (), even=True), rows)
         some = _could_fit(state, batch.take(np.flatnonzero(good)))
         ordered = in_other_orders(setting, some.layouts, wishes) if len(some) else some.layouts
         if len(ordered) > MOST_ROWS:
@@ -243,7 +244,7 @@ def _with_knobs(state: _State, bounds: Estimates, turned: Sequence[Knob]) -> lis
     setting, wishes, made = state.setting, state.wishes, list[Estimates]()
     for at, knob in enumerate(turned):
         for batch in (bounds, *made):
-            least_s = least_s_with(setting, batch, wishes, turned[at:])
+            least_s = least_s_with(setting, batch, wishes, turned[at:], even=True)
             useful = knob.rows(batch.layouts)
             if state.wanted.partial_recompute and not knob.saves_memory:  # see `_plain`
                 useful = useful & ((batch.layouts.recompute != FULL) | (batch.layouts.offload_activations > 0))
@@ -251,6 +252,8 @@ def _with_knobs(state: _State, bounds: Estimates, turned: Sequence[Knob]) -> lis
             rows = np.flatnonzero(useful)
             if len(rows) and not knob.saves_memory:
                 rows = rows[_have_room(state, batch.layouts.take(rows))]
+            if len(rows) and "recompute" in knob.words:
+                rows = rows[_could_win_by_parts(state, batch.layouts.take(rows))]
             most = MOST_ROWS // len(knob.variants)
             if len(rows) > most:
                 state.proved = False
@@ -259,12 +262,23 @@ def _with_knobs(state: _State, bounds: Estimates, turned: Sequence[Knob]) -> lis
             if table is None:
                 continue
             its = on_mean_stage(setting, table)
-            least_s, every = least_s_with(setting, its, wishes, turned[at + 1 :]), np.ones(len(its), dtype=bool)
+            least_s, every = (
+                least_s_with(setting, its, wishes, turned[at + 1 :], even=True),
+                np.ones(len(its), dtype=bool),
+            )
             its = its.take(np.flatnonzero(_could_win_elsewhere(state, its, least_s, every)))
             its = _could_fit(state, its)
             if len(its):
                 made.append(its)
     return made
+
+
+def _could_win_by_parts(state: _State, layouts: LayoutTable) -> BoolArray:
+    """Layouts that may be the fastest with the named parts recomputed that they need at least."""
+    setting, wishes = state.setting, state.wishes
+    its = on_mean_stage(setting, with_needed_parts(setting, layouts, state.wanted.headroom))
+    least_s = least_s_with(setting, its, wishes, (), even=True)
+    return _could_win_elsewhere(state, its, least_s, np.ones(len(its), dtype=bool))
 
 
 def _best_first(state: _State, *candidates: Estimates) -> None:

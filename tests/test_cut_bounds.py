@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from shardplan.costmodel.estimate import estimate, on_mean_stage
 from shardplan.costmodel.job import Job
 from shardplan.costmodel.layout import COLUMNS, LayoutTable, layout_table, parse_layout
+from shardplan.costmodel.layout_join import stacked
 from shardplan.costmodel.model_config import load_model
 from shardplan.costmodel.pipeline import split_layers
 from shardplan.costmodel.rule import Setting
@@ -21,7 +22,7 @@ from shardplan.costmodel.runtime import load_runtime
 from shardplan.hw_profiles.load import load_cluster
 from shardplan.planner.cut_bounds import least_peak_s, over_mean_s, recomputing_mean_s
 from shardplan.planner.search import search
-from shardplan.planner.sift import Sifted, sift_space
+from shardplan.planner.sift import Sifted, sift, sift_space
 from shardplan.planner.space import layout_space, parse_wishes
 from shardplan.planner.watch import Watch
 
@@ -90,7 +91,9 @@ def test_factors_are_sifted_like_layouts(model: str, runtime: str, fix: str, for
     offered = at.runtime.abilities.offload_optimizer
     whole = whole.take(np.isin(whole.offload_optimizer, [("none", "cpu", "nvme").index(word) for word in offered]))
     good = whole.take(~np.any([np.zeros(len(whole), dtype=bool), *broken_rules(at, whole).values()], axis=0))
-    assert rows_of(sifted.valid(wishes)) == rows_of(good)
+    waiting = [sift(at, one.layouts(), sifted.refused, sifted.later) for one in sifted.waiting]
+    assert all((one.cp > 1).all() for one in waiting)
+    assert rows_of(stacked([sifted.valid(wishes), *waiting])) == rows_of(good)
     assert sum(one.count for one in sifted.account()) == sifted.looked_at - len(good)
     assert {one.rule for one in sifted.account()} <= {rule.id for rule in RULES}
 

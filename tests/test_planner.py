@@ -171,7 +171,7 @@ def test_best_is_the_best_of_all_estimates() -> None:
     """Of a runtime that recomputes all layers or none (tests/test_partial_recompute.py has the others), with the stages of its rule
     (tests/test_stages.py has other cuts) and no secondary partition, which refinement adds."""
     at = setting(gpus=8, runtime="deepspeed", batch=16)
-    rule_alone = parse_wishes("", ["stage_layers", "hpz"])
+    rule_alone = parse_wishes("", ["stage_layers", "hpz", "context"])
     result = search(model=at.model, job=at.job, cluster=at.cluster, runtime=at.runtime, wishes=rule_alone)
     assert result.ranked is not None
     space = layout_space(at.model, at.job, 8)
@@ -184,6 +184,7 @@ def test_best_is_the_best_of_all_estimates() -> None:
     assert {valid.row(int(i)) for i in np.flatnonzero(fits)} <= found  # and what refinement adds
     assert (np.diff(result.ranked.step_s) >= 0).all()
     assert result.looked_at == len(space) == sum(r.count for r in result.refused) + result.does_not_fit + fits.sum()
+    assert not result.slower
 
 
 def test_search_is_deterministic() -> None:

@@ -92,6 +92,8 @@ def short_of_memory(cluster: Cluster, gib: float) -> Cluster:
     return replace(cluster, node_runs=((replace(cluster.node, gpu=gpu), cluster.nodes),))
 
 
+ONE_KIND = ["cp_kind=ring", "cp_kind=ulysses", "schedule=gpipe"]
+"""Forbidden, so that writing out the largest spaces stays affordable."""
 CASES = [  # model, cluster, GPUs, Gbit/s a GPU, GiB a GPU, runtime, seq, batch
     ("gpt2", "h100-ib", 8, None, 6.0, "megatron", 1024, 16),
     ("llama-3-8b", "h100-ib", 8, None, 24.0, "deepspeed", 2048, 16),
@@ -115,7 +117,8 @@ def test_nothing_better_exists(
         cluster=machine if gbps is None else with_network_rate(machine, gbps),
         runtime=load_runtime(runtime),
     )
-    everything = estimated(at, every_layout(at))
+    forbidden = ONE_KIND if runtime == "shardplan" or model == "mixtral-8x7b" else []
+    everything = estimated(at, every_layout(at, parse_wishes(forbid=forbidden)))
     fits = everything.fits()
     assert fits.any()
     assert not fits.all()
@@ -125,14 +128,14 @@ def test_nothing_better_exists(
     )
     for objective, least in objectives:
         asked = {"model": at.model, "job": at.job, "cluster": at.cluster, "runtime": at.runtime}
-        found = search(**asked, objective=objective, wishes=parse_wishes(forbid=["stage_layers"]))
+        found = search(**asked, objective=objective, wishes=parse_wishes(forbid=["stage_layers", *forbidden]))
         assert found.ranked is not None
         assert found.complete
         figure = found.ranked.step_s if objective == "throughput" else found.ranked.device_peak_bytes
         best = everything.layouts.row(int(np.flatnonzero(fits)[everything.step_s[fits].argmin()])).words()
         assert float(figure[0]) == pytest.approx(least, rel=1e-9), (best, found.ranked.layouts.row(0).words())
         assert found.ranked.fits().all()
-        free = search(**asked, objective=objective)
+        free = search(**asked, objective=objective, wishes=parse_wishes(forbid=forbidden))
         assert free.ranked is not None
         assert free.proved or objective == "memory"
         best_s = found.ranked.step_s[0] if objective == "throughput" else found.ranked.device_peak_bytes[0]

@@ -38,3 +38,19 @@ def test_the_space_of_a_model_with_experts_has_every_expert_degree() -> None:
 def test_tiers_of_a_runtime(runtime: str, tiers: set[tuple[str, str]]) -> None:
     found = {(OFFLOAD[state], OFFLOAD[parameters]) for state, parameters in runtime_tiers(load_runtime(runtime))}
     assert found == tiers
+
+
+@pytest.mark.parametrize(("runtime", "fix"), [("deepspeed", ""), ("fsdp2", ""), ("megatron", "tp=1 pp=1")])
+def test_one_gpu_offloads(runtime: str, fix: str) -> None:
+    """Runtimes offload what a ZeRO stage owns, also where it owns everything: 8B with Adam needs 128 GB."""
+    found = search(
+        model=load_model("llama-3-8b"),
+        job=Job(seq=2048, global_batch=8),
+        cluster=load_cluster("h100-ib", gpus=1),
+        runtime=runtime,
+        wishes=parse_wishes(fix),
+    )
+    assert found.ranked is not None
+    best = found.ranked.layouts.row(0)
+    assert best.offload_optimizer != "none"
+    assert best.zero > 0

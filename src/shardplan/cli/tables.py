@@ -214,10 +214,11 @@ def _more_columns(timed: Mapping[int, Mapping[str, Any]]) -> dict[str, Callable[
 def print_account(console: Console, search: Mapping[str, Any]) -> None:
     """How many layouts were looked at, how many refused and why."""
     refused = sum(rule["count"] for rule in search["refused"].values())
-    fitting = search["looked_at"] - refused - search["does_not_fit"]
+    fitting = search["looked_at"] - refused - search["slower"] - search["does_not_fit"]
+    slower = f"{search['slower']:,} far slower than the best whatever is done, " if search["slower"] else ""
     more = f", and {search['refined']:,} variants of those that they could help" if search["refined"] else ""
     console.print(
-        f"looked at {search['looked_at']:,} layouts in {seconds(search['seconds'])}: {refused:,} refused by a rule, "
+        f"looked at {search['looked_at']:,} layouts in {seconds(search['seconds'])}: {refused:,} refused by a rule, {slower}"
         f"{search['does_not_fit']:,} do not fit in memory, {fitting:,} fit{more}"
     )
     if search["partial"]:

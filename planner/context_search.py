@@ -1,0 +1,111 @@
+"""The part of the space with context parallelism, the most hopeful first: there are many more ways to cut sequences than ever pay.
+
+A way to compute (mesh, micro-batch, schedule, recompute, `cp_kind` ...) says how long a step takes at least, however its states are
+spread and offloaded, its layers cut into stages, its axes ordered on the cluster and its knobs turned. Ways are written out with every way
+to spread states in the order of that least time, until it passes NEAR_BEST times the quickest step that fits: what is left is slower than
+the best. For the least memory every layout is written out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardplan.costmodel.axis_order import ORDERS
+from shardplan.costmodel.estimate import estimate, on_mean_stage
+from shardplan.costmodel.estimates import Estimates
+from shardplan.costmodel.layout import OFFLOAD, RATIO_STEPS, LayoutTable
+from shardplan.costmodel.rule import Setting
+from shardplan.planner.factors import Factors
+from shardplan.planner.placement import movable, open_orders, with_bubble
+from shardplan.planner.ranking import Objective
+from shardplan.planner.sift import Sifted, sift
+from shardplan.planner.space import Wishes
+
+FloatArray = NDArray[np.float64]
+
+NEAR_BEST = 1.02
+"""Times the quickest step that fits: what may take less is looked at, so that the shortlist has it."""
+SPREADING_PARTS = ("dp_exposed_s", "optimizer_s", "offload_exposed_s")
+"""Time parts that depend on how states are spread."""
+LAYOUTS_AT_ONCE = 1 << 16
+"""Written out and estimated before the least time of the next ways is looked at again, about."""
+
+
+@dataclass(kw_only=True)
+class Written:
+    """What was written out so far."""
+
+    fastest: float
+    """The quickest step that fits."""
+    slower: int = 0
+    """Layouts left: their least time says that they are not near the best."""
+
+
+def write_out(
+    setting: Setting, wishes: Wishes, sifted: Sifted, written: Written, objective: Objective, headroom: float
+) -> Iterator[tuple[float, Estimates]]:
+    """(share of the ways behind it, layouts that no rule refuses) of what `sifted` left waiting, `written` kept up to date."""
+    for ways in sifted.waiting:
+        partners = ways.partners()
+        written.slower += int(partners.sum())
+    if not sifted.waiting:
+        return
+    ways = Factors.joined(sifted.waiting)
+    partners = ways.partners()
+    least_s = np.zeros(len(partners)) if objective == "memory" else least_s_of(setting, ways.computing, wishes)
+    order = np.argsort(least_s, kind="stable")
+    at = 0
+    while at < len(order) and least_s[order[at]] < NEAR_BEST * written.fastest:
+        count = int(np.searchsorted(np.cumsum(partners[order[at:]]), LAYOUTS_AT_ONCE, side="right")) + 1
+        chosen = order[at : at + count]
+        chosen = np.sort(chosen[least_s[chosen] < NEAR_BEST * written.fastest])
+        at += count
+        written.slower -= int(partners[chosen].sum())
+        layouts = sift(setting, ways.with_rows(chosen).layouts(), sifted.refused, sifted.later)
+        if len(layouts):
+            found = _estimated(setting, layouts)
+            fitting = found.fits(headroom)
+            written.fastest = min(written.fastest, float(np.min(found.step_s, where=fitting, initial=np.inf)))
+            yield at / len(order), found
+
+
+def least_s_of(setting: Setting, computing: LayoutTable, wishes: Wishes) -> FloatArray:
+    """Seconds that a step takes at least, (N,), whatever columns the layouts of `computing` get that say how states are spread, however
+    their layers are cut into stages, in any open order of axes and with any knob turned.
+
+    An axis exchanges nowhere faster than as the innermost one.
+    """
+    rows = len(computing)
+    bare = replace(
+        computing,
+        zero=np.zeros(rows, dtype=np.int64),
+        dp_shard=computing.dp,
+        offload_optimizer=np.full(rows, OFFLOAD.index("none")),
+        offload_params=np.full(rows, OFFLOAD.index("none")),
+        offload_ratio=np.full(rows, RATIO_STEPS),
+        hpz=np.ones(rows, dtype=np.int64),
+    )
+    orders = open_orders(setting, wishes)
+    its = on_mean_stage(setting, replace(bare, order=np.full(rows, ORDERS.index(orders[0]))))
+    least_s = its.time["step_s"] - sum(its.time[part] for part in SPREADING_PARTS)
+    at = np.flatnonzero(movable(computing, orders))
+    if len(at):
+        some = bare.take(at)
+        inside = [
+            on_mean_stage(setting, replace(some, order=np.full(len(at), ORDERS.index(order)))).time[part]
+            for order, part in (("tp-cp-dp-pp", "tp_exposed_s"), ("cp-tp-dp-pp", "cp_exposed_s"))
+        ]
+        its = its.take(at)
+        alone = [its.time[part] for part in ("compute_s", "recompute_s", "host_s")]
+        least_s[at] = np.minimum(least_s[at], with_bubble(its.time, np.sum([*alone, *inside], axis=0)))
+    return least_s
+
+
+def _estimated(setting: Setting, layouts: LayoutTable) -> Estimates:
+    return estimate(
+        model=setting.model, job=setting.job, cluster=setting.cluster, layouts=layouts, runtime=setting.runtime
+    )

@@ -1,0 +1,118 @@
+"""The quickest set of named parts to recompute (`recompute=selective:core_attn+mlp`) that makes a layout fit.
+
+Recomputing one part more saves memory and costs time. So a part without which all the others do not fit is in every set that fits; these
+parts together say how long a step takes at least, and where they fit no set is quicker. Else the sets that contain them are compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardplan.costmodel.estimate import estimate, on_mean_stage
+from shardplan.costmodel.estimates import MEMORY_BAND, Estimates
+from shardplan.costmodel.layout import LayoutTable
+from shardplan.costmodel.layout_join import stacked
+from shardplan.costmodel.recompute import PART_BITS, RECOMPUTE
+from shardplan.costmodel.rule import Setting
+from shardplan.costmodel.rules import broken_rules
+from shardplan.planner.placement import least_step_s
+from shardplan.planner.space import Wishes
+
+BoolArray = NDArray[np.bool_]
+IntArray = NDArray[np.int64]
+NONE, SELECTIVE = (RECOMPUTE.index(word) for word in ("none", "selective"))
+LAYOUTS_AT_ONCE = 2048
+MOST_ROWS = 300_000
+"""Sets of parts that are compared at most, those of the most hopeful layouts first."""
+
+
+def named_sets(setting: Setting) -> tuple[int, ...]:
+    """Every set of parts, as the sum of its PART_BITS, that the runtime can run again and the model has; the smallest first."""
+    latents = any(kind.kv_lora_rank for kind in setting.kinds)
+    bits = [PART_BITS[part] for part in setting.runtime.abilities.recompute_parts if latents or part != "mla_up_proj"]
+    sets = [sum(bit for n, bit in enumerate(bits) if some >> n & 1) for some in range(1, 1 << len(bits))]
+    return tuple(sorted(sets, key=int.bit_count))
+
+
+def parts_recomputed(
+    setting: Setting, estimates: Estimates, wishes: Wishes, headroom: float, *, best_s: float
+) -> tuple[LayoutTable | None, int, bool]:
+    """(layouts that fit by named parts and may be the fastest, layouts estimated for it, whether all that may be were looked at).
+
+    Taken are the layouts without recompute that do not fit and could be quicker than `best_s` in whatever order of axes.
+    """
+    sets = named_sets(setting)
+    least_s = least_step_s(setting, estimates, wishes)
+    rows = np.flatnonzero(~estimates.fits(headroom) & (estimates.layouts.recompute == NONE) & (least_s < best_s))
+    if not sets or not len(rows):
+        return None, 0, True
+    tried = len(rows)
+    every = np.full(len(rows), sets[-1])
+    rows = rows[_estimated(setting, _with(estimates.layouts.take(rows), every)).fits(headroom)]
+    rows = rows[np.argsort(least_s[rows], kind="stable")]
+    compared, kept = 0, list[LayoutTable]()
+    for start in range(0, len(rows), LAYOUTS_AT_ONCE):
+        some = rows[start : start + LAYOUTS_AT_ONCE]
+        some = some[least_s[some] < best_s]
+        if not len(some):
+            break
+        layouts = estimates.layouts.take(some)
+        needed = _needed(setting, layouts, sets, headroom)
+        with_needed = _estimated(setting, _with(layouts, needed))
+        hopeful = least_step_s(setting, with_needed, wishes) < best_s
+        enough = with_needed.fits(headroom) & _valid(setting, with_needed.layouts)
+        tried += len(some) * (sets[-1].bit_count() + 1)
+        candidates = [with_needed.take(np.flatnonzero(hopeful & enough))]
+        at, which = np.nonzero((np.asarray(sets)[None, :] & needed[:, None]) == needed[:, None])
+        open_rows = (hopeful & ~enough)[at]
+        at, which = at[open_rows], which[open_rows]
+        compared, tried = compared + len(at), tried + len(at)
+        if compared > MOST_ROWS:
+            return (stacked(kept) if kept else None), tried, False
+        others = _with(layouts.take(at), np.asarray(sets)[which])
+        others = others.take(_valid(setting, others))
+        if len(others):
+            candidates.append(_estimated(setting, others))
+        for found in candidates:
+            fits = found.fits(headroom)
+            best_s = min(best_s, float(np.min(found.step_s, where=fits, initial=np.inf)))
+            kept.append(found.layouts.take(np.flatnonzero(fits & (least_step_s(setting, found, wishes) <= best_s))))
+    return (stacked(kept) if kept else None), tried, True
+
+
+def _needed(setting: Setting, layouts: LayoutTable, sets: Sequence[int], headroom: float) -> IntArray:
+    """Parts, as the sum of their PART_BITS, that every set which makes a layout fit contains, (N,)."""
+    every, needed = sets[-1], np.zeros(len(layouts), dtype=np.int64)
+    for bit in sets[: every.bit_count()]:
+        without = _estimated(setting, _with(layouts, np.full(len(layouts), every - bit)))
+        needed += bit * ~without.fits(headroom)
+    return needed
+
+
+def with_needed_parts(setting: Setting, layouts: LayoutTable, headroom: float) -> LayoutTable:
+    """The layouts with the parts recomputed that every set which makes them fit contains, however their layers are cut into stages."""
+    sets, needed = named_sets(setting), np.zeros(len(layouts), dtype=np.int64)
+    usable = setting.cluster.gpu.memory_bytes * (1.0 - headroom) / (1.0 + MEMORY_BAND)
+    for bit in sets[: sets[-1].bit_count()] if len(layouts) else ():
+        without = on_mean_stage(setting, _with(layouts, np.full(len(layouts), sets[-1] - bit)))
+        needed += bit * (without.device_peak_bytes > usable)
+    return _with(layouts, needed)
+
+
+def _with(layouts: LayoutTable, parts: IntArray) -> LayoutTable:
+    """The layouts with these parts recomputed, whether a rule refuses it or not."""
+    return replace(layouts, recompute=np.where(parts > 0, SELECTIVE, NONE), recompute_parts=parts)
+
+
+def _valid(setting: Setting, layouts: LayoutTable) -> BoolArray:
+    return ~np.any([np.zeros(len(layouts), dtype=bool), *broken_rules(setting, layouts).values()], axis=0)
+
+
+def _estimated(setting: Setting, layouts: LayoutTable) -> Estimates:
+    return estimate(
+        model=setting.model, job=setting.job, cluster=setting.cluster, layouts=layouts, runtime=setting.runtime
+    )
