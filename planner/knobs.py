@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.costmodel.estimate import estimate
-from shardplan.costmodel.estimates import Estimates
+from shardplan.costmodel.estimates import Estimates, joined
 from shardplan.costmodel.layout import OFFLOAD, RATIO_STEPS, LayoutTable
+from shardplan.costmodel.layout_join import stacked
 from shardplan.costmodel.recompute import RECOMPUTE
 from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.rule_parts import divisors
@@ -137,10 +138,13 @@ def turn_knobs(
         _recompute_some(setting, batch, wishes, headroom, state)
     turned, made = knobs_of(setting, wishes), list[Estimates]()
     for at in range(len(turned)):
-        for batch in (*space, *made):
-            more = _turn(setting, batch, turned[at:], wishes, headroom, state, least_memory=least_memory)
-            if more is not None:
-                made.append(more)
+        every = [
+            _turn(setting, batch, turned[at:], wishes, headroom, state, least_memory=least_memory)
+            for batch in (*space, *made)
+        ]
+        more = [one for one in every if one is not None]
+        if more:
+            made.append(joined(more, stacked([one.layouts for one in more])))
     for batch in made:
         fits = batch.fits(headroom)
         state.found.append(batch.take(np.flatnonzero(fits)))

@@ -8,6 +8,7 @@ every order. What treats all GPUs as the slowest is in the space, so that the be
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import permutations
 
@@ -27,7 +28,10 @@ from shardplan.costmodel.stage_trials import StageTrials
 from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.machine import Cluster
 from shardplan.hw_profiles.mixed import in_order
+from shardplan.planner.context_search import least_s_of
+from shardplan.planner.factors import Factors
 from shardplan.planner.knobs import knobs_of, named_recompute, turn_knobs
+from shardplan.planner.one_size import search_one_size
 from shardplan.planner.placement import open_orders
 from shardplan.planner.ranking import Objective, SearchResult, order_of
 from shardplan.planner.sift import Sifted, largest_first, sift, sift_space
@@ -38,8 +42,10 @@ from shardplan.planner.stages import can_cut, cut_stages, mean_stage_seconds, pi
 from shardplan.planner.watch import Watch
 
 FULL = RECOMPUTE.index("full")
-FIRST_CUT, AT_ONCE = 8, 2048
+FIRST_CUT, AT_ONCE = 8, 512
 """Layouts cut before bounds are looked at again: first, and four times as many each time up to."""
+MOST_CUT = 2048
+"""Layouts cut in one order of the parts; where it is reached the search says so."""
 MOST_CUTS = 4
 """Of one layout."""
 FloatArray = NDArray[np.float64]
@@ -49,7 +55,9 @@ def search_mixed(setting: Setting, wishes: Wishes, objective: Objective, headroo
     """The ranking in the order of parts whose best is best; `cluster` of the result has its parts in that order.
 
     Axes lie in the order that is fixed, else the default one; knobs (`knobs.py`) are turned where they would help on a part alone.
-    `complete` is only said where the runtime has no other orders and no knobs. An interrupt ends it.
+    The best layouts of a search on each kind of node alone, in whatever order and cut, are among those compared, so that treating all GPUs
+    as the slowest is never better. `proved` and `complete` are only said where the runtime has no other orders and no knobs. An
+    interrupt ends it.
     """
     if objective not in ("throughput", "memory"):
         raise InputError(
@@ -61,21 +69,27 @@ def search_mixed(setting: Setting, wishes: Wishes, objective: Objective, headroo
     parts = part_settings(setting)
     sifted = Sifted()
     sift_space(parts[0], wishes, sifted, watch)
-    valid, refused = sifted.valid(wishes), sifted.refused
+    refused, seeds = sifted.refused, _best_alone(parts, wishes, objective, headroom, watch)
+    known = estimate_spread(setting, seeds) if len(seeds) else None
+    fits = known is not None and known.fits(headroom).any()
+    fastest = float(known.step_s[known.fits(headroom)].min()) if known is not None and fits else np.inf
+    written, slower = _written_out(parts, wishes, sifted, np.inf if objective == "memory" else fastest)
+    valid = stacked([sifted.valid(wishes), written])
     for part in parts[1:]:
         valid = sift(part, valid, refused)
-    tables = [valid]
+    tables = [valid, seeds]
     for part in parts if len(valid) else ():
         alone = estimate(model=part.model, job=part.job, cluster=part.cluster, layouts=valid, runtime=part.runtime)
         tables += [one.layouts for one in turn_knobs(part, [alone], wishes, headroom).found]
     table = stacked(tables)
     best: tuple[Setting, Estimates] | None = None
     closest: Estimates | None = None
-    cluster, estimated = setting.cluster, 0
+    cluster, estimated, all_cut = setting.cluster, 0, True
     for order in orders(setting.cluster) if len(table) else ():
         ordered = replace(setting, cluster=in_order(setting.cluster, order))
         so_far = float(best[1].step_s.min()) if best else np.inf
-        found = _on(ordered, table, wishes, headroom, so_far)
+        found, every = _on(ordered, table, wishes, headroom, so_far)
+        all_cut &= every
         estimated += len(found)
         rows = order_of(found, np.flatnonzero(found.fits(headroom)), objective)
         if len(rows) and (best is None or _ahead(found, int(rows[0]), best[1], objective)):
@@ -84,21 +98,59 @@ def search_mixed(setting: Setting, wishes: Wishes, objective: Objective, headroo
             full = found.device_peak_bytes / found.capacities
             closest = found.take(np.asarray([int(full.argmin())]))
     ranked = best[1] if best else None
+    bounded = (
+        all_cut
+        and len(open_orders(setting, wishes)) < 2
+        and not any((*knobs_of(parts[0], wishes), *named_recompute(parts[0], wishes)))
+    )
     return SearchResult(
         cluster=cluster,
         ranked=ranked,
         closest=None if ranked is not None else closest,
-        looked_at=sum(one.count for one in refused.values()) + estimated,
+        looked_at=sum(one.count for one in refused.values()) + slower + estimated,
         refused=largest_first(refused),
-        slower=0,
+        slower=slower,
         does_not_fit=estimated - (len(ranked) if ranked is not None else 0),
         refined=0,
         placement=None,
-        proved=True,
-        complete=len(open_orders(setting, wishes)) < 2
-        and not any((*knobs_of(parts[0], wishes), *named_recompute(parts[0], wishes))),
+        proved=bounded,
+        complete=bounded,
         seconds=time.perf_counter() - start,
     )
+
+
+SEEDS = 64
+"""Layouts of the ranking on each kind of node alone that are compared on the mixed cluster."""
+
+
+def _best_alone(
+    parts: Sequence[Setting], wishes: Wishes, objective: Objective, headroom: float, watch: Watch
+) -> LayoutTable:
+    """The best layouts on clusters of each kind of node alone that no rule refuses on any."""
+    tables = [layout_table([wishes.fixed]).slice(0, 0)]
+    for part in parts:
+        ranked = search_one_size(part, wishes, objective, headroom, Watch()).ranked
+        watch.phase("looking", 0.1, 0)
+        if ranked is not None:
+            tables.append(ranked.layouts.slice(0, SEEDS))
+    found = stacked(tables)
+    for part in parts:
+        found = _allowed(part, found)
+    return found
+
+
+def _written_out(parts: Sequence[Setting], wishes: Wishes, sifted: Sifted, fastest: float) -> tuple[LayoutTable, int]:
+    """(layouts with context parallelism that may be quicker than `fastest`, the number of the others)."""
+    empty = layout_table([wishes.fixed]).slice(0, 0)
+    if not sifted.waiting:
+        return empty, 0
+    ways = Factors.joined(sifted.waiting)
+    least_s = np.min([least_s_of(part, ways.computing, wishes) for part in parts], axis=0)
+    chosen = np.flatnonzero(least_s < fastest)
+    slower = len(ways) - int(ways.partners()[chosen].sum())
+    if not len(chosen):
+        return empty, slower
+    return sift(parts[0], ways.with_rows(chosen).layouts(), sifted.refused, sifted.later), slower
 
 
 MOST_ORDERED = 3
@@ -144,8 +196,9 @@ def _staged(setting: Setting, table: LayoutTable) -> NDArray[np.bool_]:
     return behind & np.all([part.gpus % ranks == 0 for part in setting.cluster.parts], axis=0)
 
 
-def _on(setting: Setting, table: LayoutTable, wishes: Wishes, headroom: float, so_far: float) -> Estimates:
-    """Estimates of all layouts on the parts in their order, and of those with cut stages that could be faster than `so_far`."""
+def _on(setting: Setting, table: LayoutTable, wishes: Wishes, headroom: float, so_far: float) -> tuple[Estimates, bool]:
+    """(estimates of all layouts on the parts in their order, and of those with cut stages that could be faster than `so_far`; whether none
+    of these was left out)."""
     staged = _staged(setting, table)
     found: list[Estimates] = []
     if not staged.all():
@@ -157,10 +210,10 @@ def _on(setting: Setting, table: LayoutTable, wishes: Wishes, headroom: float, s
     fits = known.fits(headroom)
     fastest = min(so_far, float(known.step_s[fits].min()) if fits.any() else np.inf)
     if not leaves_stages_open(setting, wishes):
-        return known
-    return _together(
-        [known, *_cut_ones(setting, plain, replace(wanted_of(setting, wishes, headroom), most_cuts=MOST_CUTS), fastest)]
-    )
+        return known, True
+    wanted = replace(wanted_of(setting, wishes, headroom), most_cuts=MOST_CUTS)
+    cut, every = _cut_ones(setting, plain, wanted, fastest)
+    return _together([known, *cut]), every
 
 
 def _together(found: list[Estimates]) -> Estimates:
@@ -182,8 +235,8 @@ def _on_parts(setting: Setting, table: LayoutTable) -> Estimates:
     return estimate_staged(setting, table, stages)
 
 
-def _cut_ones(setting: Setting, staged: LayoutTable, wanted: Wanted, fastest: float) -> list[Estimates]:
-    """Estimates of the layouts with the best cuts, most hopeful first, until no bound is below the fastest."""
+def _cut_ones(setting: Setting, staged: LayoutTable, wanted: Wanted, fastest: float) -> tuple[list[Estimates], bool]:
+    """(estimates of the layouts with the best cuts, most hopeful first, until no bound is below the fastest; whether it came to that)."""
     plain = staged.take(
         (staged.pp > 1) & (staged.split == 0) & ((staged.recompute != FULL) | (not wanted.partial_recompute))
     )
@@ -191,6 +244,8 @@ def _cut_ones(setting: Setting, staged: LayoutTable, wanted: Wanted, fastest: fl
     order = np.argsort(bounds, kind="stable")
     at, size, found = 0, FIRST_CUT, list[Estimates]()
     while at < len(order) and bounds[order[at]] < fastest:
+        if at >= MOST_CUT:
+            return found, False
         some = order[at : at + size]
         some = some[bounds[some] < fastest]
         at, size = at + size, min(4 * size, AT_ONCE)
@@ -206,7 +261,7 @@ def _cut_ones(setting: Setting, staged: LayoutTable, wanted: Wanted, fastest: fl
             found.append(its)
             fit = its.fits(wanted.headroom)
             fastest = min(fastest, float(its.step_s[fit].min()) if fit.any() else np.inf)
-    return found
+    return found, True
 
 
 def _parts(setting: Setting, table: LayoutTable) -> list[Part]:

@@ -23,10 +23,14 @@ from shardplan.planner.context_search import Written, write_out
 from shardplan.planner.knobs import turn_knobs
 from shardplan.planner.placement import Placement, place
 from shardplan.planner.ranking import Objective, SearchResult, order_of
+from shardplan.planner.shortlist import distinct, of_idea, worth_telling
 from shardplan.planner.sift import Sifted, sift_space
 from shardplan.planner.space import Wishes, join_tables
 from shardplan.planner.stage_search import least_cut_bytes, search_stages
 from shardplan.planner.watch import Watch
+
+RUNNERS_UP = 3
+"""Ideas beside the best that are refined for themselves."""
 
 
 @dataclass(kw_only=True)
@@ -83,6 +87,8 @@ def search_one_size(
     if state.space and not state.partial:
         with state.phase(watch):
             _cut_stages(setting, wishes, objective, headroom, state, watch)
+        with state.phase(watch):
+            _refine_runners_up(setting, wishes, objective, headroom, state)
     closest = None
     if state.space and state.ranked is None:
         leanest = min(state.space, key=lambda one: float(one.device_peak_bytes.min()))
@@ -208,6 +214,27 @@ def _cut_stages(
     else:
         state.proved = found.proved
     state.ranked, state.tried = ranked, state.tried + found.looked_at
+
+
+def _refine_runners_up(setting: Setting, wishes: Wishes, objective: Objective, headroom: float, state: _State) -> None:
+    """Add what knobs make of the next best ideas, each for itself: what cannot be the best of all was left as it was."""
+    ranked = state.ranked
+    if ranked is None or objective == "memory":
+        return
+    first, _ = distinct(ranked.layouts)
+    ideas = ranked.layouts.take(first[worth_telling(ranked, first)][1 : 1 + RUNNERS_UP])
+    found: list[Estimates] = []
+    for at in range(len(ideas)):
+        same = [of_idea(batch.layouts, ideas, at) for batch in state.space]
+        batches = [batch.take(rows) for batch, rows in zip(state.space, same, strict=True) if len(rows)]
+        if batches:
+            its = joined(batches, stacked([one.layouts for one in batches]))
+            turned = turn_knobs(setting, [its], wishes, headroom)
+            found += [place(setting, one, wishes)[0] for one in turned.found]
+            state.tried += turned.tried
+    if found:
+        whole = joined([ranked, *found], stacked([ranked.layouts, *(one.layouts for one in found)]))
+        state.ranked = whole.take(_once(whole.layouts, order_of(whole, np.arange(len(whole)), objective)))
 
 
 def _once(layouts: LayoutTable, ordered: NDArray[np.intp]) -> NDArray[np.intp]:

@@ -113,7 +113,7 @@ INNER = "tp-cp-"
 def movable(layouts: LayoutTable, orders: tuple[str, ...]) -> NDArray[np.bool_]:
     """Rows that some order gives other groups than the default one, as far as their axes go and, with few orders, their experts."""
     used = used_axes([getattr(layouts, axis) for axis in AXES])
-    several = np.any([SAME_AS[code, used] != SAME_AS[0, used] for code in codes(orders, ORDERS)], axis=0)
+    several = np.any([SAME_AS[code] != SAME_AS[0] for code in codes(orders, ORDERS)], axis=0)[used]
     if not all(order.startswith(INNER) for order in orders):
         return several
     inside = layouts.tp * layouts.cp  # what a pipeline surrounds has to be an expert group (`order_rules.py`)
@@ -161,7 +161,7 @@ def _other_groups(layouts: LayoutTable, orders: tuple[str, ...]) -> dict[int, ND
     found: dict[int, NDArray[np.bool_]] = {}
     before: list[IntArray] = [SAME_AS[layouts.order, used]]
     for code in codes(orders, ORDERS):
-        same = SAME_AS[code, used]
+        same = SAME_AS[code][used]
         found[code] = ~np.any([same == one for one in before], axis=0)
         before.append(same)
     return found

@@ -48,9 +48,9 @@ class SearchResult:
 
 
 def order_of(estimates: Estimates, rows: NDArray[np.intp], objective: Objective) -> NDArray[np.intp]:
-    """`rows` best first; ties break by the other figure, then by the layout's columns."""
+    """`rows` best first; ties break by the other figure, then by less context parallelism, then by the layout's columns."""
     first, second = estimates.step_s[rows], estimates.device_peak_bytes[rows]
     if objective == "memory":
         first, second = second, first
     columns = [getattr(estimates.layouts, name)[rows] for name in reversed(COLUMNS)]
-    return rows[np.lexsort((*columns, second, first))]
+    return rows[np.lexsort((*columns, estimates.layouts.cp[rows], second, first))]

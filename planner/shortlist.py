@@ -30,13 +30,12 @@ def distinct(layouts: LayoutTable) -> tuple[IndexArray, IndexArray]:
     return first[order], counts[order]
 
 
-MESH_COLUMNS = ("dp", "tp", "pp", "cp", "ep")
-
-
 def worth_telling(estimates: Estimates, ideas: IndexArray) -> NDArray[np.bool_]:
     """Which of the `ideas`, rows of a ranking in its order, say something new: another mesh than all before, or the same with LEAST_SAVING
-    less device memory. Another ZeRO stage or a tenth of the optimizer off the GPU, slower and no smaller, is a copy."""
-    meshes = np.stack([getattr(estimates.layouts, name)[ideas] for name in MESH_COLUMNS], axis=1)
+    less device memory. Another ZeRO stage or a tenth of the optimizer off the GPU, slower and no smaller, is a copy; so is cp in place
+    of dp, as with twice the sequences per micro-batch each of half the length."""
+    some = estimates.layouts.take(ideas)
+    meshes = np.stack([some.dp * some.cp, some.tp, some.pp, some.ep], axis=1)
     least: dict[bytes, float] = {}
     told = np.zeros(len(ideas), dtype=bool)
     for at, (mesh, row) in enumerate(zip(meshes, ideas, strict=True)):
@@ -44,6 +43,11 @@ def worth_telling(estimates: Estimates, ideas: IndexArray) -> NDArray[np.bool_]:
         told[at] = peak <= (1.0 - LEAST_SAVING) * before
         least[mesh.tobytes()] = min(peak, before) if told[at] else before
     return told
+
+
+def of_idea(layouts: LayoutTable, ideas: LayoutTable, at: int) -> IndexArray:
+    """Rows of `layouts` that are variants of row `at` of `ideas`, with any recompute."""
+    return np.flatnonzero(np.all([getattr(layouts, name) == getattr(ideas, name)[at] for name in IDEA_COLUMNS], axis=0))
 
 
 def same_idea(one: Layout, other: Layout) -> bool:

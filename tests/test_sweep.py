@@ -23,7 +23,7 @@ from shardplan.planner.choose import make_plan
 from shardplan.planner.diff import diff_plans
 from shardplan.planner.plan import Plan
 from shardplan.planner.search import SearchResult, search, search_document
-from shardplan.planner.shortlist import IDEA_COLUMNS, LEAST_SAVING, distinct, memory_front
+from shardplan.planner.shortlist import IDEA_COLUMNS, LEAST_SAVING, distinct, memory_front, worth_telling
 from shardplan.planner.space import Wishes, parse_wishes
 from shardplan.planner.sweep import COLUMNS, Grid, Sweep, answers, network_gbps_per_gpu, with_network_rate
 
@@ -79,6 +79,41 @@ def test_the_front_of_time_and_memory_is_the_lower_hull_of_all() -> None:
     for row in front:
         assert not ((time < time[row]) & (peak <= peak[row])).any()
     assert peak[front[-1]] * (1 - LEAST_SAVING) <= peak.min()
+
+
+def test_cp_in_place_of_dp_is_told_once() -> None:
+    """dp=4 cp=2 with twice the sequences in a micro-batch is dp=8 again, unless it is the better one or needs less memory."""
+    ranked = found().ranked
+    assert ranked is not None
+    first, _ = distinct(ranked.layouts)
+    told = ranked.take(first[worth_telling(ranked, first)])
+    seen: dict[tuple[int, ...], float] = {}
+    for at in range(len(told)):
+        row, peak = told.layouts.row(at), float(told.device_peak_bytes[at])
+        mesh = (row.dp * row.cp, row.tp, row.pp)
+        assert peak <= (1.0 - LEAST_SAVING) * seen.get(mesh, np.inf)
+        seen[mesh] = peak
+    assert (told.layouts.cp == 1).any()
+
+
+def test_runners_up_are_as_good_as_knobs_make_them() -> None:
+    inputs = {"model": load_model("llama-3-70b"), "job": Job(seq=4096, global_batch=256), "runtime": "fsdp2"}
+    cluster = load_cluster("h100-ib", gpus=64)
+    ranked = search(**inputs, cluster=cluster).ranked
+    assert ranked is not None
+    first, _ = distinct(ranked.layouts)
+    compared = 0
+    for row in first[worth_telling(ranked, first)][1:4]:
+        one = ranked.layouts.row(int(row))
+        if one.recompute == "full":  # an idea of its own beside the same with less
+            continue
+        compared += 1
+        words = ("dp", "tp", "pp", "cp", "ep", "zero", "offload_optimizer")
+        fixed = parse_wishes(" ".join(f"{word}={getattr(one, word)}" for word in words), ["stage_layers"])
+        alone = search(**inputs, cluster=cluster, wishes=fixed).ranked
+        assert alone is not None
+        assert float(alone.step_s[0]) >= float(ranked.step_s[row]) * (1.0 - 1e-9), one.words()
+    assert compared
 
 
 def test_a_plan_lists_ideas_and_the_front() -> None:
