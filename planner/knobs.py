@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from shardplan.costmodel.estimate import estimate
 from shardplan.costmodel.estimates import Estimates, joined
-from shardplan.costmodel.layout import OFFLOAD, RATIO_STEPS, LayoutTable
+from shardplan.costmodel.layout import OFFLOAD, RATIO_STEPS, Layout, LayoutTable, layout_table
 from shardplan.costmodel.layout_join import stacked
 from shardplan.costmodel.recompute import RECOMPUTE
 from shardplan.costmodel.rule import Setting
@@ -28,7 +28,7 @@ from shardplan.costmodel.rules import broken_rules
 from shardplan.planner.named_recompute import named_sets, parts_recomputed
 from shardplan.planner.partial_recompute import partly_recomputed
 from shardplan.planner.placement import least_step_s
-from shardplan.planner.space import Wishes
+from shardplan.planner.space import Wishes, allowed, asked
 
 BoolArray = NDArray[np.bool_]
 FloatArray = NDArray[np.float64]
@@ -96,20 +96,30 @@ def knobs_of(setting: Setting, wishes: Wishes) -> tuple[Knob, ...]:
             changes=("dp_exposed_s",),
         ),
     )
-    return tuple(knob for knob in every if knob.variants and not any(asked(wishes, word) for word in knob.words))
+    open_ones = (_without_forbidden(knob, wishes) for knob in every)
+    return tuple(knob for knob in open_ones if knob.variants and not any(asked(wishes, word) for word in knob.words))
 
 
-def asked(wishes: Wishes, word: str) -> bool:
-    """Whether the user fixed or forbade the word or a value of it."""
-    return word in wishes.fixed_words or any(forbidden == word for forbidden, _ in wishes.forbidden)
+def _without_forbidden(knob: Knob, wishes: Wishes) -> Knob:
+    """The knob without variants that set a forbidden value."""
+    mine = tuple((word, value) for word, value in wishes.forbidden if word in knob.words and value is not None)
+    if not mine or not knob.variants:
+        return knob
+    plain = layout_table([Layout()])
+    left = [
+        one
+        for one in knob.variants
+        if allowed(replace(plain, **{name: np.asarray([value]) for name, value in one.items()}), mine)[0]
+    ]
+    return replace(knob, variants=tuple(left))
 
 
 def named_recompute(setting: Setting, wishes: Wishes) -> tuple[Knob, ...]:
     """The knob of named parts to recompute, where there is one: `turn_knobs` finds the quickest set that fits by itself."""
-    sets = () if asked(wishes, "recompute") else named_sets(setting)
+    sets = () if asked(wishes, "recompute", "selective") else named_sets(setting)
     variants = tuple({"recompute": SELECTIVE, "recompute_parts": parts} for parts in sets)
     knob = Knob(words=("recompute",), variants=variants, rows=lambda t: t.recompute == NONE)
-    return (knob,) if variants else ()
+    return tuple(one for one in (_without_forbidden(knob, wishes),) if one.variants)
 
 
 def _zeropp(setting: Setting, wishes: Wishes) -> tuple[Variant, ...]:
@@ -211,16 +221,18 @@ def _turn(
 
 def _recompute_some(setting: Setting, estimates: Estimates, wishes: Wishes, headroom: float, state: Turned) -> None:
     """Where nothing is recomputed and the layout does not fit: the fewest layers, and the quickest set of named parts, that make it."""
-    if asked(wishes, "recompute"):
-        return
     more, tried = partly_recomputed(setting, estimates, wishes, headroom, best_s=state.best_s)
-    state.tried += tried
-    if more is not None and len(more):
-        state.found.append(_estimated(setting, more))
-        state.best_s = min(state.best_s, float(state.found[-1].step_s.min()))
+    _keep(setting, more, tried, wishes, state)
     more, tried, complete = parts_recomputed(setting, estimates, wishes, headroom, best_s=state.best_s)
-    state.tried += tried
+    _keep(setting, more, tried, wishes, state)
     state.complete &= complete
+
+
+def _keep(setting: Setting, more: LayoutTable | None, tried: int, wishes: Wishes, state: Turned) -> None:
+    """Add layouts that fit, as far as the user lets them."""
+    state.tried += tried
+    if more is not None:
+        more = more.take(allowed(more, wishes.forbidden))
     if more is not None and len(more):
         state.found.append(_estimated(setting, more))
         state.best_s = min(state.best_s, float(state.found[-1].step_s.min()))

@@ -15,8 +15,8 @@ from itertools import permutations
 import numpy as np
 from numpy.typing import NDArray
 
-from shardplan.costmodel.estimate import estimate, on_mean_stage
-from shardplan.costmodel.estimates import Estimates, joined
+from shardplan.costmodel.estimate import estimate, lower_bounds, on_mean_stage
+from shardplan.costmodel.estimates import MEMORY_BAND, Estimates, joined
 from shardplan.costmodel.keys import unique_keys
 from shardplan.costmodel.layout import Layout, LayoutTable, layout_table
 from shardplan.costmodel.layout_join import stacked
@@ -41,10 +41,10 @@ from shardplan.planner.stage_search import STRUCTURE, leaves_stages_open, wanted
 from shardplan.planner.stages import can_cut, cut_stages, mean_stage_seconds, pipeline_weights
 from shardplan.planner.watch import Watch
 
-FULL = RECOMPUTE.index("full")
+NONE, FULL = RECOMPUTE.index("none"), RECOMPUTE.index("full")
 FIRST_CUT, AT_ONCE = 8, 512
 """Layouts cut before bounds are looked at again: first, and four times as many each time up to."""
-MOST_CUT = 2048
+MOST_CUT = 8192
 """Layouts cut in one order of the parts; where it is reached the search says so."""
 MOST_CUTS = 4
 """Of one layout."""
@@ -240,6 +240,7 @@ def _cut_ones(setting: Setting, staged: LayoutTable, wanted: Wanted, fastest: fl
     plain = staged.take(
         (staged.pp > 1) & (staged.split == 0) & ((staged.recompute != FULL) | (not wanted.partial_recompute))
     )
+    plain = plain.take(_have_room(setting, plain, wanted)) if len(plain) else plain
     bounds = _bounds(setting, plain)
     order = np.argsort(bounds, kind="stable")
     at, size, found = 0, FIRST_CUT, list[Estimates]()
@@ -262,6 +263,19 @@ def _cut_ones(setting: Setting, staged: LayoutTable, wanted: Wanted, fastest: fl
             fit = its.fits(wanted.headroom)
             fastest = min(fastest, float(its.step_s[fit].min()) if fit.any() else np.inf)
     return found, True
+
+
+def _have_room(setting: Setting, table: LayoutTable, wanted: Wanted) -> NDArray[np.bool_]:
+    """Rows whose states and, recomputing every layer, activations would fit if they were spread evenly over GPUs of the largest kind."""
+    if wanted.partial_recompute:
+        table = replace(table, recompute=np.where(table.recompute == NONE, FULL, table.recompute))
+    parts = part_settings(setting)
+    least = [
+        lower_bounds(model=one.model, job=one.job, cluster=one.cluster, layouts=table, runtime=one.runtime)[1]
+        for one in parts
+    ]
+    usable = max(one.cluster.gpu.memory_bytes for one in parts) * (1.0 - wanted.headroom)
+    return np.min(least, axis=0) * (1.0 + MEMORY_BAND) <= usable
 
 
 def _parts(setting: Setting, table: LayoutTable) -> list[Part]:

@@ -20,7 +20,7 @@ from shardplan.costmodel.recompute import PART_BITS, RECOMPUTE
 from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.rules import broken_rules
 from shardplan.planner.placement import least_step_s
-from shardplan.planner.space import Wishes
+from shardplan.planner.space import Wishes, asked
 
 BoolArray = NDArray[np.bool_]
 IntArray = NDArray[np.int64]
@@ -45,7 +45,7 @@ def parts_recomputed(
 
     Taken are the layouts without recompute that do not fit and could be quicker than `best_s` in whatever order of axes.
     """
-    sets = named_sets(setting)
+    sets = () if asked(wishes, "recompute", "selective") else named_sets(setting)
     least_s = least_step_s(setting, estimates, wishes)
     rows = np.flatnonzero(~estimates.fits(headroom) & (estimates.layouts.recompute == NONE) & (least_s < best_s))
     if not sets or not len(rows):

@@ -14,7 +14,7 @@ from shardplan.costmodel.recompute import RECOMPUTE
 from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.rules import broken_rules
 from shardplan.planner.placement import least_step_s
-from shardplan.planner.space import Wishes
+from shardplan.planner.space import Wishes, asked
 
 NONE, FULL = RECOMPUTE.index("none"), RECOMPUTE.index("full")
 
@@ -28,8 +28,7 @@ def partly_recomputed(
     no other can become the fastest, in whatever order of axes. None where the runtime recomputes all layers or none, or the user asked
     otherwise.
     """
-    asked = "recompute" in wishes.fixed_words or any(word == "recompute" for word, _ in wishes.forbidden)
-    if asked or not setting.runtime.abilities.partial_recompute:
+    if asked(wishes, "recompute", "full") or not setting.runtime.abilities.partial_recompute:
         return None, 0
     fits = estimates.fits(headroom)
     fastest = min(best_s, float(np.min(estimates.step_s, where=fits, initial=np.inf)))

@@ -57,6 +57,11 @@ class Wishes:
     """What changes numerical results and is looked at only when asked for: qwz, qgz."""
 
 
+def asked(wishes: Wishes, word: str, value: str | None = None) -> bool:
+    """Whether the user fixed the word, or forbade it, or this value of it."""
+    return word in wishes.fixed_words or (word, None) in wishes.forbidden or (word, value) in wishes.forbidden
+
+
 ALLOWABLE = ("qwz", "qgz")
 """Layout words for --allow."""
 
@@ -194,7 +199,7 @@ def _piece(blocks: Sequence[_Block], wishes: Wishes) -> Factors:
     )
     spread = {(word, value) for word, value in wishes.forbidden if word in SPREADING}
     rest = tuple(one for one in wishes.forbidden if one not in spread)
-    return whole.take(_allowed(computing, rest), _allowed(spreading, tuple(spread)))
+    return whole.take(allowed(computing, rest), allowed(spreading, tuple(spread)))
 
 
 def _rows_of(blocks: Sequence[dict[str, IntArray]], wishes: Wishes) -> tuple[LayoutTable, IntArray]:
@@ -303,18 +308,19 @@ def _restricted(names: tuple[str, ...], options: list[tuple[int, ...]], wishes: 
     return [tuple(fixed.get(name, first[i]) for i, name in enumerate(names))]
 
 
-def _allowed(table: LayoutTable, forbidden: Sequence[tuple[str, str | None]]) -> BoolArray:
-    """Rows without a forbidden word."""
-    allowed = np.ones(len(table), dtype=bool)
+def allowed(table: LayoutTable, forbidden: Sequence[tuple[str, str | None]]) -> BoolArray:
+    """Rows without a forbidden word. A kind of recompute (full, selective) forbids every number of layers and set of parts."""
+    left = np.ones(len(table), dtype=bool)
     for word, value in forbidden:
         if word == "dp_shard":  # only sharding over fewer ranks than dp is a dp_shard at all
             hybrid = table.dp_shard != table.dp
-            allowed &= ~(hybrid if value is None else hybrid & (table.dp_shard == int(value)))
+            left &= ~(hybrid if value is None else hybrid & (table.dp_shard == int(value)))
             continue
         text = value if value is not None else getattr(Layout(), word)
         target = layout_table([parse_layout(f"{word}={text}") if text is not None else Layout()])
-        names = {"stage_layers": ("split",), "recompute": RECOMPUTE_COLUMNS}.get(word, (word,))
+        recompute = ("recompute",) if value in RECOMPUTE else RECOMPUTE_COLUMNS
+        names = {"stage_layers": ("split",), "recompute": recompute}.get(word, (word,))
         same = np.all([getattr(table, name) == int(getattr(target, name)[0]) for name in names], axis=0)
         without = (table.cp == 1) if word == "cp_kind" else False  # rows with nothing of that kind
-        allowed &= (same if value is None else ~same) | without
-    return allowed
+        left &= (same if value is None else ~same) | without
+    return left

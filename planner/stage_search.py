@@ -26,10 +26,10 @@ from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.rules import broken_rules
 from shardplan.costmodel.stage_trials import StageTrials
 from shardplan.planner.cut_bounds import over_mean_s, recomputing_mean_s
-from shardplan.planner.knobs import Knob, asked, knobs_of, least_s_with, named_recompute, variants_of
+from shardplan.planner.knobs import Knob, knobs_of, least_s_with, named_recompute, variants_of
 from shardplan.planner.named_recompute import with_needed_parts
 from shardplan.planner.placement import INNER, in_other_orders, movable, open_orders
-from shardplan.planner.space import Wishes
+from shardplan.planner.space import Wishes, asked
 from shardplan.planner.stage_options import Part, Wanted
 from shardplan.planner.stages import Cuttable, can_cut
 
@@ -136,7 +136,7 @@ def wanted_of(setting: Setting, wishes: Wishes, headroom: float) -> Wanted:
     abilities = setting.runtime.abilities
     return Wanted(
         headroom=headroom,
-        partial_recompute=abilities.partial_recompute and not asked(wishes, "recompute"),
+        partial_recompute=abilities.partial_recompute and not asked(wishes, "recompute", "full"),
         by_stage=abilities.recompute_by_stage,
     )
 

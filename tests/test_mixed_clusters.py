@@ -133,6 +133,18 @@ def test_never_worse_than_all_gpus_as_the_slowest(tmp_path: Path, parts: tuple[s
     assert best.ranked.step_s[0] <= slowest * (1 + 1e-9)
 
 
+def test_a_large_model_uses_the_faster_half() -> None:
+    """70B on 4 nodes of A100 and 4 of H100: as many layers on each as it can take, not the pace of the A100 everywhere."""
+    job = shardplan.Job(seq=4096, global_batch=256)
+    question = {"model": shardplan.load_model("llama-3-70b"), "job": job, "runtime": "fsdp2"}
+    cluster = shardplan.load_cluster(EXAMPLE)
+    found = [
+        shardplan.search(cluster=one, **question) for one in (cluster, *(as_all(cluster, p) for p in cluster.parts))
+    ]
+    mixed_s, slow_s, fast_s = (float(one.ranked.step_s[0]) for one in found if one.ranked is not None)
+    assert mixed_s < 1.1 * 2.0 / (1.0 / slow_s + 1.0 / fast_s)
+
+
 def test_the_faster_half_gets_more_layers() -> None:
     cluster = shardplan.load_cluster(EXAMPLE)
     result = searched(cluster)
