@@ -12,14 +12,13 @@ from shardplan.costmodel.estimates import DEFAULT_HEADROOM, MEMORY_BAND, Estimat
 from shardplan.costmodel.job import Job
 from shardplan.costmodel.layout import Layout
 from shardplan.costmodel.model import Model
+from shardplan.costmodel.remedies import GIB, memory_remedy
 from shardplan.costmodel.result import cost_assumptions, cost_document, result_document
 from shardplan.costmodel.rule import Rejection, Setting
 from shardplan.costmodel.runtime import Runtime
 from shardplan.costmodel.stage_document import mixed_document, stage_documents
 from shardplan.costmodel.step_time import TIME_PARTS
 from shardplan.hw_profiles.machine import Cluster
-
-GIB = 2.0**30
 
 
 def answer(
@@ -35,7 +34,9 @@ def answer(
 ) -> dict[str, Any]:
     """Everything known of one layout, plain JSON values; memory in bytes, time in seconds."""
     layout = estimates.layouts.row(row)
-    told = list(rejections) + memory_rejections(estimates, row, cluster=cluster, headroom=headroom)
+    told = list(rejections) + memory_rejections(
+        estimates, row, Setting(model=model, job=job, cluster=cluster, runtime=runtime), headroom
+    )
     step_s = float(estimates.step_s[row])
     peak = float(estimates.device_peak_bytes[row])
     band = estimates.time_band
@@ -90,7 +91,7 @@ def refused_answer(
     }
 
 
-def memory_rejections(estimates: Estimates, row: int, *, cluster: Cluster, headroom: float) -> list[Rejection]:
+def memory_rejections(estimates: Estimates, row: int, setting: Setting, headroom: float) -> list[Rejection]:
     """Rejections of a layout that does not fit GPU or host memory with `headroom` to spare."""
     told: list[Rejection] = []
     need, capacity = float(estimates.device_peak_bytes[row]), float(estimates.capacities[row])
@@ -106,11 +107,12 @@ def memory_rejections(estimates: Estimates, row: int, *, cluster: Cluster, headr
                 rule="device-memory",
                 detail=(
                     f"stage {int(estimates.stage_index[row, stage])} needs {need / GIB:.1f} GiB (+{MEMORY_BAND:.0%} band) of "
-                    f"{usable / GIB:.1f} GiB usable ({capacity / GIB:.1f} GiB less {headroom:.0%} headroom) on {_gpu_of(cluster, capacity)}"
+                    f"{usable / GIB:.1f} GiB usable ({capacity / GIB:.1f} GiB less {headroom:.0%} headroom) on "
+                    f"{_gpu_of(setting.cluster, capacity)}"
                 ),
                 remedy=(
                     f"largest part is {largest} ({parts[largest] / GIB:.1f} GiB): "
-                    f"{memory_remedy(largest, estimates.layouts.row(row))}"
+                    f"{memory_remedy(setting, estimates.layouts.row(row), float(estimates.step_s[row]), headroom)}"
                 ),
             )
         )
@@ -139,20 +141,6 @@ def fullest_stage(estimates: Estimates, row: int) -> int:
 def _gpu_of(cluster: Cluster, capacity_bytes: float) -> str:
     """Name of the GPU of that memory."""
     return next((node.gpu.name for node, _ in cluster.node_runs if node.gpu.memory_bytes == capacity_bytes), "the GPU")
-
-
-def memory_remedy(part: str, layout: Layout) -> str:
-    """The first knobs to turn when `part` fills the memory of a layout."""
-    sharded_from = {"parameters": 3, "gradients": 2, "optimizer": 1}
-    if part == "activations":
-        knobs = ["lower micro_batch"] if layout.micro_batch > 1 else []
-        knobs += ["use recompute=full"] if not layout.recompute.startswith("full") else []
-        knobs += ["raise tp with sequence_parallel=true, or pp"]
-        return ", ".join(knobs)
-    if layout.gpus > 1 and layout.dp * layout.cp > 1 and layout.zero < sharded_from[part]:
-        return f"use zero={sharded_from[part]} or more, or raise tp or pp"
-    more = "use more GPUs" + (", or raise tp or pp" if layout.gpus > 1 else "")
-    return more + (", or offload_optimizer=cpu where the runtime has it" if part == "optimizer" else "")
 
 
 def _memory(estimates: Estimates, row: int) -> dict[str, Any]:

@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from shardplan.costmodel.answer import GIB, memory_remedy
 from shardplan.costmodel.estimates import DEFAULT_HEADROOM
 from shardplan.costmodel.job import PRECISIONS, Job
 from shardplan.costmodel.layout import layout_from_document, parse_layout
 from shardplan.costmodel.model import Model
+from shardplan.costmodel.remedies import GIB, first_knob, memory_remedy
 from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.runtime import Runtime, load_runtime
 from shardplan.costmodel.step_time import TIME_PARTS
@@ -60,7 +60,7 @@ def explain_plan(plan: Plan) -> dict[str, Any]:
     return {
         **prediction,
         "subject": {"model": plan.model.name, "cluster": cluster.name, "job": dataclasses.asdict(plan.job)},
-        "binds": what_binds(prediction),
+        "binds": what_binds(prediction, setting, headroom),
         "placement": placement_document(setting, plan.layout),
         "one_change": [] if cluster.parts else one_change(question),
         "network_needed": None if cluster.parts else network_needed(question, plan.layout),
@@ -89,7 +89,7 @@ def explain_layout(
     document: dict[str, Any] = {
         **answer,
         "subject": {"model": model.name, "cluster": cluster.name, "job": dataclasses.asdict(job)},
-        "binds": what_binds(answer) if answer["time"] else [],
+        "binds": what_binds(answer, setting, headroom) if answer["time"] else [],
         "placement": placement_document(setting, own) if answer["time"] else None,
         "one_change": [],
         "network_needed": network_needed(question, own) if answer["time"] and not cluster.parts else None,
@@ -139,8 +139,10 @@ def _compared(
     }
 
 
-def what_binds(prediction: Mapping[str, Any]) -> list[str]:
+def what_binds(prediction: Mapping[str, Any], setting: Setting, headroom: float = DEFAULT_HEADROOM) -> list[str]:
     """Sentences: the largest time besides compute, the fullest stage and its largest part, the first knob when memory runs out."""
+    layout = layout_from_document(prediction["layout"])
+    knob = first_knob if prediction["fits"] else memory_remedy
     time, memory = prediction["time"], prediction["memory"]
     lost = {part: time[part] for part in TIME_PARTS if part != "compute_s"}
     part = max(lost, key=lambda name: lost[name])
@@ -153,7 +155,7 @@ def what_binds(prediction: Mapping[str, Any]) -> list[str]:
         f"{TIME_WORDS[part]} ({lost[part] / time['step_s']:.1%})",
         f"memory: stage {stage['stage']} is fullest with {stage['device_bytes'] / GIB:.1f} of "
         f"{memory['capacity_bytes'] / GIB:.1f} GiB, most of it {largest} ({sizes[largest] / GIB:.1f} GiB)",
-        f"if it runs out of memory: {memory_remedy(largest, layout_from_document(prediction['layout']))}",
+        f"if it runs out of memory: {knob(setting, layout, time['step_s'], headroom)}",
         *_allocator_line(stage),
         *stage_lines(prediction),
     ]

@@ -10,6 +10,7 @@ from shardplan.costmodel.estimate import estimate
 from shardplan.costmodel.job import Job
 from shardplan.costmodel.layout import Layout
 from shardplan.costmodel.model_config import load_model
+from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.runtime import load_runtime
 from shardplan.hw_profiles.load import load_cluster
 from shardplan.planner.explain import what_binds
@@ -81,13 +82,9 @@ def test_the_network_needed_is_the_least_that_keeps_the_step_time() -> None:
 
 
 def test_the_allocator_setting_is_named_where_slack_is_counted() -> None:
-    for runtime, told in (("megatron", True), ("fsdp2", False)):
-        answer = judge(
-            Layout(dp=32, zero=1),
-            model=load_model("llama-3-8b"),
-            job=Job(seq=4096, global_batch=128),
-            cluster=load_cluster("selene", gpus=32),
-            runtime=load_runtime(runtime),
-        )
+    for name, told in (("megatron", True), ("fsdp2", False)):
+        model, job, runtime = load_model("llama-3-8b"), Job(seq=4096, global_batch=128), load_runtime(name)
+        at = Setting(model=model, job=job, cluster=load_cluster("selene", gpus=32), runtime=runtime)
+        answer = judge(Layout(dp=32, zero=1), model=model, job=job, cluster=at.cluster, runtime=runtime)
         assert isinstance(answer, dict)
-        assert any("expandable_segments" in line for line in what_binds(answer)) is told
+        assert any("expandable_segments" in line for line in what_binds(answer, at)) is told
