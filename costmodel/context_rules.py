@@ -91,6 +91,14 @@ CONTEXT_RULES: tuple[Rule, ...] = (
         remedy=_other_kind,
     ),
     Rule(
+        id="context-parallel-alone",
+        broken=lambda s, t: (t.cp > 1) & ((t.tp > 1) | (t.pp > 1)) & can(s, "context_parallel_alone"),
+        detail=lambda s, x: f"runtime {s.runtime.name!r} does not combine cp={x.cp} with tp={x.tp} pp={x.pp}",
+        remedy=lambda s, x: "use tp=1 pp=1, or cp=1",
+        evidence="Megatron-DeepSpeed megatron/core/parallel_state.py: 'DeepSpeed's sequence parallel does not work with tensor parallel "
+        "or pipeline parallel'",
+    ),
+    Rule(
         id="context-attention",
         broken=_asks_other_blocks,
         detail=lambda s, x: (

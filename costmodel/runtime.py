@@ -95,6 +95,8 @@ class Abilities(_FromFile):
     """Kinds of context parallelism (words of `cp_kind`), the usual one first."""
     ulysses_copies_heads: bool = False
     """Ulysses with fewer key-value heads than ranks copies them; else cp must divide them."""
+    context_parallel_alone: bool = False
+    """Context parallelism goes with data parallelism only, not with tensor or pipeline parallelism."""
     context_attention: tuple[str, ...] | None = None
     """Words of `attention` besides auto that go with a ring and with gathered keys; None: all of `attention`."""
     split_backward_zero: tuple[int, ...] = (0, 1, 2, 3)

@@ -15,7 +15,7 @@ from shardplan.planner.sift import Refusal
 DEADLINE = "deadline"
 """Stands where a rule's name does: the layouts fit, none is in time."""
 SIZES_BETWEEN = 7
-"""Sizes of whole nodes tried between the last that misses the deadline and the first that meets it."""
+"""Sizes of whole nodes tried at once between the last that misses the deadline and the first that meets it."""
 
 
 def days_needed(found: SearchResult, model: Model, job: Job, runtime: Runtime) -> float:
@@ -43,6 +43,18 @@ def between(missed: int, met: int, node_gpus: int) -> list[int]:
     return list(sizes[::step])
 
 
+def narrowed(missed: int, met: int, node_gpus: int, in_time: Callable[[int], bool]) -> int:
+    """The fewest GPUs in time, where one node less than that is not: sizes between one that misses the deadline and one that meets it
+    are tried evenly, then those before the first that meets it, until two neighbours are left."""
+    while sizes := between(missed, met, node_gpus):
+        for gpus in sizes:
+            if in_time(gpus):
+                met = gpus
+                break
+            missed = gpus
+    return met
+
+
 def within_deadline(
     sizes: Sequence[int],
     node_gpus: int,
@@ -50,31 +62,38 @@ def within_deadline(
     days_of: Callable[[SearchResult], float],
     days: float,
 ) -> SearchResult:
-    """The result on the first of `sizes` (ascending) in time, or on fewer whole nodes before it; nothing ranked where none is in time."""
-    missed, fastest, least = 0, None, float("inf")
-    for gpus in sizes:
-        found = on(gpus)
-        needed = days_of(found)
-        if needed <= days:
-            for fewer in between(missed, gpus, node_gpus):
-                one = on(fewer)
-                if one.partial:
-                    return replace(found, partial=True, complete=False)
-                if days_of(one) <= days:
-                    return one
-            return found
-        if fastest is None or needed < least:
-            fastest, least = found, needed
-        if found.partial:
-            break
-        missed = gpus
-    assert fastest is not None
+    """The result on the fewest GPUs in time: the first of `sizes` (ascending), `narrowed` to whole nodes; nothing ranked where none is.
+
+    An interrupt leaves the smallest found in time by then, else the fastest, both as partial."""
+    found: dict[int, SearchResult] = {}
+
+    def in_time(gpus: int) -> bool:
+        found[gpus] = on(gpus)
+        if found[gpus].partial:
+            raise _StoppedError
+        return days_of(found[gpus]) <= days
+
+    missed = 0
+    try:
+        for gpus in sizes:
+            if in_time(gpus):
+                return found[narrowed(missed, gpus, node_gpus, in_time)]
+            missed = gpus
+    except _StoppedError:
+        done = [one for one in found.values() if days_of(one) <= days]
+        best = min(done, key=lambda one: one.cluster.gpus) if done else min(found.values(), key=days_of)
+        return replace(best, partial=True, complete=False)
+    fastest = min(found.values(), key=days_of)
     if fastest.ranked is None:
         return fastest
     refused = sum(one.count for one in fastest.refused)
     late = Refusal(
         rule=DEADLINE,
         count=fastest.looked_at - refused - fastest.slower - fastest.does_not_fit,
-        example=f"the fastest, on {fastest.cluster.gpus} GPUs, takes {least:.3g} days, the deadline is {days:g}",
+        example=f"the fastest, on {fastest.cluster.gpus} GPUs, takes {days_of(fastest):.3g} days, the deadline is {days:g}",
     )
     return replace(fastest, ranked=None, refused=(late, *fastest.refused))
+
+
+class _StoppedError(Exception):
+    """A search was interrupted."""

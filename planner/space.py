@@ -101,8 +101,8 @@ def _checked(words: str) -> None:
 
 
 NONE, CPU, NVME = (OFFLOAD.index(tier) for tier in ("none", "cpu", "nvme"))
-TIERS = ((NONE, NONE), (CPU, NONE), (CPU, CPU), (NVME, NVME))
-"""(optimizer, parameters) off the GPU: nothing, the optimizer, both in host memory (ZeRO-Infinity, FSDP), both on flash."""
+TIERS = ((NONE, NONE), (CPU, NONE), (NVME, NONE), (CPU, CPU), (NVME, CPU), (CPU, NVME), (NVME, NVME))
+"""(optimizer, parameters) off the GPU, in host memory or on flash (ZeRO-Infinity); parameters never without the optimizer."""
 ROWS_OF_A_PIECE = 200_000
 """Blocks are joined up to about this many rows, so that sifting one piece at a time bounds the memory."""
 

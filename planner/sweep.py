@@ -15,8 +15,9 @@ from shardplan.costmodel.result import cost_document, result_document
 from shardplan.costmodel.runtime import Runtime
 from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.machine import Cluster
-from shardplan.planner.deadline import between
+from shardplan.planner.deadline import narrowed
 from shardplan.planner.search import SearchResult, gpu_counts, search
+from shardplan.planner.shortlist import LEAST_SAVING
 from shardplan.planner.space import Wishes
 
 COLUMNS = (
@@ -37,6 +38,7 @@ COLUMNS = (
     "days",
     "days_with_failures",
     "usd",
+    "pareto",
     "layout",
     "reason",
 )
@@ -75,15 +77,32 @@ class Sweep:
         """One row of COLUMNS a point, made as it is asked for; what has no answer there is None, `reason` says why nothing fits.
 
         With a deadline of `days` for the jobs' token budget, more sizes are tried between the last that misses it and the first that
-        meets it.
+        meets it. `mark_front` fills the column `pareto`.
         """
         for machine, job in grid.lines():
             tried: list[dict[str, Any]] = []
             for gpus in grid.gpus or gpu_counts(machine):
                 tried.append(self.row(machine, gpus, job))
                 yield tried[-1]
-            for gpus in [] if days is None else _sizes_between(machine, tried, days):
-                yield self.row(machine, gpus, job)
+            if days is not None:
+                yield from self._fewest(machine, job, tried, days)
+
+    def _fewest(
+        self, machine: Cluster, job: Job, tried: Sequence[Mapping[str, Any]], days: float
+    ) -> Iterator[dict[str, Any]]:
+        """Rows of sizes between the last that misses the deadline and the first that meets it, until the fewest GPUs are known."""
+        met = sorted(row["gpus"] for row in tried if _in_time(row, days))
+        if not met:
+            return
+        found: list[dict[str, Any]] = []
+
+        def in_time(gpus: int) -> bool:
+            found.append(self.row(machine, gpus, job))
+            return _in_time(found[-1], days)
+
+        missed = max((row["gpus"] for row in tried if row["gpus"] < met[0]), default=0)
+        narrowed(missed, met[0], machine.node.gpus, in_time)
+        yield from found
 
     def row(self, cluster: Cluster, gpus: int, job: Job) -> dict[str, Any]:
         """The best plan of one point."""
@@ -167,14 +186,30 @@ def network_gbps_per_gpu(cluster: Cluster) -> float | None:
     return round(8.0 * network.nics_per_node * network.nic_bytes_per_s / cluster.node.gpus / 1e9, 6)
 
 
-def _sizes_between(cluster: Cluster, rows: Sequence[Mapping[str, Any]], days: float) -> list[int]:
-    """Whole nodes, evenly between the two sizes, as `deadline.between` says."""
-    met = sorted(row["gpus"] for row in rows if row["fits"] and (days_of(row) or 0.0) <= days)
-    if not met:
-        return []
-    node = cluster.node.gpus
-    missed = max((row["gpus"] for row in rows if row["gpus"] < met[0]), default=0)
-    return between(missed, met[0], node)
+def _in_time(row: Mapping[str, Any], days: float) -> bool:
+    return bool(row["fits"]) and (days_of(row) or 0.0) <= days
+
+
+FRONT = ("gpus", "device_peak_gib", "usd_per_million_tokens")
+"""Small is good, as is a high tokens_per_s; of memory a difference below LEAST_SAVING is none."""
+
+
+def mark_front(rows: Sequence[dict[str, Any]]) -> None:
+    """Fill the column `pareto`: whether no other point of the same batch and sequence is as good in speed, GPUs, memory per GPU and
+    price (where both have one) and better in one of them."""
+    for row in rows:
+        row["pareto"] = None if not row["fits"] else not any(_ahead(other, row) for other in rows if other["fits"])
+
+
+def _ahead(other: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
+    if (other["global_batch"], other["seq"]) != (row["global_batch"], row["seq"]):
+        return False
+    figures = [name for name in FRONT if None not in (other[name], row[name])]
+    gains = [row[name] - other[name] for name in figures] + [other["tokens_per_s"] - row["tokens_per_s"]]
+    lean = figures.index("device_peak_gib")
+    if abs(gains[lean]) <= LEAST_SAVING * row["device_peak_gib"]:
+        gains[lean] = 0.0
+    return min(gains) >= 0 and max(gains) > 0
 
 
 def _why_nothing(found: SearchResult) -> str:

@@ -248,6 +248,7 @@ def test_words_and_old_documents() -> None:
         ("cp-divides-seq", "dp=32 cp=2", "megatron", "multiple of 4"),
         ("cp-kind-needs-cp", "dp=64 cp_kind=ulysses", "megatron", "raise cp"),
         ("context-attention", "dp=32 cp=2 attention=flash", "shardplan", "cp_kind=ring attends block by block"),
+        ("context-parallel-alone", "dp=16 tp=2 cp=2 cp_kind=ulysses zero=1", "deepspeed", "use tp=1 pp=1, or cp=1"),
         ("ulysses-divides-heads", "dp=1 cp=64 cp_kind=ulysses", "shardplan", "kv_heads=8; use cp=1, 2, 4, 8, 16, 32"),
         ("runtime-context-parallel", "dp=32 cp=2", "megatron-2021", "lacks cp (context parallelism); use cp=1"),
         ("runtime-context-parallel", "dp=32 cp=2", "deepspeed", "lacks cp_kind=ring; use cp_kind=ulysses"),

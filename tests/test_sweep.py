@@ -6,12 +6,13 @@ import csv
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from shardplan.cli.sweep import positive_numbers, whole_numbers
-from shardplan.cli.sweep_table import answer_lines
+from shardplan.cli.sweep_table import answer_lines, unpriced_lines
 from shardplan.costmodel.job import Job
 from shardplan.costmodel.memory import FULL
 from shardplan.costmodel.model_config import load_model
@@ -20,12 +21,13 @@ from shardplan.costmodel.runtime import load_runtime
 from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.load import cluster_document, load_cluster
 from shardplan.planner.choose import make_plan
+from shardplan.planner.deadline import narrowed, within_deadline
 from shardplan.planner.diff import diff_plans
 from shardplan.planner.plan import Plan
 from shardplan.planner.search import SearchResult, search, search_document
 from shardplan.planner.shortlist import IDEA_COLUMNS, LEAST_SAVING, distinct, memory_front, worth_telling
 from shardplan.planner.space import Wishes, parse_wishes
-from shardplan.planner.sweep import COLUMNS, Grid, Sweep, answers, network_gbps_per_gpu, with_network_rate
+from shardplan.planner.sweep import COLUMNS, Grid, Sweep, answers, mark_front, network_gbps_per_gpu, with_network_rate
 
 MODEL = "llama-3-8b"
 
@@ -184,6 +186,53 @@ def test_answers_name_the_fastest_and_the_cheapest() -> None:
     assert late == {"fastest": fast, "cheapest": None, "fewest": None}
     assert "no point finishes within 2 days" in answer_lines(late, 2.0)[-1]
     assert answers([nothing], None) == {"fastest": None, "cheapest": None}
+
+
+def test_the_fewest_gpus_in_time_are_sought_to_the_node() -> None:
+    for least in (8, 16, 1000, 1008, 4096, 8184, 8192):
+        asked: list[int] = []
+
+        def in_time(gpus: int, least: int = least, asked: list[int] = asked) -> bool:
+            asked.append(gpus)
+            return gpus >= least
+
+        assert narrowed(0, 8192, 8, in_time) == -(-least // 8) * 8
+        assert len(asked) <= 7 * 4
+
+
+def test_an_interrupt_leaves_the_best_of_a_deadline() -> None:
+    one = found()
+
+    def on(gpus: int) -> SearchResult:
+        return dataclasses.replace(one, cluster=one.cluster.with_gpus(gpus), partial=gpus == 32)
+
+    late = within_deadline((8, 16, 32, 64), 8, on, lambda r: 100.0 / r.cluster.gpus, 1.0)
+    assert late.partial and not late.complete and late.ranked is not None
+    in_time = within_deadline((8, 64), 8, on, lambda r: 100.0 / r.cluster.gpus, 2.0)
+    assert in_time.partial
+    assert in_time.cluster.gpus == 64
+
+
+def test_the_front_of_a_sweep_and_clusters_without_a_price() -> None:
+    def row(gpus: int, tokens: float, gib: float, price: float | None, **more: Any) -> dict[str, Any]:
+        figures = {"gpus": gpus, "tokens_per_s": tokens, "device_peak_gib": gib, "usd_per_million_tokens": price}
+        return {**dict.fromkeys(COLUMNS), "fits": True, "cluster": "c", "seq": 1, "global_batch": 1, **figures, **more}
+
+    rows = [
+        row(8, 10.0, 60.0, 1.0),
+        row(16, 19.0, 60.0, 1.1),
+        row(16, 19.0, 61.0, 1.2),
+        row(16, 18.0, 60.0, None),
+        row(32, 15.0, 40.0, 2.0),
+        row(32, 15.0, 70.0, 2.0, global_batch=2),
+        row(4, 0.0, 0.0, None, fits=False, cluster="d"),
+        row(8, 9.0, 59.0, None, cluster="e"),
+    ]
+    mark_front(rows)
+    assert [one["pareto"] for one in rows] == [True, True, False, False, True, True, None, False]
+    (line,) = unpriced_lines(rows)
+    assert line.startswith("no price known of c, e: ")
+    assert not unpriced_lines(rows[:3])
 
 
 def test_a_network_rate_is_that_of_each_gpu() -> None:

@@ -66,7 +66,7 @@ def sweep(
     Exit code 1 when nothing fits anywhere, or nothing meets the deadline.
     """
     from shardplan.hw_profiles.errors import InputError
-    from shardplan.planner.sweep import answers
+    from shardplan.planner.sweep import answers, mark_front
 
     if days is not None and (tokens is None or not days > 0):
         raise InputError(
@@ -92,6 +92,7 @@ def sweep(
     }
     one, grid = _read(model, cluster, global_batch, seq, gpus, network_gbps, fix, forbid or [], headroom, shared)
     rows = _points(one, grid, days if gpus is None else None)
+    mark_front(rows)
     found = answers(rows, days)
     if csv:
         _write_csv(rows, csv)

@@ -36,13 +36,15 @@ def print_sweep(
         ("peak GiB", "right"),
         *([("USD/M tokens", "right")] if priced else []),
         *([("time", "right")] if budget else []),
+        ("", "left"),
         ("layout", "left"),
     )
     for row in rows:
         table.add_row(*(_word(row[name]) for name in varied), *_figures(row, priced=priced, budget=budget))
     console.print(table)
+    console.print("* no point of the same batch and sequence is better in speed, GPUs, memory and price", style="dim")
     console.print()
-    for line in answer_lines(found, days):
+    for line in (*answer_lines(found, days), *unpriced_lines(rows)):
         console.print(escape(line))
     for file in written:
         console.print(f"wrote {escape(file)}", style="dim")
@@ -56,7 +58,7 @@ def _word(value: object) -> str:
 
 def _figures(row: Mapping[str, Any], *, priced: bool, budget: bool) -> list[str]:
     if not row["fits"]:
-        return ["–"] * (4 + priced + budget) + [f"[dim]{escape(str(row['reason']))}[/dim]"]
+        return ["–"] * (4 + priced + budget) + ["", f"[dim]{escape(str(row['reason']))}[/dim]"]
     cells = [
         seconds(row["step_s"]),
         f"{row['tokens_per_s']:,.0f}",
@@ -68,7 +70,7 @@ def _figures(row: Mapping[str, Any], *, priced: bool, budget: bool) -> list[str]
         cells.append("–" if price is None else f"{price:.3g}")
     if budget:
         cells.append(_time(row))
-    return [*cells, escape(row["layout"])]
+    return [*cells, "*" if row["pareto"] else "", escape(row["layout"])]
 
 
 def _time(row: Mapping[str, Any]) -> str:
@@ -97,6 +99,15 @@ def answer_lines(found: Mapping[str, Mapping[str, Any] | None], days: float | No
             f"cheapest{among}: {_place(cheapest)}, {cheapest['usd_per_million_tokens']:.3g} USD per million tokens{whole}"
         )
     return lines
+
+
+def unpriced_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Clusters that the cheapest was not sought among, in a sentence."""
+    fitting = [row for row in rows if row["fits"]]
+    without = list(dict.fromkeys(row["cluster"] for row in fitting if row["usd_per_million_tokens"] is None))
+    if not without:
+        return []
+    return [f"no price known of {', '.join(without)}: left out of the cheapest (--price gives one)"]
 
 
 def _place(row: Mapping[str, Any]) -> str:
