@@ -225,6 +225,12 @@ def adamw_step(
             )
         if not tensor.is_contiguous():
             raise ValueError(f"{name} has strides {tensor.stride()}; it is updated in place, give contiguous memory")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} is {tensor.dtype}; give a floating-point tensor")
+    if not all(0.0 <= beta < 1.0 for beta in betas) or not eps >= 0.0 or not weight_decay >= 0.0:
+        raise ValueError(
+            f"betas={betas}, eps={eps}, weight_decay={weight_decay}; betas lie in [0, 1), the others are not negative"
+        )
     if schedule.shape != (3,) or schedule.dtype != torch.float32 or schedule.device != parameter.device:
         raise ValueError(
             f"schedule is {schedule.dtype} {tuple(schedule.shape)} on {schedule.device}; "
@@ -250,17 +256,19 @@ def adamw_step(
 
 
 def shipped() -> list[Shipped]:
-    """Fp32 masters with fp32 or bf16 gradients and moments, with and without a copy; bf16 throughout."""
+    """Fp32 masters with fp32 or bf16 gradients and moments, with and without a copy; bf16 throughout; with and, the usual one, without a
+    gradient scale."""
     numbers = dict.fromkeys(("beta1", "beta2", "rest1", "rest2", "eps", "weight_decay"), "fp32")
     kinds = [
-        ("fp32", gradient, moment, copy)
+        ("fp32", gradient, moment, copy, True)
         for gradient in ("fp32", "bf16")
         for moment in ("fp32", "bf16")
         for copy in (0, 1)
     ]
     return [
         Shipped(
-            name=f"adamw parameter {parameter} gradient {gradient} moments {moment}{' copy bf16' if copy else ''}",
+            name=f"adamw parameter {parameter} gradient {gradient} moments {moment}{' copy bf16' if copy else ''}"
+            + " unscaled" * (not scaled),
             kernel=adamw_kernel,
             signature={
                 "parameter": f"*{parameter}",
@@ -273,10 +281,14 @@ def shipped() -> list[Shipped]:
                 "numel": "i32",
                 **numbers,
             },
-            constants={"HAS_COPY": bool(copy), "HAS_SCALE": True, "BLOCK": BLOCK},
+            constants={"HAS_COPY": bool(copy), "HAS_SCALE": scaled, "BLOCK": BLOCK},
             warps=WARPS,
             stages=1,
             undivided=frozenset({"gradient_scale"}),
         )
-        for parameter, gradient, moment, copy in [*kinds, ("bf16", "bf16", "bf16", 0)]
+        for parameter, gradient, moment, copy, scaled in [
+            *kinds,
+            ("bf16", "bf16", "bf16", 0, True),
+            ("fp32", "bf16", "fp32", 1, False),
+        ]
     ]

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from shardplan.kernels import attention_launch, attention_launch_backward
 from shardplan.kernels.attention_reference import Shape, reference, reference_gradients
-from shardplan.kernels.attention_trial import trusted
+from shardplan.kernels.attention_trial import specialised_if_trusted
 from shardplan.kernels.interpreter import takes_kernel
+from shardplan.kernels.launch import in_given_precision, on_device_of
 
 LARGEST_HEAD_DIM = 256
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -47,12 +48,14 @@ def attention(
     q is (B, S_q, H, D), k and v are (B, S_k, H_kv, D) with H a multiple of H_kv, D at most 256, any strides; the result
     is (B, S_q, H, D) in q's dtype. With `cu_seqlens_q` and `cu_seqlens_k` (int32, sequences + 1, from 0) they are packed:
     (T, H, D), and `max_seqlen_*` are the longest sequences (computed, which waits for the device, where 0). Rows of no sequence
-    come out as 0 but must be finite: a tile reads past the end of a sequence and weighs what is there with 0.
+    come out as 0 but must be finite, and a NaN may reach the sequence before its own: a tile reads past the end of a sequence
+    and weighs what is there with 0.
 
     `causal` hides keys after the diagonal, which ends at the last query and key (or starts at the first with `top_left`,
     as torch's `is_causal` does); `window` = (left, right) keeps that many keys on its sides, -1 for all. `alibi_slopes`
-    is fp32 (H) or (B, H). `dropout` drops that share of probabilities, the same in both passes and for any tiling, by
-    `seed` (one int64 on the device; drawn from torch's generator where None). `scale` defaults to 1/sqrt(D).
+    is fp32 (H) or (B, H), packed (sequences, H), and gets no gradient. `dropout` drops that share of probabilities, the
+    same in both passes and for any tiling, by `seed` (one int64 on the device; drawn from torch's generator where None).
+    `scale` defaults to 1/sqrt(D).
     `specialised` asks for the warp-specialised forward pass on Hopper; wherever it does not cover the call, does not
     compile or gives another result than the plain kernel (tried once a process and shape), the plain one runs.
 
@@ -106,15 +109,16 @@ def attention_with_lse(
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     _check_tensors(q, k, v, packed)
-    _check_options(q.shape[-2], alibi_slopes, scale, softcap, dropout, window)
+    _check_options(scale, softcap, dropout, window)
+    sequences = q.shape[0]
     if packed:
-        _check_lengths(q, cu_seqlens_q, cu_seqlens_k)
+        sequences = _check_lengths(q, cu_seqlens_q, cu_seqlens_k)
         q, k, v = q[None], k[None], v[None]
-        if not max_seqlen_q or not max_seqlen_k:
-            assert cu_seqlens_q is not None and cu_seqlens_k is not None
-            max_seqlen_q, max_seqlen_k = (
-                int(c.diff().max()) if c.numel() > 1 else 0 for c in (cu_seqlens_q, cu_seqlens_k)
-            )
+    _check_slopes(q, alibi_slopes, sequences)
+    _check_seed(q, seed)
+    if packed and (not max_seqlen_q or not max_seqlen_k):
+        assert cu_seqlens_q is not None and cu_seqlens_k is not None
+        max_seqlen_q, max_seqlen_k = (int(c.diff().max()) if c.numel() > 1 else 0 for c in (cu_seqlens_q, cu_seqlens_k))
     if dropout and seed is None:
         seed = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=q.device)
     left, right = window
@@ -169,8 +173,8 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
         )
 
 
-def _check_lengths(q: Tensor, cu_q: Tensor | None, cu_k: Tensor | None) -> None:
-    """Raise ValueError for cumulative lengths that do not describe packed sequences."""
+def _check_lengths(q: Tensor, cu_q: Tensor | None, cu_k: Tensor | None) -> int:
+    """The number of packed sequences; raise ValueError for cumulative lengths that do not describe any."""
     if cu_q is None or cu_k is None:
         raise ValueError("cu_seqlens_q and cu_seqlens_k go together; give both")
     for name, lengths in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
@@ -180,11 +184,31 @@ def _check_lengths(q: Tensor, cu_q: Tensor | None, cu_k: Tensor | None) -> None:
             )
         if lengths.device != q.device:
             raise ValueError(f"{name} is on {lengths.device}, q on {q.device}; move them to one device")
+    return cu_q.numel() - 1
 
 
-def _check_options(
-    heads: int, slopes: Tensor | None, scale: float | None, softcap: float, dropout: float, window: tuple[int, int]
-) -> None:
+def _check_seed(q: Tensor, seed: Tensor | None) -> None:
+    """Raise ValueError for a seed that is not one int64 beside q."""
+    if seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != q.device):
+        raise ValueError(f"seed is {seed.dtype} {tuple(seed.shape)} on {seed.device}; give one int64 on {q.device}")
+
+
+def _check_slopes(q: Tensor, slopes: Tensor | None, sequences: int) -> None:
+    """Raise ValueError for ALiBi slopes that do not go with q (B, S, H, D) or with that many packed `sequences`."""
+    if slopes is None:
+        return
+    heads = q.shape[2]
+    if slopes.dtype != torch.float32 or slopes.shape not in ((heads,), (sequences, heads)):
+        raise ValueError(
+            f"alibi_slopes is {slopes.dtype} {tuple(slopes.shape)}; it must be float32 ({heads},) or ({sequences}, {heads})"
+        )
+    if slopes.device != q.device:
+        raise ValueError(f"alibi_slopes is on {slopes.device}, q on {q.device}; move them to one device")
+    if slopes.requires_grad:
+        raise ValueError("alibi_slopes requires a gradient, which is not computed; give it detached")
+
+
+def _check_options(scale: float | None, softcap: float, dropout: float, window: tuple[int, int]) -> None:
     """Raise ValueError for numbers out of range."""
     if scale is not None and not scale > 0:
         raise ValueError(f"scale is {scale}; it must be positive")
@@ -192,14 +216,9 @@ def _check_options(
         raise ValueError(f"softcap is {softcap}; it must be positive, or 0 for none")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout is {dropout}; it must be at least 0 and below 1")
-    if min(window) < -1:
-        raise ValueError(f"window is {window}; each side is a number of keys, or -1 for all")
-    if slopes is not None and (
-        slopes.dtype != torch.float32 or slopes.shape[-1] != heads or slopes.dim() not in {1, 2}
-    ):
-        raise ValueError(
-            f"alibi_slopes is {slopes.dtype} {tuple(slopes.shape)}; it must be float32 ({heads}) or (batch, {heads})"
-        )
+    sides: object = window
+    if not isinstance(sides, tuple | list) or len(window) != 2 or min(window) < -1:
+        raise ValueError(f"window is {window}; give (left, right), each a number of keys, or -1 for all")
 
 
 @torch.library.custom_op("shardplan::attention_forward", mutates_args=())
@@ -223,13 +242,18 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     shape = Shape(scale=scale, left=left, right=right, top_left=top_left, softcap=softcap, dropout=dropout)
     if not takes_kernel(q):
-        out, lse = reference(q, k, v, shape, slopes=slopes, seed=seed, cu_q=cu_q, cu_k=cu_k)
+        with in_given_precision(q):
+            out, lse = reference(q, k, v, shape, slopes=slopes, seed=seed, cu_q=cu_q, cu_k=cu_k)
         return out.contiguous(), lse.contiguous()
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    slopes, cu_q, cu_k = (None if x is None else x.contiguous() for x in (slopes, cu_q, cu_k))
     sequences = attention_launch.Sequences(q, k, cu_q, cu_k, (longest_q, longest_k))
-    if specialised and attention_launch.specialisable(q, k, v, shape, sequences, slopes) and trusted(q, shape):
-        return attention_launch.specialised_forward(q, k, v, shape)
-    return attention_launch.forward(q, k, v, shape, sequences, slopes, seed)
+    with on_device_of(q):
+        if specialised and attention_launch.specialisable(q, k, v, shape, sequences, slopes):
+            found = specialised_if_trusted(q, k, v, shape)
+            if found is not None:
+                return found
+        return attention_launch.forward(q, k, v, shape, sequences, slopes, seed)
 
 
 @_forward.register_fake
@@ -264,10 +288,13 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape = Shape(scale=scale, left=left, right=right, top_left=top_left, softcap=softcap, dropout=dropout)
     if not takes_kernel(q):
-        return reference_gradients(grad, grad_lse, q, k, v, shape, slopes=slopes, seed=seed, cu_q=cu_q, cu_k=cu_k)
+        with in_given_precision(q):
+            return reference_gradients(grad, grad_lse, q, k, v, shape, slopes=slopes, seed=seed, cu_q=cu_q, cu_k=cu_k)
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    slopes, cu_q, cu_k = (None if x is None else x.contiguous() for x in (slopes, cu_q, cu_k))
     sequences = attention_launch.Sequences(q, k, cu_q, cu_k, (longest_q, longest_k))
-    return attention_launch_backward.backward(grad, grad_lse, q, k, v, out, lse, shape, sequences, slopes, seed)
+    with on_device_of(q):
+        return attention_launch_backward.backward(grad, grad_lse, q, k, v, out, lse, shape, sequences, slopes, seed)
 
 
 @_backward.register_fake

@@ -169,6 +169,11 @@ def specialisable(q: Tensor, k: Tensor, v: Tensor, shape: Shape, sequences: Sequ
     return plain and masks and q.shape[3] in {64, 128} and q.numel() > 0 and k.numel() > 0 and describable(q, k, v)
 
 
+def is_ragged(q: Tensor, keys: int, tile: Tiles | None = None) -> bool:
+    """Whether the last tile of keys of the warp-specialised kernel is not full."""
+    return keys % (tile or pick("specialised", q, True)).keys != 0
+
+
 def specialised_forward(
     q: Tensor, k: Tensor, v: Tensor, shape: Shape, tile: Tiles | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -198,7 +203,7 @@ def specialised_forward(
         BLOCK_M=tile.queries,
         BLOCK_N=tile.keys,
         CAUSAL=shape.right == 0,
-        RAGGED=k.shape[1] % tile.keys != 0,
+        RAGGED=is_ragged(q, k.shape[1], tile),
         SPECIALISE=True,
         num_warps=tile.warps,
         num_stages=tile.stages,

@@ -20,6 +20,8 @@ KERNELS = {
     "query_gradient": attention_query_gradient_kernel,
 }
 SWITCHES = ("HAS_LEFT", "HAS_RIGHT", "TOP_LEFT", "SOFTCAP", "ALIBI", "DROPOUT", "VARLEN")
+USUAL = ("VARLEN", "DROPOUT", "SOFTCAP", "HAS_LEFT")
+"""What a causal mask is often trained with: packed documents, dropout, a soft cap, a window."""
 EVERYTHING = frozenset(SWITCHES) - {"TOP_LEFT"}
 TYPES = {"cu_q": "*i32", "cu_k": "*i32", "slopes": "*fp32", "seeds": "*i64"} | dict.fromkeys(
     ("scale", "softcap", "dropout"), "fp32"
@@ -29,12 +31,23 @@ ABSENT = {"cu_q": "VARLEN", "cu_k": "VARLEN", "slopes": "ALIBI", "seeds": "DROPO
 QUERY_SIDE, KEY_SIDE = ("q", "grad"), ("k", "v")
 SPILLED: dict[tuple[str, int], int] = {("key_gradient", 128): 64, ("key_gradient", 256): 64}
 """Stack bytes a thread that are accepted where tiles load by descriptor: faster as measured than tiles without."""
+SPILLED_WITH: dict[tuple[str, int, str], int] = {
+    ("forward", 64, "DROPOUT"): 128,
+    ("forward", 128, "DROPOUT"): 8,
+    ("key_gradient", 64, "VARLEN"): 216,
+    ("key_gradient", 64, "DROPOUT"): 16,
+    ("key_gradient", 128, "VARLEN"): 128,
+    ("key_gradient", 128, "DROPOUT"): 80,
+    ("query_gradient", 128, "DROPOUT"): 32,
+}
+"""The same with one switch beside a causal mask: the tiles are those of the mask alone, no others have been timed with it."""
 MOST_SPILLED = 2560
 """For fp32 and for every switch at once, which are there to be right."""
 
 
 def shipped() -> list[Shipped]:
-    """Every tile with and without a causal mask, and every switch at once for the commonest head dimension."""
+    """Every tile with and without a causal mask; that mask with each of USUAL for the commonest head dimensions, and every switch at
+    once."""
     entries: list[Shipped] = []
     for kernel in KERNELS:
         for head_dim in (32, 64, 96, 128, 256):
@@ -42,6 +55,10 @@ def shipped() -> list[Shipped]:
                 entries.append(_entry(kernel, head_dim, "bf16", on, tma=True, capabilities=(90,)))
             entries.append(_entry(kernel, head_dim, "bf16", frozenset({"HAS_RIGHT"}), tma=True, capabilities=(100,)))
             entries.append(_entry(kernel, head_dim, "bf16", frozenset({"HAS_RIGHT"}), tma=False, capabilities=(80, 90)))
+        for head_dim in (64, 128):
+            for switch in USUAL:
+                on = frozenset({"HAS_RIGHT", switch})
+                entries.append(_entry(kernel, head_dim, "bf16", on, tma=True, capabilities=(90,)))
         entries.append(_entry(kernel, 128, "fp16", EVERYTHING, tma=True, capabilities=(90,)))
         entries.append(_entry(kernel, 128, "fp32", frozenset({"HAS_RIGHT"}), tma=False, capabilities=(80, 90)))
     entries += [_specialised(head_dim) for head_dim in (64, 128)]
@@ -70,11 +87,14 @@ def _entry(
         stages=tile.stages,
         tensor_cores=dtype != "fp32" and tile.queries >= 64,
         tma=tma,
-        most_stack_bytes=MOST_SPILLED
-        if dtype == "fp32" or on == EVERYTHING
-        else SPILLED.get((kernel, block_d), 0) * tma,
+        most_stack_bytes=MOST_SPILLED if dtype == "fp32" or on == EVERYTHING else _spilled(kernel, block_d, on) * tma,
         capabilities=capabilities,
     )
+
+
+def _spilled(kernel: str, block_d: int, on: frozenset[str]) -> int:
+    """Accepted stack bytes a thread."""
+    return max([SPILLED.get((kernel, block_d), 0), *(SPILLED_WITH.get((kernel, block_d, switch), 0) for switch in on)])
 
 
 def _signature(

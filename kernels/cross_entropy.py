@@ -132,16 +132,24 @@ def cross_entropy(
     other target outside [0, V) gives NaN. Differentiable in the logits; the gradient has their dtype. ValueError on shapes
     that do not agree, an unknown reduction or a smoothing outside [0, 1]. Sources [1] to [4] above.
     """
-    check_targets(logits.shape[:-1], targets, label_smoothing)
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction={reduction!r} is unknown; use one of {', '.join(REDUCTIONS)}")
+    check_targets(logits, logits.shape[:-1], targets, label_smoothing)
+    check_reduction(reduction)
     rows, flat = logits.flatten(0, -2) if logits.dim() > 1 else logits[None], targets.reshape(-1)
     loss = _cross_entropy(rows, flat, ignore_index, label_smoothing, z_loss, reduction)[0]
     return loss.reshape(targets.shape) if reduction == "none" else loss
 
 
-def check_targets(shape: torch.Size, targets: Tensor, label_smoothing: float) -> None:
-    """ValueError unless the targets are integers of this shape and the smoothing is a fraction."""
+def check_reduction(reduction: str) -> None:
+    """ValueError for an unknown word."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction={reduction!r} is unknown; use one of {', '.join(REDUCTIONS)}")
+
+
+def check_targets(scores: Tensor, shape: torch.Size, targets: Tensor, label_smoothing: float) -> None:
+    """ValueError unless the scores, logits or what makes them, are floating-point, the targets integers of this shape and the smoothing a
+    fraction."""
+    if not scores.is_floating_point():
+        raise ValueError(f"the first argument is {scores.dtype}; give a floating-point tensor")
     if targets.shape != shape or targets.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"targets are {targets.dtype} {tuple(targets.shape)}; give int64 or int32 of shape {tuple(shape)}, a token each"

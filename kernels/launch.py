@@ -41,6 +41,11 @@ def on_device_of(x: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device_of(x) if x.is_cuda else nullcontext()
 
 
+def in_given_precision(x: Tensor) -> AbstractContextManager[object]:
+    """Inside an operator whose caller may be under autocast: products in the dtypes they are given in."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 def resident_programs(x: Tensor, per_multiprocessor: int) -> int:
     """Programs of a kernel that loops over its share of the rows: `per_multiprocessor` for each multiprocessor."""
     if not x.is_cuda:

@@ -19,9 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from shardplan.kernels.cross_entropy import check_targets
 from shardplan.kernels.cross_entropy_launch import logit_gradient, reduce_losses, token_losses
+from shardplan.kernels.launch import in_given_precision
 
 CHUNK_LOGITS = 2**27
 """Logits of a chunk unless its tokens are given: 256 MiB in bf16, large enough for the products to run at full rate."""
@@ -46,6 +48,24 @@ def _linear_cross_entropy(
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, scale, gradient of hidden, of weight), the gradients those of a sum; what is not needed is empty."""
+    with in_given_precision(hidden):
+        return _in_chunks(
+            hidden, weight, targets, ignore_index, smoothing, z_loss, reduction, chunk, need_hidden, need_weight
+        )
+
+
+def _in_chunks(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    smoothing: float,
+    z_loss: float,
+    reduction: str,
+    chunk: int,
+    need_hidden: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wide = torch.promote_types(hidden.dtype, torch.float32)
     losses = torch.empty(hidden.shape[0], dtype=wide, device=hidden.device)
     grad_hidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
@@ -99,6 +119,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.weight_dtype = weight.dtype
 
 
+@once_differentiable
 def _differentiate(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
     scale, grad_hidden, grad_weight = ctx.saved_tensors
     factor = grad * scale
@@ -124,9 +145,13 @@ def linear_cross_entropy(
     """`cross_entropy(hidden @ weight.T, targets)`, fp32, a scalar, for `hidden` (…, H), `weight` (V, H) and `targets` (…).
 
     `chunk_tokens` bounds the logits that exist at once to chunk_tokens · V; by default CHUNK_LOGITS. Reduction "mean" or "sum".
-    Differentiable in hidden and weight, once. ValueError on shapes or dtypes that do not agree. Source [1] above.
+    Differentiable in hidden and weight, once. Under autocast both are cast to its dtype, as a linear layer would. ValueError on shapes or
+    dtypes that do not agree. Source [1] above.
     """
-    check_targets(hidden.shape[:-1], targets, label_smoothing)
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    check_targets(hidden, hidden.shape[:-1], targets, label_smoothing)
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.dtype != hidden.dtype:
         raise ValueError(
             f"weight is {weight.dtype} {tuple(weight.shape)}; give (V, {hidden.shape[-1]}) in the {hidden.dtype} of hidden"

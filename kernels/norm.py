@@ -176,6 +176,9 @@ def add_layer_norm(
 def _check(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None) -> None:
     if x.dim() == 0 or x.shape[-1] == 0 or not x.is_floating_point():
         raise ValueError(f"x is {x.dtype} of shape {tuple(x.shape)}; give a floating-point tensor (..., N), N > 0")
+    given: object = weight
+    if not isinstance(given, Tensor):
+        raise ValueError(f"weight is {given!r}; give ({x.shape[-1]},), ones for none")
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.shape != x.shape[-1:]:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; x {tuple(x.shape)} needs ({x.shape[-1]},)")
@@ -188,40 +191,43 @@ def _check(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | No
 
 
 def shipped() -> list[Shipped]:
-    """Every configuration of the three kernels, for widths 128 to 16,384."""
+    """Every configuration of the three kernels, for widths 128 to 16,384; in bf16 also without a residual."""
     entries: list[Shipped] = []
     for dtype in KERNEL_DTYPES:
         for width in (128, 4096, 8192, 16_384):
             for centered in (False, True):
                 entries += [_shipped_forward(dtype, width, centered), _shipped_backward(dtype, width, centered)]
+                if dtype == torch.bfloat16:
+                    entries.append(_shipped_forward(dtype, width, centered, residual=False))
+                    entries.append(_shipped_backward(dtype, width, centered, residual=False))
     return [*entries, _shipped_sum()]
 
 
-def _shipped_forward(dtype: torch.dtype, width: int, centered: bool) -> Shipped:
+def _shipped_forward(dtype: torch.dtype, width: int, centered: bool, *, residual: bool = True) -> Shipped:
     launch = forward_launch(width, dtype.itemsize)
     name = TRITON_TYPES[dtype]
     pointers = dict.fromkeys(("x", "residual", "weight", "bias", "y", "total"), f"*{name}")
     integers = dict.fromkeys(("rows", "width", "x_stride", "residual_stride"), "i32")
     return Shipped(
-        name=f"norm_forward {'layer' if centered else 'rms'} N{width} {name}",
+        name=f"norm_forward {'layer' if centered else 'rms'} N{width} {name}{'' if residual else ' alone'}",
         kernel=norm_forward_kernel,
         signature=pointers | {"mean": "*fp32", "rstd": "*fp32"} | integers | {"eps": "fp32"},
-        constants={"CENTERED": centered, "HAS_RESIDUAL": True, "HAS_BIAS": centered}
+        constants={"CENTERED": centered, "HAS_RESIDUAL": residual, "HAS_BIAS": centered}
         | {"ROWS": launch.rows, "BLOCK": launch.block, "STAGES": launch.stages},
         warps=launch.warps,
         stages=launch.stages,
     )
 
 
-def _shipped_backward(dtype: torch.dtype, width: int, centered: bool) -> Shipped:
+def _shipped_backward(dtype: torch.dtype, width: int, centered: bool, *, residual: bool = True) -> Shipped:
     launch = backward_launch(width, dtype.itemsize, centered)
     name = TRITON_TYPES[dtype]
     integers = dict.fromkeys(["rows", "width", "grad_y_stride", "grad_total_stride", "value_stride"], "i32")
     pointers = dict.fromkeys(["grad_y", "grad_total", "value", "weight", "grad_value"], f"*{name}")
     wide = width > WIDEST_HELD
-    flags = {"CENTERED": centered, "HAS_TOTAL": True, "HAS_BIAS": centered and not wide, "RELOAD": wide}
+    flags = {"CENTERED": centered, "HAS_TOTAL": residual, "HAS_BIAS": centered and not wide, "RELOAD": wide}
     return Shipped(
-        name=f"norm_backward {'layer' if centered else 'rms'} N{width} {name}",
+        name=f"norm_backward {'layer' if centered else 'rms'} N{width} {name}{'' if residual else ' alone'}",
         kernel=norm_backward_kernel,
         signature=pointers | dict.fromkeys(["mean", "rstd", "parts"], "*fp32") | integers,
         constants=flags | {"ROWS": launch.rows, "BLOCK": launch.block, "STAGES": launch.stages},

@@ -205,7 +205,7 @@ def _rotary(
         return turned[0], turned[1] if k is not None else q.new_empty(0)
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     k_out = q.new_empty(0) if k is None else torch.empty(k.shape, dtype=k.dtype, device=k.device)
-    if not q.numel():
+    if not (q.numel() or k_out.numel()):
         return q_out, k_out
     q = q if q.stride(-1) == 1 else q.contiguous()
     k = k if k is None or k.stride(-1) == 1 else k.contiguous()
@@ -305,21 +305,22 @@ def _check(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, offset
 
 
 def shipped() -> list[Shipped]:
-    """Both pairings, whole and partial rotation, in every dtype, for 32 query heads."""
+    """Both pairings, whole and partial rotation, in every dtype, for 32 query heads; forward and, for whole heads of 128, backward."""
     entries: list[Shipped] = []
     for dtype in KERNEL_DTYPES:
         for head_dim, half in ((64, 32), (128, 64), (128, 16), (256, 128)):
             entries += [_shipped(dtype, head_dim, half, interleaved) for interleaved in (False, True)]
+        entries += [_shipped(dtype, 128, 64, interleaved, inverse=True) for interleaved in (False, True)]
     return entries
 
 
-def _shipped(dtype: torch.dtype, head_dim: int, half: int, interleaved: bool) -> Shipped:
+def _shipped(dtype: torch.dtype, head_dim: int, half: int, interleaved: bool, *, inverse: bool = False) -> Shipped:
     heads, pairs, warps = head_launch(32, 8, half)
     name = TRITON_TYPES[dtype]
     strides = [f"{x}_{dim}_stride" for x in ("q", "k") for dim in ("batch", "seq", "head")]
     small = ("offset", "table_rows", "seq", "q_heads", "k_heads", "positions_batch_stride", "positions_seq_stride")
     return Shipped(
-        name=f"rotary D{head_dim} R{2 * half} {'interleaved' if interleaved else 'half'} {name}",
+        name=f"rotary D{head_dim} R{2 * half} {'interleaved' if interleaved else 'half'} {name}{' backward' if inverse else ''}",
         kernel=rotary_kernel,
         signature=dict.fromkeys(("q", "k", "q_out", "k_out"), f"*{name}")
         | {"cos": "*fp32", "sin": "*fp32", "positions": "*i64"}
@@ -327,7 +328,7 @@ def _shipped(dtype: torch.dtype, head_dim: int, half: int, interleaved: bool) ->
         constants={
             "HAS_POSITIONS": True,
             "INTERLEAVED": interleaved,
-            "INVERSE": False,
+            "INVERSE": inverse,
             "HALF": half,
             "DIM": head_dim,
             "HEADS": heads,

@@ -12,6 +12,8 @@ def rotary_reference(
     """`x` (B, S, N, D) turned in plain torch, in fp32 (fp64 for fp64 inputs); contiguous."""
     wide = torch.promote_types(x.dtype, torch.float32)
     index = torch.arange(offset, offset + x.shape[1], device=x.device) if positions is None else positions
+    if positions is not None and not index.is_meta and index.numel() and int(index.min()) < 0:
+        raise IndexError(f"position {int(index.min())} is below 0")
     c, s = (table.to(wide)[index].unsqueeze(-2) for table in (cos, sin))  # ((B,) S, 1, R/2)
     s = -s if inverse else s
     half = cos.shape[1]

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shardplan.kernels.cross_entropy import check_targets
+from shardplan.kernels.cross_entropy import check_reduction, check_targets
 from shardplan.kernels.cross_entropy_launch import launch_statistics
 from shardplan.kernels.cross_entropy_reference import statistics_reference, token_losses_reference
 from shardplan.kernels.launch import uses_kernel
@@ -55,7 +55,7 @@ def local_statistics(logits: Tensor, targets: Tensor, *, start: int) -> Statisti
     """Statistics of `logits` (T, V_r), columns start ≤ j < start + V_r of the vocabulary, for `targets` (T,) in all of it."""
     if logits.dim() != 2:
         raise ValueError(f"logits have shape {tuple(logits.shape)}; give (T, V), tokens flattened")
-    check_targets(logits.shape[:1], targets, 0.0)
+    check_targets(logits, logits.shape[:1], targets, 0.0)
     return Statistics(*_statistics(logits.detach(), targets, start).unbind())
 
 
@@ -149,7 +149,8 @@ def vocabulary_parallel_cross_entropy(
         "label_smoothing": label_smoothing,
         "z_loss": z_loss,
     }
-    check_targets(logits.shape[:1], targets, label_smoothing)
+    check_targets(logits, logits.shape[:1], targets, label_smoothing)
+    check_reduction(reduction)
     if start < 0 or start + logits.shape[1] > vocabulary:
         raise ValueError(
             f"columns {start} to {start + logits.shape[1] - 1} lie outside vocabulary={vocabulary}; "

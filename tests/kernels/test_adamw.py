@@ -151,6 +151,10 @@ def test_wrong_inputs_are_named(device):
         adamw_step(x.view(6, 4).t(), x, x, x, schedule)
     with pytest.raises(ValueError, match=r"schedule is torch\.float32 \(2,\)"):
         adamw_step(x, x, x, x, schedule[:2])
+    with pytest.raises(ValueError, match=r"betas=\(0\.9, 1\.5\)"):
+        adamw_step(x, x, x, x, schedule, betas=(0.9, 1.5))
+    with pytest.raises(ValueError, match=r"gradient is torch\.int32; give a floating-point"):
+        adamw_step(x, x.int(), x, x, schedule)
     with pytest.raises(ValueError, match="steps count from 1"):
         adamw_schedule(0, learning_rate=RATE, betas=(0.9, 0.99))
     with pytest.raises(ValueError, match=r"betas\[1\]=1\.0 lies outside"):

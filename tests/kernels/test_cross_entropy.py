@@ -180,6 +180,34 @@ def test_fused_with_the_output_layer(chunk, reduction, dtype, device):
         check(got, wanted, true)
 
 
+def test_under_autocast_the_output_layer_is_one_of_16_bits(device):
+    generator = torch.Generator(device).manual_seed(0)
+    hidden = torch.randn(TOKENS, HIDDEN, device=device, generator=generator)
+    weight = torch.randn(60, HIDDEN, device=device, generator=generator) / HIDDEN**0.5
+    targets = batch(TOKENS, 60, torch.float32, device)[1]
+    results = []
+    for autocast in (True, False):
+        h, w = (each.clone().requires_grad_() for each in (hidden, weight))
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=autocast):
+            given = (h, w) if autocast else (h.bfloat16(), w.bfloat16())
+            loss = linear_cross_entropy(*given, targets)
+            loss.backward()
+        results.append((loss, h.grad, w.grad))
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    with torch.autocast(device, dtype=torch.bfloat16):  # a layer before it gives bf16, the weight is fp32
+        linear_cross_entropy(hidden.bfloat16(), weight.requires_grad_(), targets).backward()
+    assert weight.grad is not None
+
+
+def test_a_second_derivative_is_refused(device):
+    """It would be 0: gradients are made in the forward."""
+    logits, targets = batch(8, 50, torch.float32, device)
+    hidden, weight = logits[:, :16].clone().requires_grad_(), torch.eye(20, 16, device=device).requires_grad_()
+    (first,) = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets % 20), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"does not require grad|once"):
+        first.sum().backward()
+
+
 def test_chunks_do_not_matter(device):
     hidden, weight = torch.randn(9, 16, device=device), torch.randn(130, 16, device=device)
     targets = batch(9, 130, torch.float32, device)[1]
@@ -294,6 +322,10 @@ def test_wrong_inputs_are_named(device):
         cross_entropy(logits, targets[:5])
     with pytest.raises(ValueError, match="reduction='average' is unknown"):
         cross_entropy(logits, targets, reduction="average")
+    with pytest.raises(ValueError, match="reduction='avg' is unknown"):
+        vocabulary_parallel_cross_entropy(logits, targets, start=0, vocabulary=50, reduction="avg")
+    with pytest.raises(ValueError, match=r"is torch\.int64; give a floating-point"):
+        cross_entropy(logits.long(), targets)
     with pytest.raises(ValueError, match=r"label_smoothing=2 is no fraction"):
         cross_entropy(logits, targets, label_smoothing=2)
     with pytest.raises(ValueError, match=r"give \(V, 50\) in the torch\.float32 of hidden"):

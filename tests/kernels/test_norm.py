@@ -184,4 +184,6 @@ def test_wrong_shapes_are_named(device):
         add_rms_norm(x, x.half(), torch.ones(8, device=device))
     with pytest.raises(ValueError, match=r"bias is torch\.float16"):
         layer_norm(x, torch.ones(8, device=device), torch.ones(8, device=device).half())
+    with pytest.raises(ValueError, match=r"weight is None; give \(8,\), ones for none"):
+        rms_norm(x, None)
     assert WIDEST >= 16_384

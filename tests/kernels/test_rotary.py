@@ -113,6 +113,22 @@ def test_a_position_outside_the_table_is_seen(device):
     assert turned[:, 2:].isfinite().all()
 
 
+def test_a_position_below_0_is_an_error_of_the_plain_path():
+    """torch would count it from the end of the table."""
+    table = torch.ones(8, 8, dtype=torch.float64)
+    x = torch.ones(1, 2, 1, 16, dtype=torch.float64)
+    with pytest.raises(IndexError, match="position -1 is below 0"):
+        rotate(x, table, table, positions=torch.tensor([-1, 0]))
+
+
+def test_no_query_heads(device):
+    k = torch.randn(1, 4, 2, 16, device=device)
+    angles = torch.arange(4.0, device=device)[:, None] * torch.ones(1, 8, device=device)
+    none, turned = rotary(k[:, :, :0], k, angles.cos(), angles.sin())
+    assert none.shape == (1, 4, 0, 16)
+    assert torch.equal(turned, rotate(k, angles.cos(), angles.sin()))
+
+
 def test_fp64_takes_the_reference():
     x = torch.randn(1, 3, 2, 6, dtype=torch.float64, requires_grad=True)
     cos, sin = table(3, 2, "cpu")
