@@ -9,6 +9,7 @@ from shardplan.costmodel.adapters import trainable_parameters
 from shardplan.costmodel.attention_time import OWN_KERNEL, takes_own_kernel
 from shardplan.costmodel.estimate import model_flop_per_token
 from shardplan.costmodel.estimates import DEFAULT_HEADROOM, MEMORY_BAND, Estimates
+from shardplan.costmodel.fitted import is_fitted
 from shardplan.costmodel.job import Job
 from shardplan.costmodel.layout import Layout
 from shardplan.costmodel.model import Model
@@ -246,6 +247,12 @@ def assumptions(
         lines.append(
             f"{attention_share:.0%} of the counted FLOP is attention, of which a causal fused kernel computes half: MFU and HFU "
             "overstate how busy the GPU is and can pass 100 %"
+        )
+    alien = list(dict.fromkeys(node.gpu.architecture for node, _ in cluster.node_runs if not is_fitted(node.gpu)))
+    if alien:
+        lines.append(
+            f"no published run on {' or '.join(alien)} was fitted: what training sustains of its rates is the mean of other GPUs "
+            "(`shardplan calibrate` measures it)"
         )
     guesses = cluster.guesses()
     if guesses:

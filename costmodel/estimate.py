@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from shardplan.costmodel.adapters import trainable_parameters
 from shardplan.costmodel.estimates import EXPERT_BAND, GUESS_BAND, TIME_BAND, Estimates, joined
-from shardplan.costmodel.fitted import Fitted, fitted, with_fitted_cluster, with_fitted_runtime
+from shardplan.costmodel.fitted import Fitted, fitted, is_fitted, with_fitted_cluster, with_fitted_runtime
 from shardplan.costmodel.job import Job
 from shardplan.costmodel.keys import LazyColumns, Same, in_pieces
 from shardplan.costmodel.layout import Layout, LayoutTable, layout_table
@@ -289,7 +289,8 @@ def stage_memory(
 
 def time_band(setting: Setting) -> float:
     """Half-width of the band of step time, relative."""
-    guesses = bool(timing_guesses(setting.cluster, setting.job.precision))
+    gpus = [node.gpu for node, _ in setting.cluster.node_runs]
+    guesses = bool(timing_guesses(setting.cluster, setting.job.precision)) or not all(map(is_fitted, gpus))
     experts = any(kind.experts for kind in setting.kinds)
     return TIME_BAND + GUESS_BAND * guesses + EXPERT_BAND * experts
 

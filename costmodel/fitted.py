@@ -2,8 +2,8 @@
 
 Per GPU architecture: the share of the micro-benchmarked matrix, memory and node-link rates that training sustains. Per runtime: bytes that
 element-wise operators move and the shares of communication that hide behind compute. `shardplan validate --refit` writes the file;
-a runtime or machine without an entry keeps the values of its own file, and so does every curve measured on the machine itself:
-calibration belongs to a machine.
+a runtime without an entry keeps the values of its own file, an architecture without one takes the mean of the others, and every curve
+measured on the machine itself stays as it is: calibration belongs to a machine.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
+from statistics import geometric_mean
 from typing import Any
 
 from shardplan.costmodel.runtime import Runtime
-from shardplan.hw_profiles.machine import Cluster, EfficiencyCurve, Node
+from shardplan.hw_profiles.machine import Cluster, EfficiencyCurve, Gpu, Node
 
 ARCHITECTURE_BOUNDS: Mapping[str, tuple[float, float, float, float]] = {
     "gemm": (0.5, 1.15, 0.95, 0.08),
@@ -66,6 +67,23 @@ def fitted() -> Fitted:
     return Fitted(architecture=document.get("architecture", {}), runtime=document.get("runtime", {}))
 
 
+def sustained_shares(gpu: Gpu, constants: Fitted) -> Mapping[str, float]:
+    """Fitted constants of a GPU's architecture; the geometric mean of the others' where no run on it was fitted (`is_fitted`), as what
+    training sustains is a share of what benchmarks do on every GPU that was; none on a CPU."""
+    if gpu.device == "cpu":
+        return {}
+    table = constants.architecture
+    if gpu.architecture in table or not table:
+        return table.get(gpu.architecture, {})
+    names = {name for row in table.values() for name in row}
+    return {name: geometric_mean(row[name] for row in table.values() if name in row) for name in sorted(names)}
+
+
+def is_fitted(gpu: Gpu, constants: Fitted | None = None) -> bool:
+    """Whether runs on GPUs of this architecture were fitted."""
+    return gpu.device == "cpu" or gpu.architecture in (constants or fitted()).architecture
+
+
 def with_fitted_runtime(runtime: Runtime, cluster: Cluster, constants: Fitted) -> Runtime:
     """The runtime with its fitted constants, changed by switches as much as the values of its file were; attention also by what the
     cluster's GPU sustains, unless that was measured."""
@@ -73,7 +91,7 @@ def with_fitted_runtime(runtime: Runtime, cluster: Cluster, constants: Fitted) -
     values = {name: value * runtime.switched.get(name, 1.0) for name, value in given.items()}
     execution = {name: value for name, value in values.items() if name not in SHARES}
     communication = {name: value for name, value in values.items() if name in SHARES}
-    on_gpu = constants.architecture.get(cluster.gpu.architecture, {}).get("attention", 1.0)
+    on_gpu = sustained_shares(cluster.gpu, constants).get("attention", 1.0)
     if not any("gpu.attention_efficiency" in path for path in _measured(cluster)):
         execution["attention_rate"] = on_gpu * execution.get("attention_rate", runtime.execution.attention_rate)
     return replace(
@@ -94,13 +112,13 @@ def with_fitted_cluster(cluster: Cluster, constants: Fitted) -> Cluster:
     runs = tuple((_fitted_node(node, constants, measured), count) for node, count in cluster.node_runs)
     network = cluster.network
     if not any("network.efficiency" in path for path in measured):
-        factor = constants.architecture.get(cluster.gpu.architecture, {}).get("network", 1.0)
+        factor = sustained_shares(cluster.gpu, constants).get("network", 1.0)
         network = replace(network, efficiency=_scaled(network.efficiency, factor))
     return replace(cluster, node_runs=runs, network=network)
 
 
 def _fitted_node(node: Node, constants: Fitted, measured: Collection[str]) -> Node:
-    values = constants.architecture.get(node.gpu.architecture, {})
+    values = sustained_shares(node.gpu, constants)
 
     def factor(name: str, curve: str) -> float:
         return 1.0 if any(curve in path for path in measured) else values.get(name, 1.0)
