@@ -23,6 +23,8 @@ __all__ = ["load_model", "model_digest", "model_document", "model_from_config", 
 
 _MOST_FILE_BYTES = 10_000_000
 _ACCEPTED = "give a preset name (`shardplan models list`), a config.json or a folder with one"
+LEAST_LETTERS = 6
+"""Shorter keys resemble each other by chance."""
 _NOT_MODELLED = ("quantization_config", "pruned_heads", "add_cross_attention", "is_encoder_decoder")
 _STORED_QUANTIZED = ("fp8", "mxfp4")
 """quant_method of weights published in fewer bits, of models that are trained in more: shapes are the same."""
@@ -117,6 +119,7 @@ def model_from_config(
         raise _cannot_be_read(model_type, families, place)
     family = families[model_type]
     spelled = _spellings(given, family, place)
+    _refuse_mistyped(given, family, place)
     values = Fields(place=place, given=given, defaults=family.defaults, spelled=spelled)
     _refuse_other_shapes(values, family, model_type)
     layers, pattern = runs_of(family.layers(values))
@@ -177,6 +180,35 @@ def _spellings(given: Mapping[str, object], family: Family, place: str) -> Mappi
             raise InputError(problem, remedy="they mean the same: keep one", place=place)
         used[key] = other
     return used
+
+
+def _refuse_mistyped(given: Mapping[str, object], family: Family, place: str) -> None:
+    """Refuse a key one or two letters from one that is read and absent: its value would be ignored for the default."""
+    read = {*family.defaults, *family.spellings, *family.spellings.values(), *family.only, family.positions}
+    spelled = {key for pair in family.spellings.items() if any(word in given for word in pair) for key in pair}
+    absent = sorted(key for key in read - spelled if key and key not in given)
+    for key in given:
+        if key in read or not isinstance(given[key], int | float):
+            continue
+        near = next((one for one in absent if len(key) > LEAST_LETTERS and letters_apart(key.lower(), one) <= 2), None)
+        if near:
+            raise InputError(
+                f"{key}={shown(given[key])} is not read, and {near} is not given",
+                remedy=f"did you mean {near}? Else leave {key} out",
+                place=place,
+            )
+
+
+def letters_apart(one: str, other: str) -> int:
+    """Letters to insert, drop or replace to make one word of another (Levenshtein 1966); 3 for any more."""
+    if abs(len(one) - len(other)) > 2:
+        return 3
+    row = list(range(len(other) + 1))
+    for at, letter in enumerate(one, 1):
+        before, row = row, [at]
+        for place, wanted in enumerate(other, 1):
+            row.append(min(before[place] + 1, row[-1] + 1, before[place - 1] + (letter != wanted)))
+    return min(row[-1], 3)
 
 
 def _refuse_other_shapes(values: Fields, family: Family, model_type: str) -> None:

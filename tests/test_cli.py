@@ -315,6 +315,9 @@ def test_kernels_are_benchmarked_dry(call: Call, tmp_path: Path) -> None:
     if find_spec("triton") is None:
         assert any("triton is not installed" in note and "pip install" in note for note in answer["notes"])
     assert (tmp_path / "k.csv").read_text().startswith("kernel,case,provider,metric,unit,p20,p50,p80,device")
+    code, _, err = call("bench", "kernels", "--dry-run", "-o", str(tmp_path / "nowhere" / "k.csv"))
+    assert code == 2
+    assert "does not exist; create it first" in err
     code, _, err = call("bench", "kernels", "--dry-run", "--only", "swigl2")
     assert code == 2
     assert "no case holds 'swigl2'" in err

@@ -184,7 +184,26 @@ def test_llama_biases_head_width_and_null_values(tmp_path):
 
 
 def test_unknown_keys_are_ignored_as_transformers_does(tmp_path):
-    assert read({"model_type": "gpt2", "hiden_size": 1, "whatever": {"a": []}}, tmp_path).hidden == 768
+    assert read({"model_type": "gpt2", "hidden_dim": 1, "whatever": {"a": []}}, tmp_path).hidden == 768
+
+
+@pytest.mark.parametrize(
+    ("config", "key", "meant"),
+    [
+        ({"model_type": "llama", "num_key_value_head": 8}, "num_key_value_head=8", "num_key_value_heads"),
+        ({"model_type": "llama", "Hidden_size": 64}, "Hidden_size=64", "hidden_size"),
+        ({"model_type": "gpt2", "vocab_sise": 100}, "vocab_sise=100", "vocab_size"),
+        ({"model_type": "mixtral", "num_local_expert": 4}, "num_local_expert=4", "num_local_experts"),
+    ],
+)
+def test_a_key_a_letter_away_is_no_default(config, key, meant):
+    message = complaint(config)
+    assert f"{key} is not read, and {meant} is not given" in message
+    assert f"did you mean {meant}?" in message
+
+
+def test_a_key_beside_the_one_it_resembles_is_ignored(tmp_path):
+    assert read({"model_type": "gpt2", "n_embd": 64, "n_embds": 3, "n_head": 4}, tmp_path).hidden == 64
 
 
 @pytest.mark.parametrize("model_type", ["qwen4", "Llama", "", 3, None, ["llama"]])

@@ -91,9 +91,8 @@ def kernels(
         raise InputError("is a folder, not a file", place=str(output), remedy=f"give {output / 'kernels.csv'}")
     if output and not output.parent.is_dir():
         raise InputError(f"folder {str(output.parent)!r} does not exist", place=str(output), remedy="create it first")
-    missing = [name for name in ("torch", "triton") if find_spec(name) is None]
-    if missing:
-        typer.echo(f"shardplan: measuring kernels needs {' and '.join(missing)}; install shardplan[run]", err=True)
+    if find_spec("torch") is None:
+        typer.echo("shardplan: measuring kernels needs torch; install shardplan[run]", err=True)
         raise typer.Exit(1)
     from shardplan.kernels.benchmark import NoDeviceError, Options, keep, measure
 
