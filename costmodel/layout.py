@@ -212,6 +212,8 @@ def _value(name: str, raw: str) -> object:
         if name in YES_OR_NO:
             return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[raw.lower()]
         return int(raw)
+    except InputError:
+        raise
     except (ValueError, KeyError):
         kind = dict.fromkeys(YES_OR_NO, "true or false")
         kind |= {"stage_layers": "numbers such as 10,12,12,10 or 10,12*2,10", "offload_ratio": "a share such as 0.4"}

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from shardplan.costmodel.job import LARGEST
 from shardplan.hw_profiles.errors import InputError, nearest
 
+FEW = 4
+"""Words that are all named."""
+
 
 def positive(name: str, value: object) -> None:
     """InputError for anything but a whole number from 1 on."""
@@ -17,4 +20,5 @@ def positive(name: str, value: object) -> None:
 def known_word(name: str, word: str, known: Sequence[str]) -> None:
     """InputError for a word that is not among the `known` ones."""
     if word not in known:
-        raise InputError(f"{name}={word!r} is unknown", place="layout", remedy=nearest(word, known))
+        remedy = f"use {' or '.join(known)}" if len(known) <= FEW else nearest(word, known)
+        raise InputError(f"{name}={word!r} is unknown", place="layout", remedy=remedy)

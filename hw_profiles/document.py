@@ -89,11 +89,10 @@ def _resolve(kind: PartKind, name: object, *, asked_by: str, folder: Path | None
     if is_path(name):
         return _expand(kind, _user_file((folder or Path()) / Path(name).expanduser()), depth)
     known = part_names(kind)
+    name = next((one for one in known if one == str(name).lower()), name)
     entry = catalog_folder(kind) / f"{name}.toml"
     if name not in known or name == LOCALHOST:
-        raise InputError(
-            f"unknown {kind.removesuffix('s')} {str(name)!r}", place=asked_by, remedy=nearest(str(name), known)
-        )
+        raise _unknown(kind, str(name), asked_by)
     text = entry.read_text(encoding="utf-8")
     place = f"catalog/{kind}/{name}.toml"
     # Catalog files name a source themselves (a test holds them to it); this one never shows.
@@ -101,6 +100,45 @@ def _resolve(kind: PartKind, name: object, *, asked_by: str, folder: Path | None
     return _expand(
         kind, _File(table=_parse(text, place), place=place, stem=str(name), folder=None, default=unsaid), depth
     )
+
+
+def _unknown(kind: PartKind, name: str, asked_by: str) -> InputError:
+    """The error for a name that the catalog does not have, or has of another kind."""
+    what = kind.removesuffix("s")
+    other = next((one for one in PART_KINDS if name in part_names(one)), None)
+    if other is None or other == kind:
+        return InputError(f"unknown {what} {name!r}", place=asked_by, remedy=nearest(name, part_names(kind)))
+    remedy = "shardplan hardware list names those"
+    if kind == "clusters" and other in ("nodes", "networks"):
+        part = other.removesuffix("s")
+        users = [one for one in part_names("clusters") if _names_base(one, part, name)]
+        written = f'write a cluster with {part} = {{ base = "{name}" }}'
+        remedy = f"clusters with it: {', '.join(users)}" if users else written
+    return InputError(f"{name!r} is a {other.removesuffix('s')}, not a {what}", place=asked_by, remedy=remedy)
+
+
+def _names_base(cluster: str, part: str, name: str) -> bool:
+    """Whether a catalog cluster takes that node or network."""
+    if cluster == LOCALHOST:
+        return False
+    table = tomllib.loads((catalog_folder("clusters") / f"{cluster}.toml").read_text(encoding="utf-8"))
+    return (as_table(table.get(part)) or {}).get("base") == name
+
+
+def file_kind(name: str | Path) -> PartKind:
+    """What a file describes, by the words that no other kind of part has: a cluster where none of them is there."""
+    table = _user_file(Path(name).expanduser()).table
+    for kind, words in _OWN_WORDS.items():
+        if any(word in table for word in words):
+            return kind
+    return "clusters"
+
+
+_OWN_WORDS: dict[PartKind, tuple[str, ...]] = {
+    "gpus": ("vendor", "architecture", "memory_mib", "peak_tflops"),
+    "networks": ("nics_per_node", "nic_gbit_per_s"),
+    "nodes": ("intra", "host", "gpus"),
+}
 
 
 def _user_file(path: Path) -> _File:

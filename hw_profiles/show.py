@@ -13,6 +13,7 @@ from shardplan.hw_profiles.document import (
     Document,
     PartKind,
     as_table,
+    file_kind,
     is_path,
     part_document,
     part_names,
@@ -146,9 +147,9 @@ def _finite(value: float) -> float | None:
 def _kind_of(name: str | Path) -> PartKind:
     """A cluster where several kinds share a name: it shows the node as well."""
     if is_path(name):
-        return "clusters"
+        return file_kind(name)
     for kind in ("clusters", "nodes", "networks", "gpus"):
-        if name in part_names(kind):
+        if str(name).lower() in part_names(kind):
             return kind
     every = {word for kind in PART_KINDS for word in part_names(kind)}
     raise InputError(f"unknown hardware {str(name)!r}", remedy=nearest(str(name), every))

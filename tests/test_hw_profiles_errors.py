@@ -1,9 +1,13 @@
 """What goes wrong in a profile is told in one line: file, field, value, remedy."""
 
+from pathlib import Path
+
 import pytest
 
+from shardplan.hw_profiles.document import PartKind, catalog_folder
 from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.load import cluster_document, cluster_from_document, list_parts, load_cluster, load_gpu
+from shardplan.hw_profiles.show import hardware_show
 
 START = '[node]\nbase = "dgx-h100"\n'
 
@@ -136,3 +140,34 @@ def test_a_damaged_document_says_where():
         cluster_from_document(document, place="plan.json")
     with pytest.raises(InputError, match="is not a table"):
         cluster_from_document({**document, "gpu": "h100"}, place="plan.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("dgx-h100", "'dgx-h100' is a node, not a cluster; clusters with it: eos, h100-ib"),
+        ("h100-sxm", "'h100-sxm' is a gpu, not a cluster"),
+        ("ib-ndr", "'ib-ndr' is a network, not a cluster; clusters with it: "),
+    ],
+)
+def test_a_part_of_another_kind_is_named(name: str, told: str) -> None:
+    with pytest.raises(InputError) as caught:
+        load_cluster(name)
+    assert told in str(caught.value)
+
+
+def test_names_in_any_case() -> None:
+    assert load_cluster("H100-IB").name == load_cluster("h100-ib").name
+    assert hardware_show("H100-IB")["kind"] == "cluster"
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "shown"),
+    [("nodes", "dgx-h100", "node"), ("gpus", "h100-sxm", "gpu"), ("networks", "ib-ndr", "network")],
+)
+def test_a_file_of_one_part_is_shown(kind: PartKind, name: str, shown: str, tmp_path: Path) -> None:
+    path = tmp_path / f"{name}.toml"
+    path.write_text((catalog_folder(kind) / f"{name}.toml").read_text(encoding="utf-8"), encoding="utf-8")
+    found = hardware_show(path)
+    assert found["kind"] == shown
+    assert found["sections"] == hardware_show(name)["sections"]

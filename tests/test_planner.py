@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -397,23 +396,3 @@ def test_forbidding_one_value_keeps_its_neighbours() -> None:
     assert (space.recompute == 2).any()
     assert ((space.dp == 8) & (space.dp_shard == 8)).any()
     assert not ((space.dp != space.dp_shard) & (space.dp_shard == 8)).any()
-
-
-@pytest.mark.parametrize(
-    ("forbid", "gone", "kept"),
-    [
-        ("recompute=full", lambda x: "full" in x.recompute, lambda x: x.recompute.startswith("selective:")),
-        ("recompute=selective", lambda x: "selective" in x.recompute, lambda x: x.recompute.startswith("full:")),
-        ("offload_ratio=0.5", lambda x: x.offload_ratio == 0.5, lambda x: 0.0 < x.offload_ratio < 1.0),
-    ],
-)
-def test_forbidding_one_value_keeps_its_knob(forbid: str, gone: Any, kept: Any) -> None:
-    """Other values of a word are still tried."""
-    at = setting(gpus=64, model="llama-3-70b", runtime="megatron", batch=256)
-    found = search(
-        model=at.model, job=at.job, cluster=at.cluster, runtime=at.runtime, wishes=parse_wishes("pp=4", [forbid])
-    ).ranked
-    assert found is not None
-    rows = [found.layouts.row(at) for at in range(len(found))]
-    assert not any(gone(row) for row in rows)
-    assert any(kept(row) for row in rows)

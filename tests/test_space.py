@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from shardplan.costmodel.job import Job
@@ -57,3 +59,26 @@ def test_one_gpu_offloads(runtime: str, fix: str) -> None:
     best = found.ranked.layouts.row(0)
     assert best.offload_optimizer != "none"
     assert best.zero > 0
+
+
+@pytest.mark.parametrize(
+    ("forbid", "gone", "kept"),
+    [
+        ("recompute=full", lambda x: "full" in x.recompute, lambda x: x.recompute.startswith("selective:")),
+        ("recompute=selective", lambda x: "selective" in x.recompute, lambda x: x.recompute.startswith("full:")),
+        ("offload_ratio=0.5", lambda x: x.offload_ratio == 0.5, lambda x: 0.0 < x.offload_ratio < 1.0),
+    ],
+)
+def test_forbidding_one_value_keeps_its_knob(forbid: str, gone: Any, kept: Any) -> None:
+    """Other values of a word are still tried."""
+    found = search(
+        model=load_model("llama-3-70b"),
+        job=Job(seq=4096, global_batch=256),
+        cluster=load_cluster("selene", gpus=64),
+        runtime="megatron",
+        wishes=parse_wishes("pp=4", [forbid]),
+    ).ranked
+    assert found is not None
+    rows = [found.layouts.row(at) for at in range(len(found))]
+    assert not any(gone(row) for row in rows)
+    assert any(kept(row) for row in rows)
