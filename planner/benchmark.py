@@ -41,7 +41,7 @@ def estimate_rate(repeats: int, streamed: int) -> dict[str, Any]:
     cluster = load_cluster("selene", gpus=1024)
     job = Job(seq=2048, global_batch=1536, precision="bf16")
     start = time.perf_counter()
-    search(model=model, job=job, cluster=cluster, runtime=runtime)
+    found = search(model=model, job=job, cluster=cluster, runtime=runtime)
     search_s = time.perf_counter() - start
     space = layout_space(model, job, cluster.gpus)
     broken = broken_rules(Setting(model=model, job=job, cluster=cluster, runtime=runtime), space)
@@ -62,7 +62,7 @@ def estimate_rate(repeats: int, streamed: int) -> dict[str, Any]:
     return {
         "model": model.name,
         "gpus": cluster.gpus,
-        "space": len(space),
+        "space": found.looked_at,
         "layouts": len(valid),
         "seconds": median,
         "repeats": repeats,

@@ -321,3 +321,23 @@ def test_kernels_are_benchmarked_dry(call: Call, tmp_path: Path) -> None:
     code, _, err = call("bench", "kernels", "--dry-run", "--only", "swigl2")
     assert code == 2
     assert "no case holds 'swigl2'" in err
+
+
+def test_a_plan_is_explained_with_its_own_inputs(call: Call, tmp_path: Path) -> None:
+    path = str(tmp_path / "plan.json")
+    call(
+        "plan", "llama-3-8b", "--cluster", "h100-ib", "--gpus", "8", "--global-batch", "64", "--seq", "4096", "-o", path
+    )
+    for option, value in (("--runtime", "fsdp2"), ("--seq", "2048"), ("--headroom", "0.1")):
+        code, _, err = call("explain", path, option, value)
+        assert code == 2
+        assert f"{option}: {value} is given beside a plan file" in err
+    code, out, _ = call("explain", path, "--layout", "dp=8 zero=3 recompute=full", "--json")
+    assert code == 0
+    own = json.loads(out)
+    assert own["layout"]["zero"] == 3
+    assert own["subject"]["job"]["seq"] == 4096
+    assert "times the step time of the best layout" in own["notes"][0]
+    code, out, _ = call("explain", path, "--tokens", "1e12", "--json")
+    assert code == 0
+    assert json.loads(out)["subject"]["job"]["tokens"] == 1e12

@@ -9,7 +9,11 @@ import typer
 from shardplan.cli import options
 
 if TYPE_CHECKING:
+    from shardplan.costmodel.job import Job
     from shardplan.costmodel.layout import Layout
+    from shardplan.costmodel.model import Model
+    from shardplan.costmodel.runtime import Runtime
+    from shardplan.hw_profiles.machine import Cluster
 
 LayoutOption = Annotated[
     str,
@@ -88,21 +92,35 @@ def evaluate(
     model: str, layout: str, cluster: str, gpus: int | None, *, headroom: float, **job_words: Any
 ) -> dict[str, Any]:
     """The answer for one layout given as words, valid or not."""
-    from shardplan.costmodel.answer import refused_answer
     from shardplan.costmodel.layout import given_words, parse_layout
     from shardplan.hw_profiles.errors import InputError
-    from shardplan.planner.search import judge
 
     if not 0.0 <= headroom < 1.0:
         raise InputError(f"headroom={headroom:g} is not a fraction", place="--headroom", remedy="use 0 up to below 1")
     wanted = parse_layout(layout)
     words = given_words(layout)
     inputs = options.read_inputs(model, cluster, _sized(gpus, wanted, words), **job_words)
-    wanted = _with_dp(wanted, words, inputs.cluster.gpus)
-    verdict = judge(
-        wanted, model=inputs.model, job=inputs.job, cluster=inputs.cluster, runtime=inputs.runtime, headroom=headroom
+    return judged(
+        layout,
+        model=inputs.model,
+        job=inputs.job,
+        cluster=inputs.cluster,
+        runtime=inputs.runtime,
+        headroom=headroom,
     )
-    return verdict if isinstance(verdict, dict) else refused_answer(wanted, runtime=inputs.runtime, rejections=verdict)
+
+
+def judged(
+    layout: str, *, model: Model, job: Job, cluster: Cluster, runtime: Runtime, headroom: float
+) -> dict[str, Any]:
+    """The same for inputs that are read already."""
+    from shardplan.costmodel.answer import refused_answer
+    from shardplan.costmodel.layout import given_words, parse_layout
+    from shardplan.planner.search import judge
+
+    wanted = _with_dp(parse_layout(layout), given_words(layout), cluster.gpus)
+    verdict = judge(wanted, model=model, job=job, cluster=cluster, runtime=runtime, headroom=headroom)
+    return verdict if isinstance(verdict, dict) else refused_answer(wanted, runtime=runtime, rejections=verdict)
 
 
 def _sized(gpus: int | None, layout: Layout, words: frozenset[str]) -> int | None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from shardplan.cli import options
 
+if TYPE_CHECKING:
+    from shardplan.planner.plan import Plan
+
 
 def explain(
+    context: typer.Context,
     subject: Annotated[
-        str, typer.Argument(metavar="PLAN|MODEL", help="A plan.json, or a model together with --layout.")
+        str, typer.Argument(metavar="PLAN|MODEL", help="A plan.json, alone or with --layout, or a model with --layout.")
     ],
     layout: Annotated[
         str | None, typer.Option("--layout", help="Your own layout words, judged against the best.")
@@ -44,11 +48,16 @@ def explain(
 
     Examples: shardplan explain plan.json
 
+    shardplan explain plan.json --layout "dp=8 tp=8 zero=1"
+
     shardplan explain llama-3-8b --cluster h100-ib --gpus 8 --global-batch 64 --seq 8192 --layout "dp=8 zero=3 micro_batch=2"
     """
+    of_plan = subject.endswith(".json") and (layout is None or cluster is None)
+    if of_plan:
+        _refuse_what_the_plan_says(context)
     document = (
-        _of_plan(subject, tokens, price, gpu_hours_per_failure)
-        if layout is None
+        _of_plan(subject, layout, tokens, price, gpu_hours_per_failure)
+        if of_plan or layout is None
         else _of_layout(
             subject,
             layout,
@@ -83,10 +92,27 @@ def explain(
     raise typer.Exit(0 if document["fits"] else 1)
 
 
+BESIDE_A_PLAN = ("subject", "layout", "tokens", "price", "gpu_hours_per_failure", "as_json")
+"""What may be said beside a plan file, which has the rest."""
+
+
+def _refuse_what_the_plan_says(context: typer.Context) -> None:
+    from shardplan.hw_profiles.errors import InputError
+
+    for name, value in context.params.items():
+        source = context.get_parameter_source(name)
+        if name not in BESIDE_A_PLAN and source is not None and source.name == "COMMANDLINE":
+            raise InputError(
+                f"{value} is given beside a plan file, which has its own",
+                place=f"--{name.replace('_', '-')}",
+                remedy="leave it out, or make another plan with it",
+            )
+
+
 def _of_plan(
-    path: str, tokens: float | None, price: float | None, gpu_hours_per_failure: float | None
+    path: str, layout: str | None, tokens: float | None, price: float | None, gpu_hours_per_failure: float | None
 ) -> dict[str, Any]:
-    """The plan, with another token budget, price or failure rate where given."""
+    """The plan, with another token budget, price or failure rate where given; or a `layout` beside it, on its machine for its job."""
     from dataclasses import replace
 
     from shardplan.hw_profiles.errors import InputError
@@ -102,7 +128,25 @@ def _of_plan(
     plan = Plan.read(path)
     document, _ = options.with_given_figures(dict(plan.cluster), plan.gpus, price, gpu_hours_per_failure)
     job = plan.job if tokens is None else replace(plan.job, tokens=tokens)
-    return explain_plan(replace(plan, cluster=document, job=job))
+    plan = replace(plan, cluster=document, job=job)
+    return explain_plan(plan) if layout is None else _beside_plan(plan, layout)
+
+
+def _beside_plan(plan: Plan, words: str) -> dict[str, Any]:
+    from shardplan.cli.estimate import judged
+    from shardplan.costmodel.estimates import DEFAULT_HEADROOM
+    from shardplan.costmodel.runtime import load_runtime
+    from shardplan.hw_profiles.load import cluster_from_document
+    from shardplan.planner.explain import explain_layout
+
+    asked: dict[str, Any] = {
+        "model": plan.model,
+        "job": plan.job,
+        "cluster": cluster_from_document(dict(plan.cluster)).with_gpus(plan.gpus),
+        "runtime": load_runtime(plan.runtime),
+        "headroom": float(plan.search.get("headroom", DEFAULT_HEADROOM)),
+    }
+    return explain_layout(judged(words, **asked), **asked)
 
 
 def _of_layout(
