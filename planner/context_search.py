@@ -3,7 +3,7 @@
 A way to compute (mesh, micro-batch, schedule, recompute, `cp_kind` ...) says how long a step takes at least, however its states are
 spread and offloaded, its layers cut into stages, its axes ordered on the cluster and its knobs turned. Ways are written out with every way
 to spread states in the order of that least time, until it passes NEAR_BEST times the quickest step that fits: what is left is slower than
-the best. For the least memory every layout is written out.
+the best. Where nothing fits yet, or the least memory is asked for, those that need least memory come first, and MOST_WRITTEN at most.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from shardplan.costmodel.axis_order import ORDERS
 from shardplan.costmodel.estimate import estimate, on_mean_stage
 from shardplan.costmodel.estimates import Estimates
 from shardplan.costmodel.layout import OFFLOAD, RATIO_STEPS, LayoutTable
+from shardplan.costmodel.recompute import RECOMPUTE
 from shardplan.costmodel.rule import Setting
 from shardplan.planner.factors import Factors
 from shardplan.planner.placement import movable, open_orders, with_bubble
@@ -34,6 +35,9 @@ SPREADING_PARTS = ("dp_exposed_s", "optimizer_s", "offload_exposed_s")
 LAYOUTS_AT_ONCE = 1 << 16
 """Written out and estimated before the least time of the next ways is looked at again, about."""
 
+MOST_WRITTEN = 1 << 20
+"""Layouts written out that nothing says are slower than the best; where there are more, the search says so."""
+
 
 @dataclass(kw_only=True)
 class Written:
@@ -42,7 +46,8 @@ class Written:
     fastest: float
     """The quickest step that fits."""
     slower: int = 0
-    """Layouts left: their least time says that they are not near the best."""
+    """Layouts left: their least time says that they are not near the best, or there are too many (then not `complete`)."""
+    complete: bool = True
 
 
 def write_out(
@@ -56,14 +61,22 @@ def write_out(
         return
     ways = Factors.joined(sifted.waiting)
     partners = ways.partners()
-    least_s = np.zeros(len(partners)) if objective == "memory" else least_s_of(setting, ways.computing, wishes)
-    order = np.argsort(least_s, kind="stable")
-    at = 0
-    while at < len(order) and least_s[order[at]] < NEAR_BEST * written.fastest:
+    by_time = objective != "memory"
+    least_s = least_s_of(setting, ways.computing, wishes) if by_time else np.zeros(len(partners))
+    quick = by_time and np.isfinite(written.fastest)
+    order = np.argsort(least_s if quick else _lean_bytes(setting, ways.computing), kind="stable")
+    at, out = 0, 0
+    while at < len(order):
         count = int(np.searchsorted(np.cumsum(partners[order[at:]]), LAYOUTS_AT_ONCE, side="right")) + 1
         chosen = order[at : at + count]
         chosen = np.sort(chosen[least_s[chosen] < NEAR_BEST * written.fastest])
         at += count
+        if not len(chosen):
+            continue
+        if out >= MOST_WRITTEN:
+            written.complete = False
+            return
+        out += int(partners[chosen].sum())
         written.slower -= int(partners[chosen].sum())
         layouts = sift(setting, ways.with_rows(chosen).layouts(), sifted.refused, sifted.later)
         if len(layouts):
@@ -73,22 +86,21 @@ def write_out(
             yield at / len(order), found
 
 
+def _lean_bytes(setting: Setting, computing: LayoutTable) -> FloatArray:
+    """Bytes on the device about, (N,), with states spread over all ranks and every layer recomputed: what is likely to fit comes first."""
+    lean = replace(
+        _bare(computing), zero=np.full(len(computing), 3), recompute=np.full(len(computing), RECOMPUTE.index("full"))
+    )
+    return on_mean_stage(setting, lean).device_peak_bytes
+
+
 def least_s_of(setting: Setting, computing: LayoutTable, wishes: Wishes) -> FloatArray:
     """Seconds that a step takes at least, (N,), whatever columns the layouts of `computing` get that say how states are spread, however
     their layers are cut into stages, in any open order of axes and with any knob turned.
 
     An axis exchanges nowhere faster than as the innermost one.
     """
-    rows = len(computing)
-    bare = replace(
-        computing,
-        zero=np.zeros(rows, dtype=np.int64),
-        dp_shard=computing.dp,
-        offload_optimizer=np.full(rows, OFFLOAD.index("none")),
-        offload_params=np.full(rows, OFFLOAD.index("none")),
-        offload_ratio=np.full(rows, RATIO_STEPS),
-        hpz=np.ones(rows, dtype=np.int64),
-    )
+    rows, bare = len(computing), _bare(computing)
     orders = open_orders(setting, wishes)
     its = on_mean_stage(setting, replace(bare, order=np.full(rows, ORDERS.index(orders[0]))))
     least_s = its.time["step_s"] - sum(its.time[part] for part in SPREADING_PARTS)
@@ -103,6 +115,20 @@ def least_s_of(setting: Setting, computing: LayoutTable, wishes: Wishes) -> Floa
         alone = [its.time[part] for part in ("compute_s", "recompute_s", "host_s")]
         least_s[at] = np.minimum(least_s[at], with_bubble(its.time, np.sum([*alone, *inside], axis=0)))
     return least_s
+
+
+def _bare(computing: LayoutTable) -> LayoutTable:
+    """The layouts with states on every rank and nothing offloaded."""
+    rows = len(computing)
+    return replace(
+        computing,
+        zero=np.zeros(rows, dtype=np.int64),
+        dp_shard=computing.dp,
+        offload_optimizer=np.full(rows, OFFLOAD.index("none")),
+        offload_params=np.full(rows, OFFLOAD.index("none")),
+        offload_ratio=np.full(rows, RATIO_STEPS),
+        hpz=np.ones(rows, dtype=np.int64),
+    )
 
 
 def _estimated(setting: Setting, layouts: LayoutTable) -> Estimates:

@@ -76,7 +76,7 @@ def search_one_size(
     with state.phase(watch):
         _estimate_space(setting, wishes, state, watch)
     with state.phase(watch):
-        _refine(setting, wishes, objective, headroom, state, state.space, watch)
+        _refine(setting, wishes, objective, headroom, state, state.space, watch, 0.8)
     with state.phase(watch):
         _write_out(setting, wishes, objective, headroom, state, watch)
     if state.space:
@@ -137,11 +137,12 @@ def _refine(
     state: _State,
     batches: Sequence[Estimates],
     watch: Watch,
+    done: float,
 ) -> None:
     """Add what words find that are not multiplied into the space, from some batches of it."""
     if not batches or state.partial:
         return
-    watch.phase("refining", 0.8, state.sifted.looked_at)
+    watch.phase("refining", done, state.sifted.looked_at)
     memory = objective == "memory"
     found = turn_knobs(setting, batches, wishes, headroom, fastest=_fastest_s(state, headroom), least_memory=memory)
     state.more += found.found
@@ -160,10 +161,10 @@ def _write_out(
     try:
         for done, batch in write_out(setting, wishes, state.sifted, written, objective, headroom):
             state.space.append(batch)
-            watch.phase("estimating", 0.8 + 0.1 * done, state.sifted.looked_at)
+            watch.phase("estimating", 0.8 + 0.1 * min(done, 1.0), state.sifted.looked_at)
     finally:
-        state.slower = written.slower
-    _refine(setting, wishes, objective, headroom, state, state.space[before:], watch)
+        state.slower, state.complete = written.slower, state.complete and written.complete
+    _refine(setting, wishes, objective, headroom, state, state.space[before:], watch, 0.9)
 
 
 def _fastest_s(state: _State, headroom: float) -> float:
