@@ -40,7 +40,7 @@ def answer(
     )
     step_s = float(estimates.step_s[row])
     peak = float(estimates.device_peak_bytes[row])
-    band = estimates.time_band
+    band = estimates.band_of(row)
     return {
         "fits": not told,
         "fits_likely": not rejections and bool(estimates.fits_likely()[row]),

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.costmodel.adapters import trainable_parameters
-from shardplan.costmodel.estimates import EXPERT_BAND, GUESS_BAND, TIME_BAND, Estimates, joined
+from shardplan.costmodel.estimates import ADAPTER_BAND, EXPERT_BAND, GUESS_BAND, TIME_BAND, Estimates, joined
 from shardplan.costmodel.fitted import Fitted, fitted, is_fitted, with_fitted_cluster, with_fitted_runtime
 from shardplan.costmodel.job import Job
 from shardplan.costmodel.keys import LazyColumns, Same, in_pieces
@@ -288,11 +288,12 @@ def stage_memory(
 
 
 def time_band(setting: Setting) -> float:
-    """Half-width of the band of step time, relative."""
+    """Half-width of the band of step time of what does not offload, relative."""
     gpus = [node.gpu for node, _ in setting.cluster.node_runs]
     guesses = bool(timing_guesses(setting.cluster, setting.job.precision)) or not all(map(is_fitted, gpus))
     experts = any(kind.experts for kind in setting.kinds)
-    return TIME_BAND + GUESS_BAND * guesses + EXPERT_BAND * experts
+    adapters = setting.job.adapters is not None
+    return TIME_BAND + GUESS_BAND * guesses + EXPERT_BAND * experts + ADAPTER_BAND * adapters
 
 
 def _step_time(

@@ -28,6 +28,10 @@ GUESS_BAND = 0.04
 
 EXPERT_BAND = 0.12
 """Added to it for models with experts: what software does to tokens and launches differs from release to release."""
+ADAPTER_BAND = 0.12
+"""Added to it for adapters: published runs tell little of what their software keeps and casts."""
+OFFLOAD_BAND = 0.08
+"""Added to it for layouts that offload: hosts differ in memory, cores and PCIe more than GPUs do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +120,14 @@ class Estimates:
     def fits_likely(self) -> NDArray[np.bool_]:
         """The point estimate fits GPU and host memory."""
         return (self.device_peak_bytes <= self.capacities) & self._fits_below_gpu(0.0)
+
+    def band_of(self, row: int) -> float:
+        """Half-width of the band of a layout's step time, relative."""
+        layouts = self.layouts
+        moved = max(
+            int(x[row]) for x in (layouts.offload_optimizer, layouts.offload_params, layouts.offload_activations)
+        )
+        return self.time_band + OFFLOAD_BAND * (moved > 0)
 
     def fits(self, headroom: float = DEFAULT_HEADROOM) -> NDArray[np.bool_]:
         """The upper edge of the memory band stays `headroom` below the capacity."""

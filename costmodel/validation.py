@@ -186,7 +186,7 @@ def predicted(bare: Outcome, found: Estimates) -> Outcome:
     return replace(
         bare,
         predicted_step_s=step,
-        step_band_s=(step * (1 - found.time_band), step * (1 + found.time_band)),
+        step_band_s=(step * (1 - found.band_of(0)), step * (1 + found.band_of(0))),
         predicted_peak_gib=float(bytes_of[:, : bare.memory_stages].max()) / GIB,
         predicted_fits=bool(found.fits_likely()[0]),
         parts={name: float(values[0]) for name, values in found.time.items()},

@@ -8,9 +8,10 @@ from statistics import geometric_mean
 import pytest
 
 from shardplan.costmodel.estimate import estimate
+from shardplan.costmodel.estimates import ADAPTER_BAND, OFFLOAD_BAND
 from shardplan.costmodel.fitted import Fitted, fitted, is_fitted, sustained_shares
 from shardplan.costmodel.job import Job
-from shardplan.costmodel.layout import parse_layout
+from shardplan.costmodel.layout import Layout, parse_layout
 from shardplan.costmodel.model_config import load_model
 from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.runtime import load_runtime
@@ -54,3 +55,18 @@ def test_the_answer_says_so_and_its_band_is_wider() -> None:
     assert not told[0]
     (line,) = told[1]
     assert "the mean of other GPUs" in line
+
+
+def test_offload_and_adapters_widen_the_band() -> None:
+    model, cluster = load_model("llama-3-8b"), load_cluster("h100-ib", gpus=8)
+    plain, offloaded = (parse_layout(f"dp=8 zero=3 recompute=full{more}") for more in ("", " offload_optimizer=cpu"))
+    job = Job(seq=4096, global_batch=32)
+
+    def half_width(job: Job, words: Layout) -> float:
+        answer = judge(words, model=model, job=job, cluster=cluster, runtime=load_runtime("deepspeed"))
+        assert isinstance(answer, dict)
+        low, high = answer["error_band"]["step_s"]
+        return float((high - low) / (high + low))
+
+    assert half_width(job, offloaded) == pytest.approx(half_width(job, plain) + OFFLOAD_BAND)
+    assert half_width(replace(job, method="lora"), plain) == pytest.approx(half_width(job, plain) + ADAPTER_BAND)
