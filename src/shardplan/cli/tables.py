@@ -215,7 +215,7 @@ def print_account(console: Console, search: Mapping[str, Any]) -> None:
     """How many layouts were looked at, how many refused and why."""
     refused = sum(rule["count"] for rule in search["refused"].values())
     fitting = search["looked_at"] - refused - search["slower"] - search["does_not_fit"]
-    slower = f"{search['slower']:,} far slower than the best whatever is done, " if search["slower"] else ""
+    slower = f"{search['slower']:,} excluded by a bound, " if search["slower"] else ""
     more = f", and {search['refined']:,} variants of those that they could help" if search["refined"] else ""
     console.print(
         f"looked at {search['looked_at']:,} layouts in {seconds(search['seconds'])}: {refused:,} refused by a rule, {slower}"
