@@ -37,6 +37,11 @@ class CalibrationError(RuntimeError):
     """The measuring processes failed or did not answer in time."""
 
 
+def has_gpu() -> bool:
+    """Whether GPUs would be measured."""
+    return torch.cuda.is_available()
+
+
 def measure_machine(
     *, processes: int | None = None, quick: bool = False, points_s: float = 0.0, timeout_s: float = TIMEOUT_S
 ) -> Measurements:

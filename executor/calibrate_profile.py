@@ -12,6 +12,7 @@ from typing import Any
 from shardplan.executor.calibrate_measurements import RING_STEPS, CollectiveRates, Measurements, Rates, Timing
 from shardplan.hw_profiles.document import merged_table
 from shardplan.hw_profiles.errors import InputError
+from shardplan.hw_profiles.kernel_curves import KernelRates, attention_tables
 from shardplan.hw_profiles.load import cluster_document
 from shardplan.hw_profiles.machine import PLAIN_CAUSAL_RAMP_TOKENS, PLAIN_RAMP_TOKENS, Source
 
@@ -83,11 +84,14 @@ def stand_in(device: str) -> Document:
     return merged_table("clusters", table, name="localhost", place="localhost", default=source)
 
 
-def profile_document(measurements: Measurements, base: Mapping[str, Any]) -> Document:
-    """The profile: `base` (a merged cluster document) with every measured number in place. Changes neither argument.
+def profile_document(
+    measurements: Measurements, base: Mapping[str, Any], kernels: KernelRates | None = None
+) -> Document:
+    """The profile: `base` (a merged cluster document) with every measured number in place. Changes no argument.
 
     A GPU of the catalog keeps its specified peak and bandwidth, and efficiency is the part of them that was reached; on
-    a CPU the peak is the best rate that was measured.
+    a CPU the peak is the best rate that was measured. `kernels` gives every attention kernel a curve of its own, in place of the one
+    point that is measured of whichever runs here; InputError where they are another device's.
     """
     rates = measurements.rates
     disturbed = f" ({measurements.disturbance})" if measurements.disturbance else ""
@@ -97,7 +101,11 @@ def profile_document(measurements: Measurements, base: Mapping[str, Any]) -> Doc
     document: Document = copy.deepcopy(dict(base))
     document["name"] = profile_name(measurements)
     document["nodes"] = origin.whole(1, "this machine")
+    known = document["gpu"]["attention_efficiency"]
     document["gpu"] = _gpu(document["gpu"], rates, origin)
+    if kernels:
+        check_device(kernels, rates.device_name)
+        put_kernels(document["gpu"], kernels, known)
     node = document["node"]
     node["name"] = document["name"]
     node["gpus"] = origin.whole(measurements.gpus, "GPUs, or processes of a CPU")
@@ -203,6 +211,24 @@ def _put_attention(gpu: Document, rates: Rates, origin: _Origin) -> None:
         what = f"causal fused attention in {first}, {rates.attention_seq} tokens, scaled to long sequences{others}"
         measured[way] = origin.number(fraction, what)
     gpu["attention_efficiency"] = measured or gpu["attention_efficiency"]
+
+
+def check_device(kernels: KernelRates, device_name: str) -> None:
+    """InputError unless the kernels were timed on a device of this name."""
+    if kernels.device != device_name:
+        raise InputError(
+            f"rates of kernels are of {kernels.device!r}, this machine has {device_name!r}",
+            place="--kernels",
+            remedy="run `shardplan bench kernels --only attention -o FILE` here",
+        )
+
+
+def put_kernels(gpu: Document, kernels: KernelRates, known: Mapping[str, Any]) -> None:
+    """Curves of the attention kernels in `gpu`; those that were not timed stay as they are `known`."""
+    before = {name: table for name, table in known.items() if name not in ("forward", "backward")}
+    tables = attention_tables(kernels, gpu["peak_tflops"]["bf16"]["value"] * 1e12, before)
+    if tables:
+        gpu["attention_efficiency"] = {**before, **tables}
 
 
 def _host(base: Document, rates: Rates, origin: _Origin) -> Document:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from shardplan.executor.calibrate_measurements import Measurements
     from shardplan.executor.calibrate_summary import SummaryRow
+    from shardplan.hw_profiles.kernel_curves import KernelRates
 
 OutOption = Annotated[Path, typer.Option("-o", "--out", metavar="FILE", help="Profile to write (TOML).")]
 ProcessesOption = Annotated[
@@ -29,6 +30,14 @@ PointsOption = Annotated[
         help="On one device, also measure single points (products by shape and layout, attention, launches) into this CSV.",
     ),
 ]
+KernelsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--kernels",
+        metavar="FILE",
+        help="On a GPU: curves of its attention kernels from this CSV of `shardplan bench kernels --only attention -o FILE`.",
+    ),
+]
 ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite the profile if it exists.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Write JSON and nothing else to stdout.")]
 
@@ -43,12 +52,15 @@ def calibrate(
     processes: ProcessesOption = None,
     quick: QuickOption = False,
     points: PointsOption = None,
+    kernels: KernelsOption = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure this machine into a profile for --cluster: matrix products, memory, attention, dispatch, collectives.
 
-    Example: shardplan calibrate -o profile.toml
+    Examples: shardplan calibrate -o profile.toml
+
+    shardplan bench kernels --only attention -o kernels.csv; shardplan calibrate --kernels kernels.csv -o profile.toml
 
     Exit codes: 0 written, 1 torch is missing, 2 malformed input, 3 the measurement failed.
     """
@@ -58,6 +70,7 @@ def calibrate(
     _check(out, processes, force)
     if find_spec("torch") is None:
         _stop("calibrating needs torch; install shardplan[run]", 1)
+    rates = _kernel_rates(kernels) if kernels else None
     from shardplan.executor.calibrate import CalibrationError, measure_machine
     from shardplan.executor.calibrate_profile import base_document, profile_document
     from shardplan.executor.calibrate_summary import summary_rows
@@ -69,7 +82,7 @@ def calibrate(
     except CalibrationError as error:
         _stop(str(error), 3)
     base = base_document(measurements)
-    profile = profile_document(measurements, base)
+    profile = profile_document(measurements, base, rates)
     _write(profile, out)
     if points:
         _write_points(measurements, points)
@@ -78,6 +91,20 @@ def calibrate(
         _print_json(measurements, rows, profile, out)
     else:
         _print_summary(measurements, rows, out)
+
+
+def _kernel_rates(path: Path) -> KernelRates:
+    """Read before anything is measured; InputError without a GPU."""
+    from shardplan.executor.calibrate import has_gpu
+    from shardplan.hw_profiles.errors import InputError
+    from shardplan.hw_profiles.kernel_curves import read_kernel_rates
+
+    found = read_kernel_rates(path)
+    if not has_gpu():
+        raise InputError(
+            "there is no GPU here", place="--kernels", remedy="leave it out, or calibrate on the GPU's machine"
+        )
+    return found  # whose device is compared later: asking here for a name would take memory of the GPU that is measured
 
 
 def _stop(line: str, code: int) -> NoReturn:
