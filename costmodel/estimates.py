@@ -29,9 +29,11 @@ GUESS_BAND = 0.04
 EXPERT_BAND = 0.12
 """Added to it for models with experts: what software does to tokens and launches differs from release to release."""
 ADAPTER_BAND = 0.12
-"""Added to it for adapters: published runs tell little of what their software keeps and casts."""
+"""Added to it for adapters: published runs tell little of what their software keeps and casts. The band then covers 23 of 27 timed rows of
+LoRA and QLoRA in `shardplan validate`, without it 13."""
 OFFLOAD_BAND = 0.08
-"""Added to it for layouts that offload: hosts differ in memory, cores and PCIe more than GPUs do."""
+"""Added to it for layouts that offload: hosts differ in memory, cores and PCIe more than GPUs do. Of the 42 rows read off figures, nearly
+all offload, the band then covers 37, without it 27."""
 
 
 @dataclass(frozen=True, kw_only=True)

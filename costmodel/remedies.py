@@ -13,7 +13,7 @@ from shardplan.hw_profiles.errors import InputError
 
 GIB = 2.0**30
 LEAST_SAVING = 0.05
-"""Of device memory: what saves less is no remedy."""
+"""Of device memory: what saves less is no remedy, and no step of a front."""
 MOST_CHANGES = 4
 """One after the other."""
 
@@ -36,12 +36,14 @@ class Saving:
 
 
 def memory_savings(setting: Setting, layout: Layout, headroom: float) -> list[Saving]:
-    """Changes of one word (degrees at the cost of dp) that need at least LEAST_SAVING less device memory: those that fit first, the
-    quickest of them first; of the others the leanest first."""
+    """Changes of one word (degrees at the cost of dp) that break no rule which the layout keeps, and need at least LEAST_SAVING less
+    device memory: those that fit first, the quickest of them first; of the others the leanest first."""
     before = float(estimate_any(setting, layout).device_peak_bytes[0])
+    broken = {one.rule for one in mixed_rejections(setting, layout)[0]}
     found: list[Saving] = []
     for words, other in _changes(setting, layout):
-        if mixed_rejections(setting, other)[0]:
+        rejected, meaningless = mixed_rejections(setting, other)
+        if meaningless or not broken.issuperset(one.rule for one in rejected):
             continue
         one = estimate_any(setting, other)
         peak = float(one.device_peak_bytes[0])

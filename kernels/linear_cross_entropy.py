@@ -48,43 +48,26 @@ def _linear_cross_entropy(
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, scale, gradient of hidden, of weight), the gradients those of a sum; what is not needed is empty."""
-    with in_given_precision(hidden):
-        return _in_chunks(
-            hidden, weight, targets, ignore_index, smoothing, z_loss, reduction, chunk, need_hidden, need_weight
-        )
-
-
-def _in_chunks(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    ignore_index: int,
-    smoothing: float,
-    z_loss: float,
-    reduction: str,
-    chunk: int,
-    need_hidden: bool,
-    need_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wide = torch.promote_types(hidden.dtype, torch.float32)
     losses = torch.empty(hidden.shape[0], dtype=wide, device=hidden.device)
     grad_hidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
     sums = torch.zeros(weight.shape if need_weight else (0,), dtype=wide, device=weight.device)
     one = torch.ones((), dtype=wide, device=hidden.device)
-    for first in range(0, hidden.shape[0], chunk):
-        part = slice(first, first + chunk)
-        h, t = hidden[part], targets[part]
-        logits = h @ weight.t()
-        losses[part], lse = token_losses(logits, t, ignore_index, smoothing, z_loss)
-        if not (need_hidden or need_weight):
-            continue
-        logit_gradient(logits, t, lse, one, None, logits, 0, weight.shape[0], ignore_index, smoothing, z_loss)
-        if need_hidden:
-            torch.mm(logits, weight, out=grad_hidden[part])
-        if need_weight and wide == weight.dtype:
-            sums.addmm_(logits.t(), h)
-        elif need_weight:
-            sums += logits.t() @ h
+    with in_given_precision(hidden):
+        for first in range(0, hidden.shape[0], chunk):
+            part = slice(first, first + chunk)
+            h, t = hidden[part], targets[part]
+            logits = h @ weight.t()
+            losses[part], lse = token_losses(logits, t, ignore_index, smoothing, z_loss)
+            if not (need_hidden or need_weight):
+                continue
+            logit_gradient(logits, t, lse, one, None, logits, 0, weight.shape[0], ignore_index, smoothing, z_loss)
+            if need_hidden:
+                torch.mm(logits, weight, out=grad_hidden[part])
+            if need_weight and wide == weight.dtype:
+                sums.addmm_(logits.t(), h)
+            elif need_weight:
+                sums += logits.t() @ h
     loss, scale = reduce_losses(losses, targets, ignore_index, reduction)
     # a sum over all tokens fits the range of bf16, not that of fp16
     grad_weight = sums.to(weight.dtype) if weight.dtype == torch.bfloat16 else sums

@@ -15,11 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.costmodel.axis_order import ORDERS
-from shardplan.costmodel.estimate import estimate, on_mean_stage
+from shardplan.costmodel.estimate import on_mean_stage
 from shardplan.costmodel.estimates import Estimates
 from shardplan.costmodel.layout import OFFLOAD, RATIO_STEPS, LayoutTable
 from shardplan.costmodel.recompute import RECOMPUTE
 from shardplan.costmodel.rule import Setting
+from shardplan.planner.at_setting import estimated
 from shardplan.planner.factors import Factors
 from shardplan.planner.placement import movable, open_orders, with_bubble
 from shardplan.planner.ranking import Objective
@@ -34,7 +35,6 @@ SPREADING_PARTS = ("dp_exposed_s", "optimizer_s", "offload_exposed_s")
 """Time parts that depend on how states are spread."""
 LAYOUTS_AT_ONCE = 1 << 16
 """Written out and estimated before the least time of the next ways is looked at again, about."""
-
 MOST_WRITTEN = 1 << 20
 """Layouts written out that nothing says are slower than the best; where there are more, the search says so."""
 
@@ -54,36 +54,33 @@ def write_out(
     setting: Setting, wishes: Wishes, sifted: Sifted, written: Written, objective: Objective, headroom: float
 ) -> Iterator[tuple[float, Estimates]]:
     """(share of the ways behind it, layouts that no rule refuses) of what `sifted` left waiting, `written` kept up to date."""
-    for ways in sifted.waiting:
-        partners = ways.partners()
-        written.slower += int(partners.sum())
     if not sifted.waiting:
         return
     ways = Factors.joined(sifted.waiting)
     partners = ways.partners()
+    written.slower = int(partners.sum())
     by_time = objective != "memory"
     least_s = least_s_of(setting, ways.computing, wishes) if by_time else np.zeros(len(partners))
     quick = by_time and np.isfinite(written.fastest)
     order = np.argsort(least_s if quick else _lean_bytes(setting, ways.computing), kind="stable")
-    at, out = 0, 0
-    while at < len(order):
-        count = int(np.searchsorted(np.cumsum(partners[order[at:]]), LAYOUTS_AT_ONCE, side="right")) + 1
-        chosen = order[at : at + count]
-        chosen = np.sort(chosen[least_s[chosen] < NEAR_BEST * written.fastest])
-        at += count
+    piece_of = np.cumsum(partners[order]) // LAYOUTS_AT_ONCE
+    out, done = 0, 0
+    for piece in np.split(order, np.flatnonzero(np.diff(piece_of)) + 1):
+        done += len(piece)
+        chosen = np.sort(piece[least_s[piece] < NEAR_BEST * written.fastest])
         if not len(chosen):
             continue
         if out >= MOST_WRITTEN:
             written.complete = False
             return
-        out += int(partners[chosen].sum())
-        written.slower -= int(partners[chosen].sum())
+        count = int(partners[chosen].sum())
+        out, written.slower = out + count, written.slower - count
         layouts = sift(setting, ways.with_rows(chosen).layouts(), sifted.refused, sifted.later)
         if len(layouts):
-            found = _estimated(setting, layouts)
+            found = estimated(setting, layouts)
             fitting = found.fits(headroom)
             written.fastest = min(written.fastest, float(np.min(found.step_s, where=fitting, initial=np.inf)))
-            yield at / len(order), found
+            yield done / len(order), found
 
 
 def _lean_bytes(setting: Setting, computing: LayoutTable) -> FloatArray:
@@ -128,10 +125,4 @@ def _bare(computing: LayoutTable) -> LayoutTable:
         offload_params=np.full(rows, OFFLOAD.index("none")),
         offload_ratio=np.full(rows, RATIO_STEPS),
         hpz=np.ones(rows, dtype=np.int64),
-    )
-
-
-def _estimated(setting: Setting, layouts: LayoutTable) -> Estimates:
-    return estimate(
-        model=setting.model, job=setting.job, cluster=setting.cluster, layouts=layouts, runtime=setting.runtime
     )

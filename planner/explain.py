@@ -23,9 +23,9 @@ from shardplan.planner.placement import placement_document
 from shardplan.planner.plan import Plan, digest
 from shardplan.planner.search import SearchResult, judge, search, search_document
 from shardplan.planner.sensitivity import Question, network_needed, one_change
+from shardplan.planner.shortlist import RUNNERS_UP
 from shardplan.planner.space import Wishes, parse_wishes
 
-RUNNERS_UP = 3
 MOST_DOUBLINGS = 6
 
 
@@ -142,7 +142,8 @@ def _compared(
 def what_binds(prediction: Mapping[str, Any], setting: Setting, headroom: float = DEFAULT_HEADROOM) -> list[str]:
     """Sentences: the largest time besides compute, the fullest stage and its largest part, the first knob when memory runs out."""
     layout = layout_from_document(prediction["layout"])
-    knob = first_knob if prediction["fits"] else memory_remedy
+    short = any(one["rule"] == "device-memory" for one in prediction["rejections"])
+    knob = memory_remedy if short else first_knob
     time, memory = prediction["time"], prediction["memory"]
     lost = {part: time[part] for part in TIME_PARTS if part != "compute_s"}
     part = max(lost, key=lambda name: lost[name])

@@ -17,14 +17,13 @@ from itertools import chain, combinations, product
 import numpy as np
 from numpy.typing import NDArray
 
-from shardplan.costmodel.estimate import estimate
 from shardplan.costmodel.estimates import Estimates, joined
 from shardplan.costmodel.layout import OFFLOAD, RATIO_STEPS, Layout, LayoutTable, layout_table
 from shardplan.costmodel.layout_join import stacked
 from shardplan.costmodel.recompute import RECOMPUTE
 from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.rule_parts import divisors
-from shardplan.costmodel.rules import broken_rules
+from shardplan.planner.at_setting import estimated, unbroken
 from shardplan.planner.named_recompute import named_sets, parts_recomputed
 from shardplan.planner.partial_recompute import partly_recomputed
 from shardplan.planner.placement import least_step_s
@@ -216,7 +215,7 @@ def _turn(
         kept.append(found.layouts.take(np.flatnonzero(hopeful | (fits & everything))))
     state.tried += spent
     whole = _joined(kept)
-    return None if whole is None else _estimated(setting, whole)
+    return None if whole is None else estimated(setting, whole)
 
 
 def _recompute_some(setting: Setting, estimates: Estimates, wishes: Wishes, headroom: float, state: Turned) -> None:
@@ -234,14 +233,14 @@ def _keep(setting: Setting, more: LayoutTable | None, tried: int, wishes: Wishes
     if more is not None:
         more = more.take(allowed(more, wishes.forbidden))
     if more is not None and len(more):
-        state.found.append(_estimated(setting, more))
+        state.found.append(estimated(setting, more))
         state.best_s = min(state.best_s, float(state.found[-1].step_s.min()))
 
 
 def _variants(setting: Setting, layouts: LayoutTable, variants: Sequence[Variant]) -> Estimates | None:
     """Estimates of `variants_of` the layouts."""
     good = variants_of(setting, layouts, variants)
-    return None if good is None else _estimated(setting, good)
+    return None if good is None else estimated(setting, good)
 
 
 def variants_of(setting: Setting, layouts: LayoutTable, variants: Sequence[Variant]) -> LayoutTable | None:
@@ -252,8 +251,7 @@ def variants_of(setting: Setting, layouts: LayoutTable, variants: Sequence[Varia
     whole = layouts.take(np.tile(np.arange(count), len(variants)))
     names = {name for variant in variants for name in variant}
     table = replace(whole, **{name: np.repeat([variant[name] for variant in variants], count) for name in names})
-    broken = broken_rules(setting, table)
-    good = table.take(np.flatnonzero(~np.any([np.zeros(len(table), dtype=bool), *broken.values()], axis=0)))
+    good = table.take(np.flatnonzero(unbroken(setting, table)))
     return good if len(good) else None
 
 
@@ -263,9 +261,3 @@ def _joined(tables: Sequence[LayoutTable]) -> LayoutTable | None:
         return None
     columns = {name: np.concatenate([getattr(one, name) for one in tables]) for name in tables[0].columns()}
     return replace(tables[0], **columns).with_constants()
-
-
-def _estimated(setting: Setting, layouts: LayoutTable) -> Estimates:
-    return estimate(
-        model=setting.model, job=setting.job, cluster=setting.cluster, layouts=layouts, runtime=setting.runtime
-    )

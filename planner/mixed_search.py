@@ -15,7 +15,7 @@ from itertools import permutations
 import numpy as np
 from numpy.typing import NDArray
 
-from shardplan.costmodel.estimate import estimate, lower_bounds, on_mean_stage
+from shardplan.costmodel.estimate import lower_bounds, on_mean_stage
 from shardplan.costmodel.estimates import MEMORY_BAND, Estimates, joined
 from shardplan.costmodel.keys import unique_keys
 from shardplan.costmodel.layout import Layout, LayoutTable, layout_table
@@ -23,12 +23,12 @@ from shardplan.costmodel.layout_join import stacked
 from shardplan.costmodel.mixed import estimate_spread, estimate_staged, part_settings, stages_on_parts
 from shardplan.costmodel.recompute import RECOMPUTE
 from shardplan.costmodel.rule import Setting
-from shardplan.costmodel.rules import broken_rules
 from shardplan.costmodel.stage_trials import StageTrials
 from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.machine import Cluster
 from shardplan.hw_profiles.mixed import in_order
-from shardplan.planner.context_search import least_s_of
+from shardplan.planner.at_setting import estimated, unbroken
+from shardplan.planner.context_search import MOST_WRITTEN, least_s_of
 from shardplan.planner.factors import Factors
 from shardplan.planner.knobs import knobs_of, named_recompute, turn_knobs
 from shardplan.planner.one_size import search_one_size
@@ -73,24 +73,24 @@ def search_mixed(setting: Setting, wishes: Wishes, objective: Objective, headroo
     known = estimate_spread(setting, seeds) if len(seeds) else None
     fits = known is not None and known.fits(headroom).any()
     fastest = float(known.step_s[known.fits(headroom)].min()) if known is not None and fits else np.inf
-    written, slower = _written_out(parts, wishes, sifted, np.inf if objective == "memory" else fastest)
+    written, slower, all_written = _written_out(parts, wishes, sifted, np.inf if objective == "memory" else fastest)
     valid = stacked([sifted.valid(wishes), written])
     for part in parts[1:]:
         valid = sift(part, valid, refused)
     tables = [valid, seeds]
     for part in parts if len(valid) else ():
-        alone = estimate(model=part.model, job=part.job, cluster=part.cluster, layouts=valid, runtime=part.runtime)
+        alone = estimated(part, valid)
         tables += [one.layouts for one in turn_knobs(part, [alone], wishes, headroom).found]
     table = stacked(tables)
     best: tuple[Setting, Estimates] | None = None
     closest: Estimates | None = None
-    cluster, estimated, all_cut = setting.cluster, 0, True
+    cluster, compared, all_cut = setting.cluster, 0, True
     for order in orders(setting.cluster) if len(table) else ():
         ordered = replace(setting, cluster=in_order(setting.cluster, order))
         so_far = float(best[1].step_s.min()) if best else np.inf
         found, every = _on(ordered, table, wishes, headroom, so_far)
         all_cut &= every
-        estimated += len(found)
+        compared += len(found)
         rows = order_of(found, np.flatnonzero(found.fits(headroom)), objective)
         if len(rows) and (best is None or _ahead(found, int(rows[0]), best[1], objective)):
             best, cluster = (ordered, found.take(rows)), ordered.cluster
@@ -100,6 +100,7 @@ def search_mixed(setting: Setting, wishes: Wishes, objective: Objective, headroo
     ranked = best[1] if best else None
     bounded = (
         all_cut
+        and all_written
         and len(open_orders(setting, wishes)) < 2
         and not any((*knobs_of(parts[0], wishes), *named_recompute(parts[0], wishes)))
     )
@@ -107,10 +108,10 @@ def search_mixed(setting: Setting, wishes: Wishes, objective: Objective, headroo
         cluster=cluster,
         ranked=ranked,
         closest=None if ranked is not None else closest,
-        looked_at=sum(one.count for one in refused.values()) + slower + estimated,
+        looked_at=sum(one.count for one in refused.values()) + slower + compared,
         refused=largest_first(refused),
         slower=slower,
-        does_not_fit=estimated - (len(ranked) if ranked is not None else 0),
+        does_not_fit=compared - (len(ranked) if ranked is not None else 0),
         refined=0,
         placement=None,
         proved=bounded,
@@ -135,22 +136,28 @@ def _best_alone(
             tables.append(ranked.layouts.slice(0, SEEDS))
     found = stacked(tables)
     for part in parts:
-        found = _allowed(part, found)
+        found = found.take(unbroken(part, found))
     return found
 
 
-def _written_out(parts: Sequence[Setting], wishes: Wishes, sifted: Sifted, fastest: float) -> tuple[LayoutTable, int]:
-    """(layouts with context parallelism that may be quicker than `fastest`, the number of the others)."""
+def _written_out(
+    parts: Sequence[Setting], wishes: Wishes, sifted: Sifted, fastest: float
+) -> tuple[LayoutTable, int, bool]:
+    """(layouts with context parallelism that may be quicker than `fastest`, MOST_WRITTEN at most; the number of the others; whether
+    none that may be is among them)."""
     empty = layout_table([wishes.fixed]).slice(0, 0)
     if not sifted.waiting:
-        return empty, 0
+        return empty, 0, True
     ways = Factors.joined(sifted.waiting)
     least_s = np.min([least_s_of(part, ways.computing, wishes) for part in parts], axis=0)
-    chosen = np.flatnonzero(least_s < fastest)
-    slower = len(ways) - int(ways.partners()[chosen].sum())
+    order = np.argsort(least_s, kind="stable")
+    hopeful = order[least_s[order] < fastest]
+    chosen = np.sort(hopeful[np.cumsum(ways.partners()[hopeful]) <= MOST_WRITTEN])
+    left = len(ways) - int(ways.partners()[chosen].sum())
     if not len(chosen):
-        return empty, slower
-    return sift(parts[0], ways.with_rows(chosen).layouts(), sifted.refused, sifted.later), slower
+        return empty, left, not len(hopeful)
+    layouts = sift(parts[0], ways.with_rows(chosen).layouts(), sifted.refused, sifted.later)
+    return layouts, left, len(chosen) == len(hopeful)
 
 
 MOST_ORDERED = 3
@@ -179,14 +186,6 @@ def _ahead(found: Estimates, row: int, best: Estimates, objective: Objective) ->
     if objective == "memory":
         return float(found.device_peak_bytes[row]) < float(best.device_peak_bytes[0])
     return float(found.step_s[row]) < float(best.step_s[0]) * (1.0 - 1e-9)
-
-
-def _allowed(setting: Setting, table: LayoutTable) -> LayoutTable:
-    """Rows that break no rule."""
-    if not len(table):
-        return table
-    broken = broken_rules(setting, table)
-    return table.take(~np.any([np.zeros(len(table), dtype=bool), *broken.values()], axis=0))
 
 
 def _staged(setting: Setting, table: LayoutTable) -> NDArray[np.bool_]:
@@ -296,7 +295,7 @@ def _cut(setting: Setting, table: LayoutTable, wanted: Wanted, slack_s: FloatArr
         return None
     found = layout_table(cut)
     for part in part_settings(setting):
-        found = _allowed(part, found)
+        found = found.take(unbroken(part, found))
     return found if len(found) else None
 
 

@@ -12,13 +12,13 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from shardplan.costmodel.estimate import estimate, on_mean_stage
+from shardplan.costmodel.estimate import on_mean_stage
 from shardplan.costmodel.estimates import MEMORY_BAND, Estimates
 from shardplan.costmodel.layout import LayoutTable
 from shardplan.costmodel.layout_join import stacked
 from shardplan.costmodel.recompute import PART_BITS, RECOMPUTE
 from shardplan.costmodel.rule import Setting
-from shardplan.costmodel.rules import broken_rules
+from shardplan.planner.at_setting import estimated, unbroken
 from shardplan.planner.placement import least_step_s
 from shardplan.planner.space import Wishes, asked
 
@@ -52,7 +52,7 @@ def parts_recomputed(
         return None, 0, True
     tried = len(rows)
     every = np.full(len(rows), sets[-1])
-    rows = rows[_estimated(setting, _with(estimates.layouts.take(rows), every)).fits(headroom)]
+    rows = rows[estimated(setting, _with(estimates.layouts.take(rows), every)).fits(headroom)]
     rows = rows[np.argsort(least_s[rows], kind="stable")]
     compared, kept = 0, list[LayoutTable]()
     for start in range(0, len(rows), LAYOUTS_AT_ONCE):
@@ -62,9 +62,9 @@ def parts_recomputed(
             break
         layouts = estimates.layouts.take(some)
         needed = _needed(setting, layouts, sets, headroom)
-        with_needed = _estimated(setting, _with(layouts, needed))
+        with_needed = estimated(setting, _with(layouts, needed))
         hopeful = least_step_s(setting, with_needed, wishes) < best_s
-        enough = with_needed.fits(headroom) & _valid(setting, with_needed.layouts)
+        enough = with_needed.fits(headroom) & unbroken(setting, with_needed.layouts)
         tried += len(some) * (sets[-1].bit_count() + 1)
         candidates = [with_needed.take(np.flatnonzero(hopeful & enough))]
         at, which = np.nonzero((np.asarray(sets)[None, :] & needed[:, None]) == needed[:, None])
@@ -74,9 +74,9 @@ def parts_recomputed(
         if compared > MOST_ROWS:
             return (stacked(kept) if kept else None), tried, False
         others = _with(layouts.take(at), np.asarray(sets)[which])
-        others = others.take(_valid(setting, others))
+        others = others.take(unbroken(setting, others))
         if len(others):
-            candidates.append(_estimated(setting, others))
+            candidates.append(estimated(setting, others))
         for found in candidates:
             fits = found.fits(headroom)
             best_s = min(best_s, float(np.min(found.step_s, where=fits, initial=np.inf)))
@@ -88,7 +88,7 @@ def _needed(setting: Setting, layouts: LayoutTable, sets: Sequence[int], headroo
     """Parts, as the sum of their PART_BITS, that every set which makes a layout fit contains, (N,)."""
     every, needed = sets[-1], np.zeros(len(layouts), dtype=np.int64)
     for bit in sets[: every.bit_count()]:
-        without = _estimated(setting, _with(layouts, np.full(len(layouts), every - bit)))
+        without = estimated(setting, _with(layouts, np.full(len(layouts), every - bit)))
         needed += bit * ~without.fits(headroom)
     return needed
 
@@ -106,13 +106,3 @@ def with_needed_parts(setting: Setting, layouts: LayoutTable, headroom: float) -
 def _with(layouts: LayoutTable, parts: IntArray) -> LayoutTable:
     """The layouts with these parts recomputed, whether a rule refuses it or not."""
     return replace(layouts, recompute=np.where(parts > 0, SELECTIVE, NONE), recompute_parts=parts)
-
-
-def _valid(setting: Setting, layouts: LayoutTable) -> BoolArray:
-    return ~np.any([np.zeros(len(layouts), dtype=bool), *broken_rules(setting, layouts).values()], axis=0)
-
-
-def _estimated(setting: Setting, layouts: LayoutTable) -> Estimates:
-    return estimate(
-        model=setting.model, job=setting.job, cluster=setting.cluster, layouts=layouts, runtime=setting.runtime
-    )

@@ -14,23 +14,21 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from shardplan.costmodel.estimate import ROWS_AT_ONCE, estimate
+from shardplan.costmodel.estimate import ROWS_AT_ONCE
 from shardplan.costmodel.estimates import Estimates, joined
 from shardplan.costmodel.layout import COLUMNS, LayoutTable
 from shardplan.costmodel.layout_join import stacked
 from shardplan.costmodel.rule import Setting
+from shardplan.planner.at_setting import estimated
 from shardplan.planner.context_search import Written, write_out
 from shardplan.planner.knobs import turn_knobs
 from shardplan.planner.placement import Placement, place
 from shardplan.planner.ranking import Objective, SearchResult, order_of
-from shardplan.planner.shortlist import distinct, of_idea, worth_telling
+from shardplan.planner.shortlist import RUNNERS_UP, distinct, of_idea, worth_telling
 from shardplan.planner.sift import Sifted, sift_space
 from shardplan.planner.space import Wishes, join_tables
 from shardplan.planner.stage_search import least_cut_bytes, search_stages
 from shardplan.planner.watch import Watch
-
-RUNNERS_UP = 3
-"""Ideas beside the best that are refined for themselves."""
 
 
 @dataclass(kw_only=True)
@@ -113,19 +111,13 @@ def search_one_size(
     )
 
 
-def _estimated(setting: Setting, layouts: LayoutTable) -> Estimates:
-    return estimate(
-        model=setting.model, job=setting.job, cluster=setting.cluster, layouts=layouts, runtime=setting.runtime
-    )
-
-
 def _estimate_space(setting: Setting, wishes: Wishes, state: _State, watch: Watch) -> None:
     """Estimate the layouts that the rules left, in batches."""
     valid = state.sifted.valid(wishes)
     rows = len(valid)
     for start in range(0, rows, ROWS_AT_ONCE):
         piece = valid.slice(start, start + ROWS_AT_ONCE) if rows > ROWS_AT_ONCE else valid
-        state.space.append(_estimated(setting, piece))
+        state.space.append(estimated(setting, piece))
         watch.phase("estimating", 0.6 + 0.2 * min((start + ROWS_AT_ONCE) / rows, 1.0), state.sifted.looked_at)
 
 
@@ -161,7 +153,7 @@ def _write_out(
     try:
         for done, batch in write_out(setting, wishes, state.sifted, written, objective, headroom):
             state.space.append(batch)
-            watch.phase("estimating", 0.8 + 0.1 * min(done, 1.0), state.sifted.looked_at)
+            watch.phase("estimating", 0.8 + 0.1 * done, state.sifted.looked_at)
     finally:
         state.slower, state.complete = written.slower, state.complete and written.complete
     _refine(setting, wishes, objective, headroom, state, state.space[before:], watch, 0.9)
@@ -179,7 +171,7 @@ def _rank(setting: Setting, wishes: Wishes, objective: Objective, headroom: floa
     fitting = [batch.layouts.take(batch.fits(headroom)) for batch in batches]
     if not any(map(len, fitting)):
         return
-    whole = batches[0] if len(batches) == 1 else _estimated(setting, join_tables(fitting, wishes))
+    whole = batches[0] if len(batches) == 1 else estimated(setting, join_tables(fitting, wishes))
     ranked = whole.take(order_of(whole, np.flatnonzero(whole.fits(headroom)), objective))
     if not state.partial:
         watch.phase("placing", 0.95, state.sifted.looked_at + state.tried)

@@ -7,12 +7,11 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from shardplan.costmodel.estimate import estimate
 from shardplan.costmodel.estimates import Estimates
 from shardplan.costmodel.layout import LayoutTable
 from shardplan.costmodel.recompute import RECOMPUTE
 from shardplan.costmodel.rule import Setting
-from shardplan.costmodel.rules import broken_rules
+from shardplan.planner.at_setting import estimated, unbroken
 from shardplan.planner.placement import least_step_s
 from shardplan.planner.space import Wishes, asked
 
@@ -41,14 +40,7 @@ def partly_recomputed(
     def fitting(table: LayoutTable, layers: NDArray[np.int64]) -> NDArray[np.bool_]:
         nonlocal looked_at
         looked_at += len(table)
-        found = estimate(
-            model=setting.model,
-            job=setting.job,
-            cluster=setting.cluster,
-            layouts=_recomputing(table, layers),
-            runtime=setting.runtime,
-        )
-        return found.fits(headroom)
+        return estimated(setting, _recomputing(table, layers)).fits(headroom)
 
     if not len(rows):
         return None, 0
@@ -63,8 +55,7 @@ def partly_recomputed(
         enough = fitting(rows, middle)
         most, too_few = np.where(enough, middle, most), np.where(enough, too_few, np.minimum(middle, most - 1))
     chosen = _recomputing(rows, most)
-    broken = broken_rules(setting, chosen)
-    return chosen.take(~np.any([np.zeros(len(chosen), dtype=bool), *broken.values()], axis=0)), looked_at
+    return chosen.take(unbroken(setting, chosen)), looked_at
 
 
 def _recomputing(table: LayoutTable, layers: NDArray[np.int64]) -> LayoutTable:

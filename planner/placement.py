@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from shardplan.costmodel.axis_order import AXES, DEFAULT_ORDER, ORDERS, SAME_AS, used_axes
 from shardplan.costmodel.collectives import members_per_node
-from shardplan.costmodel.estimate import estimate
 from shardplan.costmodel.estimates import Estimates
 from shardplan.costmodel.layout import COLUMNS, Layout, LayoutTable, layout_table
 from shardplan.costmodel.order_rules import ORDER_RULES
@@ -24,6 +23,7 @@ from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.rule_parts import codes
 from shardplan.costmodel.rules import rejections
 from shardplan.hw_profiles.topology import tier_table
+from shardplan.planner.at_setting import estimated
 from shardplan.planner.space import Wishes
 
 FloatArray = NDArray[np.float64]
@@ -130,29 +130,23 @@ def place(setting: Setting, ranked: Estimates, wishes: Wishes) -> tuple[Estimate
     step_s, least_s = np.array(ranked.step_s), least_step_s(setting, ranked, wishes)
     order = np.array(layouts.order)
     first = np.arange(min(FIRST_LAYOUTS, len(layouts)))
-    estimated = _try(setting, layouts, first, orders, step_s, order)
+    tried = _try(setting, layouts, first, orders, step_s, order)
     hopeful = np.flatnonzero((least_s < step_s.min()) & movable(layouts, orders))
     later = hopeful[hopeful >= len(first)]
     later = later[np.argsort(step_s[later], kind="stable")]
-    enough = np.searchsorted(np.cumsum(_ways(layouts.take(later), orders)), MOST_ROWS - estimated, side="right")
-    estimated += _try(setting, layouts, later[:enough], orders, step_s, order)
+    enough = np.searchsorted(np.cumsum(_ways(layouts.take(later), orders)), MOST_ROWS - tried, side="right")
+    tried += _try(setting, layouts, later[:enough], orders, step_s, order)
     moved = int((order != layouts.order).sum())
     account = replace(
         nothing,
         layouts=len(first) + int(enough),
-        estimated=estimated,
+        estimated=tried,
         moved=moved,
         complete=bool(enough == len(later) or (least_s[later[enough:]] >= step_s.min()).all()),
     )
     if not moved:
         return ranked, account
-    return _estimated(setting, replace(layouts, order=order)), account
-
-
-def _estimated(setting: Setting, layouts: LayoutTable) -> Estimates:
-    return estimate(
-        model=setting.model, job=setting.job, cluster=setting.cluster, layouts=layouts, runtime=setting.runtime
-    )
+    return estimated(setting, replace(layouts, order=order)), account
 
 
 def _other_groups(layouts: LayoutTable, orders: tuple[str, ...]) -> dict[int, NDArray[np.bool_]]:
@@ -186,7 +180,7 @@ def _try(
     whole = {name: np.concatenate([getattr(one, name) for one in tried]) for name in layouts.columns()}
     if not len(whole["order"]):
         return 0
-    found = _estimated(setting, replace(layouts, **whole)).step_s
+    found = estimated(setting, replace(layouts, **whole)).step_s
     start = 0
     for table, at in zip(tried, of, strict=True):
         one = found[start : start + len(at)]
@@ -240,7 +234,7 @@ def placement_document(setting: Setting, layout: Layout) -> dict[str, Any] | Non
     for one in every:
         broken, structural = rejections(setting, one)
         if not structural:
-            step_s = float(_estimated(setting, layout_table([one])).step_s[0])
+            step_s = float(estimated(setting, layout_table([one])).step_s[0])
             knows = all(rule.rule != "runtime-order" for rule in broken)
             rows.append({"order": one.order, "step_s": step_s, "runtime_knows": knows})
     return {"order": layout.order, "axes": axes, "orders": sorted(rows, key=lambda row: float(row["step_s"]))}

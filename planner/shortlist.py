@@ -8,13 +8,14 @@ from numpy.typing import NDArray
 from shardplan.costmodel.estimates import Estimates
 from shardplan.costmodel.layout import Layout, LayoutTable, layout_table
 from shardplan.costmodel.recompute import ALL_LAYERS, RECOMPUTE
+from shardplan.costmodel.remedies import LEAST_SAVING
 
 IDEA_COLUMNS = ("dp", "tp", "pp", "cp", "ep", "zero", "offload_optimizer")
 """Two layouts that agree in these, and in whether they recompute every layer, are one idea; micro-batch, schedule, virtual stages,
 sequence parallelism, hybrid sharding and recompute of some layers or operators are its variants."""
 FULL = RECOMPUTE.index("full")
-LEAST_SAVING = 0.05
-"""Of memory, from one layout of the front to the next."""
+RUNNERS_UP = 3
+"""Ideas beside the best that are refined for themselves and explained."""
 
 IndexArray = NDArray[np.intp]
 

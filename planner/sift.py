@@ -58,12 +58,10 @@ def sift_space(setting: Setting, wishes: Wishes, sifted: Sifted, watch: Watch) -
         if len(piece):
             left, later = _sift_factors(setting, piece, sifted.refused)
             sifted.looked_at += len(piece)
-            if not len(left):
-                pass
-            elif left.computing.cp[0] > 1:
+            if len(left) and left.computing.cp[0] > 1:
                 sifted.waiting.append(left)
                 sifted.later = later
-            else:
+            elif len(left):
                 sifted.kept.append(sift(setting, left.layouts(), sifted.refused, later))
         watch.phase("looking", 0.6 * done, sifted.looked_at)
 

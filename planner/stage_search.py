@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from shardplan.costmodel.estimate import estimate, lower_bounds, on_mean_stage, peak_weight
+from shardplan.costmodel.estimate import lower_bounds, on_mean_stage, peak_weight
 from shardplan.costmodel.estimates import MEMORY_BAND, Estimates, joined
 from shardplan.costmodel.keys import unique_keys
 from shardplan.costmodel.layout import SCHEDULES, Layout, LayoutTable, layout_table
@@ -23,8 +23,8 @@ from shardplan.costmodel.layout_join import stacked
 from shardplan.costmodel.pace import LEAST_PEAK_WEIGHT
 from shardplan.costmodel.recompute import RECOMPUTE
 from shardplan.costmodel.rule import Setting
-from shardplan.costmodel.rules import broken_rules
 from shardplan.costmodel.stage_trials import StageTrials
+from shardplan.planner.at_setting import estimated, unbroken
 from shardplan.planner.cut_bounds import over_mean_s, recomputing_mean_s
 from shardplan.planner.knobs import Knob, knobs_of, least_s_with, named_recompute, variants_of
 from shardplan.planner.named_recompute import with_needed_parts
@@ -338,11 +338,11 @@ def _keep(state: _State, cut: Sequence[Layout]) -> None:
     if not cut:
         return
     its, table = state.setting, layout_table(cut)
-    table = table.take(~np.any([np.zeros(len(table), dtype=bool), *broken_rules(its, table).values()], axis=0))
+    table = table.take(unbroken(its, table))
     state.looked_at += len(table)
     if not len(table):
         return
-    found = estimate(model=its.model, job=its.job, cluster=its.cluster, layouts=table, runtime=its.runtime)
+    found = estimated(its, table)
     fits = np.flatnonzero(found.fits(state.wanted.headroom))
     if len(fits):
         state.kept.append(found.take(fits))

@@ -11,13 +11,13 @@ from shardplan.costmodel.answer import GIB
 from shardplan.costmodel.estimates import DEFAULT_HEADROOM
 from shardplan.costmodel.job import Job
 from shardplan.costmodel.model import Model
+from shardplan.costmodel.remedies import LEAST_SAVING
 from shardplan.costmodel.result import cost_document, result_document
 from shardplan.costmodel.runtime import Runtime
 from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.machine import Cluster
 from shardplan.planner.deadline import narrowed
 from shardplan.planner.search import SearchResult, gpu_counts, search
-from shardplan.planner.shortlist import LEAST_SAVING
 from shardplan.planner.space import Wishes
 
 COLUMNS = (

@@ -17,6 +17,7 @@ from shardplan.costmodel.job import Job
 from shardplan.costmodel.memory import FULL
 from shardplan.costmodel.model_config import load_model
 from shardplan.costmodel.recompute import ALL_LAYERS
+from shardplan.costmodel.remedies import LEAST_SAVING
 from shardplan.costmodel.runtime import load_runtime
 from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.load import cluster_document, load_cluster
@@ -25,7 +26,7 @@ from shardplan.planner.deadline import narrowed, within_deadline
 from shardplan.planner.diff import diff_plans
 from shardplan.planner.plan import Plan
 from shardplan.planner.search import SearchResult, search, search_document
-from shardplan.planner.shortlist import IDEA_COLUMNS, LEAST_SAVING, distinct, memory_front, worth_telling
+from shardplan.planner.shortlist import IDEA_COLUMNS, distinct, memory_front, worth_telling
 from shardplan.planner.space import Wishes, parse_wishes
 from shardplan.planner.sweep import COLUMNS, Grid, Sweep, answers, mark_front, network_gbps_per_gpu, with_network_rate
 

@@ -87,10 +87,7 @@ def kernels(
 
     from shardplan.hw_profiles.errors import InputError
 
-    if output and output.is_dir():
-        raise InputError("is a folder, not a file", place=str(output), remedy=f"give {output / 'kernels.csv'}")
-    if output and not output.parent.is_dir():
-        raise InputError(f"folder {str(output.parent)!r} does not exist", place=str(output), remedy="create it first")
+    options.check_writable(output)
     if find_spec("torch") is None:
         typer.echo("shardplan: measuring kernels needs torch; install shardplan[run]", err=True)
         raise typer.Exit(1)

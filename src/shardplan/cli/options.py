@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -161,3 +162,15 @@ def default_precision(cluster: Cluster, runtime: Runtime) -> str:
     known = [w for w in runtime.abilities.precisions if all(w in gpu.peak_flop_per_s for gpu in gpus)]
     both = [w for w in ("bf16", "fp16") if w in known]
     return both[0] if both and gpus[0].device != "cpu" else "fp32"
+
+
+def check_writable(file: Path | None) -> None:
+    """InputError, before anything is computed, for a file that cannot be written: a folder, or one in a folder that is not there."""
+    from shardplan.hw_profiles.errors import InputError
+
+    if file is None:
+        return
+    if file.is_dir():
+        raise InputError("is a folder", place=str(file), remedy="name a file")
+    if not file.parent.is_dir():
+        raise InputError(f"folder {str(file.parent)!r} does not exist", place=str(file), remedy="create it first")

@@ -75,7 +75,7 @@ def sweep(
             remedy="give --tokens and a number of days above 0",
         )
     for file in (csv, plot):
-        _check_writable(file)
+        options.check_writable(file)
     shared = {
         "runtime": runtime,
         "precision": precision,
@@ -189,17 +189,6 @@ def _numbers(text: str, place: str, *, whole: bool) -> list[float]:
     if not found:
         raise InputError("names no number", place=place, remedy="give for instance 64,128,256")
     return list(dict.fromkeys(found))
-
-
-def _check_writable(file: Path | None) -> None:
-    from shardplan.hw_profiles.errors import InputError
-
-    if file is None:
-        return
-    if file.is_dir():
-        raise InputError("is a folder", place=str(file), remedy="name a file")
-    if not file.parent.is_dir():
-        raise InputError(f"folder {str(file.parent)!r} does not exist", place=str(file), remedy="create it first")
 
 
 def _write_csv(rows: Sequence[dict[str, Any]], file: Path) -> None:
