@@ -19,6 +19,7 @@ from shardplan.kernels.attention_reference import Shape, reference, reference_gr
 from shardplan.kernels.attention_trial import specialised_if_trusted
 from shardplan.kernels.interpreter import takes_kernel
 from shardplan.kernels.launch import in_given_precision, on_device_of
+from shardplan.kernels.operators import operator
 
 LARGEST_HEAD_DIM = 256
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -124,7 +125,7 @@ def attention_with_lse(
     left, right = window
     if causal:
         right = 0 if right < 0 else min(right, 0)
-    out, lse = torch.ops.shardplan.attention_forward(
+    out, lse = _FORWARD(
         q, k, v, alibi_slopes, seed, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
         1.0 / math.sqrt(q.shape[3]) if scale is None else scale, left, right, top_left, softcap, dropout, specialised,
     )  # fmt: skip
@@ -221,8 +222,7 @@ def _check_options(scale: float | None, softcap: float, dropout: float, window: 
         raise ValueError(f"window is {window}; give (left, right), each a number of keys, or -1 for all")
 
 
-@torch.library.custom_op("shardplan::attention_forward", mutates_args=())
-def _forward(
+def _attention_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -256,15 +256,13 @@ def _forward(
         return attention_launch.forward(q, k, v, shape, sequences, slopes, seed)
 
 
-@_forward.register_fake
-def _(q: Tensor, k: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+def _fake_forward(q: Tensor, k: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(
         (q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32
     )
 
 
-@torch.library.custom_op("shardplan::attention_backward", mutates_args=())
-def _backward(
+def _attention_backward(
     grad: Tensor,
     grad_lse: Tensor | None,
     q: Tensor,
@@ -297,8 +295,7 @@ def _backward(
         return attention_launch_backward.backward(grad, grad_lse, q, k, v, out, lse, shape, sequences, slopes, seed)
 
 
-@_backward.register_fake
-def _(
+def _fake_backward(
     grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_: object
 ) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))  # pyright: ignore[reportReturnType]
@@ -319,10 +316,9 @@ def _gradient(ctx: object, grad: Tensor | None, grad_lse: Tensor | None) -> tupl
     if grad is None:
         grad = torch.zeros_like(out)
     rest = ctx.rest  # pyright: ignore[reportAttributeAccessIssue]
-    gradients = torch.ops.shardplan.attention_backward(
-        grad, grad_lse, q, k, v, out, lse, slopes, seed, cu_q, cu_k, *rest
-    )
+    gradients = _BACKWARD(grad, grad_lse, q, k, v, out, lse, slopes, seed, cu_q, cu_k, *rest)
     return (*gradients, *nothing)
 
 
-_forward.register_autograd(_gradient, setup_context=_setup)
+_BACKWARD = operator(_attention_backward, _fake_backward)
+_FORWARD = operator(_attention_forward, _fake_forward, _gradient, _setup)

@@ -24,6 +24,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from shardplan.kernels import attention_launch, attention_launch_backward
 from shardplan.kernels.attention_reference import Shape
 from shardplan.kernels.attention_tiles import Tiles
+from shardplan.kernels.benchmark_timing import Flush
 
 TOKENS, WIDTH, SEQ = 16_384, 2_048, 4_096
 BF16_ERROR = 0.03
@@ -198,11 +199,11 @@ def compile_one(case: Case) -> str:
     return ""
 
 
-def milliseconds(call: Callable[[], object], flush: Tensor, repeats: int) -> float:
+def milliseconds(call: Callable[[], object], flush: Flush, repeats: int) -> float:
     """Median time of a call on the device, with the L2 cache flushed before each."""
     times = []
     for _ in range(repeats):
-        flush.zero_()
+        flush()
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         call()
@@ -250,7 +251,7 @@ def main() -> None:
             except multiprocessing.TimeoutError:
                 problems[case] = f"not compiled and run within {wanted.compile_s} s"
     print(f"{len(listed)} candidates compiled in {time.monotonic() - began:.0f} s on {torch.cuda.get_device_name()}")
-    flush = torch.empty(64 * 2**20, dtype=torch.int32, device="cuda")
+    flush = Flush(torch.device("cuda"))
     rows = []
     for head_dim in (64, 128, 256):
         for causal in (False, True):

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from shardplan.kernels import dequantize, quantize, quantize_reduce
 from shardplan.kernels import quantize_reference as reference
+from shardplan.kernels.benchmark_timing import Flush
 from shardplan.kernels.code_tiles import LAUNCHES, Launch
 from shardplan.kernels.packing import Packing
 
@@ -30,7 +31,6 @@ BLOCKS = {"int8": 2_048, "int4": 512, "fp8": 2_048}
 CHECKED = 5 * 16_384 + 768
 """Elements of the check: several tiles and a block that is not full; 16 divides it and an eighth of it, as it divides what
 is timed, so that the same kernel is compiled."""
-FLUSH_BYTES = 256 * 2**20
 COPY = "copy"
 
 SHAPES: dict[str, tuple[tuple[int, int], ...]] = {
@@ -140,11 +140,11 @@ def captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def microseconds(graph: torch.cuda.CUDAGraph, flush: Tensor, repeats: int) -> list[float]:
+def microseconds(graph: torch.cuda.CUDAGraph, flush: Flush, repeats: int) -> list[float]:
     """Times of replays on the device, the L2 cache flushed before each; the flush also lets the host run ahead."""
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
     for start, end in events:
-        flush.zero_()
+        flush()
         start.record()
         graph.replay()
         end.record()
@@ -152,7 +152,7 @@ def microseconds(graph: torch.cuda.CUDAGraph, flush: Tensor, repeats: int) -> li
     return [start.elapsed_time(end) * 1e3 for start, end in events]
 
 
-def time_together(mine: list[Case], source: Tensor, target: Tensor, flush: Tensor, rounds: int) -> dict[str, float]:
+def time_together(mine: list[Case], source: Tensor, target: Tensor, flush: Flush, rounds: int) -> dict[str, float]:
     """Least median of each candidate's rounds, in microseconds, and of a copy's; a failure is left out and told."""
     calls: dict[str, Callable[[], object]] = {COPY: lambda: target.copy_(source)}
     calls |= {case.name: prepare(case, ELEMENTS)[0] for case in mine}
@@ -184,7 +184,7 @@ def main() -> None:
     problems = compile_all(listed, wanted.processes, wanted.budget_s * 2 / 3)
     device = torch.cuda.get_device_name()
     print(f"{len(listed)} candidates compiled and checked in {time.monotonic() - began:.0f} s on {device}", flush=True)
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    flush = Flush(torch.device("cuda"))
     source, target = (torch.empty(2**28, dtype=torch.uint8, device="cuda") for _ in range(2))
     with wanted.output.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)

@@ -25,6 +25,7 @@ from torch.nn import functional
 
 from shardplan.kernels.interpreter import as_output
 from shardplan.kernels.launch import KERNEL_DTYPES, TRITON_TYPES, as_rows, on_device_of, uses_kernel
+from shardplan.kernels.operators import operator
 from shardplan.kernels.shipped import Shipped
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
@@ -181,25 +182,21 @@ def _run_backward(grad: Tensor, gate: Tensor, up: Tensor, activation: str, out: 
             )
 
 
-@torch.library.custom_op("shardplan::gated", mutates_args=())
 def _gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return _run_forward(gate, up, activation)
 
 
-@torch.library.custom_op("shardplan::gated_backward", mutates_args=())
 def _gated_backward(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     grad_gate, grad_up = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
     _run_backward(grad, gate, up, activation, (grad_gate, grad_up))
     return grad_gate, grad_up
 
 
-@torch.library.custom_op("shardplan::gated_halves", mutates_args=())
 def _gated_halves(x: Tensor, activation: str) -> Tensor:
     gate, up = x.chunk(2, dim=-1)
     return _run_forward(gate, up, activation)
 
 
-@torch.library.custom_op("shardplan::gated_halves_backward", mutates_args=())
 def _gated_halves_backward(grad: Tensor, x: Tensor, activation: str) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     gate, up = x.chunk(2, dim=-1)
@@ -208,24 +205,20 @@ def _gated_halves_backward(grad: Tensor, x: Tensor, activation: str) -> Tensor:
     return out
 
 
-@_gated.register_fake
-def _(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+def _fake_gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
 
 
-@_gated_backward.register_fake
-def _(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+def _fake_gated_backward(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     return out, torch.empty_like(out)
 
 
-@_gated_halves.register_fake
-def _(x: Tensor, activation: str) -> Tensor:
+def _fake_gated_halves(x: Tensor, activation: str) -> Tensor:
     return torch.empty((*x.shape[:-1], x.shape[-1] // 2), dtype=x.dtype, device=x.device)
 
 
-@_gated_halves_backward.register_fake
-def _(grad: Tensor, x: Tensor, activation: str) -> Tensor:
+def _fake_gated_halves_backward(grad: Tensor, x: Tensor, activation: str) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
@@ -235,15 +228,17 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return *torch.ops.shardplan.gated_backward(grad, *ctx.saved_tensors, ctx.activation), None
+    return *_GATED_BACKWARD(grad, *ctx.saved_tensors, ctx.activation), None
 
 
 def _differentiate_halves(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return torch.ops.shardplan.gated_halves_backward(grad, *ctx.saved_tensors, ctx.activation), None
+    return _GATED_HALVES_BACKWARD(grad, *ctx.saved_tensors, ctx.activation), None
 
 
-_gated.register_autograd(_differentiate, setup_context=_save)
-_gated_halves.register_autograd(_differentiate_halves, setup_context=_save)
+_GATED_BACKWARD = operator(_gated_backward, _fake_gated_backward)
+_GATED = operator(_gated, _fake_gated, _differentiate, _save)
+_GATED_HALVES_BACKWARD = operator(_gated_halves_backward, _fake_gated_halves_backward)
+_GATED_HALVES = operator(_gated_halves, _fake_gated_halves, _differentiate_halves, _save)
 
 
 def gated(gate: Tensor, up: Tensor, *, activation: str = "silu") -> Tensor:
@@ -257,7 +252,7 @@ def gated(gate: Tensor, up: Tensor, *, activation: str = "silu") -> Tensor:
         raise ValueError(
             f"gate is {gate.dtype} {tuple(gate.shape)} and up {up.dtype} {tuple(up.shape)}; make them alike, (..., F)"
         )
-    return _gated(gate, up, activation)
+    return _GATED(gate, up, activation)
 
 
 def gated_halves(x: Tensor, *, activation: str = "silu") -> Tensor:
@@ -268,7 +263,7 @@ def gated_halves(x: Tensor, *, activation: str = "silu") -> Tensor:
     _check_activation(activation)
     if x.dim() == 0 or x.shape[-1] % 2:
         raise ValueError(f"x has shape {tuple(x.shape)}; give (..., 2F), gate before up")
-    return _gated_halves(x, activation)
+    return _GATED_HALVES(x, activation)
 
 
 def _check_activation(activation: str) -> None:

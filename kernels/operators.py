@@ -1,6 +1,8 @@
 """Registers functions as PyTorch operators, with less Python between caller and kernel than torch.library.custom_op.
 
-custom_op checks after each call that no output is an input's memory; the tests' opcheck does that here, once.
+custom_op checks after each call that no output is an input's memory; the tests' opcheck does that here, once. And where
+nothing is traced, derivatives come from a plain autograd.Function: what register_autograd puts around a call reads the
+operator's schema each time, with sixteen arguments four times what the Function costs.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ def operator(
     differentiate: Callable[..., Any] | None = None,
     save: Callable[..., None] | None = None,
 ) -> Any:
-    """`shardplan::NAME` for a function `_NAME` of tensors and numbers that writes into nothing it is given.
+    """`shardplan::NAME` for a function `_NAME` of tensors and numbers that writes into nothing it is given, called by place.
 
     `fake` gives empty results for tracing; `differentiate` and `save` are those of torch.library.register_autograd, and
     without them a derivative raises RuntimeError.
@@ -36,4 +38,28 @@ def operator(
         raise RuntimeError(f"{qualified} has no derivative; differentiate once")
 
     torch.library.register_autograd(qualified, differentiate or refuse, setup_context=save, lib=_LIBRARY)
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+    registered = getattr(getattr(torch.ops, NAMESPACE), name).default
+    return registered if differentiate is None or save is None else _quick(registered, differentiate, save)
+
+
+def _quick(registered: Callable[..., Any], differentiate: Callable[..., Any], save: Callable[..., None]) -> Any:
+    """`registered`, by an autograd.Function where it is called from Python and nothing traces it."""
+
+    class Called(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            output = registered(*inputs)
+            save(ctx, inputs, output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return differentiate(ctx, *grads)
+
+    def call(*inputs: Any) -> Any:
+        traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()  # pyright: ignore[reportPrivateUsage]
+        if traced or not torch.is_grad_enabled():
+            return registered(*inputs)
+        return Called.apply(*inputs)
+
+    return call

@@ -5,10 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from shardplan.kernels import attention as attention_module
 from shardplan.kernels import attention_trial
@@ -215,6 +218,35 @@ def test_compiles_whole_and_recomputes_under_checkpointing(device: str) -> None:
     assert error(compiled(*leaves), plain * 2) <= TINY
     again = torch.utils.checkpoint.checkpoint(lambda *x: attention(*x, causal=True), *leaves, use_reentrant=False)
     for a, b in zip(gradients([again], leaves), gradients([plain], leaves), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_selective_checkpointing_meets_the_operator_and_keeps_its_result(device: str) -> None:
+    leaves = draw(device, (1, 40, 40, 2, 1, 32))
+    operator, met = torch.ops.shardplan.attention_forward.default, list[bool]()
+
+    def policy(context: Any, function: object, *_: object, **__: object) -> CheckpointPolicy:
+        if function is not operator:
+            return CheckpointPolicy.PREFER_RECOMPUTE
+        met.append(context.is_recompute)
+        return CheckpointPolicy.MUST_SAVE
+
+    def layer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q.sin(), k.sin(), v.sin(), causal=True).sin()
+
+    contexts = partial(create_selective_checkpoint_contexts, policy)
+    again = torch.utils.checkpoint.checkpoint(layer, *leaves, use_reentrant=False, context_fn=contexts)
+    for a, b in zip(gradients([again], leaves), gradients([layer(*leaves)], leaves), strict=True):
+        assert torch.equal(a, b)
+    assert met == [False]
+
+
+def test_the_registered_derivative_is_the_one_that_eager_calls_take(device: str) -> None:
+    leaves = draw(device, (1, 33, 40, 2, 1, 16))
+    arguments = (*leaves, None, None, None, None, 0, 0, 0.25, -1, 0, False, 0.0, 0.0, False)
+    registered = torch.ops.shardplan.attention_forward.default(*arguments)
+    eager = attention_with_lse(*leaves, scale=0.25, window=(-1, 0))
+    for a, b in zip(gradients(list(registered), leaves), gradients(list(eager), leaves), strict=True):
         assert torch.equal(a, b)
 
 
