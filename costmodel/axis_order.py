@@ -22,6 +22,8 @@ AXES = ("tp", "cp", "dp", "pp")
 ORDERS = tuple("-".join(axes) for axes in permutations(AXES))
 """Every order; a column stores the index into it, 0 is the default."""
 DEFAULT_ORDER = ORDERS[0]
+INNERMOST = len(ORDERS)
+"""Code of a column that is no order but a bound of all: every axis as if it were the innermost one."""
 
 
 def read_order(word: str) -> str:
@@ -42,7 +44,7 @@ def axis_stride(axis: str, orders: IntArray, size_of: Callable[[str], IntArray])
     codes = orders[:1] if orders.strides == (0,) else np.unique(orders)
     found: IntArray | None = None
     for code in codes:
-        axes: list[str] = ORDERS[int(code)].split("-")
+        axes: list[str] = [axis] if code == INNERMOST else ORDERS[int(code)].split("-")
         stride = np.ones(len(orders), dtype=np.int64)
         for inner in axes[: axes.index(axis)]:
             stride = stride * size_of(inner)

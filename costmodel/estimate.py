@@ -5,8 +5,6 @@ step = m t_max + (sum_i t_i - t_max) / v + exposed communication + optimizer + h
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -14,9 +12,9 @@ from numpy.typing import NDArray
 
 from shardplan.costmodel.adapters import trainable_parameters
 from shardplan.costmodel.estimates import ADAPTER_BAND, EXPERT_BAND, GUESS_BAND, TIME_BAND, Estimates, joined
-from shardplan.costmodel.fitted import Fitted, fitted, is_fitted, with_fitted_cluster, with_fitted_runtime
+from shardplan.costmodel.fitted import Fitted, is_fitted
 from shardplan.costmodel.job import Job
-from shardplan.costmodel.keys import LazyColumns, Same, in_pieces
+from shardplan.costmodel.keys import LazyColumns, in_pieces
 from shardplan.costmodel.layout import Layout, LayoutTable, layout_table
 from shardplan.costmodel.memory import FULL
 from shardplan.costmodel.model import Model, attended_tokens, matrix_parameters
@@ -27,7 +25,7 @@ from shardplan.costmodel.row_keys import RowKeys, row_keys
 from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.rule_parts import micro_batches
 from shardplan.costmodel.rules import STRUCTURAL
-from shardplan.costmodel.runtime import Runtime, load_runtime, without_overlap
+from shardplan.costmodel.runtime import Runtime, load_runtime
 from shardplan.costmodel.stage_cost import (
     BlockRows,
     StageParameters,
@@ -52,6 +50,7 @@ from shardplan.costmodel.step_time import (
     held_times,
     paced_times,
 )
+from shardplan.costmodel.sustained import prepared
 from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.machine import Cluster
 from shardplan.hw_profiles.topology import TierTable, tier_table
@@ -61,8 +60,6 @@ IntArray = NDArray[np.int64]
 StageChoice = Literal["worst", "every", "mean", "mean, all hidden"] | slice
 """Stages that are looked at: the few that can be the worst, all, one that holds 1/pp of everything, or some of all."""
 
-SETTINGS_AT_ONCE = 8
-"""Pairs of a cluster and a runtime whose sustained rates are kept."""
 ROWS_AT_ONCE = 1 << 18
 """Rows of one pass: enough to share what unique keys cost, few enough to bound memory (about 0.2 GB)."""
 
@@ -85,6 +82,12 @@ def estimate(
     table = layout_table([layouts]) if isinstance(layouts, Layout) else layouts
     every = isinstance(layouts, Layout) if every_stage is None else every_stage
     return _estimate_table(model, job, cluster, table, runtime, constants, stages="every" if every else "worst")
+
+
+def memory_alone(setting: Setting, layouts: LayoutTable, *, stages: StageChoice = "worst") -> Estimates:
+    """The estimates without their times: where only what fits is asked for, in half the time."""
+    its = setting
+    return _estimate_table(its.model, its.job, its.cluster, layouts, its.runtime, None, stages=stages, timed=False)
 
 
 def lower_bounds(
@@ -129,23 +132,6 @@ def stage_times(setting: Setting, layouts: LayoutTable) -> tuple[FloatArray, Flo
     )
 
 
-def prepared(setting: Setting, constants: Fitted | None = None) -> Setting:
-    """The setting at the rates that training sustains (`fitted`)."""
-    used = fitted() if constants is None else constants
-    cluster, runtime = _sustained(Same((setting.cluster, setting.runtime, used)))
-    return replace(setting, cluster=cluster, runtime=runtime)
-
-
-@lru_cache(maxsize=SETTINGS_AT_ONCE)
-def _sustained(same: Same) -> tuple[Cluster, Runtime]:
-    """A cluster and a runtime at the rates that training sustains: the same objects again as long as they are asked for in turn."""
-    cluster, runtime, used = same.objects
-    sustained = with_fitted_runtime(runtime, cluster, used)
-    if cluster.gpu.device == "cpu":
-        sustained = without_overlap(sustained)
-    return with_fitted_cluster(cluster, used), sustained
-
-
 def _estimate_table(
     model: Model,
     job: Job,
@@ -155,6 +141,7 @@ def _estimate_table(
     constants: Fitted | None,
     *,
     stages: StageChoice,
+    timed: bool = True,
 ) -> Estimates:
     chosen = load_runtime(runtime) if isinstance(runtime, str) else runtime
     if not len(table):
@@ -169,7 +156,14 @@ def _estimate_table(
             at = np.argsort(uneven, kind="stable")
             both = [
                 _estimate_table(
-                    model, job, cluster, table.take(at[uneven[at] == one]), runtime, constants, stages="worst"
+                    model,
+                    job,
+                    cluster,
+                    table.take(at[uneven[at] == one]),
+                    runtime,
+                    constants,
+                    stages="worst",
+                    timed=timed,
                 )
                 for one in (False, True)
             ]
@@ -179,7 +173,7 @@ def _estimate_table(
     keys = [row_keys(piece, chosen.communication, job.global_batch) for piece in pieces]
     for its in keys:
         _check_meaning(setting, table, its)
-    found = [_estimate_rows(setting, one, its, tiers, stages) for one, its in zip(pieces, keys, strict=True)]
+    found = [_estimate_rows(setting, one, its, tiers, stages, timed) for one, its in zip(pieces, keys, strict=True)]
     return joined(found, table)
 
 
@@ -201,7 +195,7 @@ def _check_meaning(setting: Setting, table: LayoutTable, keys: RowKeys) -> None:
 
 
 def _estimate_rows(
-    setting: Setting, layouts: LayoutTable, keys: RowKeys, tiers: TierTable, chosen: StageChoice
+    setting: Setting, layouts: LayoutTable, keys: RowKeys, tiers: TierTable, chosen: StageChoice, timed: bool
 ) -> Estimates:
     model, job, cluster, runtime = setting.model, setting.job, setting.cluster, setting.runtime
     blocks = block_rows(model, job, cluster, keys.work, runtime)
@@ -210,13 +204,18 @@ def _estimate_rows(
     if isinstance(chosen, slice):
         stages = stages.some(chosen)
     counts = stages.layers.sum(axis=2).astype(np.int64)
-    flop = _hardware_flop(model, job, keys.work, blocks, stages.recomputed_total)
     held = stages.take(keys.work_of_contents)
     parameters = stage_parameters(model, job, keys.contents, runtime, held, of_one_kind=mean)
-    time = _step_time(setting, keys, tiers, blocks, stages, heaviest_owner(parameters, held, job, runtime))
-    hides_s = np.full(len(keys.work_of_pace), np.inf) if mean else None
-    if chosen == "mean":
-        hides_s = time.hides_at_most_s(keys.pace, micro_batches(setting, keys.pace), peak_weight(setting, keys.pace))
+    parts, hidden, flop = dict[str, FloatArray](), LazyColumns[FloatArray]({}), np.zeros(len(keys.work))
+    if timed:
+        time = _step_time(setting, keys, tiers, blocks, stages, heaviest_owner(parameters, held, job, runtime))
+        hides_s = np.full(len(keys.work_of_pace), np.inf) if mean else None
+        if chosen == "mean":
+            hides_s = time.hides_at_most_s(
+                keys.pace, micro_batches(setting, keys.pace), peak_weight(setting, keys.pace)
+            )
+        parts, hidden = time.parts(hides_s=hides_s), time.hidden()
+        flop = _hardware_flop(model, job, keys.work, blocks, stages.recomputed_total)
     memory = stage_memory(
         setting,
         keys.work,
@@ -230,8 +229,8 @@ def _estimate_rows(
     )
     return Estimates(
         layouts=layouts,
-        time=time.parts(hides_s=hides_s),
-        hidden=time.hidden(),
+        time=parts,
+        hidden=hidden,
         peaks=memory.peaks(),
         stages=memory.parts(),
         contents=LazyColumns(

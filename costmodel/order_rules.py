@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from shardplan.costmodel.axis_order import AXES, ORDERS, SAME_AS, used_axes
+from shardplan.costmodel.axis_order import AXES, INNERMOST, ORDERS, SAME_AS, used_axes
 from shardplan.costmodel.layout import LayoutTable
 from shardplan.costmodel.rule import BoolArray, Rule, Setting
 from shardplan.costmodel.rule_parts import codes
@@ -21,7 +21,7 @@ def _unknown_to_runtime(setting: Setting, table: LayoutTable) -> BoolArray:
 
 def _cuts_expert_groups(_: Setting, table: LayoutTable) -> BoolArray:
     """Predicate: a pipeline inside other axes surrounds a part of an expert group, or of the ranks between its replicas."""
-    if not table.order.any():
+    if not table.order.any() or (table.order == INNERMOST).all():  # the latter is a bound, not an order
         return np.zeros(len(table), dtype=bool)
     inside = table.stride("pp")
     surrounded = (table.pp > 1) & (inside != table.dp * table.cp * table.tp)
@@ -52,7 +52,7 @@ ORDER_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         id="order-zeropp",
-        broken=lambda s, t: ((t.hpz > 1) | (t.qwz > 0) | (t.qgz > 0)) & (t.order > 0),
+        broken=lambda s, t: ((t.hpz > 1) | (t.qwz > 0) | (t.qgz > 0)) & (t.order > 0) & (t.order < INNERMOST),
         detail=lambda s, x: f"order={x.order} with ZeRO++, whose groups are neighbours of one node",
         remedy=lambda s, x: "drop order, or hpz, qwz and qgz",
         structural=True,

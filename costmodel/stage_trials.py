@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from shardplan.costmodel.estimate import prepared, stage_memory
+from shardplan.costmodel.estimate import stage_memory
 from shardplan.costmodel.keys import gathered
 from shardplan.costmodel.layout import LayoutTable
 from shardplan.costmodel.pace import stage_seconds
@@ -16,6 +16,7 @@ from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.rule_parts import micro_batches
 from shardplan.costmodel.stage_cost import BlockRows, StageRows, block_rows, mean_stage_rows, stage_parameters
 from shardplan.costmodel.step_memory import micro_batches_in_flight, stage_activations
+from shardplan.costmodel.sustained import prepared
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]

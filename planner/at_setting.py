@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from shardplan.costmodel.estimate import estimate
+from shardplan.costmodel.estimate import estimate, memory_alone
 from shardplan.costmodel.estimates import Estimates
 from shardplan.costmodel.layout import LayoutTable
 from shardplan.costmodel.rule import BoolArray, Setting
@@ -16,6 +16,11 @@ def estimated(setting: Setting, layouts: LayoutTable) -> Estimates:
     return estimate(
         model=setting.model, job=setting.job, cluster=setting.cluster, layouts=layouts, runtime=setting.runtime
     )
+
+
+def fitting(setting: Setting, layouts: LayoutTable, headroom: float) -> BoolArray:
+    """Rows that fit, (N,), without their times."""
+    return memory_alone(setting, layouts).fits(headroom)
 
 
 def unbroken(setting: Setting, layouts: LayoutTable) -> BoolArray:

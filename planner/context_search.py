@@ -22,7 +22,7 @@ from shardplan.costmodel.recompute import RECOMPUTE
 from shardplan.costmodel.rule import Setting
 from shardplan.planner.at_setting import estimated
 from shardplan.planner.factors import Factors
-from shardplan.planner.placement import movable, open_orders, with_bubble
+from shardplan.planner.placement import as_innermost, movable, open_orders, with_bubble
 from shardplan.planner.ranking import Objective
 from shardplan.planner.sift import Sifted, sift
 from shardplan.planner.space import Wishes
@@ -95,22 +95,22 @@ def least_s_of(setting: Setting, computing: LayoutTable, wishes: Wishes) -> Floa
     """Seconds that a step takes at least, (N,), whatever columns the layouts of `computing` get that say how states are spread, however
     their layers are cut into stages, in any open order of axes and with any knob turned.
 
-    An axis exchanges nowhere faster than as the innermost one.
+    Where that is no bound (`as_innermost`), what axes exchange is left out.
     """
     rows, bare = len(computing), _bare(computing)
     orders = open_orders(setting, wishes)
     its = on_mean_stage(setting, replace(bare, order=np.full(rows, ORDERS.index(orders[0]))))
     least_s = its.time["step_s"] - sum(its.time[part] for part in SPREADING_PARTS)
     at = np.flatnonzero(movable(computing, orders))
-    if len(at):
-        some = bare.take(at)
-        inside = [
-            on_mean_stage(setting, replace(some, order=np.full(len(at), ORDERS.index(order)))).time[part]
-            for order, part in (("tp-cp-dp-pp", "tp_exposed_s"), ("cp-tp-dp-pp", "cp_exposed_s"))
-        ]
-        its = its.take(at)
-        alone = [its.time[part] for part in ("compute_s", "recompute_s", "host_s")]
-        least_s[at] = np.minimum(least_s[at], with_bubble(its.time, np.sum([*alone, *inside], axis=0)))
+    layouts, bounded = as_innermost(setting, bare.take(at))
+    if bounded.any():
+        inside = on_mean_stage(setting, layouts.take(np.flatnonzero(bounded)))
+        shorter_s = inside.time["step_s"] - sum(inside.time[part] for part in SPREADING_PARTS)
+        least_s[at[bounded]] = np.minimum(least_s[at[bounded]], shorter_s)
+    if not bounded.all():
+        its = its.take(at[~bounded])
+        alone = np.sum([its.time[part] for part in ("compute_s", "recompute_s", "host_s")], axis=0)
+        least_s[at[~bounded]] = np.minimum(least_s[at[~bounded]], with_bubble(its.time, alone))
     return least_s
 
 

@@ -26,7 +26,7 @@ from shardplan.costmodel.rule_parts import divisors
 from shardplan.planner.at_setting import estimated, unbroken
 from shardplan.planner.named_recompute import named_sets, parts_recomputed
 from shardplan.planner.partial_recompute import partly_recomputed
-from shardplan.planner.placement import least_step_s
+from shardplan.planner.placement import least_step_s, may_take_less
 from shardplan.planner.space import Wishes, allowed, asked
 
 BoolArray = NDArray[np.bool_]
@@ -219,10 +219,20 @@ def _turn(
 
 
 def _recompute_some(setting: Setting, estimates: Estimates, wishes: Wishes, headroom: float, state: Turned) -> None:
-    """Where nothing is recomputed and the layout does not fit: the fewest layers, and the quickest set of named parts, that make it."""
-    more, tried = partly_recomputed(setting, estimates, wishes, headroom, best_s=state.best_s)
+    """Where nothing is recomputed and the layout does not fit: the fewest layers, and the quickest set of named parts, that make it.
+
+    Recompute only adds time, so what takes longer than the best without it, in whatever order of axes, is left.
+    """
+    rows = np.flatnonzero((estimates.layouts.recompute == NONE) & ~estimates.fits(headroom))
+    if not len(rows):
+        return
+    some = estimates.take(rows)
+    some = some.take(np.flatnonzero(may_take_less(setting, some, wishes, state.best_s)))
+    if not len(some):
+        return
+    more, tried = partly_recomputed(setting, some, wishes, headroom)
     _keep(setting, more, tried, wishes, state)
-    more, tried, complete = parts_recomputed(setting, estimates, wishes, headroom, best_s=state.best_s)
+    more, tried, complete = parts_recomputed(setting, some, wishes, headroom, best_s=state.best_s)
     _keep(setting, more, tried, wishes, state)
     state.complete &= complete
 

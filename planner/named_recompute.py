@@ -12,14 +12,14 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from shardplan.costmodel.estimate import on_mean_stage
+from shardplan.costmodel.estimate import memory_alone
 from shardplan.costmodel.estimates import MEMORY_BAND, Estimates
 from shardplan.costmodel.layout import LayoutTable
 from shardplan.costmodel.layout_join import stacked
 from shardplan.costmodel.recompute import PART_BITS, RECOMPUTE
 from shardplan.costmodel.rule import Setting
-from shardplan.planner.at_setting import estimated, unbroken
-from shardplan.planner.placement import least_step_s
+from shardplan.planner.at_setting import estimated, fitting, unbroken
+from shardplan.planner.placement import least_step_s, may_take_less
 from shardplan.planner.space import Wishes, asked
 
 BoolArray = NDArray[np.bool_]
@@ -39,20 +39,20 @@ def named_sets(setting: Setting) -> tuple[int, ...]:
 
 
 def parts_recomputed(
-    setting: Setting, estimates: Estimates, wishes: Wishes, headroom: float, *, best_s: float
+    setting: Setting, hopeful: Estimates, wishes: Wishes, headroom: float, *, best_s: float
 ) -> tuple[LayoutTable | None, int, bool]:
     """(layouts that fit by named parts and may be the fastest, layouts estimated for it, whether all that may be were looked at).
 
-    Taken are the layouts without recompute that do not fit and could be quicker than `best_s` in whatever order of axes.
+    `hopeful` are layouts without recompute that do not fit.
     """
     sets = () if asked(wishes, "recompute", "selective") else named_sets(setting)
-    least_s = least_step_s(setting, estimates, wishes)
-    rows = np.flatnonzero(~estimates.fits(headroom) & (estimates.layouts.recompute == NONE) & (least_s < best_s))
+    layouts, least_s = hopeful.layouts, least_step_s(setting, hopeful, wishes)
+    rows = np.flatnonzero(least_s < best_s)
     if not sets or not len(rows):
         return None, 0, True
     tried = len(rows)
     every = np.full(len(rows), sets[-1])
-    rows = rows[estimated(setting, _with(estimates.layouts.take(rows), every)).fits(headroom)]
+    rows = rows[fitting(setting, _with(layouts.take(rows), every), headroom)]
     rows = rows[np.argsort(least_s[rows], kind="stable")]
     compared, kept = 0, list[LayoutTable]()
     for start in range(0, len(rows), LAYOUTS_AT_ONCE):
@@ -60,20 +60,20 @@ def parts_recomputed(
         some = some[least_s[some] < best_s]
         if not len(some):
             break
-        layouts = estimates.layouts.take(some)
-        needed = _needed(setting, layouts, sets, headroom)
-        with_needed = estimated(setting, _with(layouts, needed))
-        hopeful = least_step_s(setting, with_needed, wishes) < best_s
+        its = layouts.take(some)
+        needed = _needed(setting, its, sets, headroom)
+        with_needed = estimated(setting, _with(its, needed))
+        quick = may_take_less(setting, with_needed, wishes, best_s)
         enough = with_needed.fits(headroom) & unbroken(setting, with_needed.layouts)
         tried += len(some) * (sets[-1].bit_count() + 1)
-        candidates = [with_needed.take(np.flatnonzero(hopeful & enough))]
+        candidates = [with_needed.take(np.flatnonzero(quick & enough))]
         at, which = np.nonzero((np.asarray(sets)[None, :] & needed[:, None]) == needed[:, None])
-        open_rows = (hopeful & ~enough)[at]
+        open_rows = (quick & ~enough)[at]
         at, which = at[open_rows], which[open_rows]
         compared, tried = compared + len(at), tried + len(at)
         if compared > MOST_ROWS:
             return (stacked(kept) if kept else None), tried, False
-        others = _with(layouts.take(at), np.asarray(sets)[which])
+        others = _with(its.take(at), np.asarray(sets)[which])
         others = others.take(unbroken(setting, others))
         if len(others):
             candidates.append(estimated(setting, others))
@@ -86,21 +86,26 @@ def parts_recomputed(
 
 def _needed(setting: Setting, layouts: LayoutTable, sets: Sequence[int], headroom: float) -> IntArray:
     """Parts, as the sum of their PART_BITS, that every set which makes a layout fit contains, (N,)."""
-    every, needed = sets[-1], np.zeros(len(layouts), dtype=np.int64)
-    for bit in sets[: every.bit_count()]:
-        without = estimated(setting, _with(layouts, np.full(len(layouts), every - bit)))
-        needed += bit * ~without.fits(headroom)
-    return needed
+    bits, without = _each_left_out(layouts, sets)
+    return (bits[:, None] * ~fitting(setting, without, headroom).reshape(len(bits), -1)).sum(axis=0)
+
+
+def _each_left_out(layouts: LayoutTable, sets: Sequence[int]) -> tuple[IntArray, LayoutTable]:
+    """(bits of the parts, (P,); the layouts with all parts recomputed but the first, then but the second, and so on, P * N rows)."""
+    bits = np.asarray(sets[: sets[-1].bit_count()])
+    again = layouts.take(np.tile(np.arange(len(layouts)), len(bits)))
+    return bits, _with(again, np.repeat(sets[-1] - bits, len(layouts)))
 
 
 def with_needed_parts(setting: Setting, layouts: LayoutTable, headroom: float) -> LayoutTable:
     """The layouts with the parts recomputed that every set which makes them fit contains, however their layers are cut into stages."""
-    sets, needed = named_sets(setting), np.zeros(len(layouts), dtype=np.int64)
+    sets = named_sets(setting)
+    if not len(layouts) or not sets:
+        return _with(layouts, np.zeros(len(layouts), dtype=np.int64))
     usable = setting.cluster.gpu.memory_bytes * (1.0 - headroom) / (1.0 + MEMORY_BAND)
-    for bit in sets[: sets[-1].bit_count()] if len(layouts) else ():
-        without = on_mean_stage(setting, _with(layouts, np.full(len(layouts), sets[-1] - bit)))
-        needed += bit * (without.device_peak_bytes > usable)
-    return _with(layouts, needed)
+    bits, without = _each_left_out(layouts, sets)
+    peaks = memory_alone(setting, without, stages="mean").device_peak_bytes.reshape(len(bits), -1)
+    return _with(layouts, (bits[:, None] * (peaks > usable)).sum(axis=0))
 
 
 def _with(layouts: LayoutTable, parts: IntArray) -> LayoutTable:

@@ -136,6 +136,10 @@ def _refine(
         return
     watch.phase("refining", done, state.sifted.looked_at)
     memory = objective == "memory"
+    if (
+        sum(map(len, batches)) <= ROWS_AT_ONCE
+    ):  # fewer tables, each of which takes some milliseconds however short it is
+        batches = [joined(batches, stacked([one.layouts for one in batches]))]
     found = turn_knobs(setting, batches, wishes, headroom, fastest=_fastest_s(state, headroom), least_memory=memory)
     state.more += found.found
     state.tried += found.tried

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shardplan.costmodel.axis_order import AXES, DEFAULT_ORDER, ORDERS, SAME_AS, used_axes
+from shardplan.costmodel.axis_order import AXES, DEFAULT_ORDER, INNERMOST, ORDERS, SAME_AS, used_axes
 from shardplan.costmodel.collectives import members_per_node
 from shardplan.costmodel.estimates import Estimates
 from shardplan.costmodel.layout import COLUMNS, Layout, LayoutTable, layout_table
@@ -82,19 +82,21 @@ def least_step_s(
 ) -> FloatArray:
     """Seconds that each layout takes at least, (N,), in any open order and whatever the time parts `changes` shrink to.
 
-    Layouts in the default order are meant: tensor parallelism, innermost there, is nowhere faster. `even` says that all stages are alike
+    Layouts in the default order are meant: tensor parallelism, innermost there, is nowhere faster, but on meshes. `even`: stages are alike
     (`estimate.on_mean_stage`), so that the bubble shrinks no faster than what a micro-batch takes.
     """
     time, orders = estimates.time, open_orders(setting, wishes)
     as_it_is = np.array(time["step_s"])
     for part in changes:
         as_it_is -= time[part]
-    if len(orders) < 2:
+    if len(orders) < 2 or (estimates.layouts.order == INNERMOST).all():
         return as_it_is
-    if all(order.startswith(INNER) for order in orders):  # tp, cp and experts lie the same way in all
+    if only_outer(orders):  # tp, cp and experts lie the same way in all
         moved = as_it_is - sum((time[part] for part in ("dp_exposed_s", "pp_exposed_s") if part not in changes), 0.0)
     else:
-        kept = [part for part in ("compute_s", "recompute_s", "tp_exposed_s", "host_s") if part not in changes]
+        kept = [part for part in ("compute_s", "recompute_s", "host_s") if part not in changes]
+        if is_switched(setting) and "tp_exposed_s" not in changes:
+            kept.append("tp_exposed_s")
         moved = np.sum([time[part] for part in kept], axis=0)
         if even:
             moved = with_bubble(time, moved)
@@ -110,14 +112,50 @@ def with_bubble(time: Mapping[str, FloatArray], pace_s: FloatArray) -> FloatArra
 INNER = "tp-cp-"
 
 
+def only_outer(orders: tuple[str, ...]) -> bool:
+    """Whether the orders differ in the place of dp and pp at most."""
+    return all(order.startswith(INNER) for order in orders)
+
+
 def movable(layouts: LayoutTable, orders: tuple[str, ...]) -> NDArray[np.bool_]:
     """Rows that some order gives other groups than the default one, as far as their axes go and, with few orders, their experts."""
     used = used_axes([getattr(layouts, axis) for axis in AXES])
     several = np.any([SAME_AS[code] != SAME_AS[0] for code in codes(orders, ORDERS)], axis=0)[used]
-    if not all(order.startswith(INNER) for order in orders):
+    if not only_outer(orders):
         return several
     inside = layouts.tp * layouts.cp  # what a pipeline surrounds has to be an expert group (`order_rules.py`)
     return several & (~layouts.dispatches | (layouts.ep * layouts.expert_tp == inside))
+
+
+def is_switched(setting: Setting) -> bool:
+    """Whether a GPU has all its links to whatever others of its node; on a mesh neighbours may be slower than other nodes."""
+    return bool(tier_table(setting.cluster).is_switched[0])
+
+
+def as_innermost(setting: Setting, layouts: LayoutTable) -> tuple[LayoutTable, NDArray[np.bool_]]:
+    """(the layouts with each axis laid as the innermost one, for a bound of their time in every order; rows for which it is one).
+
+    Where nodes and axes are powers of two, no other distance of its ranks puts more of a group into one node.
+    """
+    sizes = np.stack([getattr(layouts, axis) for axis in AXES])
+    node = setting.cluster.node.gpus
+    even = ((sizes & (sizes - 1)) == 0).all(axis=0) & (node & (node - 1) == 0)
+    even &= is_switched(setting)
+    return replace(layouts, order=np.broadcast_to(np.int64(INNERMOST), len(layouts))), even
+
+
+def may_take_less(setting: Setting, estimates: Estimates, wishes: Wishes, best_s: float) -> NDArray[np.bool_]:
+    """Rows whose step may take less than `best_s` in some open order."""
+    found = least_step_s(setting, estimates, wishes) < best_s
+    orders = open_orders(setting, wishes)
+    if only_outer(orders):  # then that is about as much
+        return found
+    at = np.flatnonzero(found & movable(estimates.layouts, orders))
+    if len(at):
+        layouts, bounded = as_innermost(setting, estimates.layouts.take(at))
+        if bounded.any():
+            found[at[bounded]] = estimated(setting, layouts.take(np.flatnonzero(bounded))).step_s < best_s
+    return found
 
 
 def place(setting: Setting, ranked: Estimates, wishes: Wishes) -> tuple[Estimates, Placement]:

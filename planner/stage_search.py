@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from shardplan.costmodel.estimate import lower_bounds, on_mean_stage, peak_weight
+from shardplan.costmodel.estimate import memory_alone, on_mean_stage, peak_weight
 from shardplan.costmodel.estimates import MEMORY_BAND, Estimates, joined
 from shardplan.costmodel.keys import unique_keys
 from shardplan.costmodel.layout import SCHEDULES, Layout, LayoutTable, layout_table
@@ -28,7 +28,7 @@ from shardplan.planner.at_setting import estimated, unbroken
 from shardplan.planner.cut_bounds import over_mean_s, recomputing_mean_s
 from shardplan.planner.knobs import Knob, knobs_of, least_s_with, named_recompute, variants_of
 from shardplan.planner.named_recompute import with_needed_parts
-from shardplan.planner.placement import INNER, in_other_orders, movable, open_orders
+from shardplan.planner.placement import as_innermost, in_other_orders, movable, only_outer, open_orders
 from shardplan.planner.space import Wishes, asked
 from shardplan.planner.stage_options import Part, Wanted
 from shardplan.planner.stages import Cuttable, can_cut
@@ -183,13 +183,25 @@ def _in_a_step(state: _State, layouts: LayoutTable, longer_s: FloatArray) -> Flo
     return longer_s * weight / _waiting(weight)
 
 
-def _could_win_elsewhere(state: _State, bounds: Estimates, least_s: FloatArray, rows: BoolArray) -> BoolArray:
-    """The same in any open order of axes, where `least_s` is the least in any: another order may speed up the blocks of a stage."""
-    orders = open_orders(state.setting, state.wishes)
-    if len(orders) > 1 and not all(order.startswith(INNER) for order in orders):
-        moved = movable(bounds.layouts, orders)
-        return (rows & moved & (least_s < state.fastest)) | _could_win(state, bounds, least_s, rows & ~moved)
-    return _could_win(state, bounds, least_s, rows)
+def _could_win_elsewhere(
+    state: _State, bounds: Estimates, later: Sequence[Knob], rows: BoolArray, *, as_they_are: bool = False
+) -> BoolArray:
+    """The same in any open order of axes and whatever `later` knobs do: another order may speed up the blocks of a stage. Rows that no
+    knob changes any more, `as_they_are`, recompute what they need to fit."""
+    setting, wishes = state.setting, state.wishes
+    least_s, orders = least_s_with(setting, bounds, wishes, later, even=True), open_orders(setting, wishes)
+    if only_outer(orders):
+        return _could_win(state, bounds, least_s, rows)
+    moved = movable(bounds.layouts, orders)
+    found = _could_win(state, bounds, least_s, rows & ~moved) | (rows & moved & (least_s < state.fastest))
+    layouts, bounded = as_innermost(setting, bounds.layouts)
+    at = np.flatnonzero(found & moved & bounded)
+    if len(at):
+        its = on_mean_stage(setting, layouts.take(at))
+        found[at] = _could_win(state, its, least_s_with(setting, its, wishes, later), np.ones(len(at), dtype=bool))
+        if as_they_are:
+            found[at] &= _could_win_recomputing(state, its)
+    return found
 
 
 def _waiting(weight: FloatArray) -> FloatArray:
@@ -212,8 +224,7 @@ def _least_bytes(state: _State, layouts: LayoutTable) -> FloatArray:
     """Bytes on the device that each needs at least, (N,), however it is cut."""
     if state.wanted.partial_recompute:
         layouts = replace(layouts, recompute=np.where(layouts.recompute == NONE, FULL, layouts.recompute))
-    its = state.setting
-    return lower_bounds(model=its.model, job=its.job, cluster=its.cluster, layouts=layouts, runtime=its.runtime)[1]
+    return memory_alone(state.setting, layouts, stages="mean").device_peak_bytes
 
 
 def _with_other_words(state: _State, bounds: Estimates, turned: Sequence[Knob]) -> list[Estimates]:
@@ -227,7 +238,7 @@ def _with_other_words(state: _State, bounds: Estimates, turned: Sequence[Knob]) 
         rows = np.ones(len(batch), dtype=bool)
         if batch is bounds and state.wanted.partial_recompute:
             rows = batch.layouts.recompute != FULL
-        good = _could_win_elsewhere(state, batch, least_s_with(setting, batch, wishes, (), even=True), rows)
+        good = _could_win_elsewhere(state, batch, (), rows, as_they_are=True)
         some = _could_fit(state, batch.take(np.flatnonzero(good)))
         ordered = in_other_orders(setting, some.layouts, wishes) if len(some) else some.layouts
         if len(ordered) > MOST_ROWS:
@@ -244,11 +255,10 @@ def _with_knobs(state: _State, bounds: Estimates, turned: Sequence[Knob]) -> lis
     setting, wishes, made = state.setting, state.wishes, list[Estimates]()
     for at, knob in enumerate(turned):
         for batch in (bounds, *made):
-            least_s = least_s_with(setting, batch, wishes, turned[at:], even=True)
             useful = knob.rows(batch.layouts)
             if state.wanted.partial_recompute and not knob.saves_memory:  # see `_plain`
                 useful = useful & ((batch.layouts.recompute != FULL) | (batch.layouts.offload_activations > 0))
-            useful = _could_win_elsewhere(state, batch, least_s, useful)
+            useful = _could_win_elsewhere(state, batch, turned[at:], useful)
             rows = np.flatnonzero(useful)
             if len(rows) and not knob.saves_memory:
                 rows = rows[_have_room(state, batch.layouts.take(rows))]
@@ -257,16 +267,14 @@ def _with_knobs(state: _State, bounds: Estimates, turned: Sequence[Knob]) -> lis
             most = MOST_ROWS // len(knob.variants)
             if len(rows) > most:
                 state.proved = False
+                least_s = least_s_with(setting, batch, wishes, turned[at:], even=True)
                 rows = rows[np.argsort(least_s[rows], kind="stable")][:most]
             table = variants_of(setting, batch.layouts.take(rows), knob.variants)
             if table is None:
                 continue
             its = on_mean_stage(setting, table)
-            least_s, every = (
-                least_s_with(setting, its, wishes, turned[at + 1 :], even=True),
-                np.ones(len(its), dtype=bool),
-            )
-            its = its.take(np.flatnonzero(_could_win_elsewhere(state, its, least_s, every)))
+            every = np.ones(len(its), dtype=bool)
+            its = its.take(np.flatnonzero(_could_win_elsewhere(state, its, turned[at + 1 :], every)))
             its = _could_fit(state, its)
             if len(its):
                 made.append(its)
@@ -275,10 +283,9 @@ def _with_knobs(state: _State, bounds: Estimates, turned: Sequence[Knob]) -> lis
 
 def _could_win_by_parts(state: _State, layouts: LayoutTable) -> BoolArray:
     """Layouts that may be the fastest with the named parts recomputed that they need at least."""
-    setting, wishes = state.setting, state.wishes
+    setting = state.setting
     its = on_mean_stage(setting, with_needed_parts(setting, layouts, state.wanted.headroom))
-    least_s = least_s_with(setting, its, wishes, (), even=True)
-    return _could_win_elsewhere(state, its, least_s, np.ones(len(its), dtype=bool))
+    return _could_win_elsewhere(state, its, (), np.ones(len(its), dtype=bool))
 
 
 def _best_first(state: _State, *candidates: Estimates) -> None:

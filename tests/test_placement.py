@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from shardplan.costmodel.axis_order import AXES, DEFAULT_ORDER, ORDERS, read_order
 from shardplan.costmodel.collectives import collective_s, members_per_node
-from shardplan.costmodel.estimate import estimate
+from shardplan.costmodel.estimate import estimate, on_mean_stage
 from shardplan.costmodel.job import Job
 from shardplan.costmodel.layout import Layout, layout_table, parse_layout
 from shardplan.costmodel.model_config import load_model
+from shardplan.costmodel.order_rules import ORDER_RULES
 from shardplan.costmodel.rank_groups import Ranks, dense_groups, rank_coordinates
 from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.rules import broken_rules, rejections
@@ -23,7 +24,8 @@ from shardplan.costmodel.runtime import load_runtime
 from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.load import load_cluster
 from shardplan.hw_profiles.topology import tier_table
-from shardplan.planner.placement import least_step_s, placement_document, placement_lines
+from shardplan.planner.at_setting import estimated
+from shardplan.planner.placement import as_innermost, least_step_s, placement_document, placement_lines
 from shardplan.planner.search import search
 from shardplan.planner.space import Wishes, layout_space, parse_wishes
 from shardplan.planner.sweep import with_network_rate
@@ -224,3 +226,30 @@ def test_equal_groups_are_estimated_once() -> None:
         assert len(placement_document(at, parse_layout(words))["orders"]) == orders
     shown = [tuple(p) for p in itertools.permutations(AXES)]
     assert ["-".join(p) for p in shown] == list(ORDERS)
+
+
+@pytest.mark.parametrize("cluster", ["h100-ib", "aws-p4d", "gcp-a3-high", "meta-24k-roce", "b200-ib"])
+@pytest.mark.parametrize("model", ["llama-3-8b", "mixtral-8x7b"])
+def test_no_order_is_faster_than_every_axis_as_the_innermost(model: str, cluster: str) -> None:
+    """As a bound of equal stages, of stages as they are, and of stages of equal fractions; for random layouts of 64 GPUs."""
+    at = replace(setting("shardplan", model=model), cluster=load_cluster(cluster, gpus=64))
+    every = layout_space(at.model, at.job, 64, Wishes(), ("ring", "ulysses"))
+    random = np.random.default_rng(0)
+    every = every.take(~np.any(list(broken_rules(at, every).values()), axis=0))
+    table = every.take(np.sort(random.permutation(len(every))[:1000]))
+    layouts, bounded = as_innermost(at, table)
+    assert len(table) > 500 and bounded.all()
+    for seconds in (lambda rows: estimated(at, rows).step_s, lambda rows: on_mean_stage(at, rows).step_s):
+        least_s = seconds(layouts)
+        for order in range(len(ORDERS)):
+            moved = replace(table, order=np.full(len(table), order))
+            rows = np.flatnonzero(~np.any([rule.broken(at, moved) for rule in ORDER_RULES], axis=0))
+            assert (seconds(moved.take(rows)) >= least_s[rows] * (1.0 - 1e-12)).all(), ORDERS[order]
+
+
+def test_meshes_and_axes_that_nodes_do_not_divide_have_no_such_bound() -> None:
+    at = setting("shardplan", gpus=48)
+    mesh = replace(at, cluster=load_cluster("dgx1v-edr", gpus=16))
+    assert not as_innermost(mesh, layout_table([Layout(dp=16)]))[1].any()
+    _, bounded = as_innermost(at, layout_table([Layout(dp=48), Layout(dp=3, tp=16), Layout(dp=16, pp=2)]))
+    assert bounded.tolist() == [False, False, True]
