@@ -223,6 +223,22 @@ EXPERTS: Mapping[str, Family] = {
         layers=_qwen3_moe,
         spellings={"num_experts": "num_local_experts"},
     ),
+    "qwen3_vl_moe_text": Family(
+        architecture="Qwen3VLMoeForConditionalGeneration",
+        defaults={
+            **shapes(151936, 2048, 5632, 24, 16, 16, 128000),
+            **_QWEN_EXPERTS,
+            "num_experts_per_tok": 4,
+            "num_experts": 60,
+            "moe_intermediate_size": 1408,
+            "norm_topk_prob": True,
+            "use_sliding_window": False,
+            "sliding_window": 4096,
+            "attention_bias": False,
+        },
+        layers=_qwen3_moe,
+        spellings={"num_experts": "num_local_experts"},
+    ),
     "gpt_oss": Family(
         architecture="GptOssForCausalLM",
         defaults={

@@ -1,4 +1,5 @@
-"""Families of dense models near Llama's: InternLM 2, StarCoder 2, Command R, OLMo 2 and 3, SmolLM 3, Seed-OSS, Qwen3-VL's text model."""
+"""Families of dense models near Llama's: InternLM 2, StarCoder 2, Command R, OLMo 2 and 3, SmolLM 3, Seed-OSS, Granite, ERNIE 4.5,
+GLM 4, Nemotron, and the text models of Qwen's with vision."""
 
 from __future__ import annotations
 
@@ -61,7 +62,35 @@ def _starcoder2(values: Fields) -> Sequence[LayerKind]:
     return [replace(kind, window=size) for size in windows(values, lambda _: True)]
 
 
+def _one_bias(values: Fields) -> Sequence[LayerKind]:
+    """Llama's layer; one key for all its biases."""
+    bias = values.flag("use_bias")
+    kind = replace(gated_rmsnorm(values), qkv_bias=bias, attention_output_bias=bias, mlp_bias=bias)
+    return [kind] * depth(values)
+
+
+def _glm(values: Fields) -> Sequence[LayerKind]:
+    """Llama's layer; biases, if any, on queries, keys and values alone."""
+    return [replace(gated_rmsnorm(values), attention_output_bias=False)] * depth(values)
+
+
+def _glm4(values: Fields) -> Sequence[LayerKind]:
+    """As GLM, norms after attention and MLP too."""
+    return [replace(kind, norms=4) for kind in _glm(values)]
+
+
+def _nemotron(values: Fields) -> Sequence[LayerKind]:
+    """Layer norms, two MLP matrices with a squared ReLU between them."""
+    return [replace(gated_rmsnorm(values), gated_mlp=False, norm="layernorm")] * depth(values)
+
+
 _NO_BIAS: Mapping[str, object] = {"attention_bias": False, "mlp_bias": False}
+
+_GLM: Mapping[str, object] = {
+    **shapes(151552, 4096, 13696, 40, 32, 2, 131072),
+    "head_dim": 128,
+    "attention_bias": False,
+}
 
 MORE: Mapping[str, Family] = {
     "internlm2": Family(
@@ -138,5 +167,28 @@ MORE: Mapping[str, Family] = {
         layers=_starcoder2,
         only={"layer_types": (None,)},
     ),
+    "granite": Family(
+        architecture="GraniteForCausalLM",
+        defaults={**shapes(32000, 4096, 11008, 32, 32, None, 2048), **_NO_BIAS},
+        layers=lambda values: [gated_rmsnorm(values)] * depth(values),
+    ),
+    "ernie4_5": Family(
+        architecture="Ernie4_5ForCausalLM",
+        defaults={
+            **shapes(103424, 1024, 3072, 18, 16, 2, 131072, tied=True),
+            "head_dim": 128,
+            "use_bias": False,
+        },
+        layers=_one_bias,
+    ),
+    "glm": Family(architecture="GlmForCausalLM", defaults=_GLM, layers=_glm),
+    "glm4": Family(architecture="Glm4ForCausalLM", defaults=_GLM, layers=_glm4),
+    "nemotron": Family(
+        architecture="NemotronForCausalLM",
+        defaults={**shapes(256000, 6144, 24576, 32, 48, None, 4096), **_NO_BIAS},
+        layers=_nemotron,
+    ),
+    "qwen2_vl_text": DENSE["qwen2"],
+    "qwen2_5_vl_text": DENSE["qwen2"],
     "qwen3_vl_text": DENSE["qwen3"],
 }

@@ -14,7 +14,7 @@ from typing import cast
 from shardplan.costmodel.family import Family
 from shardplan.costmodel.model import Model, runs_of
 from shardplan.costmodel.model_document import check_size, model_digest, model_document, model_from_document
-from shardplan.costmodel.model_families import FAMILIES, NOT_READ, TEXT_TYPES
+from shardplan.costmodel.model_families import FAMILIES, FLAT_TEXT, NOT_READ, TEXT_TYPES
 from shardplan.costmodel.model_fields import Fields, json_object, shown
 from shardplan.costmodel.presets import find_preset, preset_words
 from shardplan.hw_profiles.errors import InputError, nearest
@@ -110,10 +110,12 @@ def model_from_config(
     if "model_type" not in given:
         raise InputError("model_type is missing", remedy=f"add model_type, one of: {known}", place=place)
     model_type = given["model_type"]
-    if isinstance(model_type, str) and model_type not in families and isinstance(given.get("text_config"), Mapping):
-        text = _text_config(given, model_type, place)
+    text = (
+        _text_config(given, model_type, place) if isinstance(model_type, str) and model_type not in families else None
+    )
+    if text is not None:
         source = f"{source + '; ' if source else ''}the text model of a {model_type}, without what reads other inputs"
-        place = f"{place}: text_config"
+        place = f"{place}: text_config" if "text_config" in given else place
         return model_from_config(text, name=name, source=source, place=place, families=families)
     if not isinstance(model_type, str) or model_type not in families:
         raise _cannot_be_read(model_type, families, place)
@@ -155,9 +157,20 @@ def _cannot_be_read(model_type: object, families: Mapping[str, Family], place: s
     return InputError(problem, remedy=remedy, place=place)
 
 
-def _text_config(given: Mapping[str, object], outer: str, place: str) -> Mapping[str, object]:
-    """The nested description of the language model, with its type and whether embeddings are tied where only the outer one says so."""
-    text = dict(json_object(given["text_config"], place, "write the text model's config"))
+def _text_config(given: Mapping[str, object], outer: str, place: str) -> Mapping[str, object] | None:
+    """The nested description of the language model, with its type and whether embeddings are tied where only the outer one says so.
+
+    Null is all of its defaults, as in transformers. None where there is no such description.
+    """
+    nested = given.get("text_config")
+    if isinstance(nested, Mapping):
+        text = dict(json_object(nested, place, "write the text model's config"))
+    elif "text_config" in given and nested is None and outer in TEXT_TYPES:
+        text = {}
+    elif nested is None and outer in FLAT_TEXT:
+        return {**given, "model_type": TEXT_TYPES[outer]}
+    else:
+        return None
     if "model_type" not in text and outer in TEXT_TYPES:
         text["model_type"] = TEXT_TYPES[outer]
     tied, inner = given.get("tie_word_embeddings"), text.get("tie_word_embeddings")

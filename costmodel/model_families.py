@@ -18,8 +18,15 @@ TEXT_TYPES: Mapping[str, str] = {
     "llava": "llama",
     "mistral3": "mistral",
     "paligemma": "gemma",
+    "qwen2_vl": "qwen2_vl_text",
+    "qwen2_5_vl": "qwen2_5_vl_text",
+    "qwen3_vl": "qwen3_vl_text",
+    "qwen3_vl_moe": "qwen3_vl_moe_text",
 }
 """What the `text_config` of a model with other inputs is when it does not say (transformers' `sub_configs`)."""
+
+FLAT_TEXT: tuple[str, ...] = ("qwen2_vl", "qwen2_5_vl")
+"""Models with other inputs whose files may give the text model's keys beside `vision_config` instead of in a `text_config`."""
 
 NOT_READ: Mapping[str, str] = {
     "bloom": "its ALiBi positions and embedding norm are not modelled",
@@ -34,7 +41,6 @@ NOT_READ: Mapping[str, str] = {
     "qwen3_next": "its linear attention is not modelled",
     "kimi_linear": "its linear attention is not modelled",
     "minimax": "its linear attention is not modelled",
-    "qwen2_vl": "its vision tower is not modelled",
     "gemma3n": "its per-layer embeddings are not modelled",
     "gemma3n_text": "its per-layer embeddings are not modelled",
     "deepseek_v32": "its sparse attention is not modelled",

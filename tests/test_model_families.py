@@ -250,7 +250,7 @@ def test_known_schemas_that_are_refused_say_why(model_type: str) -> None:
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"model_type": "qwen2_5_vl", "text_config": {"model_type": "qwen2_5_vl_text"}}, ["qwen2_5_vl_text", "cannot be read"]),
+        ({"model_type": "mllama", "text_config": {"model_type": "mllama_text_model"}}, ["mllama_text_model", "cannot be read"]),
         ({**MISTRAL_7B, "layer_types": ["sliding_attention"] * 32}, ["layer_types", "is not modelled for mistral", "leave it out"]),
         ({**QWEN3_8B, "layer_types": ["linear_attention"] * 36}, ["layer_types", "linear_attention", "full_attention or"]),
         ({**GPT_OSS_20B, "layer_types": ["full_attention"]}, ["layer_types", "lists 1 layers", "list 24, or leave it out"]),

@@ -97,3 +97,73 @@ def test_opt_models_with_projected_words_are_refused() -> None:
         read({**OPT_6_7B, "word_embed_proj_dim": 512})
     with pytest.raises(InputError, match="do_layer_norm_before=false is not modelled for opt"):
         read({**OPT_6_7B, "do_layer_norm_before": False})
+
+
+QWEN_2_5_VL_7B = dense(
+    "qwen2_5_vl", 28, 3584, 18944, (28, 4), max_position_embeddings=128000, vocab_size=152064, tie_word_embeddings=False,
+    max_window_layers=28, sliding_window=32768, use_sliding_window=False, rms_norm_eps=1e-06,
+)  # fmt: skip
+QWEN_3_VL_30B = dense(
+    "qwen3_vl_moe_text", 48, 2048, 6144, (32, 4), head_dim=128, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8,
+    vocab_size=151936, tie_word_embeddings=False, max_position_embeddings=262144, mlp_only_layers=[], decoder_sparse_step=1,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "published"),
+    [
+        (
+            dense(
+                "granite",
+                40,
+                4096,
+                12800,
+                (32, 8),
+                vocab_size=49155,
+                tie_word_embeddings=True,
+                embedding_multiplier=12.0,
+            ),
+            8_170_848_256,
+        ),
+        (dense("glm", 40, 4096, 13696, (32, 2), attention_bias=True, head_dim=128, vocab_size=151552), 9_399_951_360),
+        (dense("glm4", 40, 4096, 13696, (32, 2), attention_bias=False, head_dim=128, vocab_size=151552), 9_400_094_720),
+        (dense("ernie4_5", 18, 1024, 3072, (16, 2), head_dim=128, vocab_size=103424, use_bias=False), 360_748_032),
+        (dense("nemotron", 32, 4096, 16384, (48, 8), head_dim=128, vocab_size=256000), 8_271_699_968),
+    ],
+    ids=["granite-3.1-8b", "glm-4-9b-hf", "glm-4-9b-0414", "ernie-4.5-0.3b", "minitron-8b"],
+)
+def test_counts_of_more_families(config: Config, published: int) -> None:
+    """Of the weight file (glm-4-9b-hf), or by hand from the config where the card rounds: 8.17, 9.4, 0.36 and 8.27 B."""
+    assert parameter_counts(read(config))["total"] == published
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {**QWEN_2_5_VL_7B, "vision_config": {"depth": 32, "hidden_size": 1280}},
+        {
+            "model_type": "qwen2_5_vl",
+            "text_config": {**QWEN_2_5_VL_7B, "model_type": "qwen2_5_vl_text"},
+            "vision_config": {},
+        },
+        {"model_type": "qwen2_vl", "text_config": {k: v for k, v in QWEN_2_5_VL_7B.items() if k != "model_type"}},
+    ],
+    ids=["beside", "nested", "without a type"],
+)
+def test_the_text_model_of_qwen_with_vision(config: Config) -> None:
+    """Qwen2.5-7B's."""
+    model = read(config)
+    assert parameter_counts(model)["total"] == 7_615_616_512
+    assert "without what reads other inputs" in model.source
+
+
+def test_the_text_model_of_qwen_3_with_vision_and_experts() -> None:
+    nested = read({"model_type": "qwen3_vl_moe", "text_config": QWEN_3_VL_30B, "vision_config": {"depth": 27}})
+    assert parameter_counts(nested)["total"] == parameter_counts(load_model("qwen3-30b-a3b"))["total"]
+
+
+def test_a_null_text_config_is_all_defaults() -> None:
+    """As in transformers' Gemma3Config."""
+    assert read({"model_type": "gemma3", "text_config": None}).layers == read({"model_type": "gemma3_text"}).layers
+    with pytest.raises(InputError, match="qwen2_vl"):
+        read({"model_type": "qwen2_vl", "text_config": [1]})
