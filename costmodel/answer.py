@@ -202,6 +202,18 @@ def _experts_in_words(job: Job, layout: Layout) -> str:
     )
 
 
+def _why_fp32(cluster: Cluster, runtime: Runtime, found: list[str]) -> str:
+    """What 16 bits would give: these GPUs have the formats `found`."""
+    rates = cluster.gpu.peak_flop_per_s
+    faster = (
+        f"fp32, though {cluster.gpu.name} multiplies {rates[found[0]] / rates['fp32']:.0f} times as fast in {found[0]}"
+    )
+    if any(word in runtime.abilities.precisions for word in found):
+        return f"{faster}: --precision {next(word for word in found if word in runtime.abilities.precisions)}"
+    known = " and ".join(word for word in runtime.abilities.precisions if word in ("bf16", "fp16")) or "no format"
+    return f"{faster}: of 16 bits runtime {runtime.name} has {known}, these GPUs {' and '.join(found)}; another --runtime may have both"
+
+
 def assumptions(
     model: Model, job: Job, cluster: Cluster, runtime: Runtime, layout: Layout, headroom: float
 ) -> list[str]:
@@ -236,6 +248,11 @@ def assumptions(
         )
     if any(kind.experts for kind, _ in model.runs):
         lines.append(_experts_in_words(job, layout))
+    lacked = [
+        word for word in ("bf16", "fp16") if all(word in node.gpu.peak_flop_per_s for node, _ in cluster.node_runs)
+    ]
+    if job.precision == "fp32" and cluster.gpu.device != "cpu" and lacked:
+        lines.append(_why_fp32(cluster, runtime, lacked))
     if job.precision == "fp8":
         lines.append(
             "fp8: products of layers only; attention, head, activations and states as in bf16, parameters gathered in 8 bits"

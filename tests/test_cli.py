@@ -341,3 +341,26 @@ def test_a_plan_is_explained_with_its_own_inputs(call: Call, tmp_path: Path) -> 
     code, out, _ = call("explain", path, "--tokens", "1e12", "--json")
     assert code == 0
     assert json.loads(out)["subject"]["job"]["tokens"] == 1e12
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--expert-imbalance 1.5", "llama-3-8b has no experts"),
+        ("--capacity-factor 1.2", "llama-3-8b has no experts"),
+        ("--lora-rank 8", "give --method lora or qlora"),
+        ("--lora-targets attention", "give --method lora or qlora"),
+    ],
+)
+def test_a_word_that_would_change_nothing_is_refused(call: Call, words: str, told: str) -> None:
+    job = "llama-3-8b --cluster h100-ib --gpus 8 --global-batch 64 --seq 4096"
+    code, _, err = call("estimate", *job.split(), "--layout", "dp=8 zero=3", *words.split())
+    assert code == 2
+    assert told in err
+
+
+def test_why_a_v100_runs_in_fp32(call: Call) -> None:
+    """torchtitan has bf16 alone, a V100 fp16 alone."""
+    job = "opt-1.3b --cluster dgx1v-edr --gpus 8 --global-batch 64 --seq 2048 --runtime fsdp2 --layout"
+    _, out, _ = call("estimate", *job.split(), "dp=8 zero=3")
+    assert "of 16 bits runtime fsdp2 has bf16, these GPUs fp16" in " ".join(out.split())

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from shardplan.costmodel.runtime import Runtime
     from shardplan.hw_profiles.machine import Cluster
 
+LORA_RANK, LORA_TARGETS = 16, "all"
+"""Without the option; as in `Job`."""
+
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="Preset name, Hugging Face config.json, or a folder with one.")
 ]
@@ -105,8 +108,8 @@ def read_inputs(
     capacity_factor: float | None,
     tokens: float | None,
     method: str = "full",
-    lora_rank: int = 16,
-    lora_targets: str = "all",
+    lora_rank: int = LORA_RANK,
+    lora_targets: str = LORA_TARGETS,
     document_tokens: int | None = None,
     price: float | None = None,
     gpu_hours_per_failure: float | None = None,
@@ -134,7 +137,24 @@ def read_inputs(
         lora_targets=lora_targets.lower(),
         document_tokens=document_tokens,
     )
+    _refuse_idle(shapes, job)
     return Inputs(model=shapes, job=job, cluster=machine, cluster_document=document, runtime=software)
+
+
+def _refuse_idle(model: Model, job: Job) -> None:
+    """InputError for a word that would change nothing: who gives it means another model or method."""
+    from shardplan.hw_profiles.errors import InputError
+
+    given = {"--expert-imbalance": job.expert_imbalance != 1.0, "--capacity-factor": job.capacity_factor is not None}
+    idle = next((word for word, is_given in given.items() if is_given), None)
+    if idle and not any(kind.experts for kind, _ in model.layers):
+        raise InputError(f"{model.name} has no experts", place=idle, remedy="leave it out")
+    given = {"--lora-rank": job.lora_rank != LORA_RANK, "--lora-targets": job.lora_targets != LORA_TARGETS}
+    idle = next((word for word, is_given in given.items() if is_given), None)
+    if idle and job.method == "full":
+        raise InputError(
+            "no adapters with --method full", place=idle, remedy="give --method lora or qlora, or leave it out"
+        )
 
 
 def with_given_figures(
