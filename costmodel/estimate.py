@@ -18,7 +18,7 @@ from shardplan.costmodel.keys import LazyColumns, in_pieces
 from shardplan.costmodel.layout import Layout, LayoutTable, layout_table
 from shardplan.costmodel.memory import FULL
 from shardplan.costmodel.model import Model, attended_tokens, matrix_parameters
-from shardplan.costmodel.offload import activation_copies_s
+from shardplan.costmodel.offload import NVME, activation_copies_s
 from shardplan.costmodel.pace import fill_weight, pipeline_pace, pipeline_transfers_s, stage_seconds
 from shardplan.costmodel.recompute import BY_STAGE
 from shardplan.costmodel.row_keys import RowKeys, row_keys
@@ -279,6 +279,7 @@ def stage_memory(
         held=held_bytes(job, cluster.gpu, states, runtime, parameters, micro_batches(setting, states)),
         activations=activations if parked is None else activations - parked,
         parked=parked,
+        parked_on_flash=work.offload_activations == NVME,
         states_of=states_of,
         work_of=work_of,
         slack_fraction=runtime.allocator_slack_fraction,
@@ -321,6 +322,7 @@ def _step_time(
         copies = activation_copies_s(
             cluster.node,
             runtime.offload,
+            keys.work.offload_activations.take(of),
             moved.take(of),
             forward_s=pace["forward"],
             backward_s=pace["backward"] + pace["recompute"],

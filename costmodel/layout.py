@@ -30,8 +30,7 @@ SPLIT_BACKWARD = ("zero_bubble", "zero_bubble_v", "dualpipe_v")
 ATTENTION = ("auto", "flash", "unfused", "triton")
 """flash: fused attention of the runtime's libraries; triton: this project's own kernel."""
 OFFLOAD = ("none", "cpu", "nvme")
-"""Where states live: the GPU, host memory, local flash."""
-OFFLOAD_ACTIVATIONS = ("none", "cpu")
+"""Where states, or the inputs of recomputed layers, live: the GPU, host memory, local flash."""
 RATIO_STEPS = 1000
 """A share is stored as so many parts of one."""
 CP_KINDS = ("ring", "ulysses", "all_gather")
@@ -41,7 +40,7 @@ CODES = {
     "attention": ATTENTION,
     "offload_optimizer": OFFLOAD,
     "offload_params": OFFLOAD,
-    "offload_activations": OFFLOAD_ACTIVATIONS,
+    "offload_activations": OFFLOAD,
     "cp_kind": CP_KINDS,
     "order": ORDERS,
 }

@@ -160,12 +160,23 @@ def exposed_tiers_s(
 
 
 def activation_copies_s(
-    node: Node, offload: Offloading, checkpoint_bytes: ArrayLike, *, forward_s: FloatArray, backward_s: FloatArray
+    node: Node,
+    offload: Offloading,
+    tiers: NDArray[np.int64],
+    checkpoint_bytes: ArrayLike,
+    *,
+    forward_s: FloatArray,
+    backward_s: FloatArray,
 ) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """(exposed in the forward, exposed in the backward, hidden) seconds of one micro-batch whose checkpoints go down in its forward
-    and come up in its backward (ZeRO-Infinity section 5.1.2)."""
-    rate = min(node_rates(node, offload).link_bytes_per_s, node.host.pcie_bytes_per_s * offload.activation_copy_rate)
-    one_way = np.asarray(checkpoint_bytes, dtype=np.float64) / rate
-    down = np.minimum(offload.activation_overlap * one_way, forward_s)
-    up = np.minimum(offload.activation_overlap * one_way, backward_s)
-    return one_way - down, one_way - up, down + up
+    """(exposed in the forward, exposed in the backward, hidden) seconds of one micro-batch whose checkpoints go down to `tiers`, codes of
+    OFFLOAD, in its forward and come up in its backward (ZeRO-Infinity section 5.1.2)."""
+    rates, moved = node_rates(node, offload), np.asarray(checkpoint_bytes, dtype=np.float64)
+    link = min(rates.link_bytes_per_s, node.host.pcie_bytes_per_s * offload.activation_copy_rate)
+    down_s, up_s = moved / link, moved / link
+    flash = tiers == NVME
+    if flash.any():
+        down_s = np.where(flash, moved / min(link, rates.write_bytes_per_s), down_s)
+        up_s = np.where(flash, moved / min(link, rates.read_bytes_per_s), up_s)
+    down = np.minimum(offload.activation_overlap * down_s, forward_s)
+    up = np.minimum(offload.activation_overlap * up_s, backward_s)
+    return down_s - down, up_s - up, down + up

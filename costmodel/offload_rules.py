@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from shardplan.costmodel.layout import OFFLOAD, OFFLOAD_ACTIVATIONS, RATIO_STEPS, Layout, LayoutTable
+from shardplan.costmodel.layout import OFFLOAD, RATIO_STEPS, Layout, LayoutTable
 from shardplan.costmodel.memory import FULL
 from shardplan.costmodel.offload import NVME
 from shardplan.costmodel.rule import BoolArray, Rule, Setting
@@ -23,6 +23,14 @@ def _lacks(
 
 def _lacks_detail(word: str) -> Callable[[Setting, Layout], str]:
     return lambda s, x: f"runtime {s.runtime.name!r} has no {word}={getattr(x, word)}"
+
+
+def _no_flash(setting: Setting, _: Layout) -> str:
+    return f"the profile of {setting.cluster.name!r} has no local flash (node.nvme)"
+
+
+def _other_tier(_: Setting, __: Layout) -> str:
+    return "use cpu, or add [nvme] to the node's profile"
 
 
 OFFLOAD_RULES: tuple[Rule, ...] = (
@@ -83,7 +91,7 @@ OFFLOAD_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         id="runtime-offload-activations",
-        broken=_lacks("offload_activations", OFFLOAD_ACTIVATIONS, lambda r: r.offload.activations),
+        broken=_lacks("offload_activations", OFFLOAD, lambda r: r.offload.activations),
         detail=_lacks_detail("offload_activations"),
         remedy=options(lambda r: r.offload.activations),
     ),
@@ -117,8 +125,15 @@ OFFLOAD_RULES: tuple[Rule, ...] = (
         broken=lambda s, t: (
             ((t.offload_optimizer == NVME) | (t.offload_params == NVME)) & (s.cluster.node.nvme is None)
         ),
-        detail=lambda s, x: f"the profile of {s.cluster.name!r} has no local flash (node.nvme)",
-        remedy=lambda s, x: "use cpu, or add [nvme] to the node's profile",
+        detail=_no_flash,
+        remedy=_other_tier,
+        structural=True,
+    ),
+    Rule(
+        id="offload-activations-need-flash",
+        broken=lambda s, t: (t.offload_activations == NVME) & (s.cluster.node.nvme is None),
+        detail=_no_flash,
+        remedy=_other_tier,
         structural=True,
     ),
 )

@@ -58,7 +58,7 @@ CHECKPOINTS_ON_GPU = 2.0
 def parked_activations(
     model: Model, layouts: LayoutTable, blocks: BlockRows, stages: StageRows, flying: FloatArray
 ) -> FloatArray | None:
-    """Bytes of activations in host memory, (N, S); None where no layout offloads them."""
+    """Bytes of activations in host memory or on flash, (N, S); None where no layout offloads them."""
     away = layouts.offload_activations > 0
     if not away.any():
         return None
@@ -235,7 +235,9 @@ class StepMemory:
     activations: FloatArray
     """On the GPU, (W, S)."""
     parked: FloatArray | None
-    """Activations in host memory, (W, S); None where none are."""
+    """Activations off the GPU, (W, S); None where none are."""
+    parked_on_flash: NDArray[np.bool_]
+    """Whether they are on flash and not in host memory, (W,)."""
     states_of: IntArray
     work_of: IntArray
     slack_fraction: float
@@ -254,6 +256,8 @@ class StepMemory:
         if part in ("parameters", "gradients", "optimizer", "buffers", "host"):
             found: FloatArray = getattr(held, part)[of]
             return found + self._besides(part)
+        if part == "nvme":
+            return (np.zeros_like(held.host) if held.nvme is None else held.nvme)[of] + self._besides(part)
         allocated = sum((self._part(name) for name in MEMORY_PARTS[1:5]), self._part(MEMORY_PARTS[0]))
         if part == "allocated":
             return allocated
@@ -270,8 +274,9 @@ class StepMemory:
                 return beyond
             freed = self.held.freed[self.states_of][:, None]
             return np.where(freed, np.maximum(self._late(), 0.0), beyond)
-        if part == "host" and self.parked is not None:
-            return self.parked[self.work_of]
+        if part in ("host", "nvme") and self.parked is not None:
+            there = self.parked_on_flash == (part == "nvme")
+            return np.where(there[:, None], self.parked, 0.0)[self.work_of]
         return 0.0
 
     def _late(self) -> FloatArray:
@@ -350,6 +355,8 @@ class StepMemory:
 
     def nvme_bytes(self) -> FloatArray:
         """The same on flash."""
+        if self.parked_on_flash.any():
+            return self._part("nvme").max(axis=1)
         if self.held.nvme is None:
             return np.zeros(len(self.states_of))
         return self.held.nvme.max(axis=1).take(self.states_of)

@@ -78,7 +78,9 @@ def knobs_of(setting: Setting, wishes: Wishes) -> tuple[Knob, ...]:
     every = (
         Knob(
             words=("offload_activations",),
-            variants=tuple({"offload_activations": 1} for tier in runtime.offload.activations if tier == "cpu"),
+            variants=tuple(
+                {"offload_activations": OFFLOAD.index(tier)} for tier in runtime.offload.activations if tier != "none"
+            ),
             rows=lambda t: (t.recompute == FULL) & (t.offload_activations == 0),
             saves_memory=True,
         ),
