@@ -9,6 +9,7 @@ the soft cap (arXiv 2408.00118). Kernels: attention_forward, attention_key_gradi
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -18,10 +19,14 @@ from shardplan.kernels import attention_launch, attention_launch_backward
 from shardplan.kernels.attention_reference import Shape, reference, reference_gradients
 from shardplan.kernels.attention_trial import specialised_if_trusted
 from shardplan.kernels.interpreter import takes_kernel
-from shardplan.kernels.launch import in_given_precision, on_device_of
+from shardplan.kernels.launch import autocasts, in_given_precision, on_device_of
 from shardplan.kernels.operators import operator
 
 LARGEST_HEAD_DIM = 256
+UNLIMITED = 2**30
+"""Keys on a side of a window, from where on a window is none: sums of it and places in a sequence stay below 2^31."""
+MOST_HEADS_OR_SEQUENCES = 65_535
+"""Of the axes of a grid of programs but the first (CUDA)."""
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -105,7 +110,7 @@ def attention_with_lse(
 
     Both are differentiable, so that partial results over parts of the keys can be merged (`merge`) and trained through.
     """
-    if torch.is_autocast_enabled(q.device.type):
+    if autocasts(q):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
@@ -113,7 +118,7 @@ def attention_with_lse(
     _check_options(scale, softcap, dropout, window)
     sequences = q.shape[0]
     if packed:
-        sequences = _check_lengths(q, cu_seqlens_q, cu_seqlens_k)
+        sequences = _check_lengths(q, k, cu_seqlens_q, cu_seqlens_k, (max_seqlen_q, max_seqlen_k))
         q, k, v = q[None], k[None], v[None]
     _check_slopes(q, alibi_slopes, sequences)
     _check_seed(q, seed)
@@ -122,12 +127,13 @@ def attention_with_lse(
         max_seqlen_q, max_seqlen_k = (int(c.diff().max()) if c.numel() > 1 else 0 for c in (cu_seqlens_q, cu_seqlens_k))
     if dropout and seed is None:
         seed = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=q.device)
-    left, right = window
+    left, right = (min(side, UNLIMITED) for side in window)
     if causal:
         right = 0 if right < 0 else min(right, 0)
     out, lse = _FORWARD(
         q, k, v, alibi_slopes, seed, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-        1.0 / math.sqrt(q.shape[3]) if scale is None else scale, left, right, top_left, softcap, dropout, specialised,
+        1.0 / math.sqrt(q.shape[3]) if scale is None else scale, left, right, top_left,
+        0.0 if softcap == math.inf else softcap, dropout, specialised,
     )  # fmt: skip
     return (out[0], lse[0]) if packed else (out, lse)
 
@@ -166,6 +172,10 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
         )
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"{heads} query heads over {kv_heads} key heads; their number must be a multiple")
+    if max(heads, q.shape[0] if not packed else 0) > MOST_HEADS_OR_SEQUENCES:
+        raise ValueError(
+            f"{heads} heads and batch {q.shape[0]}; more than {MOST_HEADS_OR_SEQUENCES} cannot be launched: split them"
+        )
     if not packed and q.shape[0] != k.shape[0]:
         raise ValueError(f"q has batch {q.shape[0]}, k has {k.shape[0]}; give them one batch")
     if not 1 <= head_dim <= LARGEST_HEAD_DIM:
@@ -174,8 +184,11 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
         )
 
 
-def _check_lengths(q: Tensor, cu_q: Tensor | None, cu_k: Tensor | None) -> int:
-    """The number of packed sequences; raise ValueError for cumulative lengths that do not describe any."""
+def _check_lengths(q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, longest: tuple[int, int]) -> int:
+    """The number of packed sequences; raise ValueError for cumulative lengths that do not describe any.
+
+    What they say is only read where that does not make the host wait for a GPU: on a CPU, or where the longest are asked for anyway.
+    """
     if cu_q is None or cu_k is None:
         raise ValueError("cu_seqlens_q and cu_seqlens_k go together; give both")
     for name, lengths in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
@@ -185,11 +198,36 @@ def _check_lengths(q: Tensor, cu_q: Tensor | None, cu_k: Tensor | None) -> int:
             )
         if lengths.device != q.device:
             raise ValueError(f"{name} is on {lengths.device}, q on {q.device}; move them to one device")
-    return cu_q.numel() - 1
+    count = cu_q.numel() - 1
+    if count > MOST_HEADS_OR_SEQUENCES:
+        raise ValueError(
+            f"{count} packed sequences; more than {MOST_HEADS_OR_SEQUENCES} cannot be launched: split them"
+        )
+    if torch.compiler.is_compiling() or type(cu_q) is not Tensor or q.device.type == "meta":
+        return count
+    if q.device.type == "cpu" or not all(longest):
+        for name, lengths, tokens, most in (("q", cu_q, q.shape[0], longest[0]), ("k", cu_k, k.shape[0], longest[1])):
+            _check_ends(name, lengths.tolist(), tokens, most)
+    return count
+
+
+def _check_ends(name: str, ends: list[int], tokens: int, longest: int) -> None:
+    """Raise ValueError for ends of sequences that do not lie in order among `tokens`, or one longer than what was said, 0 for nothing."""
+    lengths = [end - start for start, end in itertools.pairwise(ends)]
+    if ends[0] != 0 or ends[-1] > tokens or min(lengths, default=0) < 0:
+        raise ValueError(
+            f"cu_seqlens_{name} goes from {ends[0]} to {ends[-1]}; it must ascend from 0 to at most {tokens} tokens"
+        )
+    if longest and max(lengths, default=0) > longest:
+        raise ValueError(
+            f"max_seqlen_{name} is {longest}, a sequence of cu_seqlens_{name} has {max(lengths)}; give the longest, or 0"
+        )
 
 
 def _check_seed(q: Tensor, seed: Tensor | None) -> None:
     """Raise ValueError for a seed that is not one int64 beside q."""
+    if seed is not None and not isinstance(seed, Tensor):
+        raise ValueError(f"seed is {seed!r}; give a tensor of one int64 on {q.device}")
     if seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != q.device):
         raise ValueError(f"seed is {seed.dtype} {tuple(seed.shape)} on {seed.device}; give one int64 on {q.device}")
 
@@ -198,6 +236,8 @@ def _check_slopes(q: Tensor, slopes: Tensor | None, sequences: int) -> None:
     """Raise ValueError for ALiBi slopes that do not go with q (B, S, H, D) or with that many packed `sequences`."""
     if slopes is None:
         return
+    if not isinstance(slopes, Tensor):
+        raise ValueError(f"alibi_slopes is {slopes!r}; give a float32 tensor")
     heads = q.shape[2]
     if slopes.dtype != torch.float32 or slopes.shape not in ((heads,), (sequences, heads)):
         raise ValueError(
@@ -209,16 +249,21 @@ def _check_slopes(q: Tensor, slopes: Tensor | None, sequences: int) -> None:
         raise ValueError("alibi_slopes requires a gradient, which is not computed; give it detached")
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float | torch.SymFloat | torch.SymInt)
+
+
 def _check_options(scale: float | None, softcap: float, dropout: float, window: tuple[int, int]) -> None:
     """Raise ValueError for numbers out of range."""
-    if scale is not None and not scale > 0:
-        raise ValueError(f"scale is {scale}; it must be positive")
-    if not softcap >= 0:
+    if scale is not None and not (_is_number(scale) and 0 < scale < math.inf):
+        raise ValueError(f"scale is {scale}; it must be positive and finite")
+    if not (_is_number(softcap) and softcap >= 0):
         raise ValueError(f"softcap is {softcap}; it must be positive, or 0 for none")
-    if not 0 <= dropout < 1:
+    if not (_is_number(dropout) and 0 <= dropout < 1):
         raise ValueError(f"dropout is {dropout}; it must be at least 0 and below 1")
     sides: object = window
-    if not isinstance(sides, tuple | list) or len(window) != 2 or min(window) < -1:
+    whole = isinstance(sides, tuple | list) and all(isinstance(side, int | torch.SymInt) for side in window)
+    if not whole or len(window) != 2 or min(window) < -1:
         raise ValueError(f"window is {window}; give (left, right), each a number of keys, or -1 for all")
 
 

@@ -65,7 +65,8 @@ def prepare(
     seed: Tensor | None,
 ) -> Prepared:
     """delta and LSE in the units and padding of the gradient kernels; launches one kernel."""
-    grad = grad if grad.stride(3) == 1 else grad.contiguous()
+    grad, out = (x if x.stride(3) == 1 else x.contiguous() for x in (grad, out))
+    lse = lse if lse.stride(2) == 1 else lse.contiguous()
     rows = triton.cdiv(q.shape[1], ROW_PADDING) * ROW_PADDING
     if sequences.packed:
         rows += ROW_PADDING  # the last tile of the last sequence starts anywhere
@@ -173,10 +174,11 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dQ, dK, dV), contiguous, in the dtypes of q, k and v."""
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    if sequences.packed or q.shape[1] == 0 or k.shape[1] == 0:
+    nothing = q.numel() == 0 or k.numel() == 0 or sequences.count == 0
+    if sequences.packed or nothing:
         for gradient in (dq, dk, dv):
             gradient.zero_()
-    if q.numel() == 0 or k.numel() == 0 or sequences.count == 0:
+    if nothing:
         return dq, dk, dv
     given = prepare(grad, grad_lse, q, k, v, out, lse, shape, sequences, slopes, seed)
     key_gradient(given, dk, dv)

@@ -3,7 +3,7 @@
     shardplan bench kernels -o kernels.csv
     python -m shardplan.kernels.benchmark --only attention -o attention.csv    (the same, with torch and triton alone)
 
-Providers of a case take turns in three rounds on one device; between calls a buffer larger than the L2 cache is written.
+Providers of a case take turns in three rounds on one device; between calls a buffer larger than the L2 cache is read.
 Ratios compare the least of the three medians; targets are ratios, because clocks differ from board to board.
 """
 

@@ -47,7 +47,7 @@ REDUCTIONS = ("mean", "sum", "none")
 def _cross_entropy(
     logits: Tensor, targets: Tensor, ignore_index: int, smoothing: float, z_loss: float, reduction: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, log-sum-exp, scale); without a reduction the loss is (T,) and the scale empty."""
+    """(loss, log-sum-exp (2, T), scale); without a reduction the loss is (T,) and the scale empty."""
     losses, lses = token_losses(logits, targets, ignore_index, smoothing, z_loss)
     if reduction == "none":
         return losses, lses, losses.new_empty(0)
@@ -61,9 +61,10 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     wide = torch.promote_types(logits.dtype, torch.float32)
     losses = torch.empty(logits.shape[0], dtype=wide, device=logits.device)
+    lses = losses.new_empty((2, logits.shape[0]))
     if reduction == "none":
-        return losses, torch.empty_like(losses), losses.new_empty(0)
-    return losses.new_empty(()), losses, losses.new_empty(())
+        return losses, lses, losses.new_empty(0)
+    return losses.new_empty(()), lses, losses.new_empty(())
 
 
 @torch.library.custom_op("shardplan::cross_entropy_backward", mutates_args=())
@@ -132,6 +133,8 @@ def cross_entropy(
     other target outside [0, V) gives NaN. Differentiable in the logits; the gradient has their dtype. ValueError on shapes
     that do not agree, an unknown reduction or a smoothing outside [0, 1]. Sources [1] to [4] above.
     """
+    if logits.dim() == 0:
+        raise ValueError("logits are a scalar; give (..., V)")
     check_targets(logits, logits.shape[:-1], targets, label_smoothing)
     check_reduction(reduction)
     rows, flat = logits.flatten(0, -2) if logits.dim() > 1 else logits[None], targets.reshape(-1)
@@ -189,12 +192,12 @@ def _shipped_gradient(name: str, per_token: bool) -> Shipped:
         signature=dict.fromkeys(("logits", "out"), f"*{name}")
         | {"targets": "*i64"}
         | dict.fromkeys(("lses", "grad", "scale"), "*fp32")
-        | dict.fromkeys(("columns", "stride", "out_stride", "start", "vocabulary", "ignore_index"), "i32")
+        | dict.fromkeys(("tokens", "columns", "stride", "out_stride", "start", "vocabulary", "ignore_index"), "i32")
         | dict.fromkeys(("smoothing", "z_loss"), "fp32"),
         constants={"PER_TOKEN": per_token, "HAS_SCALE": not per_token, "BLOCK": GRADIENT_BLOCK},
         warps=GRADIENT_WARPS,
         stages=1,
-        undivided=frozenset({"ignore_index", "grad", "scale"}),
+        undivided=frozenset({"tokens", "ignore_index", "grad", "scale"}),
     )
 
 

@@ -36,7 +36,7 @@ def statistics_kernel(
     SUM: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One program a token. WHOLE writes losses and lses (T,), else statistics (4, T); SUM adds up the logits."""
+    """One program a token. WHOLE writes losses (T,) and lses (2, T), else statistics (4, T); SUM adds up the logits."""
     token = tl.program_id(0).to(tl.int64)
     row = logits + token * stride
     target = tl.load(targets + token).to(tl.int64)
@@ -61,13 +61,18 @@ def statistics_kernel(
     inside = (local >= 0) & (local < columns)
     at_target = tl.load(row + local, mask=inside, other=0.0).to(tl.float32)
     if WHOLE:
-        lse = largest + tl.log(sum_exp)
+        log_sum = tl.log(sum_exp)
+        lse = largest + log_sum
+        near = lse - largest
+        rest = (largest - (lse - near)) + (log_sum - near)  # what that sum rounds off (Knuth's two-sum)
+        rest = tl.where(tl.abs(lse) < float("inf"), rest, 0.0)
         loss = lse - (1.0 - smoothing) * at_target + z_loss * lse * lse
         if SUM:
             loss -= smoothing / columns * total
         loss = tl.where(inside, loss, float("nan"))  # a target outside the vocabulary must be seen
         tl.store(losses + token, tl.where(ignored, 0.0, loss))
         tl.store(lses + token, tl.where(ignored, 0.0, lse))
+        tl.store(lses + tokens + token, tl.where(ignored, 0.0, rest))
     else:
         tl.store(statistics + token, largest)
         tl.store(statistics + tokens + token, sum_exp)
@@ -83,6 +88,7 @@ def logit_gradient_kernel(
     lses: tl.tensor,
     grad: tl.tensor,
     scale: tl.tensor,
+    tokens: tl.tensor,
     columns: tl.tensor,
     stride: tl.tensor,
     out_stride: tl.tensor,
@@ -103,10 +109,11 @@ def logit_gradient_kernel(
     x = tl.load(logits + token * stride + column, mask=mask, other=-float("inf")).to(tl.float32)
     target = tl.load(targets + token).to(tl.int64)
     lse = tl.load(lses + token)
+    rest = tl.load(lses + tokens + token)
     g = tl.load(grad + token).to(tl.float32) if PER_TOKEN else tl.load(grad).to(tl.float32)
     if HAS_SCALE:
         g *= tl.load(scale)
-    dx = tl.exp(x - lse) * (1.0 + 2.0 * z_loss * lse) - smoothing / vocabulary
+    dx = tl.exp((x - lse) - rest) * (1.0 + 2.0 * z_loss * lse) - smoothing / vocabulary
     dx = tl.where(column + start == target, dx - (1.0 - smoothing), dx) * g
     dx = tl.where(target == ignore_index, 0.0, dx)
     tl.store(out + token * out_stride + column, as_output(dx, out), mask=mask)

@@ -33,12 +33,15 @@ def statistics_block(columns: int) -> int:
 def token_losses(
     logits: Tensor, targets: Tensor, ignore_index: int, smoothing: float, z_loss: float
 ) -> tuple[Tensor, Tensor]:
-    """(loss, log-sum-exp), fp32 (T,) each, of whole logits (T, V), by kernel or reference; not differentiable itself."""
+    """(loss (T,), log-sum-exp (2, T)), fp32, of whole logits (T, V), by kernel or reference; not differentiable itself.
+
+    The second row of the log-sum-exp is what the first rounds off: exp(x - lse) would lose as much as lse is large.
+    """
     if not uses_kernel(logits):
         statistics = statistics_reference(logits, targets, 0)
         return token_losses_reference(statistics, targets, logits.shape[1], ignore_index, smoothing, z_loss)
     losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
-    lses = torch.empty_like(losses)
+    lses = torch.empty((2, logits.shape[0]), dtype=torch.float32, device=logits.device)
     launch_statistics(logits, targets, losses, losses, lses, 0, ignore_index, smoothing, z_loss, whole=True)
     return losses, lses
 
@@ -95,7 +98,9 @@ def logit_gradient(
     smoothing: float,
     z_loss: float,
 ) -> None:
-    """Write the gradient of the logits (T, V) into `out`, which may be `logits`; `grad` is one or (T,), `scale` one."""
+    """Write the gradient of the logits (T, V) into `out`, which may be `logits`; `grad` is one or (T,), `scale` one,
+    `lse` (2, T) as of `token_losses`, or (T,)."""
+    lse = (torch.stack((lse, torch.zeros_like(lse))) if lse.dim() == 1 else lse).contiguous()
     if not uses_kernel(logits):
         given = grad if scale is None else grad * scale
         how = (start, vocabulary, ignore_index, smoothing, z_loss)
@@ -104,6 +109,7 @@ def logit_gradient(
     rows, columns = logits.shape
     if not logits.numel():
         return
+    lse = lse.float()
     source = as_rows(logits)
     with on_device_of(logits):
         logit_gradient_kernel[(rows * triton.cdiv(columns, GRADIENT_BLOCK),)](
@@ -113,6 +119,7 @@ def logit_gradient(
             lse,
             grad.contiguous(),
             lse if scale is None else scale,
+            rows,
             columns,
             source.stride(0),
             out.stride(0),

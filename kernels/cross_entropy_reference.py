@@ -23,15 +23,18 @@ def statistics_reference(logits: Tensor, targets: Tensor, start: int) -> Tensor:
 def token_losses_reference(
     statistics: Tensor, targets: Tensor, vocabulary: int, ignore_index: int, smoothing: float, z_loss: float
 ) -> tuple[Tensor, Tensor]:
-    """(loss, log-sum-exp), (T,) each, of the statistics (4, T) of the whole vocabulary; 0 for ignored tokens."""
+    """(loss (T,), log-sum-exp and what it rounds off (2, T)) of the statistics (4, T) of the whole vocabulary; 0 for ignored tokens."""
     largest, sum_exp, target, total = statistics
-    lse = largest + sum_exp.log()
+    log_sum = sum_exp.log()
+    lse = largest + log_sum
+    near = lse - largest
+    rest = ((largest - (lse - near)) + (log_sum - near)).masked_fill(~lse.isfinite(), 0.0)
     loss = lse - (1 - smoothing) * target + z_loss * lse * lse
     if smoothing:
         loss = loss - smoothing / vocabulary * total
     loss = torch.where((targets >= 0) & (targets < vocabulary), loss, torch.nan)
     ignored = targets == ignore_index
-    return loss.masked_fill(ignored, 0.0), lse.masked_fill(ignored, 0.0)
+    return loss.masked_fill(ignored, 0.0), torch.stack((lse, rest)).masked_fill(ignored, 0.0)
 
 
 def logit_gradient_reference(
@@ -45,9 +48,9 @@ def logit_gradient_reference(
     smoothing: float,
     z_loss: float,
 ) -> Tensor:
-    """Gradient of the logits (T, V), in fp32, for the loss gradients `grad`, one or (T,)."""
-    lse = lse[:, None]
+    """Gradient of the logits (T, V), in fp32, for the loss gradients `grad`, one or (T,); `lse` (2, T)."""
+    lse, rest = lse[:, :, None]
     columns = start + torch.arange(logits.shape[1], device=logits.device)
-    out = (logits.to(lse.dtype) - lse).exp() * (1 + 2 * z_loss * lse) - smoothing / vocabulary
+    out = ((logits.to(lse.dtype) - lse) - rest).exp() * (1 + 2 * z_loss * lse) - smoothing / vocabulary
     out = out - (1 - smoothing) * (columns == targets[:, None]).to(lse.dtype)
     return (out * grad.reshape(-1, 1)).masked_fill((targets == ignore_index)[:, None], 0.0)

@@ -39,12 +39,13 @@ def _activate(x: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
     if ACTIVATION == "silu":
         s = tl.sigmoid(x)
         value = x * s
-        slope = s + value * (1.0 - s)
+        slope = s + value * tl.sigmoid(-x)
     elif ACTIVATION == "gelu_tanh":
         # ½ (1 + tanh u) = σ(2u); 1.5957691216 = 2 √(2/π)
-        s = tl.sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * x * x))
+        z = 1.5957691216057308 * x * (1.0 + 0.044715 * x * x)
+        s = tl.sigmoid(z)
         value = x * s
-        slope = s + value * (1.0 - s) * 1.5957691216057308 * (1.0 + 3 * 0.044715 * x * x)
+        slope = s + value * tl.sigmoid(-z) * 1.5957691216057308 * (1.0 + 3 * 0.044715 * x * x)
     else:
         s = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
         value = x * s
@@ -120,10 +121,11 @@ def gated_backward_reference(grad: Tensor, gate: Tensor, up: Tensor, activation:
     x, u, dy = (each.to(torch.promote_types(gate.dtype, torch.float32)) for each in (gate, up, grad))
     if activation == "silu":
         s = x.sigmoid()
-        slope = s + x * s * (1 - s)
+        slope = s + x * s * (-x).sigmoid()
     elif activation == "gelu_tanh":
-        s = (1.5957691216057308 * x * (1 + 0.044715 * x * x)).sigmoid()
-        slope = s + x * s * (1 - s) * 1.5957691216057308 * (1 + 3 * 0.044715 * x * x)
+        z = 1.5957691216057308 * x * (1 + 0.044715 * x * x)
+        s = z.sigmoid()
+        slope = s + x * s * (-z).sigmoid() * 1.5957691216057308 * (1 + 3 * 0.044715 * x * x)
     else:
         slope = 0.5 * (1 + (x * 0.7071067811865476).erf()) + x * 0.3989422804014327 * (-0.5 * x * x).exp()
     return (dy * u * slope).to(gate.dtype), (dy * _activation_reference(x, activation)).to(gate.dtype)
@@ -139,7 +141,7 @@ def _flat(*tensors: Tensor) -> tuple[list[Tensor], int, int]:
 
 def _run_forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     if not uses_kernel(gate, up):
-        return gated_reference(gate, up, activation)
+        return gated_reference(gate, up, activation).contiguous()
     y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     if y.numel():
         (gate_rows, up_rows), count, width = _flat(gate, up)
@@ -248,9 +250,9 @@ def gated(gate: Tensor, up: Tensor, *, activation: str = "silu") -> Tensor:
     Differentiable in both. ValueError on an unknown activation or inputs that are not alike. Sources [1] to [3] above.
     """
     _check_activation(activation)
-    if gate.shape != up.shape or gate.dtype != up.dtype or gate.dim() == 0:
+    if gate.shape != up.shape or gate.dtype != up.dtype or gate.dim() == 0 or not gate.is_floating_point():
         raise ValueError(
-            f"gate is {gate.dtype} {tuple(gate.shape)} and up {up.dtype} {tuple(up.shape)}; make them alike, (..., F)"
+            f"gate is {gate.dtype} {tuple(gate.shape)} and up {up.dtype} {tuple(up.shape)}; make them alike and floating-point, (..., F)"
         )
     return _GATED(gate, up, activation)
 

@@ -41,6 +41,11 @@ def on_device_of(x: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device_of(x) if x.is_cuda else nullcontext()
 
 
+def autocasts(x: Tensor) -> bool:
+    """Whether the caller is under autocast for the device of `x`; tensors of no device are never."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
 def in_given_precision(x: Tensor) -> AbstractContextManager[object]:
     """Inside an operator whose caller may be under autocast: products in the dtypes they are given in."""
     return torch.autocast(x.device.type, enabled=False)

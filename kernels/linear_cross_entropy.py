@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from shardplan.kernels.cross_entropy import check_targets
 from shardplan.kernels.cross_entropy_launch import logit_gradient, reduce_losses, token_losses
-from shardplan.kernels.launch import in_given_precision
+from shardplan.kernels.launch import autocasts, in_given_precision
 
 CHUNK_LOGITS = 2**27
 """Logits of a chunk unless its tokens are given: 256 MiB in bf16, large enough for the products to run at full rate."""
@@ -131,7 +131,9 @@ def linear_cross_entropy(
     Differentiable in hidden and weight, once. Under autocast both are cast to its dtype, as a linear layer would. ValueError on shapes or
     dtypes that do not agree. Source [1] above.
     """
-    if torch.is_autocast_enabled(hidden.device.type):
+    if hidden.dim() < 2:
+        raise ValueError(f"hidden has shape {tuple(hidden.shape)}; give (..., H), a row a token")
+    if autocasts(hidden):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     check_targets(hidden, hidden.shape[:-1], targets, label_smoothing)
@@ -139,6 +141,8 @@ def linear_cross_entropy(
         raise ValueError(
             f"weight is {weight.dtype} {tuple(weight.shape)}; give (V, {hidden.shape[-1]}) in the {hidden.dtype} of hidden"
         )
+    if not weight.shape[0]:
+        raise ValueError("weight has no rows; give (V, H) with V at least 1")
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction={reduction!r} is not possible here; use mean or sum, or cross_entropy for none")
     chunk = chunk_of(weight.shape[0]) if chunk_tokens is None else chunk_tokens

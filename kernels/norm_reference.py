@@ -21,7 +21,12 @@ def norm_forward_reference(
     y = (value - mean) * rstd * weight.to(wide)
     if bias is not None:
         y = y + bias.to(wide)
-    return y.to(x.dtype), total, mean.reshape(-1) if centered else value.new_empty(0), rstd.reshape(-1)
+    return (
+        y.to(x.dtype).contiguous(),
+        total.contiguous(),
+        mean.reshape(-1) if centered else value.new_empty(0),
+        rstd.reshape(-1),
+    )
 
 
 def norm_backward_reference(

@@ -145,7 +145,7 @@ def _level_table(device: torch.device) -> torch.Tensor:
 def _quantize_nf4(x: torch.Tensor, block: int, double: bool) -> torch.Tensor:
     if not takes_kernel(x):
         return reference.quantize_nf4(x, block, double)
-    x = x.reshape(-1)
+    x = x.reshape(-1).contiguous()  # a column of a matrix stays a view with strides
     layout = Nf4Layout(numel=x.numel(), block=block, double=double)
     packed = layout.empty(x.device)
     if x.numel() == 0:

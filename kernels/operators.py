@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 NAMESPACE = "shardplan"
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -42,6 +43,10 @@ def operator(
     return registered if differentiate is None or save is None else _quick(registered, differentiate, save)
 
 
+def _has_tangent(x: Any) -> bool:
+    return isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None
+
+
 def _quick(registered: Callable[..., Any], differentiate: Callable[..., Any], save: Callable[..., None]) -> Any:
     """`registered`, by an autograd.Function where it is called from Python and nothing traces it."""
 
@@ -57,8 +62,11 @@ def _quick(registered: Callable[..., Any], differentiate: Callable[..., Any], sa
             return differentiate(ctx, *grads)
 
     def call(*inputs: Any) -> Any:
-        traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()  # pyright: ignore[reportPrivateUsage]
-        if traced or not torch.is_grad_enabled():
+        if torch.compiler.is_compiling():
+            return registered(*inputs)
+        if forward_ad._current_level >= 0 and any(map(_has_tangent, inputs)):  # pyright: ignore[reportPrivateUsage]
+            raise RuntimeError(f"{registered} has no derivative in forward mode (torch.func.jvp): it would be 0")
+        if not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():  # pyright: ignore[reportPrivateUsage]
             return registered(*inputs)
         return Called.apply(*inputs)
 

@@ -164,7 +164,7 @@ def run(
     launch: Launch,
 ) -> torch.Tensor:
     """Launch the kernel as `launch` says."""
-    x = x.reshape(-1)
+    x = x.reshape(-1).contiguous()  # a column of a matrix stays a view with strides
     part = part_numel(x.numel(), partitions)
     packed = empty_rows(x, partitions, part, packing)
     if packed.numel() == 0:

@@ -91,7 +91,8 @@ def losses_of(
     z_loss: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """(loss, log-sum-exp), fp32 (T,) each, from the statistics of the whole vocabulary; formulas in `cross_entropy.py`."""
-    return token_losses_reference(torch.stack(whole), targets, vocabulary, ignore_index, label_smoothing, z_loss)
+    losses, lse = token_losses_reference(torch.stack(whole), targets, vocabulary, ignore_index, label_smoothing, z_loss)
+    return losses, lse[0]
 
 
 def local_gradient(
@@ -106,7 +107,8 @@ def local_gradient(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
 ) -> Tensor:
-    """Gradient of a rank's logits (T, V_r), in their dtype, given the global `lse` (T,) and the losses' gradients (T,)."""
+    """Gradient of a rank's logits (T, V_r), in their dtype, given the global `lse` (T,), or with what it
+    rounds off (2, T), and the losses' gradients (T,)."""
     how = (start, vocabulary, ignore_index, label_smoothing, z_loss)
     return torch.ops.shardplan.cross_entropy_backward(grad, logits, targets, lse, None, *how)
 
@@ -116,7 +118,10 @@ class _Split(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, start: int, group: Any, how: dict[str, Any]) -> Tensor:
-        losses, lse = losses_of(merge_across(local_statistics(logits, targets, start=start), group), targets, **how)
+        whole = torch.stack(merge_across(local_statistics(logits, targets, start=start), group))
+        losses, lse = token_losses_reference(
+            whole, targets, how["vocabulary"], how["ignore_index"], how["label_smoothing"], how["z_loss"]
+        )
         ctx.save_for_backward(logits, targets, lse)
         ctx.start, ctx.how = start, how
         return losses
