@@ -75,6 +75,9 @@ def read_kernel_rates(path: Path) -> KernelRates:
     if missing:
         remedy = "give a file of `shardplan bench kernels -o`"
         raise InputError(f"has no column {missing[0]!r}" if rows else "is empty", place=place, remedy=remedy)
+    torn = next((at for at, row in enumerate(rows) if any(row[name] is None for name in COLUMNS)), None)
+    if torn is not None:
+        raise InputError(f"is cut off at line {torn + 2}", place=place, remedy="copy or measure it again")
     chosen = [
         row for row in rows if row["kernel"] in PASSES and row["metric"] == "rate" and CASE.fullmatch(row["case"])
     ]

@@ -20,8 +20,8 @@ KERNELS = {
     "query_gradient": attention_query_gradient_kernel,
 }
 SWITCHES = ("HAS_LEFT", "HAS_RIGHT", "TOP_LEFT", "SOFTCAP", "ALIBI", "DROPOUT", "VARLEN")
-USUAL = ("VARLEN", "DROPOUT", "SOFTCAP", "HAS_LEFT")
-"""What a causal mask is often trained with: packed documents, dropout, a soft cap, a window."""
+USUAL = ("VARLEN", "DROPOUT", "SOFTCAP", "HAS_LEFT", "ALIBI")
+"""What a causal mask is often trained with: packed documents, dropout, a soft cap, a window, slopes."""
 EVERYTHING = frozenset(SWITCHES) - {"TOP_LEFT"}
 TYPES = {"cu_q": "*i32", "cu_k": "*i32", "slopes": "*fp32", "seeds": "*i64"} | dict.fromkeys(
     ("scale", "softcap", "dropout"), "fp32"
@@ -29,6 +29,8 @@ TYPES = {"cu_q": "*i32", "cu_k": "*i32", "slopes": "*fp32", "seeds": "*i64"} | d
 ABSENT = {"cu_q": "VARLEN", "cu_k": "VARLEN", "slopes": "ALIBI", "seeds": "DROPOUT"}
 """Arguments that are None unless their switch is on."""
 QUERY_SIDE, KEY_SIDE = ("q", "grad"), ("k", "v")
+WARP_PRODUCTS = frozenset({("key_gradient", 64), ("key_gradient", 128), ("key_gradient", 256), ("query_gradient", 256)})
+"""Kernels and head dimensions whose tiles by pointer are too short for the tensor cores' instructions of a warp group."""
 SPILLED: dict[tuple[str, int], int] = {("key_gradient", 128): 64, ("key_gradient", 256): 64}
 """Stack bytes a thread that are accepted where tiles load by descriptor: faster as measured than tiles without."""
 SPILLED_WITH: dict[tuple[str, int, str], int] = {
@@ -41,8 +43,10 @@ SPILLED_WITH: dict[tuple[str, int, str], int] = {
     ("query_gradient", 128, "DROPOUT"): 32,
 }
 """The same with one switch beside a causal mask: the tiles are those of the mask alone, no others have been timed with it."""
-MOST_SPILLED = 2560
-"""For fp32 and for every switch at once, which are there to be right."""
+SPILLED_FP32 = {64: 512, 128: 512, 256: 2560}
+"""For fp32, by head dimension, which is there to be right."""
+SPILLED_WITH_EVERYTHING = 1280
+"""For every switch at once, likewise."""
 
 
 def shipped() -> list[Shipped]:
@@ -59,8 +63,11 @@ def shipped() -> list[Shipped]:
             for switch in USUAL:
                 on = frozenset({"HAS_RIGHT", switch})
                 entries.append(_entry(kernel, head_dim, "bf16", on, tma=True, capabilities=(90,)))
-        entries.append(_entry(kernel, 128, "fp16", EVERYTHING, tma=True, capabilities=(90,)))
-        entries.append(_entry(kernel, 128, "fp32", frozenset({"HAS_RIGHT"}), tma=False, capabilities=(80, 90)))
+        for head_dim in (64, 128, 256):
+            entries.append(_entry(kernel, head_dim, "fp16", EVERYTHING, tma=True, capabilities=(90,)))
+            entries.append(_entry(kernel, head_dim, "fp32", frozenset({"HAS_RIGHT"}), tma=False, capabilities=(80, 90)))
+        entries.append(_entry(kernel, 128, "bf16", EVERYTHING, tma=False, capabilities=(80, 90)))
+        entries.append(_entry(kernel, 128, "fp32", EVERYTHING, tma=False, capabilities=(90,)))
     entries += [_specialised(head_dim) for head_dim in (64, 128)]
     return [*entries, _delta()]
 
@@ -85,15 +92,19 @@ def _entry(
         constants=constants,
         warps=tile.warps,
         stages=tile.stages,
-        tensor_cores=dtype != "fp32" and tile.queries >= 64,
+        tensor_cores=dtype != "fp32" and (tma or (kernel, max(block_d, 64)) not in WARP_PRODUCTS),
         tma=tma,
-        most_stack_bytes=MOST_SPILLED if dtype == "fp32" or on == EVERYTHING else _spilled(kernel, block_d, on) * tma,
+        most_stack_bytes=_accepted(kernel, block_d, dtype, on) if tma or dtype == "fp32" or on == EVERYTHING else 0,
         capabilities=capabilities,
     )
 
 
-def _spilled(kernel: str, block_d: int, on: frozenset[str]) -> int:
+def _accepted(kernel: str, block_d: int, dtype: str, on: frozenset[str]) -> int:
     """Accepted stack bytes a thread."""
+    if dtype == "fp32":
+        return SPILLED_FP32[max(block_d, 64)]
+    if on == EVERYTHING:
+        return SPILLED_WITH_EVERYTHING
     return max([SPILLED.get((kernel, block_d), 0), *(SPILLED_WITH.get((kernel, block_d, switch), 0) for switch in on)])
 
 
@@ -139,6 +150,7 @@ def _specialised(head_dim: int) -> Shipped:
         stages=tile.stages,
         tensor_cores=True,
         tma=True,
+        specialised=True,
     )
 
 

@@ -57,7 +57,7 @@ POINTERS: dict[tuple[str, int], Tiles] = {
 }
 """The same, loaded by pointer: GPUs before Hopper, and tensors that a descriptor cannot describe; not timed."""
 WIDE: dict[tuple[str, int], Tiles] = {
-    (kernel, block): Tiles(queries=32, keys=32, warps=8 if block == 256 else 4, stages=1)
+    (kernel, block): Tiles(queries=32, keys=32, warps=4 if block == 64 else 8, stages=1)
     for kernel in ("forward", "key_gradient", "query_gradient")
     for block in (64, 128, 256)
 }

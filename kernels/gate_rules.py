@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from shardplan.kernels.gate_compile import Compiled
+from shardplan.kernels.gate_compile import WARP_THREADS, Compiled
 from shardplan.kernels.shipped import Shipped
 
 SHARED_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}
@@ -55,6 +55,11 @@ def _tuning_faults(entry: Shipped, compiled: Compiled) -> Iterator[str]:
         yield (
             f"0 HGMMA instructions ({compiled.mma} of one warp), at least 1 claimed; "
             "give tl.dot bf16 or fp16 tiles of 64 rows or more and 4 warps or more, or drop tensor_cores"
+        )
+    if entry.specialised and compiled.threads <= WARP_THREADS * entry.warps:
+        yield (
+            f"{compiled.threads} threads in {entry.warps} warps, more claimed: no warps of its own load tiles; "
+            "use tiles that Triton specialises (warps, stages), or drop specialised"
         )
     if entry.tma and not compiled.utmaldg:
         yield "0 UTMALDG instructions, at least 1 claimed; load tiles through a tensor descriptor, or drop tma"

@@ -27,6 +27,8 @@ class Shipped:
     """Whether products must run on the tensor cores (`HGMMA` on sm_90)."""
     tma: bool = False
     """Whether tiles must be loaded by the tensor memory accelerator (`UTMALDG` on sm_90)."""
+    specialised: bool = False
+    """Whether warps of its own must load tiles: more threads than `warps` has."""
     contracted: bool = True
     """Whether the compiler may contract a · b + c to one operation (`enable_fp_fusion` of a launch)."""
     most_stack_bytes: int = 0

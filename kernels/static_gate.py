@@ -91,15 +91,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     start_s = time.monotonic()
     try:
         jobs = jobs_of(words.module or shipping_modules(), sorted(set(words.arch or SHARED_BYTES)), words.only)
-    except ValueError as error:
+    except (ValueError, ModuleNotFoundError) as error:
         print(error, file=sys.stderr)
+        return 2
+    if not jobs:
+        print(f"no kernel's module or name holds {words.only!r} for these architectures", file=sys.stderr)
+        return 2
+    if words.json and not words.json.absolute().parent.is_dir():
+        print(f"{words.json}: its folder does not exist; create it first", file=sys.stderr)
         return 2
     found, compiled = compile_all(jobs, words.cache, words.processes)
     refused = [line for job, one in zip(jobs, found, strict=True) for line in faults(job.entry, job.arch, one)]
     if words.json:
         words.json.write_text(json.dumps(as_json(jobs, found), indent=1) + "\n")
-    if jobs:
-        print(table(jobs, found))
+    print(table(jobs, found))
     for line in refused:
         print(f"refused: {line}", file=sys.stderr)
     print(
@@ -118,8 +123,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--module", action="append", help="look for shipped() here, not in the package; repeat")
     parser.add_argument("--json", type=Path, help="file for all that was counted")
     parser.add_argument("--cache", type=Path, default=default_cache(), help="folder for results of unchanged kernels")
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--processes", type=_positive, default=2)
     return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of processes; give at least 1")
+    return number
 
 
 def _source_of(module: str) -> str:

@@ -101,6 +101,15 @@ def test_files_that_are_none(tmp_path: Path, text: str, told: str) -> None:
         read_kernel_rates(tmp_path / "nowhere.csv")
 
 
+@pytest.mark.parametrize("kept", [192, 215, 260, 330])
+def test_a_file_that_is_cut_off(root: Path, tmp_path: Path, kept: int) -> None:
+    whole = (root / "reports/measured/h200-2026-11-27/kernels.csv").read_text(encoding="utf-8")
+    path = tmp_path / "x.csv"
+    path.write_text(whole[: whole.index("attention forward") + kept], encoding="utf-8")
+    with pytest.raises(InputError, match=r"is cut off at line \d|no rates of attention|is not positive"):
+        read_kernel_rates(path)
+
+
 def test_rates_of_the_h200_become_its_curves(root: Path) -> None:
     """Curves meet the measured rates at 4,096 tokens; kernels that were not timed stay."""
     rates = read_kernel_rates(root / "reports/measured/h200-2026-11-26/kernels.csv")

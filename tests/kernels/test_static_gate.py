@@ -57,6 +57,7 @@ REFUSED = {
     'tile("too large", 128, 256, 8, 4, tma=True)': "bytes of shared memory, limit 232,448; use fewer stages",
     'line("no product", tensor_cores=True)': "no product (sm_90): 0 HGMMA instructions",
     'line("no descriptor", tma=True)': "no descriptor (sm_90): 0 UTMALDG instructions, at least 1 claimed",
+    'line("no loaders", specialised=True)': "no loaders (sm_90): 128 threads in 4 warps, more claimed",
     'tile("odd", 96, 64, 4, 2)': "odd (sm_90): does not compile: ",
 }
 
