@@ -128,16 +128,17 @@ def _block_cost(
         shapes.tp > 1, runtime.execution.tensor_parallel_launches, 0.0
     )
     exchanging = bool(np.any(shapes.cp > 1))
+    dispatched = any(op.experts is not None for op, _ in ops)
     for op, seconds in ops:
         selected = _selected(op.name, shapes, runtime)
         for name, value in _op_totals(op, seconds, selected, precision, runtime).items():
             total[name] += value
         if op.context is not None and exchanging:
             total.update(_context_columns(op.context, shapes, seconds.forward, seconds.backward, tiers, runtime))
-            total["context_selective"] = zero + (selected > 0)
+            total["context_selective"] = zero + ((selected > 0) | runtime.communication.selective_repeats_context)
         for one in seconds.tensor_forward:
             total["tensor_forward_s"] += one
-            total["tensor_selective_s"] += one * _repeated_tensor(selected, shapes, runtime)
+            total["tensor_selective_s"] += one * _repeated_tensor(selected, shapes, runtime, dispatched=dispatched)
         for one in seconds.tensor_backward:
             total["tensor_backward_s"] += one
         if op.name not in TENSORS:
@@ -242,10 +243,12 @@ def _selected(name: str, shapes: Shapes, runtime: Runtime) -> FloatArray:
     return np.where(parts > 0, asked, runtime.activations.selective.get(name, 0.0))
 
 
-def _repeated_tensor(selected: FloatArray, shapes: Shapes, runtime: Runtime) -> FloatArray:
-    """Share of an operator's forward tensor-parallel communication that `selective` repeats, (K,)."""
+def _repeated_tensor(selected: FloatArray, shapes: Shapes, runtime: Runtime, *, dispatched: bool) -> FloatArray:
+    """Share of an operator's forward tensor-parallel communication that `selective` repeats, (K,); all of it in layers whose tokens are
+    dispatched, as only what reduces a dense MLP, the end of a layer, is not repeated."""
     communication = runtime.communication
     usual = np.where(shapes.sp > 1, communication.selective_repeats_tensor_sp, communication.selective_repeats_tensor)
+    usual = np.where((usual > 0) & dispatched, 1.0, usual)
     return np.where(np.asarray(shapes.recompute_parts) > 0, selected, usual)
 
 

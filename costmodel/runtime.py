@@ -226,6 +226,8 @@ class Communication(_FromFile):
     (or of each of its messages). Gathers of every micro-batch go by layers all the same."""
     bucket_parameters_per_rank: float = 0.0
     """A bucket holds at least this many for each data-parallel rank."""
+    selective_repeats_context: bool = False
+    """Selective recompute repeats the exchanges of attention whatever it recomputes, else only where it recomputes attention."""
     context_overlap: float = 1.0
     """Share of a ring pass of context parallelism that attention can hide."""
 

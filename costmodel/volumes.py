@@ -58,8 +58,9 @@ def communication_volumes(
             _add(total, _layer(block, table, runtime, depth, smallest_bytes), micro_batches * float(count))
         for count, block in ((stages.embedding, ops.embedding), (stages.head, ops.head)):
             _add(total, _collectives(block, smallest_bytes, backward=True), micro_batches * float(count[0, stage]))
-        if layout.pp > 1:  # the first chunk sends nothing back, the last nothing on
-            _add(total, {("pp", "send"): boundary}, micro_batches * (2.0 * layout.virtual_stages - ends))
+        if layout.pp > 1:  # the first chunk sends nothing back, the last nothing on, the turn of a V stays on its rank
+            turns = 2.0 if table.v_placed[0] and stage == layout.pp - 1 else 0.0
+            _add(total, {("pp", "send"): boundary}, micro_batches * (2.0 * layout.virtual_stages - ends - turns))
             if model.tied_embeddings and not table.v_placed[0] and ends:
                 name = "send" if runtime.communication.tied_after_reduction else "all_reduce"
                 _add(total, {("pp", name): float(tied_table_bytes(model, job, table, runtime)[0])})
@@ -108,8 +109,14 @@ def _layer(block: Sequence[Op], table: LayoutTable, runtime: Runtime, depth: flo
     how = runtime.communication
     split = bool(table.sequence_parallel[0])
     again = depth * (how.full_repeats_tensor_sp if split else how.full_repeats_tensor)
-    if table.recompute[0] == SELECTIVE:
+    selects = table.recompute[0] == SELECTIVE
+    if selects:
         again = how.selective_repeats_tensor_sp if split else how.selective_repeats_tensor
+        if again and any(op.experts is not None for op in block):
+            again = 1.0  # only what reduces a dense MLP, the end of a layer, is not repeated
+    context_again = depth + float(
+        selects and (how.selective_repeats_context or "attention" in runtime.activations.selective)
+    )
     _add(found, _collectives(block, smallest_bytes, backward=False), again)
     for op in block:
         if op.experts is not None:
@@ -117,7 +124,7 @@ def _layer(block: Sequence[Op], table: LayoutTable, runtime: Runtime, depth: flo
         if op.context is not None and table.cp[0] > 1:
             query, key_value = (np.asarray(size, dtype=np.float64) for size in op.context)
             both = exchanges(CP_KINDS[int(table.cp_kind[0])], table.cp.astype(np.float64), query, key_value)
-            for phase, times in zip(both, (1.0 + depth, 1.0), strict=True):
+            for phase, times in zip(both, (1.0 + context_again, 1.0), strict=True):
                 for one in phase:
                     name = "send" if one.operation == "pass" else one.operation
                     size = float(np.ravel(one.size_bytes * one.times)[0])

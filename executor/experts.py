@@ -73,10 +73,10 @@ class Router(nn.Module):
         weights_TK, chosen_TK = scores_TE.topk(self.copies, dim=-1)
         if self.normalised:
             weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
-        sent_E = torch.zeros(self.experts, dtype=torch.int64, device=x_TH.device)
-        sent_E.scatter_add_(
+        none_E = torch.zeros(self.experts, dtype=torch.int64, device=x_TH.device)
+        sent_E = none_E.scatter_add(
             0, chosen_TK.flatten(), torch.ones_like(chosen_TK).flatten()
-        )  # bincount would wait for the GPU
+        )  # bincount waits for the GPU
         if self.balance_weight and torch.is_grad_enabled():
             weights_TK = _AddGradient.apply(weights_TK, self._balance_loss(scores_TE, sent_E), self)
         return weights_TK.to(x_TH.dtype), chosen_TK, sent_E
@@ -132,9 +132,7 @@ def pick(x: Tensor, order: Tensor, inverse: Tensor, *, copies: int = 1) -> Tenso
 
 def inverse_of(order: Tensor) -> Tensor:
     """The permutation that undoes `order`."""
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(len(order), device=order.device)
-    return inverse
+    return torch.zeros_like(order).scatter(0, order, torch.arange(len(order), device=order.device))
 
 
 def shared_parameter(parameter: Tensor) -> Tensor:

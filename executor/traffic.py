@@ -93,7 +93,8 @@ def group_axes(mesh: DeviceMesh) -> dict[tuple[int, ...], str]:
 
 
 class Axes:
-    """The axis of a process group: by name of those in `groups`, else by its ranks, of the mesh first.
+    """The axis of a process group: by name of those in `groups`, else by its ranks, of the mesh first, else that within whose group all its
+    ranks lie (`hpz` gathers among a part of dp).
 
     The ep group may be that of another axis, as torch makes one for the same ranks; on it, all-to-all is what experts do.
     """
@@ -109,7 +110,8 @@ class Axes:
         ranks = ranks_of(group)
         if operation.startswith("all_to_all") and ranks in self.of_experts:
             return "ep"
-        return self.of_name.get(group.group_name) or self.of_ranks.get(ranks)
+        known = self.of_name.get(group.group_name) or self.of_ranks.get(ranks)
+        return known or next((axis for all_ranks, axis in self.of_ranks.items() if set(ranks) < set(all_ranks)), None)
 
     def names(self) -> list[str]:
         """Axes with more than one rank."""

@@ -7,6 +7,7 @@ After a failure torchrun starts all ranks again (--max-restarts); they go on fro
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -23,6 +24,7 @@ import torch.distributed as dist
 
 from shardplan.executor.checkpoint import Checkpoints, choose
 from shardplan.executor.checkpoint_files import CHECKPOINTS_FOLDER, clear_parts
+from shardplan.executor.compiling import is_compiled
 from shardplan.executor.job_file import read_resolved
 from shardplan.executor.measure import RankRecorder, StepRecord, append_event, host_peak_bytes
 from shardplan.executor.memory_parts import device_parts, ran_out_of_memory, run_parts, told_parts
@@ -56,7 +58,8 @@ def train(
     """The loop, from step `done` + 1 to `steps`, looking into every `look_every`-th (0: none); returns when the last checkpoint and
     the exported weights are on disk."""
     held_out = trainer.recipe.validation
-    waits = Waits(trainer.clock, trainer.mesh, trainer.groups) if look_every else None
+    compiled = is_compiled(trainer.plan.runtime)
+    waits = Waits(trainer.clock, trainer.mesh, trainer.groups, compiled=compiled) if look_every else None
     for step in range(done + 1, steps + 1):
         record = run_step(trainer, step, waits if look_every and step % look_every == 0 else None)
         if held_out is not None and held_out.due(step, steps=steps):
@@ -83,6 +86,8 @@ def run_step(trainer: Trainer, step: int, waits: Waits | None = None) -> StepRec
         norm = trainer.update(step)
     synchronize(trainer.device)
     seconds, cpu_s = time.perf_counter() - started, time.process_time() - cpu_started
+    if trainer.loss_scale is None:
+        check_finite(norm.item(), step)
     return StepRecord(
         step=step,
         loss=trainer.global_loss(loss),
@@ -97,6 +102,16 @@ def run_step(trainer: Trainer, step: int, waits: Waits | None = None) -> StepRec
         **(phase_fields(trainer.clock.read(), waits.axes) if waits else {}),
         **peak_memory(trainer.device),
     )
+
+
+def check_finite(norm: float, step: int) -> None:
+    """FloatingPointError for gradients that are not finite, on all ranks alike as their norm is: parameters are lost with that step, and
+    what was saved before must not be replaced by them."""
+    if not math.isfinite(norm):
+        raise FloatingPointError(
+            f"the norm of the gradients of step {step} is {norm}: training diverged; lower learning_rate.peak or "
+            "optimizer.clip, and resume from a checkpoint before it"
+        )
 
 
 def phase_fields(found: Mapping[str, float], axes: Sequence[str]) -> dict[str, float]:

@@ -11,7 +11,8 @@ It puts a clock around the calls that block, and takes it away when it is left, 
 | pipelining's _wait_batch_p2p                 | schedules: transfers and, with them, bubbles | pp               |
 | Stream.wait_event, wait_stream of the stream that computes (GPU) | fully_shard              | dp               |
 
-A collective on another stream than the one that computes is not a wait. Not seen: collectives inside compiled graphs or C++ autograd.
+A collective on another stream than the one that computes is not a wait. Not seen: collectives inside compiled graphs or C++ autograd, and
+those of DTensor where layers are compiled.
 """
 
 from __future__ import annotations
@@ -49,8 +50,10 @@ Call = Callable[..., Any]
 class Waits:
     """Tells `clock` the waits of the rank; `axes` are those of `mesh` and of `groups` with more than one rank."""
 
-    def __init__(self, clock: StepClock, mesh: DeviceMesh, groups: Groups = ()) -> None:
+    def __init__(self, clock: StepClock, mesh: DeviceMesh, groups: Groups = (), *, compiled: bool = False) -> None:
         self.clock = clock
+        self.compiled = compiled
+        """Layers may be compiled while it is entered: the compiler must meet the operators as they are."""
         self.axis_of = Axes(mesh, groups)
         self.axes = self.axis_of.names()
         self.started: dict[int, str] = {}
@@ -68,9 +71,10 @@ class Waits:
         self._replace(dist, "batch_isend_irecv", self._passing)
         self._replace(dist.Work, "wait", self._work_wait)
         functional = torch.ops._c10d_functional
-        for name in FUNCTIONAL:
+        for name in () if self.compiled else FUNCTIONAL:
             self._replace(functional, name, self._starting)
-        self._replace(functional, "wait_tensor", self._wait_tensor)
+        if not self.compiled:
+            self._replace(functional, "wait_tensor", self._wait_tensor)
         self._replace(schedules, "_wait_batch_p2p", lambda call: self._along("pp", call))
         if self.clock.device.type == "cuda":
             self.stream = torch.cuda.current_stream(self.clock.device)

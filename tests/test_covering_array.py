@@ -87,6 +87,7 @@ def factors(ranks: int) -> dict[str, list[str]]:
         f"schedule={word} virtual_stages=2" for word in can.schedules if word not in ("gpipe", "1f1b", "zero_bubble")
     ]
     whole = [f"schedule={word}" for word in can.schedules if word in ("gpipe", "1f1b", "zero_bubble")]
+    parts = ["selective:layernorm+qkv", "selective:mlp"] if can.recompute_parts else []
     return {
         "mesh": meshes(ranks, axes=("dp", "pp", *(["tp"] if can.tensor_parallel else []), *(["cp"] if can.context_parallel else []))),
         "model": names,
@@ -95,7 +96,7 @@ def factors(ranks: int) -> dict[str, list[str]]:
         "sequence": ["", *(["sequence_parallel=true"] if can.sequence_parallel else [])],
         "schedule": ["", *whole, *chunked],
         "stages": ["", "uneven"],
-        "recompute": ["", *(f"recompute={word}" for word in can.recompute if word != "none"), "recompute=full:1", "recompute=full:2,1"],
+        "recompute": ["", *(f"recompute={word}" for word in (*can.recompute, "full:1", "full:2,1", *parts) if word != "none")],
         "micro_batch": ["micro_batch=1", "micro_batch=2"],
         "accumulate": ["4", "1", "2"],
         "order": ["", *(f"order={word}" for word in ("dp-tp-cp-pp", "pp-cp-tp-dp") if word in can.orders)],
