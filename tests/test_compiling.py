@@ -109,17 +109,21 @@ def test_compiled_layers_compute_what_the_others_do(differences, ranks, backend,
 
 
 def trained(plan: Plan, backend: str):
-    """(two losses and a validation loss, first gradients, names in a checkpoint)."""
+    """(two losses and a validation loss, first gradients, names in a checkpoint); looked into, as `shardplan run` does."""
     import torch
     from torch.distributed.tensor import DTensor
 
     from shardplan.executor.mesh import build_mesh
     from shardplan.executor.trainer import Trainer
+    from shardplan.executor.waits import Waits
 
     trainer = Trainer(plan, build_mesh(plan.layout, "cpu"), torch.device("cpu"), compile_backend=backend)
+    waits = Waits(trainer.clock, trainer.mesh, trainer.groups, compiled=compiling.is_compiled(plan.runtime))
     losses, gradients = [], {}
     for step in (1, 2):
-        losses.append(trainer.global_loss(trainer.forward_backward(step)))
+        with waits:
+            loss = trainer.forward_backward(step)
+        losses.append(trainer.global_loss(loss))
         for chunk in trainer.chunks if step == 1 else ():
             for name, parameter in chunk.named_parameters():
                 grad = parameter.grad

@@ -11,6 +11,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -168,6 +169,24 @@ def test_a_rank_that_raises_ends_the_run_with_its_last_line(write_plan, tmp_path
     assert "log.txt" in told
     assert "Traceback" not in result.output
     assert "Traceback" in next((tmp_path / "runs").glob("*/log.txt")).read_text()
+
+
+@pytest.mark.distributed
+def test_training_that_diverges_ends_before_it_is_saved(write_plan, tmp_path):
+    pytest.importorskip("torch", reason="the executor needs torch")
+    numbers = np.random.default_rng(0).integers(0, 256, 40_000).astype(np.uint16)
+    numbers.tofile(tmp_path / "tokens.bin")
+    job = tmp_path / "job.toml"
+    job.write_text('[data]\nfiles = [{ path = "tokens.bin" }]\n[learning_rate]\npeak = 1e30\n')
+    words = ("--job", job, "--steps", "6", "--checkpoint-every", "1", "--out", tmp_path / "runs")
+    result = shardplan_run(write_plan("dp=1"), *words)
+    assert result.exit_code == 3
+    assert "training diverged; lower learning_rate.peak" in " ".join(result.output.split())
+    (folder,) = (tmp_path / "runs").iterdir()
+    kept = sorted(one.name for one in (folder / "checkpoints").iterdir() if one.is_dir())
+    told = (folder / "metrics.jsonl").read_text()
+    assert len(kept) == len(told.splitlines()) > 0
+    assert "NaN" not in told
 
 
 @pytest.mark.distributed
