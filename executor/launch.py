@@ -165,7 +165,8 @@ def _metrics(folder: Path, plan: Plan, *, steps: int, words: Metrics) -> Metrics
 
 
 def _command(folder: Path, plan: Plan, *, device: str, steps: int, recovery: Recovery) -> list[str]:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(plan.gpus)]
+    torchrun = [sys.executable, "-m", "shardplan.executor.torchrun", str(os.getpid())]
+    torchrun += ["--standalone", "--nproc-per-node", str(plan.gpus)]
     torchrun += ["--local-addr", "127.0.0.1"]  # else the ranks look each other up by host name, which may not resolve
     torchrun += ["--max-restarts", str(recovery.max_restarts)]
     rank = ["-m", "shardplan.executor.train", str(folder), "--steps", str(steps), "--device", device]
@@ -248,26 +249,27 @@ def _stop(process: subprocess.Popen[bytes], patience_s: float = STOP_S) -> None:
     try:
         process.wait(patience_s)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # ranks die with it: start.die_with_parent
+        os.killpg(process.pid, signal.SIGKILL)  # ranks die with it: lifetime.die_with_parent
         process.wait()
 
 
 @contextlib.contextmanager
 def _terminate_interrupts() -> Iterator[None]:
-    """Treat SIGTERM like Ctrl-C, so that ranks never outlive the launcher."""
+    """Treat SIGTERM and the end of the terminal like Ctrl-C, so that ranks never outlive the launcher; nohup's choice is kept."""
 
     def interrupt(_signal: int, _frame: object) -> None:
         raise KeyboardInterrupt
 
-    try:
-        before = signal.signal(signal.SIGTERM, interrupt)
-    except ValueError:  # not in the main thread: leave signals alone
-        yield
-        return
+    before: dict[signal.Signals, Any] = {}
+    with contextlib.suppress(ValueError):  # not in the main thread: leave signals alone
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                before[number] = signal.signal(number, interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def summarise(

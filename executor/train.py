@@ -24,12 +24,13 @@ import torch.distributed as dist
 from shardplan.executor.checkpoint import Checkpoints, choose
 from shardplan.executor.checkpoint_files import CHECKPOINTS_FOLDER, clear_parts
 from shardplan.executor.job_file import read_resolved
+from shardplan.executor.lifetime import die_with_parent
 from shardplan.executor.measure import RankRecorder, StepRecord, append_event, host_peak_bytes
 from shardplan.executor.memory_parts import device_parts, ran_out_of_memory, run_parts, told_parts
 from shardplan.executor.mesh import build_mesh
 from shardplan.executor.phases import PHASES
 from shardplan.executor.recipe import make_recipe
-from shardplan.executor.start import check_world_size, die_with_parent, restart_count, start_process_group
+from shardplan.executor.start import check_world_size, restart_count, start_process_group
 from shardplan.executor.trainer import Trainer
 from shardplan.executor.waits import Waits
 from shardplan.planner.plan import Plan

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -202,6 +203,37 @@ def test_an_interrupted_run_ends_its_ranks_and_keeps_what_was_measured(write_pla
     saved = json.loads(next((tmp_path / "runs").glob("*/run.json")).read_text())
     assert saved["error"] == "stopped"
     assert saved["steps_done"] >= 2
+
+
+LAUNCHER = """
+import sys
+from pathlib import Path
+from shardplan.executor.launch import run_plan
+run_plan(Path(sys.argv[1]), device="cpu", steps=100_000, out=Path(sys.argv[2]), on_step=lambda record: print(record.step, flush=True))
+"""
+
+
+@pytest.mark.distributed
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the ranks in /proc")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP])
+def test_ranks_do_not_outlive_a_launcher_that_is_killed_or_loses_its_terminal(
+    write_plan, tmp_path, child_environment, number
+):
+    pytest.importorskip("torch", reason="the executor needs torch")
+    command = [sys.executable, "-c", LAUNCHER, str(write_plan("dp=1")), str(tmp_path / "runs")]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=child_environment
+    ) as launcher:
+        assert launcher.stdout is not None
+        assert launcher.stdout.readline()  # a step
+        assert rank_processes(tmp_path)
+        launcher.send_signal(number)
+        launcher.wait(60)
+    until = time.monotonic() + 10
+    while rank_processes(tmp_path) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert rank_processes(tmp_path) == {}
+    assert (number == signal.SIGHUP) == any((tmp_path / "runs").glob("*/run.json"))
 
 
 def rank_processes(folder: Path) -> dict[int, int]:
