@@ -5,11 +5,14 @@ A rank appends to its own file, so whatever was measured before a failure is kep
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
+import os
 import platform
 import resource
+import signal
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -136,11 +139,24 @@ class RankRecorder:
         assert self.file is not None
         self.file.close()
         if kind is not None and error is not None:
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            told = f"{kind.__name__}: {lines[0]}" if lines else kind.__name__
-            write_json(
-                self.path.with_suffix(".error.json"), {"time": time.time(), "error": told, "details": self.details}
-            )
+            told = first_line(str(error))
+            self._write_error(f"{kind.__name__}: {told}" if told else kind.__name__, details=self.details)
+
+    def told_to_end(self) -> None:
+        """Of a SIGTERM: leave it as the error, unless there is one already."""
+        if not self.path.with_suffix(".error.json").exists():
+            self._write_error(f"ended by signal {int(signal.SIGTERM)} (SIGTERM)", told_to_end=os.getpid())
+
+    def _write_error(self, told: str, **more: Any) -> None:
+        found = {"time": time.time(), "error": told, **more}
+        with contextlib.suppress(OSError):  # on a full disk the log may still take the exception itself
+            write_json(self.path.with_suffix(".error.json"), found)
+
+
+def first_line(text: str) -> str:
+    """The first line that says something, with the next where it ends in a colon."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
 
 
 def append_event(folder: Path, event: Mapping[str, Any]) -> None:

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from shardplan.executor.checkpoint import Checkpoints, choose
 from shardplan.executor.checkpoint_files import CHECKPOINTS_FOLDER, clear_parts
 from shardplan.executor.job_file import read_resolved
-from shardplan.executor.lifetime import die_with_parent
+from shardplan.executor.lifetime import die_with_parent, tell_before_ending
 from shardplan.executor.measure import RankRecorder, StepRecord, append_event, host_peak_bytes
 from shardplan.executor.memory_parts import device_parts, ran_out_of_memory, run_parts, told_parts
 from shardplan.executor.mesh import build_mesh
@@ -144,6 +144,7 @@ def run_rank() -> None:
     given = parser.parse_args()
     die_with_parent()
     with RankRecorder(given.folder, rank=int(os.environ["RANK"])) as recorder:
+        tell_before_ending(recorder.told_to_end)
         plan = Plan.read(given.folder / "plan.json")
         check_world_size(plan)
         device = start_process_group(given.device, timedelta(seconds=given.timeout))

@@ -173,15 +173,22 @@ def test_a_rank_that_raises_ends_the_run_with_its_last_line(write_plan, tmp_path
 
 @pytest.mark.distributed
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the ranks in /proc")
-def test_a_killed_rank_ends_the_run_and_keeps_what_was_measured(write_plan, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [
+        (signal.SIGKILL, "rank 1 was killed by signal 9 SIGKILL (out of memory?)"),
+        (signal.SIGTERM, "rank 1: ended by signal 15 (SIGTERM)"),
+    ],
+)
+def test_a_killed_rank_ends_the_run_and_keeps_what_was_measured(write_plan, tmp_path, number, told):
     pytest.importorskip("torch", reason="the executor needs torch")
 
     def kill_rank_1(record) -> None:
         if record.step == 3:
-            os.kill(rank_processes(tmp_path)[1], signal.SIGKILL)
+            os.kill(rank_processes(tmp_path)[1], number)
 
     outcome = run_plan(write_plan("dp=2"), device="cpu", steps=100_000, out=tmp_path / "runs", on_step=kill_rank_1)
-    assert outcome.error == "rank 1 was killed by signal 9 SIGKILL (out of memory?)"
+    assert outcome.error == told
     assert outcome.document["steps_done"] >= 3
     assert json.loads((outcome.folder / "run.json").read_text())["error"] == outcome.error
     assert len((outcome.folder / "measurements.csv").read_text().splitlines()) > 3 * 5
