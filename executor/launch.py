@@ -30,9 +30,10 @@ from typing import Any
 
 from shardplan.costmodel.layout import Layout
 from shardplan.executor import measure
-from shardplan.executor.checkpoint_files import CHECKPOINTS_FOLDER, PART_SUFFIX, read_progress
+from shardplan.executor.checkpoint_files import read_progress
 from shardplan.executor.compare import comparison
 from shardplan.executor.failure import Failure, failure, stuck
+from shardplan.executor.following import Followed
 from shardplan.executor.job_file import JobFile, Metrics, write_resolved
 from shardplan.executor.measure import StepRecord
 from shardplan.executor.metrics_files import MetricsFiles
@@ -47,7 +48,7 @@ STOP_S = 40.0
 STUCK_STOP_S = 3.0
 """For ranks that hang anyway, where they die with torchrun."""
 HANG_TIMEOUTS = 2.0
-"""Ranks end themselves after one timeout; when no step has finished and no checkpoint grown for this many, the launcher ends them."""
+"""Ranks end themselves after one timeout; when rank 0 has left no word and no checkpoint grown for this many, the launcher ends them."""
 START_S = 120.0
 """Allowed besides for starting processes, building the model, loading: before the first step, and where restarts may follow."""
 
@@ -120,7 +121,7 @@ def run_plan(
 
     ended: Failure | None = Failure(line="stopped")
     try:
-        ended = _watch(command, _Followed(folder, tell, on_event), plan, device=device, recovery=recovery)
+        ended = _watch(command, Followed(folder, tell, on_event), plan, device=device, recovery=recovery)
     finally:  # also when stopped by hand: what was measured so far is kept
         metrics.close()
         error = ended.line if ended else None
@@ -184,42 +185,7 @@ def _environment(device: str) -> dict[str, str]:
     return {**os.environ, **changes}
 
 
-class _Followed:
-    """What the run folder has told so far; passes on what is new."""
-
-    def __init__(
-        self, folder: Path, on_step: Callable[[StepRecord], None], on_event: Callable[[str], None] = lambda _: None
-    ) -> None:
-        self.folder, self.on_step, self.on_event = folder, on_step, on_event
-        self.steps, self.events = 0, 0
-        self.saved_bytes = 0
-        self.last_word = time.monotonic()
-
-    def saving(self) -> bool:
-        """Has a checkpoint grown since this was last asked?"""
-        parts = (self.folder / CHECKPOINTS_FOLDER).glob(f"*{PART_SUFFIX}/*")
-        with contextlib.suppress(FileNotFoundError):  # one was completed meanwhile: it has grown
-            before, self.saved_bytes = self.saved_bytes, sum(path.stat().st_size for path in parts)
-            if self.saved_bytes == before:
-                return False
-        self.last_word = time.monotonic()
-        return True
-
-    def follow(self) -> None:
-        events = measure.read_events(self.folder)
-        for event in events[self.events :]:
-            for line in (*event["refused"], event["told"]):
-                self.on_event(line)
-        path = measure.rank_file(self.folder, 0)
-        records = measure.parse_records(path.read_text(encoding="utf-8")) if path.exists() else []
-        for record in records[self.steps :]:
-            self.on_step(record)
-        if len(events) > self.events or len(records) > self.steps:
-            self.last_word = time.monotonic()
-        self.events, self.steps = len(events), len(records)
-
-
-def _watch(command: list[str], followed: _Followed, plan: Plan, *, device: str, recovery: Recovery) -> Failure | None:
+def _watch(command: list[str], followed: Followed, plan: Plan, *, device: str, recovery: Recovery) -> Failure | None:
     """Start `command`, pass on what rank 0 tells until it ends; returns why it failed. Ends all ranks when interrupted or stuck."""
     folder = followed.folder
     with (folder / "log.txt").open("wb") as log, _terminate_interrupts():
@@ -232,7 +198,7 @@ def _watch(command: list[str], followed: _Followed, plan: Plan, *, device: str, 
                 followed.follow()
                 if code is not None:
                     return failure(folder, code, ranks=plan.gpus) if code else None
-                slack_s = START_S if recovery.max_restarts or not followed.steps else 0.0
+                slack_s = START_S if recovery.max_restarts or not followed.began else 0.0
                 silent_s = time.monotonic() - followed.last_word
                 if silent_s > HANG_TIMEOUTS * recovery.timeout_s + slack_s and not followed.saving():
                     _stop(process, STOP_S if sys.platform == "darwin" else STUCK_STOP_S)

@@ -5,21 +5,17 @@ A rank appends to its own file, so whatever was measured before a failure is kep
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import json
-import os
 import platform
 import resource
-import signal
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Any
 
 import numpy as np
 
@@ -51,7 +47,7 @@ class StepRecord:
     data_s: float | None = None
     """Waiting for the batch, part of `step_s`."""
     validation_loss: float | None = None
-    """After the step, where one was due; nats per token, the same on every rank."""
+    """After the step, where one was due; nats per token, the same on every rank. The step is written without it before."""
     loss_scale: float | None = None
     """Of the step, under fp16."""
     skipped_steps: int | None = None
@@ -108,55 +104,6 @@ def host_peak_bytes() -> int:
 def rank_file(folder: Path, rank: int) -> Path:
     """Where `rank` appends its steps."""
     return folder / RANKS_FOLDER / f"rank-{rank:04d}.jsonl"
-
-
-class RankRecorder:
-    """Appends a rank's steps to its file; an exception that passes through is written beside it, with its time."""
-
-    def __init__(self, folder: Path, *, rank: int) -> None:
-        self.path = rank_file(folder, rank)
-        self.file: TextIO | None = None
-        self.details: list[str] = []
-        """Lines told with the exception."""
-
-    def __enter__(self) -> Self:
-        self.path.parent.mkdir(exist_ok=True)
-        self.path.with_suffix(".error.json").unlink(missing_ok=True)  # of before a restart
-        self.file = self.path.open("a", encoding="utf-8")
-        return self
-
-    def write(self, record: StepRecord) -> None:
-        """Append one step; on disk as far as other processes can see when this returns."""
-        assert self.file is not None
-        self.file.write(json.dumps(asdict(record)) + "\n")
-        self.file.flush()
-
-    def write_memory(self, parts: Mapping[str, float]) -> None:
-        """Bytes by part at the end of the run, beside the steps."""
-        write_json(self.path.with_suffix(".memory.json"), parts)
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        assert self.file is not None
-        self.file.close()
-        if kind is not None and error is not None:
-            told = first_line(str(error))
-            self._write_error(f"{kind.__name__}: {told}" if told else kind.__name__, details=self.details)
-
-    def told_to_end(self) -> None:
-        """Of a SIGTERM: leave it as the error, unless there is one already."""
-        if not self.path.with_suffix(".error.json").exists():
-            self._write_error(f"ended by signal {int(signal.SIGTERM)} (SIGTERM)", told_to_end=os.getpid())
-
-    def _write_error(self, told: str, **more: Any) -> None:
-        found = {"time": time.time(), "error": told, **more}
-        with contextlib.suppress(OSError):  # on a full disk the log may still take the exception itself
-            write_json(self.path.with_suffix(".error.json"), found)
-
-
-def first_line(text: str) -> str:
-    """The first line that says something, with the next where it ends in a colon."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
 
 
 def append_event(folder: Path, event: Mapping[str, Any]) -> None:
@@ -221,7 +168,8 @@ def write_measurements(folder: Path, records: Mapping[int, Sequence[StepRecord]]
 def measured(records: Mapping[int, Sequence[StepRecord]], *, tokens_per_step: int, warmup_steps: int) -> dict[str, Any]:
     """Medians after the warm-up (a step takes as long as its slowest rank) and the peak memory of the fullest rank."""
     slowest = step_seconds(records, warmup_steps=warmup_steps)
-    untouched = [seconds for step, seconds in slowest.items() if not _looked_into(records, step)]
+    looked_into = {record.step for record in _every(records) if record.forward_s is not None}
+    untouched = [seconds for step, seconds in slowest.items() if step not in looked_into]
     timed = untouched if len(untouched) >= FEWEST_UNTOUCHED else list(slowest.values())
     low, median, high = np.percentile(timed, (20, 50, 80)).tolist() if timed else (None, None, None)
     kind = "rss" if any(record.rss_bytes is not None for record in _every(records)) else "allocated"
@@ -261,10 +209,6 @@ def _busiest_cpu_s(records: Mapping[int, Sequence[StepRecord]], *, timed: Mappin
     """Median CPU time of a step of the rank where it is longest."""
     found = [[r.cpu_s for r in steps if r.step in timed and r.cpu_s is not None] for steps in records.values()]
     return max((float(np.median(values)) for values in found if values), default=None)
-
-
-def _looked_into(records: Mapping[int, Sequence[StepRecord]], step: int) -> bool:
-    return any(record.forward_s is not None for record in _every(records) if record.step == step)
 
 
 def _every(records: Mapping[int, Sequence[StepRecord]]) -> Iterable[StepRecord]:

@@ -40,13 +40,14 @@ class MetricsFiles:
         self.events = _event_file(folder / TENSORBOARD_FOLDER) if tensorboard else None
 
     def __call__(self, record: StepRecord) -> None:
-        """Take one step; write a row where one is due."""
+        """Take one step, or the same again with its validation loss; write a row where one is due."""
+        if record.validation_loss is not None:
+            self._write(record.step, {"validation_metrics/loss": record.validation_loss})
+            return
         self.since.append(record)
         if record.step == 1 or record.step % self.interval == 0 or record.step == self.steps:
             self._write(record.step, self.row())
             self.since.clear()
-        if record.validation_loss is not None:
-            self._write(record.step, {"validation_metrics/loss": record.validation_loss})
 
     def row(self) -> dict[str, float]:
         """The metrics of the steps since the last row."""

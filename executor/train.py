@@ -25,11 +25,12 @@ from shardplan.executor.checkpoint import Checkpoints, choose
 from shardplan.executor.checkpoint_files import CHECKPOINTS_FOLDER, clear_parts
 from shardplan.executor.job_file import read_resolved
 from shardplan.executor.lifetime import die_with_parent, tell_before_ending
-from shardplan.executor.measure import RankRecorder, StepRecord, append_event, host_peak_bytes
+from shardplan.executor.measure import StepRecord, append_event, host_peak_bytes
 from shardplan.executor.memory_parts import device_parts, ran_out_of_memory, run_parts, told_parts
 from shardplan.executor.mesh import build_mesh
 from shardplan.executor.phases import PHASES
 from shardplan.executor.recipe import make_recipe
+from shardplan.executor.recorder import RankRecorder
 from shardplan.executor.start import check_world_size, restart_count, start_process_group
 from shardplan.executor.trainer import Trainer
 from shardplan.executor.waits import Waits
@@ -60,15 +61,16 @@ def train(
     waits = Waits(trainer.clock, trainer.mesh, trainer.groups) if look_every else None
     for step in range(done + 1, steps + 1):
         record = run_step(trainer, step, waits if look_every and step % look_every == 0 else None)
+        recorder.write(record)  # validation may take long, and it may fail
         if held_out is not None and held_out.due(step, steps=steps):
-            record = replace(record, validation_loss=trainer.validate(held_out.data, held_out.batches))
-        recorder.write(record)
+            loss = trainer.validate(held_out.data, held_out.batches, recorder.alive)
+            recorder.write(replace(record, validation_loss=loss))
         if checkpoints is not None and checkpoints.due(step, steps):
             checkpoints.save(trainer.state(), trainer.progress(step))
     if checkpoints is not None:
         checkpoints.wait()
     recorder.write_memory(memory(trainer))
-    trainer.export()
+    trainer.export(recorder.alive)
 
 
 def run_step(trainer: Trainer, step: int, waits: Waits | None = None) -> StepRecord:

@@ -19,7 +19,8 @@ from shardplan.costmodel.model_config import load_model
 from shardplan.executor import check, measure
 from shardplan.executor.checkpoint_files import CheckpointError, Progress
 from shardplan.executor.failure import failure, stuck
-from shardplan.executor.measure import RankRecorder, StepRecord
+from shardplan.executor.measure import StepRecord
+from shardplan.executor.recorder import RankRecorder, first_line
 from shardplan.hw_profiles.load import cluster_document
 from shardplan.planner.plan import Plan, model_digest
 
@@ -88,7 +89,7 @@ def test_a_process_that_is_told_to_end_leaves_its_word_though_its_main_thread_is
 import ctypes, sys
 from pathlib import Path
 from shardplan.executor.lifetime import tell_before_ending
-from shardplan.executor.measure import RankRecorder
+from shardplan.executor.recorder import RankRecorder
 with RankRecorder(Path(sys.argv[1]), rank=0) as recorder:
     tell_before_ending(recorder.told_to_end)
     print(flush=True)
@@ -106,11 +107,11 @@ with RankRecorder(Path(sys.argv[1]), rank=0) as recorder:
 
 
 def test_an_error_that_only_announces_the_next_line_is_told_with_it():
-    assert measure.first_line("backend='inductor' raised:\n\n  CppCompileError: no g++\n more") == (
+    assert first_line("backend='inductor' raised:\n\n  CppCompileError: no g++\n more") == (
         "backend='inductor' raised: CppCompileError: no g++"
     )
-    assert measure.first_line("one\ntwo") == "one"
-    assert measure.first_line("ends so:") == "ends so:"
+    assert first_line("one\ntwo") == "one"
+    assert first_line("ends so:") == "ends so:"
 
 
 def test_a_rank_that_others_waited_for_hung_though_torchrun_killed_it(tmp_path):

@@ -107,7 +107,9 @@ def curve(folder: Path) -> tuple[list[float], list[float]]:
     """Losses and validation losses of rank 0."""
     lines = (folder / "ranks" / "rank-0000.jsonl").read_text().splitlines()
     records = [StepRecord(**json.loads(line)) for line in lines]
-    return [r.loss for r in records], [r.validation_loss for r in records if r.validation_loss is not None]
+    return [r.loss for r in records if r.validation_loss is None], [
+        r.validation_loss for r in records if r.validation_loss is not None
+    ]
 
 
 @pytest.mark.distributed
