@@ -182,7 +182,7 @@ def _command(folder: Path, plan: Plan, *, device: str, steps: int, recovery: Rec
 def _environment(device: str) -> dict[str, str]:
     # safe path: the working folder must not shadow packages; one thread: ranks of a CPU run share the cores
     changes = {"PYTHONSAFEPATH": "1", **({"OMP_NUM_THREADS": "1"} if device == "cpu" else {})}
-    return {**os.environ, **changes}
+    return {"PYTHONFAULTHANDLER": "1", **os.environ, **changes}  # a crash in native code leaves a stack in the log
 
 
 def _watch(command: list[str], followed: Followed, plan: Plan, *, device: str, recovery: Recovery) -> Failure | None:

@@ -38,6 +38,8 @@ class StepRecord:
     """From the batch to the end of the optimizer step, as this rank saw it."""
     tokens_per_s: float
     """Of all ranks together."""
+    max_loss: float | None = None
+    """Largest mean over what one rank along dp and cp has of the global batch, nats per token; the same on every rank."""
     allocated_bytes: int | None = None
     active_bytes: int | None = None
     reserved_bytes: int | None = None
@@ -75,6 +77,7 @@ PHASE_NAMES = {
 }
 _TORCHTITAN_NAMES = {
     "loss": ("loss_metrics/global_avg_loss", "nats", 1),
+    "max_loss": ("loss_metrics/global_max_loss", "nats", 1),
     "grad_norm": ("grad_norm", "1", 1),
     "step_s": ("time_metrics/end_to_end(s)", "s", 1),
     "tokens_per_s": ("throughput(tps)", "tokens/s/rank", 1),

@@ -56,6 +56,7 @@ class MetricsFiles:
         data_s = sum(record.data_s or 0.0 for record in self.since) / count
         found: dict[str, float | None] = {
             "loss_metrics/global_avg_loss": last.loss,
+            "loss_metrics/global_max_loss": last.max_loss,
             "grad_norm": last.grad_norm,
             "lr": last.learning_rate,
             "loss_scale": last.loss_scale,

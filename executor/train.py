@@ -34,6 +34,7 @@ from shardplan.executor.recorder import RankRecorder
 from shardplan.executor.start import check_world_size, restart_count, start_process_group
 from shardplan.executor.trainer import Trainer
 from shardplan.executor.waits import Waits
+from shardplan.hw_profiles.errors import InputError
 from shardplan.planner.plan import Plan
 
 LOOK_EVERY = {"cpu": 1, "cuda": 10}
@@ -89,6 +90,7 @@ def run_step(trainer: Trainer, step: int, waits: Waits | None = None) -> StepRec
     return StepRecord(
         step=step,
         loss=trainer.global_loss(loss),
+        max_loss=trainer.global_max_loss(loss),
         grad_norm=norm.item() if trainer.loss_scale is None or norm.isfinite() else None,
         step_s=seconds,
         tokens_per_s=trainer.plan.job.tokens_per_step / seconds,
@@ -211,6 +213,9 @@ def main() -> NoReturn:
     code = 0
     try:
         run_rank()
+    except InputError as bad:
+        print(f"{type(bad).__name__}: {bad}", file=sys.stderr)
+        code = 1
     except BaseException:
         traceback.print_exc()
         code = 1

@@ -311,3 +311,10 @@ class Trainer:
         total = loss.clone() if counts_once else torch.zeros_like(loss)
         dist.all_reduce(total)
         return total.item() / (self.plan.layout.dp * self.plan.layout.cp)
+
+    def global_max_loss(self, loss: Tensor) -> float:
+        """Largest of the losses that `forward_backward` returned on the ranks along dp and cp, the same on every rank."""
+        counts = self.holds_last and self.mesh.get_local_rank("tp") == 0
+        most = loss.clone() if counts else torch.full_like(loss, -torch.inf)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        return most.item()

@@ -103,6 +103,9 @@ def test_thirty_steps_leave_a_complete_run_folder_and_a_lower_loss(write_plan, t
     rows = list(csv.DictReader((folder / "measurements.csv").open()))
     losses = [float(row["value"]) for row in rows if row["metric"] == "loss_metrics/global_avg_loss"]
     assert len(losses) == 2 * 30
+    largest = [float(row["value"]) for row in rows if row["metric"] == "loss_metrics/global_max_loss"]
+    assert largest[0::2] == largest[1::2]
+    assert all(most >= mean for most, mean in zip(largest, losses, strict=True))
     assert {row["rank"] for row in rows} == {"0", "1"}
     assert losses[-1] == pytest.approx(measured["last_loss"])
 
@@ -169,6 +172,27 @@ def test_a_rank_that_raises_ends_the_run_with_its_last_line(write_plan, tmp_path
     assert "log.txt" in told
     assert "Traceback" not in result.output
     assert "Traceback" in next((tmp_path / "runs").glob("*/log.txt")).read_text()
+
+
+@pytest.mark.distributed
+def test_a_wrong_number_of_processes_is_told_in_a_line_of_each(write_plan, tmp_path, child_environment):
+    pytest.importorskip("torch", reason="the executor needs torch")
+    write_plan("dp=2")
+    command = [sys.executable, "-m", "shardplan.executor.train", str(tmp_path), "--steps", "1", "--device", "cpu"]
+    environment = {**child_environment, "RANK": "0", "WORLD_SIZE": "3"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1
+    line = "InputError: the plan is for 2 processes, 3 were started; start as many as it says"
+    assert done.stderr.splitlines() == [line]
+
+
+def test_a_crash_in_native_code_leaves_a_stack_unless_the_user_decides_otherwise(monkeypatch):
+    from shardplan.executor.launch import _environment
+
+    monkeypatch.delenv("PYTHONFAULTHANDLER", raising=False)
+    assert _environment("cpu")["PYTHONFAULTHANDLER"] == "1"
+    monkeypatch.setenv("PYTHONFAULTHANDLER", "")
+    assert _environment("cpu")["PYTHONFAULTHANDLER"] == ""
 
 
 @pytest.mark.distributed

@@ -209,7 +209,14 @@ def test_missing_gpus_are_refused_unless_forced_onto_few_enough_processes():
 
 
 def step_record(step: int, **changes) -> StepRecord:
-    values = {"loss": 6.0 - step, "grad_norm": 1.0, "step_s": 0.5, "tokens_per_s": 1024.0, "rss_bytes": 2**30}
+    values = {
+        "loss": 6.0 - step,
+        "grad_norm": 1.0,
+        "step_s": 0.5,
+        "tokens_per_s": 1024.0,
+        "rss_bytes": 2**30,
+        "max_loss": 7.0 - step,
+    }
     return StepRecord(step=step, **{**values, **changes})
 
 
@@ -225,9 +232,10 @@ def test_measurements_are_long_rows_with_torchtitans_names(tmp_path):
     measure.write_measurements(tmp_path, measure.read_records(tmp_path), ranks=2)
     rows = list(csv.DictReader((tmp_path / "measurements.csv").open()))
     assert list(rows[0]) == ["step", "rank", "metric", "value", "unit"]
-    assert len(rows) == 2 * 2 * 5
+    assert len(rows) == 2 * 2 * 6
     by_key = {(row["step"], row["rank"], row["metric"]): (float(row["value"]), row["unit"]) for row in rows}
     assert by_key["2", "1", "loss_metrics/global_avg_loss"] == (4.0, "nats")
+    assert by_key["2", "1", "loss_metrics/global_max_loss"] == (5.0, "nats")
     assert by_key["1", "1", "memory/max_rss(GiB)"] == (2.0, "GiB")
     assert by_key["1", "0", "throughput(tps)"] == (512.0, "tokens/s/rank")
     assert by_key["1", "0", "time_metrics/end_to_end(s)"] == (0.5, "s")

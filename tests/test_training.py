@@ -252,6 +252,7 @@ def test_metrics_are_means_since_the_row_before_under_torchtitans_names(tmp_path
             StepRecord(
                 step=step,
                 loss=1.0 / step,
+                max_loss=2.0 / step,
                 grad_norm=0.5,
                 step_s=0.1 * step,
                 tokens_per_s=1.0,
@@ -267,6 +268,7 @@ def test_metrics_are_means_since_the_row_before_under_torchtitans_names(tmp_path
     assert rows[2] == {
         "step": 4,
         "loss_metrics/global_avg_loss": 0.25,
+        "loss_metrics/global_max_loss": 0.5,
         "grad_norm": 0.5,
         "lr": 1e-3,
         "n_tokens_seen": 4000,
