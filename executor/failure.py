@@ -14,7 +14,8 @@ from shardplan.executor import measure
 WAITED = re.compile(r"timed?[ -]?out", re.IGNORECASE)
 LEFT = re.compile(r"connection (reset|closed)|broken pipe|remote process", re.IGNORECASE)
 """What a rank raises because another is gone."""
-
+FULL = re.compile(r"no space left|file too large|quota exceeded", re.IGNORECASE)
+"""A disk that takes no more."""
 ENDED = re.compile(r"Sending process (\d+) closing signal")
 """torchrun's word when it ends a rank."""
 
@@ -44,6 +45,8 @@ def failure(folder: Path, code: int, *, ranks: int) -> Failure:
         silent = sorted(set(range(ranks)) - set(raised))
         if silent and waited:
             line = f"{silent_ranks(folder, silent)}; {line}"
+        if FULL.search(line):
+            line += "; make room, or name another folder with --out"
         return Failure(line=line, details=list(own[first].get("details", ())))
     lines = [line.strip() for line in log.splitlines() if re.match(r"\S*(Error|Exception)\b", line.strip())]
     return Failure(line=lines[-1] if lines else f"torchrun ended with exit code {code}")

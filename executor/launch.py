@@ -30,13 +30,13 @@ from typing import Any
 
 from shardplan.costmodel.layout import Layout
 from shardplan.executor import measure
-from shardplan.executor.checkpoint_files import read_progress
+from shardplan.executor.checkpoint_files import Progress, read_progress
 from shardplan.executor.compare import comparison
 from shardplan.executor.failure import Failure, failure, stuck
 from shardplan.executor.following import Followed
 from shardplan.executor.job_file import JobFile, Metrics, write_resolved
 from shardplan.executor.measure import StepRecord
-from shardplan.executor.metrics_files import MetricsFiles
+from shardplan.executor.metrics_files import MetricsFiles, tokens_before
 from shardplan.hw_profiles.errors import InputError
 from shardplan.planner.plan import Plan
 
@@ -104,29 +104,62 @@ def run_plan(
     """
     plan = Plan.read(source)
     folder = make_folder(out, plan)
-    shutil.copyfile(source, folder / "plan.json")
-    done = read_progress(recovery.resume).step if recovery.resume else 0
-    warmup_steps = min(WARMUP_STEPS, max(steps - done - 1, 0))
+    saved = read_progress(recovery.resume) if recovery.resume else None
+    warmup_steps = min(WARMUP_STEPS, max(steps - (saved.step if saved else 0) - 1, 0))
     command = _command(folder, plan, device=device, steps=steps, recovery=recovery)
-    if job is not None:
-        write_resolved(job, folder / "job.json")
-        command += ["--job", str(folder / "job.json")]
+    with _writing(folder):
+        shutil.copyfile(source, folder / "plan.json")
+        if job is not None:
+            write_resolved(job, folder / "job.json")
+            command += ["--job", str(folder / "job.json")]
+        metrics = _metrics(folder, plan, steps=steps, words=job.metrics if job else Metrics(), saved=saved)
     if look_every is not None:
         command += ["--profile", str(look_every)]
-    metrics = _metrics(folder, plan, steps=steps, words=job.metrics if job else Metrics())
 
     def tell(record: StepRecord) -> None:
-        metrics(record)
+        with _writing(folder):
+            metrics(record)
         on_step(record)
 
     ended: Failure | None = Failure(line="stopped")
+    document: dict[str, Any] = {}
     try:
         ended = _watch(command, Followed(folder, tell, on_event), plan, device=device, recovery=recovery)
+    except InputError as bad:
+        ended = Failure(line=str(bad))
     finally:  # also when stopped by hand: what was measured so far is kept
-        metrics.close()
-        error = ended.line if ended else None
-        document = summarise(folder, plan, device=device, steps=steps, warmup_steps=warmup_steps, error=error)
-    return Outcome(folder=folder, document=document, error=error, details=ended.details if ended else [])
+        document = summarise(
+            folder, plan, device=device, steps=steps, warmup_steps=warmup_steps, error=ended.line if ended else None
+        )
+        try:
+            with _writing(folder):
+                metrics.close()
+                measure.write_measurements(folder, measure.read_records(folder), ranks=plan.gpus)
+                measure.write_json(folder / "run.json", document)
+        except InputError as bad:
+            ended = _also(ended, str(bad))
+            document["error"] = ended.line
+    return Outcome(folder=folder, document=document, error=document["error"], details=ended.details if ended else [])
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """InputError where something in `folder` cannot be written, as on a full disk."""
+    try:
+        yield
+    except OSError as bad:
+        raise InputError(
+            f"cannot be written ({bad.strerror or bad})",
+            place=str(folder),
+            remedy="make room, or name another with --out",
+        ) from bad
+
+
+def _also(ended: Failure | None, problem: str) -> Failure:
+    """`ended`, told with a `problem` that came up afterwards."""
+    if ended is None or problem in ended.line:
+        return Failure(line=problem, details=ended.details if ended else [])
+    return Failure(line=f"{ended.line}; {problem}", details=ended.details)
 
 
 def make_folder(out: Path, plan: Plan) -> Path:
@@ -153,13 +186,16 @@ def layout_slug(layout: Layout) -> str:
     return re.sub(r"[^\w.-]+", "_", "-".join(kept))
 
 
-def _metrics(folder: Path, plan: Plan, *, steps: int, words: Metrics) -> MetricsFiles:
+def _metrics(folder: Path, plan: Plan, *, steps: int, words: Metrics, saved: Progress | None) -> MetricsFiles:
+    per_step = plan.job.tokens_per_step
     return MetricsFiles(
         folder,
         interval=words.interval,
         steps=steps,
         ranks=plan.gpus,
-        tokens_per_step=plan.job.tokens_per_step,
+        tokens_per_step=per_step,
+        tokens_before=tokens_before(saved, per_step) if saved else 0,
+        steps_before=saved.step if saved else 0,
         prediction=plan.prediction,
         tensorboard=words.tensorboard,
     )
@@ -241,13 +277,12 @@ def _terminate_interrupts() -> Iterator[None]:
 def summarise(
     folder: Path, plan: Plan, *, device: str, steps: int, warmup_steps: int, error: str | None
 ) -> dict[str, Any]:
-    """Merge what the ranks wrote into `measurements.csv` and `run.json`; returns the latter."""
+    """The content of `run.json`, from what the ranks wrote."""
     records = measure.read_records(folder)
-    measure.write_measurements(folder, records, ranks=plan.gpus)
     found = measure.measured(records, tokens_per_step=plan.job.tokens_per_step, warmup_steps=warmup_steps)
     expected = measure.predicted(plan.prediction, memory_kind=found["memory_kind"])
     compared = comparison(folder, records, plan.prediction, step_s=found["step_s"], warmup_steps=warmup_steps)
-    document = {
+    return {
         "plan": "plan.json",
         "model": plan.model.name,
         "layout": plan.layout.words(),
@@ -266,5 +301,3 @@ def summarise(
         "ratio": measure.ratios(found, expected),
         "comparison": compared,
     }
-    measure.write_json(folder / "run.json", document)
-    return document

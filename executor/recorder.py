@@ -58,11 +58,12 @@ class RankRecorder:
         write_json(self.path.with_suffix(".memory.json"), parts)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        assert self.file is not None
-        self.file.close()
         if kind is not None and error is not None:
             told = first_line(str(error))
             self._write_error(f"{kind.__name__}: {told}" if told else kind.__name__, details=self.details)
+        assert self.file is not None
+        with contextlib.suppress(OSError) if error else contextlib.nullcontext():  # on a full disk it fails once more
+            self.file.close()
 
     def told_to_end(self) -> None:
         """Of a SIGTERM: leave it as the error, unless there is one already."""

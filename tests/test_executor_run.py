@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import signal
@@ -234,6 +235,28 @@ def test_an_interrupted_run_ends_its_ranks_and_keeps_what_was_measured(write_pla
     saved = json.loads(next((tmp_path / "runs").glob("*/run.json")).read_text())
     assert saved["error"] == "stopped"
     assert saved["steps_done"] >= 2
+
+
+@pytest.mark.parametrize("when", ["at a step", "at the end"])
+def test_a_full_disk_ends_the_run_in_one_line(write_plan, tmp_path, monkeypatch, when):
+    from shardplan.executor import launch, measure
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def watch(_command, followed, *_: object, **__: object) -> None:
+        (followed.folder / "ranks").mkdir()
+        followed.on_step(measure.StepRecord(step=1, loss=1.0, grad_norm=1.0, step_s=1.0, tokens_per_s=1.0))
+
+    monkeypatch.setattr(launch, "_watch", watch)
+    if when == "at a step":
+        monkeypatch.setattr(launch.MetricsFiles, "__call__", full)
+    monkeypatch.setattr(measure, "write_json", full)
+    outcome = run_plan(write_plan("dp=1"), device="cpu", steps=1, out=tmp_path / "runs", on_step=lambda _: None)
+    assert outcome.error == (
+        f"{outcome.folder}: cannot be written (No space left on device); make room, or name another with --out"
+    )
+    assert outcome.document["error"] == outcome.error
 
 
 LAUNCHER = """

@@ -255,6 +255,21 @@ def test_a_disk_that_fills_up_is_told_in_the_words_of_the_rank(tmp_path):
         saves.wait()
 
 
+def test_a_full_disk_is_told_with_a_remedy(tmp_path):
+    full = "CheckpointError: saving failed on rank 0: OSError: [Errno 28] No space left on device"
+    left_by(tmp_path, errors=[(0, 1.0, full)])
+    assert failure(tmp_path, 1, ranks=2).line == f"rank 0: {full}; make room, or name another folder with --out"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_rank_whose_steps_cannot_be_written_says_so_where_it_can(tmp_path):
+    with pytest.raises(OSError, match="No space left"), RankRecorder(tmp_path, rank=0) as recorder:
+        recorder.file = Path("/dev/full").open("a")  # noqa: SIM115 - the recorder closes it
+        recorder.write(StepRecord(step=1, loss=1.0, grad_norm=1.0, step_s=1.0, tokens_per_s=1.0))
+    found = json.loads(measure.rank_file(tmp_path, 0).with_suffix(".error.json").read_text())
+    assert found["error"] == "OSError: [Errno 28] No space left on device"
+
+
 class Evil:
     def __reduce__(self):
         return (os.system, ("touch /tmp/should-not-exist",))
