@@ -14,6 +14,10 @@ from shardplan.executor import measure
 WAITED = re.compile(r"timed?[ -]?out", re.IGNORECASE)
 LEFT = re.compile(r"connection (reset|closed)|broken pipe|remote process", re.IGNORECASE)
 """What a rank raises because another is gone."""
+FULL = re.compile(r"no space left|file too large|quota exceeded", re.IGNORECASE)
+"""A disk that takes no more."""
+ENDED = re.compile(r"Sending process (\d+) closing signal")
+"""torchrun's word when it ends a rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,9 +29,9 @@ class Failure:
 
 
 def failure(folder: Path, code: int, *, ranks: int) -> Failure:
-    """A rank killed by a signal, else one that answers no more, else the first that raised, else the exit code."""
+    """A rank killed by a signal, else one that answers no more, else the first that raised or was told to end, else the exit code."""
     log = (folder / "log.txt").read_text(encoding="utf-8", errors="replace")
-    raised = _raised(folder)
+    raised = _raised(folder, log)
     own = {rank: found for rank, found in raised.items() if not LEFT.search(found["error"])} or raised
     first = min(own, key=lambda rank: own[rank]["time"], default=None)
     waited = first is not None and WAITED.search(own[first]["error"]) is not None
@@ -41,6 +45,8 @@ def failure(folder: Path, code: int, *, ranks: int) -> Failure:
         silent = sorted(set(range(ranks)) - set(raised))
         if silent and waited:
             line = f"{silent_ranks(folder, silent)}; {line}"
+        if FULL.search(line):
+            line += "; make room, or name another folder with --out"
         return Failure(line=line, details=list(own[first].get("details", ())))
     lines = [line.strip() for line in log.splitlines() if re.match(r"\S*(Error|Exception)\b", line.strip())]
     return Failure(line=lines[-1] if lines else f"torchrun ended with exit code {code}")
@@ -55,7 +61,7 @@ def silent_ranks(folder: Path, ranks: list[int]) -> str:
 
 def stuck(folder: Path, seconds: float, *, ranks: int) -> Failure:
     """Of a run that was ended because no step finished for `seconds`: what a rank said, else which are furthest behind."""
-    if _raised(folder):
+    if _raised(folder, (folder / "log.txt").read_text(encoding="utf-8", errors="replace")):
         return failure(folder, 1, ranks=ranks)
     records = measure.read_records(folder)
     last = {rank: max((record.step for record in records.get(rank, ())), default=0) for rank in range(ranks)}
@@ -74,9 +80,12 @@ def _killed(log: str) -> tuple[int, int] | None:
     return None
 
 
-def _raised(folder: Path) -> dict[int, dict[str, Any]]:
+def _raised(folder: Path, log: str) -> dict[int, dict[str, Any]]:
+    """What the ranks left, by rank; a SIGTERM counts when it came first and not from torchrun, which writes down whom it ends."""
     found: dict[int, dict[str, Any]] = {}
     for path in (folder / measure.RANKS_FOLDER).glob("rank-*.error.json"):
         rank = int(path.name.removeprefix("rank-").partition(".")[0])
         found[rank] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    ended = set(map(int, ENDED.findall(log)))
+    first = min((one["time"] for one in found.values() if one.get("told_to_end") not in ended), default=None)
+    return {rank: one for rank, one in found.items() if "told_to_end" not in one or one["time"] == first}

@@ -30,12 +30,13 @@ from typing import Any
 
 from shardplan.costmodel.layout import Layout
 from shardplan.executor import measure
-from shardplan.executor.checkpoint_files import CHECKPOINTS_FOLDER, PART_SUFFIX, read_progress
+from shardplan.executor.checkpoint_files import Progress, read_progress
 from shardplan.executor.compare import comparison
 from shardplan.executor.failure import Failure, failure, stuck
+from shardplan.executor.following import Followed
 from shardplan.executor.job_file import JobFile, Metrics, write_resolved
 from shardplan.executor.measure import StepRecord
-from shardplan.executor.metrics_files import MetricsFiles
+from shardplan.executor.metrics_files import MetricsFiles, tokens_before
 from shardplan.hw_profiles.errors import InputError
 from shardplan.planner.plan import Plan
 
@@ -47,7 +48,7 @@ STOP_S = 40.0
 STUCK_STOP_S = 3.0
 """For ranks that hang anyway, where they die with torchrun."""
 HANG_TIMEOUTS = 2.0
-"""Ranks end themselves after one timeout; when no step has finished and no checkpoint grown for this many, the launcher ends them."""
+"""Ranks end themselves after one timeout; when rank 0 has left no word and no checkpoint grown for this many, the launcher ends them."""
 START_S = 120.0
 """Allowed besides for starting processes, building the model, loading: before the first step, and where restarts may follow."""
 
@@ -103,29 +104,62 @@ def run_plan(
     """
     plan = Plan.read(source)
     folder = make_folder(out, plan)
-    shutil.copyfile(source, folder / "plan.json")
-    done = read_progress(recovery.resume).step if recovery.resume else 0
-    warmup_steps = min(WARMUP_STEPS, max(steps - done - 1, 0))
+    saved = read_progress(recovery.resume) if recovery.resume else None
+    warmup_steps = min(WARMUP_STEPS, max(steps - (saved.step if saved else 0) - 1, 0))
     command = _command(folder, plan, device=device, steps=steps, recovery=recovery)
-    if job is not None:
-        write_resolved(job, folder / "job.json")
-        command += ["--job", str(folder / "job.json")]
+    with _writing(folder):
+        shutil.copyfile(source, folder / "plan.json")
+        if job is not None:
+            write_resolved(job, folder / "job.json")
+            command += ["--job", str(folder / "job.json")]
+        metrics = _metrics(folder, plan, steps=steps, words=job.metrics if job else Metrics(), saved=saved)
     if look_every is not None:
         command += ["--profile", str(look_every)]
-    metrics = _metrics(folder, plan, steps=steps, words=job.metrics if job else Metrics())
 
     def tell(record: StepRecord) -> None:
-        metrics(record)
+        with _writing(folder):
+            metrics(record)
         on_step(record)
 
     ended: Failure | None = Failure(line="stopped")
+    document: dict[str, Any] = {}
     try:
-        ended = _watch(command, _Followed(folder, tell, on_event), plan, device=device, recovery=recovery)
+        ended = _watch(command, Followed(folder, tell, on_event), plan, device=device, recovery=recovery)
+    except InputError as bad:
+        ended = Failure(line=str(bad))
     finally:  # also when stopped by hand: what was measured so far is kept
-        metrics.close()
-        error = ended.line if ended else None
-        document = summarise(folder, plan, device=device, steps=steps, warmup_steps=warmup_steps, error=error)
-    return Outcome(folder=folder, document=document, error=error, details=ended.details if ended else [])
+        document = summarise(
+            folder, plan, device=device, steps=steps, warmup_steps=warmup_steps, error=ended.line if ended else None
+        )
+        try:
+            with _writing(folder):
+                metrics.close()
+                measure.write_measurements(folder, measure.read_records(folder), ranks=plan.gpus)
+                measure.write_json(folder / "run.json", document)
+        except InputError as bad:
+            ended = _also(ended, str(bad))
+            document["error"] = ended.line
+    return Outcome(folder=folder, document=document, error=document["error"], details=ended.details if ended else [])
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """InputError where something in `folder` cannot be written, as on a full disk."""
+    try:
+        yield
+    except OSError as bad:
+        raise InputError(
+            f"cannot be written ({bad.strerror or bad})",
+            place=str(folder),
+            remedy="make room, or name another with --out",
+        ) from bad
+
+
+def _also(ended: Failure | None, problem: str) -> Failure:
+    """`ended`, told with a `problem` that came up afterwards."""
+    if ended is None or problem in ended.line:
+        return Failure(line=problem, details=ended.details if ended else [])
+    return Failure(line=f"{ended.line}; {problem}", details=ended.details)
 
 
 def make_folder(out: Path, plan: Plan) -> Path:
@@ -152,20 +186,24 @@ def layout_slug(layout: Layout) -> str:
     return re.sub(r"[^\w.-]+", "_", "-".join(kept))
 
 
-def _metrics(folder: Path, plan: Plan, *, steps: int, words: Metrics) -> MetricsFiles:
+def _metrics(folder: Path, plan: Plan, *, steps: int, words: Metrics, saved: Progress | None) -> MetricsFiles:
+    per_step = plan.job.tokens_per_step
     return MetricsFiles(
         folder,
         interval=words.interval,
         steps=steps,
         ranks=plan.gpus,
-        tokens_per_step=plan.job.tokens_per_step,
+        tokens_per_step=per_step,
+        tokens_before=tokens_before(saved, per_step) if saved else 0,
+        steps_before=saved.step if saved else 0,
         prediction=plan.prediction,
         tensorboard=words.tensorboard,
     )
 
 
 def _command(folder: Path, plan: Plan, *, device: str, steps: int, recovery: Recovery) -> list[str]:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(plan.gpus)]
+    torchrun = [sys.executable, "-m", "shardplan.executor.torchrun", str(os.getpid())]
+    torchrun += ["--standalone", "--nproc-per-node", str(plan.gpus)]
     torchrun += ["--local-addr", "127.0.0.1"]  # else the ranks look each other up by host name, which may not resolve
     torchrun += ["--max-restarts", str(recovery.max_restarts)]
     rank = ["-m", "shardplan.executor.train", str(folder), "--steps", str(steps), "--device", device]
@@ -180,45 +218,10 @@ def _command(folder: Path, plan: Plan, *, device: str, steps: int, recovery: Rec
 def _environment(device: str) -> dict[str, str]:
     # safe path: the working folder must not shadow packages; one thread: ranks of a CPU run share the cores
     changes = {"PYTHONSAFEPATH": "1", **({"OMP_NUM_THREADS": "1"} if device == "cpu" else {})}
-    return {**os.environ, **changes}
+    return {"PYTHONFAULTHANDLER": "1", **os.environ, **changes}  # a crash in native code leaves a stack in the log
 
 
-class _Followed:
-    """What the run folder has told so far; passes on what is new."""
-
-    def __init__(
-        self, folder: Path, on_step: Callable[[StepRecord], None], on_event: Callable[[str], None] = lambda _: None
-    ) -> None:
-        self.folder, self.on_step, self.on_event = folder, on_step, on_event
-        self.steps, self.events = 0, 0
-        self.saved_bytes = 0
-        self.last_word = time.monotonic()
-
-    def saving(self) -> bool:
-        """Has a checkpoint grown since this was last asked?"""
-        parts = (self.folder / CHECKPOINTS_FOLDER).glob(f"*{PART_SUFFIX}/*")
-        with contextlib.suppress(FileNotFoundError):  # one was completed meanwhile: it has grown
-            before, self.saved_bytes = self.saved_bytes, sum(path.stat().st_size for path in parts)
-            if self.saved_bytes == before:
-                return False
-        self.last_word = time.monotonic()
-        return True
-
-    def follow(self) -> None:
-        events = measure.read_events(self.folder)
-        for event in events[self.events :]:
-            for line in (*event["refused"], event["told"]):
-                self.on_event(line)
-        path = measure.rank_file(self.folder, 0)
-        records = measure.parse_records(path.read_text(encoding="utf-8")) if path.exists() else []
-        for record in records[self.steps :]:
-            self.on_step(record)
-        if len(events) > self.events or len(records) > self.steps:
-            self.last_word = time.monotonic()
-        self.events, self.steps = len(events), len(records)
-
-
-def _watch(command: list[str], followed: _Followed, plan: Plan, *, device: str, recovery: Recovery) -> Failure | None:
+def _watch(command: list[str], followed: Followed, plan: Plan, *, device: str, recovery: Recovery) -> Failure | None:
     """Start `command`, pass on what rank 0 tells until it ends; returns why it failed. Ends all ranks when interrupted or stuck."""
     folder = followed.folder
     with (folder / "log.txt").open("wb") as log, _terminate_interrupts():
@@ -231,7 +234,7 @@ def _watch(command: list[str], followed: _Followed, plan: Plan, *, device: str, 
                 followed.follow()
                 if code is not None:
                     return failure(folder, code, ranks=plan.gpus) if code else None
-                slack_s = START_S if recovery.max_restarts or not followed.steps else 0.0
+                slack_s = START_S if recovery.max_restarts or not followed.began else 0.0
                 silent_s = time.monotonic() - followed.last_word
                 if silent_s > HANG_TIMEOUTS * recovery.timeout_s + slack_s and not followed.saving():
                     _stop(process, STOP_S if sys.platform == "darwin" else STUCK_STOP_S)
@@ -248,38 +251,38 @@ def _stop(process: subprocess.Popen[bytes], patience_s: float = STOP_S) -> None:
     try:
         process.wait(patience_s)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # ranks die with it: start.die_with_parent
+        os.killpg(process.pid, signal.SIGKILL)  # ranks die with it: lifetime.die_with_parent
         process.wait()
 
 
 @contextlib.contextmanager
 def _terminate_interrupts() -> Iterator[None]:
-    """Treat SIGTERM like Ctrl-C, so that ranks never outlive the launcher."""
+    """Treat SIGTERM and the end of the terminal like Ctrl-C, so that ranks never outlive the launcher; nohup's choice is kept."""
 
     def interrupt(_signal: int, _frame: object) -> None:
         raise KeyboardInterrupt
 
-    try:
-        before = signal.signal(signal.SIGTERM, interrupt)
-    except ValueError:  # not in the main thread: leave signals alone
-        yield
-        return
+    before: dict[signal.Signals, Any] = {}
+    with contextlib.suppress(ValueError):  # not in the main thread: leave signals alone
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                before[number] = signal.signal(number, interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def summarise(
     folder: Path, plan: Plan, *, device: str, steps: int, warmup_steps: int, error: str | None
 ) -> dict[str, Any]:
-    """Merge what the ranks wrote into `measurements.csv` and `run.json`; returns the latter."""
+    """The content of `run.json`, from what the ranks wrote."""
     records = measure.read_records(folder)
-    measure.write_measurements(folder, records, ranks=plan.gpus)
     found = measure.measured(records, tokens_per_step=plan.job.tokens_per_step, warmup_steps=warmup_steps)
     expected = measure.predicted(plan.prediction, memory_kind=found["memory_kind"])
     compared = comparison(folder, records, plan.prediction, step_s=found["step_s"], warmup_steps=warmup_steps)
-    document = {
+    return {
         "plan": "plan.json",
         "model": plan.model.name,
         "layout": plan.layout.words(),
@@ -298,5 +301,3 @@ def summarise(
         "ratio": measure.ratios(found, expected),
         "comparison": compared,
     }
-    measure.write_json(folder / "run.json", document)
-    return document

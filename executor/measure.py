@@ -13,10 +13,9 @@ import resource
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Any
 
 import numpy as np
 
@@ -39,6 +38,8 @@ class StepRecord:
     """From the batch to the end of the optimizer step, as this rank saw it."""
     tokens_per_s: float
     """Of all ranks together."""
+    max_loss: float | None = None
+    """Largest mean over what one rank along dp and cp has of the global batch, nats per token; the same on every rank."""
     allocated_bytes: int | None = None
     active_bytes: int | None = None
     reserved_bytes: int | None = None
@@ -48,7 +49,7 @@ class StepRecord:
     data_s: float | None = None
     """Waiting for the batch, part of `step_s`."""
     validation_loss: float | None = None
-    """After the step, where one was due; nats per token, the same on every rank."""
+    """After the step, where one was due; nats per token, the same on every rank. The step is written without it before."""
     loss_scale: float | None = None
     """Of the step, under fp16."""
     skipped_steps: int | None = None
@@ -76,6 +77,7 @@ PHASE_NAMES = {
 }
 _TORCHTITAN_NAMES = {
     "loss": ("loss_metrics/global_avg_loss", "nats", 1),
+    "max_loss": ("loss_metrics/global_max_loss", "nats", 1),
     "grad_norm": ("grad_norm", "1", 1),
     "step_s": ("time_metrics/end_to_end(s)", "s", 1),
     "tokens_per_s": ("throughput(tps)", "tokens/s/rank", 1),
@@ -105,42 +107,6 @@ def host_peak_bytes() -> int:
 def rank_file(folder: Path, rank: int) -> Path:
     """Where `rank` appends its steps."""
     return folder / RANKS_FOLDER / f"rank-{rank:04d}.jsonl"
-
-
-class RankRecorder:
-    """Appends a rank's steps to its file; an exception that passes through is written beside it, with its time."""
-
-    def __init__(self, folder: Path, *, rank: int) -> None:
-        self.path = rank_file(folder, rank)
-        self.file: TextIO | None = None
-        self.details: list[str] = []
-        """Lines told with the exception."""
-
-    def __enter__(self) -> Self:
-        self.path.parent.mkdir(exist_ok=True)
-        self.path.with_suffix(".error.json").unlink(missing_ok=True)  # of before a restart
-        self.file = self.path.open("a", encoding="utf-8")
-        return self
-
-    def write(self, record: StepRecord) -> None:
-        """Append one step; on disk as far as other processes can see when this returns."""
-        assert self.file is not None
-        self.file.write(json.dumps(asdict(record)) + "\n")
-        self.file.flush()
-
-    def write_memory(self, parts: Mapping[str, float]) -> None:
-        """Bytes by part at the end of the run, beside the steps."""
-        write_json(self.path.with_suffix(".memory.json"), parts)
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        assert self.file is not None
-        self.file.close()
-        if kind is not None and error is not None:
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            told = f"{kind.__name__}: {lines[0]}" if lines else kind.__name__
-            write_json(
-                self.path.with_suffix(".error.json"), {"time": time.time(), "error": told, "details": self.details}
-            )
 
 
 def append_event(folder: Path, event: Mapping[str, Any]) -> None:
@@ -205,7 +171,8 @@ def write_measurements(folder: Path, records: Mapping[int, Sequence[StepRecord]]
 def measured(records: Mapping[int, Sequence[StepRecord]], *, tokens_per_step: int, warmup_steps: int) -> dict[str, Any]:
     """Medians after the warm-up (a step takes as long as its slowest rank) and the peak memory of the fullest rank."""
     slowest = step_seconds(records, warmup_steps=warmup_steps)
-    untouched = [seconds for step, seconds in slowest.items() if not _looked_into(records, step)]
+    looked_into = {record.step for record in _every(records) if record.forward_s is not None}
+    untouched = [seconds for step, seconds in slowest.items() if step not in looked_into]
     timed = untouched if len(untouched) >= FEWEST_UNTOUCHED else list(slowest.values())
     low, median, high = np.percentile(timed, (20, 50, 80)).tolist() if timed else (None, None, None)
     kind = "rss" if any(record.rss_bytes is not None for record in _every(records)) else "allocated"
@@ -245,10 +212,6 @@ def _busiest_cpu_s(records: Mapping[int, Sequence[StepRecord]], *, timed: Mappin
     """Median CPU time of a step of the rank where it is longest."""
     found = [[r.cpu_s for r in steps if r.step in timed and r.cpu_s is not None] for steps in records.values()]
     return max((float(np.median(values)) for values in found if values), default=None)
-
-
-def _looked_into(records: Mapping[int, Sequence[StepRecord]], step: int) -> bool:
-    return any(record.forward_s is not None for record in _every(records) if record.step == step)
 
 
 def _every(records: Mapping[int, Sequence[StepRecord]]) -> Iterable[StepRecord]:

@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TextIO
 
+from shardplan.executor.checkpoint_files import Progress
 from shardplan.executor.measure import GIB, PHASE_NAMES, StepRecord
 
 TENSORBOARD_FOLDER = "tb"
@@ -32,21 +33,26 @@ class MetricsFiles:
         tokens_per_step: int,
         prediction: Mapping[str, Any],
         tensorboard: bool,
+        steps_before: int = 0,
+        tokens_before: int = 0,
     ) -> None:
+        """`steps_before`, `tokens_before`: what the checkpoint had done that this run goes on from."""
         self.interval, self.steps, self.ranks, self.tokens_per_step = interval, steps, ranks, tokens_per_step
+        self.steps_before, self.tokens_before = steps_before, tokens_before
         self.prediction = prediction
         self.since: list[StepRecord] = []
         self.file: TextIO = (folder / "metrics.jsonl").open("a", encoding="utf-8")
         self.events = _event_file(folder / TENSORBOARD_FOLDER) if tensorboard else None
 
     def __call__(self, record: StepRecord) -> None:
-        """Take one step; write a row where one is due."""
+        """Take one step, or the same again with its validation loss; write a row where one is due."""
+        if record.validation_loss is not None:
+            self._write(record.step, {"validation_metrics/loss": record.validation_loss})
+            return
         self.since.append(record)
         if record.step == 1 or record.step % self.interval == 0 or record.step == self.steps:
             self._write(record.step, self.row())
             self.since.clear()
-        if record.validation_loss is not None:
-            self._write(record.step, {"validation_metrics/loss": record.validation_loss})
 
     def row(self) -> dict[str, float]:
         """The metrics of the steps since the last row."""
@@ -55,11 +61,12 @@ class MetricsFiles:
         data_s = sum(record.data_s or 0.0 for record in self.since) / count
         found: dict[str, float | None] = {
             "loss_metrics/global_avg_loss": last.loss,
+            "loss_metrics/global_max_loss": last.max_loss,
             "grad_norm": last.grad_norm,
             "lr": last.learning_rate,
             "loss_scale": last.loss_scale,
             "skipped_steps": last.skipped_steps,
-            "n_tokens_seen": float(last.step * self.tokens_per_step),
+            "n_tokens_seen": float(self.tokens_before + (last.step - self.steps_before) * self.tokens_per_step),
             "throughput(tps)": self.tokens_per_step / step_s / self.ranks,
             **utilisation(self.prediction, step_s),
             "time_metrics/end_to_end(s)": step_s,
@@ -102,6 +109,12 @@ class MetricsFiles:
         self.file.close()
         if self.events is not None:
             self.events.close()
+
+
+def tokens_before(saved: Progress, tokens_per_step: int) -> int:
+    """Tokens trained before a checkpoint: counted by the loader of a job's files, else as if every step had `tokens_per_step`."""
+    data = saved.data
+    return data["sequences"] * data["seq"] if "sequences" in data else saved.step * tokens_per_step
 
 
 def utilisation(prediction: Mapping[str, Any], step_s: float) -> dict[str, float | None]:

@@ -24,7 +24,7 @@ from shardplan.costmodel.model_config import load_model
 from shardplan.executor.attention_kernel import attention_context
 from shardplan.executor.data import ShippedText
 from shardplan.executor.device_run import start_alone
-from shardplan.executor.measure import RankRecorder
+from shardplan.executor.recorder import RankRecorder
 from shardplan.executor.schedule import MAX_NORM, learning_rate
 from shardplan.executor.train import LOOK_EVERY, run_step, synchronize
 from shardplan.executor.trainer import Trainer

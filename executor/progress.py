@@ -31,9 +31,13 @@ class ProgressLine:
         self.validation_loss: float | None = None
 
     def __call__(self, record: StepRecord) -> None:
-        """Tell one step."""
+        """Tell one step, or its validation loss where it comes again with one."""
+        if record.validation_loss is not None:
+            self.validation_loss = record.validation_loss
+            self.tell(f"{self._number(record)}  validation {record.validation_loss:.3f}")
+            return
         last = record.step == self.steps
-        due = last or record.validation_loss is not None or record.step % self.every == 1 % self.every
+        due = last or record.step % self.every == 1 % self.every
         if self.live:
             self.stream.write(f"\r\x1b[K{self.line(record)}" + ("\n" if last else ""))
             self.stream.flush()
@@ -58,15 +62,16 @@ class ProgressLine:
         memory = next(
             (b for b in (record.rss_bytes, record.reserved_bytes, record.allocated_bytes) if b is not None), None
         )
-        if record.validation_loss is not None:
-            self.validation_loss = record.validation_loss
         scaled = "" if record.loss_scale is None else f"scale {record.loss_scale:g} ({record.skipped_steps} skipped)  "
         held_out = "" if self.validation_loss is None else f"validation {self.validation_loss:.3f}  "
         return (
-            f"step {record.step:>{len(str(self.steps))}}/{self.steps}  loss {record.loss:.3f}  {held_out}{scaled}"
+            f"{self._number(record)}  loss {record.loss:.3f}  {held_out}{scaled}"
             f"{seconds(record.step_s)} (predicted {seconds(self.predicted_s)})  {record.tokens_per_s:,.0f} tokens/s  "
             f"{self._utilisation(record)}memory {gibibytes(memory)} (predicted {gibibytes(self.predicted_bytes)})"
         )
+
+    def _number(self, record: StepRecord) -> str:
+        return f"step {record.step:>{len(str(self.steps))}}/{self.steps}"
 
     def _utilisation(self, record: StepRecord) -> str:
         mfu = utilisation(self.prediction, record.step_s)["mfu(%)"]

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
-import sys
 from datetime import timedelta
 
 import torch
@@ -14,9 +11,6 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from shardplan.hw_profiles.errors import InputError
 from shardplan.planner.plan import Plan
-
-PR_SET_PDEATHSIG = 1
-"""linux/prctl.h."""
 
 
 def start_process_group(device: str, timeout: timedelta) -> torch.device:
@@ -42,12 +36,6 @@ def start_process_group(device: str, timeout: timedelta) -> torch.device:
         device_id=chosen if device == "cuda" else None,
     )
     return chosen
-
-
-def die_with_parent() -> None:
-    """On Linux: be killed when torchrun is gone, so that no rank trains on alone."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def restart_count() -> int:

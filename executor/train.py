@@ -26,14 +26,17 @@ from shardplan.executor.checkpoint import Checkpoints, choose
 from shardplan.executor.checkpoint_files import CHECKPOINTS_FOLDER, clear_parts
 from shardplan.executor.compiling import is_compiled
 from shardplan.executor.job_file import read_resolved
-from shardplan.executor.measure import RankRecorder, StepRecord, append_event, host_peak_bytes
+from shardplan.executor.lifetime import die_with_parent, tell_before_ending
+from shardplan.executor.measure import StepRecord, append_event, host_peak_bytes
 from shardplan.executor.memory_parts import device_parts, ran_out_of_memory, run_parts, told_parts
 from shardplan.executor.mesh import build_mesh
 from shardplan.executor.phases import PHASES
 from shardplan.executor.recipe import make_recipe
-from shardplan.executor.start import check_world_size, die_with_parent, restart_count, start_process_group
+from shardplan.executor.recorder import RankRecorder
+from shardplan.executor.start import check_world_size, restart_count, start_process_group
 from shardplan.executor.trainer import Trainer
 from shardplan.executor.waits import Waits
+from shardplan.hw_profiles.errors import InputError
 from shardplan.planner.plan import Plan
 
 LOOK_EVERY = {"cpu": 1, "cuda": 10}
@@ -62,15 +65,16 @@ def train(
     waits = Waits(trainer.clock, trainer.mesh, trainer.groups, compiled=compiled) if look_every else None
     for step in range(done + 1, steps + 1):
         record = run_step(trainer, step, waits if look_every and step % look_every == 0 else None)
+        recorder.write(record)  # validation may take long, and it may fail
         if held_out is not None and held_out.due(step, steps=steps):
-            record = replace(record, validation_loss=trainer.validate(held_out.data, held_out.batches))
-        recorder.write(record)
+            loss = trainer.validate(held_out.data, held_out.batches, recorder.alive)
+            recorder.write(replace(record, validation_loss=loss))
         if checkpoints is not None and checkpoints.due(step, steps):
             checkpoints.save(trainer.state(), trainer.progress(step))
     if checkpoints is not None:
         checkpoints.wait()
     recorder.write_memory(memory(trainer))
-    trainer.export()
+    trainer.export(recorder.alive)
 
 
 def run_step(trainer: Trainer, step: int, waits: Waits | None = None) -> StepRecord:
@@ -91,6 +95,7 @@ def run_step(trainer: Trainer, step: int, waits: Waits | None = None) -> StepRec
     return StepRecord(
         step=step,
         loss=trainer.global_loss(loss),
+        max_loss=trainer.global_max_loss(loss),
         grad_norm=norm.item() if trainer.loss_scale is None or norm.isfinite() else None,
         step_s=seconds,
         tokens_per_s=trainer.plan.job.tokens_per_step / seconds,
@@ -158,6 +163,7 @@ def run_rank() -> None:
     given = parser.parse_args()
     die_with_parent()
     with RankRecorder(given.folder, rank=int(os.environ["RANK"])) as recorder:
+        tell_before_ending(recorder.told_to_end)
         plan = Plan.read(given.folder / "plan.json")
         check_world_size(plan)
         device = start_process_group(given.device, timedelta(seconds=given.timeout))
@@ -222,6 +228,9 @@ def main() -> NoReturn:
     code = 0
     try:
         run_rank()
+    except InputError as bad:
+        print(f"{type(bad).__name__}: {bad}", file=sys.stderr)
+        code = 1
     except BaseException:
         traceback.print_exc()
         code = 1

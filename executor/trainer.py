@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
@@ -271,10 +271,11 @@ class Trainer:
         return saved.step
 
     @torch.no_grad()
-    def validate(self, data: Batches, batches: int) -> float:
+    def validate(self, data: Batches, batches: int, on_batch: Callable[[], None] = lambda: None) -> float:
         """Mean loss over global batches 1 to `batches` of `data`; nothing is trained. The same on every rank."""
         total = torch.zeros((), device=self.device)
         for step in range(1, batches + 1):
+            on_batch()
             batch = self.batch(step, data)
             with loss_context(self.mesh["tp"]), attention_context(self.attention):
                 total += self._evaluate(batch) / batches
@@ -289,7 +290,7 @@ class Trainer:
             [self.loss(self.chunks[0](x, *positions), y) for x, y, *positions in self._pieces(batch)]
         ).mean()
 
-    def export(self) -> None:
+    def export(self, on_tensor: Callable[[], None] = lambda: None) -> None:
         """Write the trained values where the recipe wants them, under Hugging Face's names; all ranks call it together."""
         if self.recipe.export is not None:
             from shardplan.executor import weights  # needs safetensors
@@ -301,6 +302,7 @@ class Trainer:
                 self.recipe.export,
                 dtype=self.recipe.export_dtype,
                 origin=self.recipe.initial,
+                on_tensor=on_tensor,
             )
 
     def global_loss(self, loss: Tensor) -> float:
@@ -309,3 +311,10 @@ class Trainer:
         total = loss.clone() if counts_once else torch.zeros_like(loss)
         dist.all_reduce(total)
         return total.item() / (self.plan.layout.dp * self.plan.layout.cp)
+
+    def global_max_loss(self, loss: Tensor) -> float:
+        """Largest of the losses that `forward_backward` returned on the ranks along dp and cp, the same on every rank."""
+        counts = self.holds_last and self.mesh.get_local_rank("tp") == 0
+        most = loss.clone() if counts else torch.full_like(loss, -torch.inf)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        return most.item()

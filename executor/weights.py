@@ -7,7 +7,7 @@ rank of each pipeline stage writes its files, rank 0 the index, and the folder g
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,14 @@ def load(chunk: Transformer, folder: Folder) -> None:
 
 
 def save(
-    chunks: Sequence[Transformer], plan: Plan, mesh: DeviceMesh, target: Path, *, dtype: str, origin: Folder | None
+    chunks: Sequence[Transformer],
+    plan: Plan,
+    mesh: DeviceMesh,
+    target: Path,
+    *,
+    dtype: str,
+    origin: Folder | None,
+    on_tensor: Callable[[], None] = lambda: None,
 ) -> None:
     """Write the whole model to the new folder `target`; every rank calls this."""
     torch_dtype, word = DTYPES[dtype]
@@ -63,6 +70,7 @@ def save(
             held.clear()
 
     for name, value in _whole(chunks):
+        on_tensor()
         if writes:
             for theirs, matrix in zip(*_matrices(name, value), strict=True):
                 held[theirs] = matrix.to("cpu", torch_dtype, copy=True).contiguous()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -103,6 +105,9 @@ def test_thirty_steps_leave_a_complete_run_folder_and_a_lower_loss(write_plan, t
     rows = list(csv.DictReader((folder / "measurements.csv").open()))
     losses = [float(row["value"]) for row in rows if row["metric"] == "loss_metrics/global_avg_loss"]
     assert len(losses) == 2 * 30
+    largest = [float(row["value"]) for row in rows if row["metric"] == "loss_metrics/global_max_loss"]
+    assert largest[0::2] == largest[1::2]
+    assert all(most >= mean for most, mean in zip(largest, losses, strict=True))
     assert {row["rank"] for row in rows} == {"0", "1"}
     assert losses[-1] == pytest.approx(measured["last_loss"])
 
@@ -190,16 +195,44 @@ def test_training_that_diverges_ends_before_it_is_saved(write_plan, tmp_path):
 
 
 @pytest.mark.distributed
+def test_a_wrong_number_of_processes_is_told_in_a_line_of_each(write_plan, tmp_path, child_environment):
+    pytest.importorskip("torch", reason="the executor needs torch")
+    write_plan("dp=2")
+    command = [sys.executable, "-m", "shardplan.executor.train", str(tmp_path), "--steps", "1", "--device", "cpu"]
+    environment = {**child_environment, "RANK": "0", "WORLD_SIZE": "3"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1
+    line = "InputError: the plan is for 2 processes, 3 were started; start as many as it says"
+    assert done.stderr.splitlines() == [line]
+
+
+def test_a_crash_in_native_code_leaves_a_stack_unless_the_user_decides_otherwise(monkeypatch):
+    from shardplan.executor.launch import _environment
+
+    monkeypatch.delenv("PYTHONFAULTHANDLER", raising=False)
+    assert _environment("cpu")["PYTHONFAULTHANDLER"] == "1"
+    monkeypatch.setenv("PYTHONFAULTHANDLER", "")
+    assert _environment("cpu")["PYTHONFAULTHANDLER"] == ""
+
+
+@pytest.mark.distributed
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the ranks in /proc")
-def test_a_killed_rank_ends_the_run_and_keeps_what_was_measured(write_plan, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [
+        (signal.SIGKILL, "rank 1 was killed by signal 9 SIGKILL (out of memory?)"),
+        (signal.SIGTERM, "rank 1: ended by signal 15 (SIGTERM)"),
+    ],
+)
+def test_a_killed_rank_ends_the_run_and_keeps_what_was_measured(write_plan, tmp_path, number, told):
     pytest.importorskip("torch", reason="the executor needs torch")
 
     def kill_rank_1(record) -> None:
         if record.step == 3:
-            os.kill(rank_processes(tmp_path)[1], signal.SIGKILL)
+            os.kill(rank_processes(tmp_path)[1], number)
 
     outcome = run_plan(write_plan("dp=2"), device="cpu", steps=100_000, out=tmp_path / "runs", on_step=kill_rank_1)
-    assert outcome.error == "rank 1 was killed by signal 9 SIGKILL (out of memory?)"
+    assert outcome.error == told
     assert outcome.document["steps_done"] >= 3
     assert json.loads((outcome.folder / "run.json").read_text())["error"] == outcome.error
     assert len((outcome.folder / "measurements.csv").read_text().splitlines()) > 3 * 5
@@ -221,6 +254,59 @@ def test_an_interrupted_run_ends_its_ranks_and_keeps_what_was_measured(write_pla
     saved = json.loads(next((tmp_path / "runs").glob("*/run.json")).read_text())
     assert saved["error"] == "stopped"
     assert saved["steps_done"] >= 2
+
+
+@pytest.mark.parametrize("when", ["at a step", "at the end"])
+def test_a_full_disk_ends_the_run_in_one_line(write_plan, tmp_path, monkeypatch, when):
+    from shardplan.executor import launch, measure
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def watch(_command, followed, *_: object, **__: object) -> None:
+        (followed.folder / "ranks").mkdir()
+        followed.on_step(measure.StepRecord(step=1, loss=1.0, grad_norm=1.0, step_s=1.0, tokens_per_s=1.0))
+
+    monkeypatch.setattr(launch, "_watch", watch)
+    if when == "at a step":
+        monkeypatch.setattr(launch.MetricsFiles, "__call__", full)
+    monkeypatch.setattr(measure, "write_json", full)
+    outcome = run_plan(write_plan("dp=1"), device="cpu", steps=1, out=tmp_path / "runs", on_step=lambda _: None)
+    assert outcome.error == (
+        f"{outcome.folder}: cannot be written (No space left on device); make room, or name another with --out"
+    )
+    assert outcome.document["error"] == outcome.error
+
+
+LAUNCHER = """
+import sys
+from pathlib import Path
+from shardplan.executor.launch import run_plan
+run_plan(Path(sys.argv[1]), device="cpu", steps=100_000, out=Path(sys.argv[2]), on_step=lambda record: print(record.step, flush=True))
+"""
+
+
+@pytest.mark.distributed
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the ranks in /proc")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP])
+def test_ranks_do_not_outlive_a_launcher_that_is_killed_or_loses_its_terminal(
+    write_plan, tmp_path, child_environment, number
+):
+    pytest.importorskip("torch", reason="the executor needs torch")
+    command = [sys.executable, "-c", LAUNCHER, str(write_plan("dp=1")), str(tmp_path / "runs")]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=child_environment
+    ) as launcher:
+        assert launcher.stdout is not None
+        assert launcher.stdout.readline()  # a step
+        assert rank_processes(tmp_path)
+        launcher.send_signal(number)
+        launcher.wait(60)
+    until = time.monotonic() + 10
+    while rank_processes(tmp_path) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert rank_processes(tmp_path) == {}
+    assert (number == signal.SIGHUP) == any((tmp_path / "runs").glob("*/run.json"))
 
 
 def rank_processes(folder: Path) -> dict[int, int]:

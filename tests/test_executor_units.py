@@ -23,6 +23,7 @@ from shardplan.executor.failure import failure
 from shardplan.executor.launch import layout_slug
 from shardplan.executor.measure import StepRecord
 from shardplan.executor.progress import ProgressLine, summary
+from shardplan.executor.recorder import RankRecorder
 from shardplan.hw_profiles.load import cluster_document
 from shardplan.planner.plan import Plan
 
@@ -208,13 +209,20 @@ def test_missing_gpus_are_refused_unless_forced_onto_few_enough_processes():
 
 
 def step_record(step: int, **changes) -> StepRecord:
-    values = {"loss": 6.0 - step, "grad_norm": 1.0, "step_s": 0.5, "tokens_per_s": 1024.0, "rss_bytes": 2**30}
+    values = {
+        "loss": 6.0 - step,
+        "grad_norm": 1.0,
+        "step_s": 0.5,
+        "tokens_per_s": 1024.0,
+        "rss_bytes": 2**30,
+        "max_loss": 7.0 - step,
+    }
     return StepRecord(step=step, **{**values, **changes})
 
 
 def write_ranks(folder, *, ranks: int, steps: int) -> None:
     for rank in range(ranks):
-        with measure.RankRecorder(folder, rank=rank) as recorder:
+        with RankRecorder(folder, rank=rank) as recorder:
             for step in range(1, steps + 1):
                 recorder.write(step_record(step, step_s=0.5 + 0.1 * rank, rss_bytes=2**30 * (rank + 1)))
 
@@ -224,9 +232,10 @@ def test_measurements_are_long_rows_with_torchtitans_names(tmp_path):
     measure.write_measurements(tmp_path, measure.read_records(tmp_path), ranks=2)
     rows = list(csv.DictReader((tmp_path / "measurements.csv").open()))
     assert list(rows[0]) == ["step", "rank", "metric", "value", "unit"]
-    assert len(rows) == 2 * 2 * 5
+    assert len(rows) == 2 * 2 * 6
     by_key = {(row["step"], row["rank"], row["metric"]): (float(row["value"]), row["unit"]) for row in rows}
     assert by_key["2", "1", "loss_metrics/global_avg_loss"] == (4.0, "nats")
+    assert by_key["2", "1", "loss_metrics/global_max_loss"] == (5.0, "nats")
     assert by_key["1", "1", "memory/max_rss(GiB)"] == (2.0, "GiB")
     assert by_key["1", "0", "throughput(tps)"] == (512.0, "tokens/s/rank")
     assert by_key["1", "0", "time_metrics/end_to_end(s)"] == (0.5, "s")
@@ -234,7 +243,7 @@ def test_measurements_are_long_rows_with_torchtitans_names(tmp_path):
 
 def test_the_scale_of_fp16_and_its_skipped_steps_are_told(tmp_path):
     skipped = step_record(1, grad_norm=None, loss_scale=65536.0, skipped_steps=1)
-    with measure.RankRecorder(tmp_path, rank=0) as recorder:
+    with RankRecorder(tmp_path, rank=0) as recorder:
         recorder.write(skipped)
     records = measure.read_records(tmp_path)
     measure.write_measurements(tmp_path, records, ranks=1)
@@ -289,14 +298,14 @@ def test_a_run_without_steps_or_prediction_still_has_a_summary():
 
 def test_the_first_rank_that_raised_is_named(tmp_path):
     for rank, error in ((0, ValueError("the cause\nmore")), (1, RuntimeError("Connection closed by peer"))):
-        with pytest.raises(type(error)), measure.RankRecorder(tmp_path, rank=rank):
+        with pytest.raises(type(error)), RankRecorder(tmp_path, rank=rank):
             raise error
     (tmp_path / "log.txt").write_text("  rank      : 1 (local_rank: 1)\n  exitcode  : 1 (pid: 7)\n")
     assert failure(tmp_path, 1, ranks=2).line == "rank 0: ValueError: the cause"
 
 
 def test_a_killed_rank_is_named_before_those_it_dragged_along(tmp_path):
-    with pytest.raises(RuntimeError), measure.RankRecorder(tmp_path, rank=0):
+    with pytest.raises(RuntimeError), RankRecorder(tmp_path, rank=0):
         raise RuntimeError("Connection reset by peer")
     (tmp_path / "log.txt").write_text(
         "  rank      : 0 (local_rank: 0)\n  exitcode  : 1 (pid: 6)\n"

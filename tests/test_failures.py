@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +19,8 @@ from shardplan.costmodel.model_config import load_model
 from shardplan.executor import check, measure
 from shardplan.executor.checkpoint_files import CheckpointError, Progress
 from shardplan.executor.failure import failure, stuck
-from shardplan.executor.measure import RankRecorder, StepRecord
+from shardplan.executor.measure import StepRecord
+from shardplan.executor.recorder import RankRecorder, first_line
 from shardplan.hw_profiles.load import cluster_document
 from shardplan.planner.plan import Plan, model_digest
 
@@ -32,12 +36,12 @@ Root Cause (first observed failure):
 
 
 def left_by(folder: Path, *, log: str = "", errors=(), steps=()) -> Path:
-    """A run folder: `errors` are (rank, time, line), `steps` the steps done by each rank."""
+    """A run folder: `errors` are (rank, time, line, items besides...), `steps` the steps done by each rank."""
     (folder / "ranks").mkdir(parents=True)
     (folder / "log.txt").write_text(log)
-    for rank, at, line in errors:
+    for rank, at, line, *more in errors:
         path = measure.rank_file(folder, rank).with_suffix(".error.json")
-        path.write_text(json.dumps({"time": at, "error": line, "details": []}))
+        path.write_text(json.dumps({"time": at, "error": line, "details": [], **dict(more)}))
     for rank, done in enumerate(steps):
         records = [StepRecord(step=s + 1, loss=1.0, grad_norm=1.0, step_s=1.0, tokens_per_s=1.0) for s in range(done)]
         measure.rank_file(folder, rank).write_text("".join(json.dumps(vars(record)) + "\n" for record in records))
@@ -58,6 +62,56 @@ def test_a_rank_that_only_lost_its_peer_is_not_told(tmp_path):
 def test_a_killed_rank_is_told_before_those_that_lost_it(tmp_path):
     left_by(tmp_path, log=REPORT.format(rank=1, code=-9), errors=[(0, 1.0, "RuntimeError: Connection reset by peer")])
     assert failure(tmp_path, 1, ranks=2).line == "rank 1 was killed by signal 9 SIGKILL (out of memory?)"
+
+
+TERMINATED = "ended by signal 15 (SIGTERM)"
+
+
+def test_a_rank_that_is_told_to_end_is_told_before_those_that_lost_it(tmp_path):
+    errors = [(0, 1.1, "RuntimeError: Connection closed by peer"), (1, 1.0, TERMINATED, ("told_to_end", 71))]
+    left_by(tmp_path, errors=errors)
+    assert failure(tmp_path, 1, ranks=2).line == f"rank 1: {TERMINATED}"
+
+
+def test_a_rank_that_torchrun_ends_after_a_failure_is_not_told(tmp_path):
+    ended, lost = (1, 1.0, TERMINATED, ("told_to_end", 71)), (0, 0.9, "RuntimeError: Connection closed by peer")
+    log = "W0101 api.py:1] Sending process 71 closing signal SIGTERM\nImportError: no module\n"
+    left_by(tmp_path / "alone", log=log, errors=[ended])
+    assert failure(tmp_path / "alone", 1, ranks=2).line == "ImportError: no module"
+    left_by(tmp_path / "later", errors=[ended, lost])
+    assert failure(tmp_path / "later", 1, ranks=2).line == "rank 0: RuntimeError: Connection closed by peer"
+    left_by(tmp_path / "stuck", log=log, errors=[ended], steps=(3, 2))
+    assert stuck(tmp_path / "stuck", 60.0, ranks=2).line == "no step finished for 60 s; rank 1 hung after step 2"
+
+
+def test_a_process_that_is_told_to_end_leaves_its_word_though_its_main_thread_is_blocked(tmp_path, child_environment):
+    code = """
+import ctypes, sys
+from pathlib import Path
+from shardplan.executor.lifetime import tell_before_ending
+from shardplan.executor.recorder import RankRecorder
+with RankRecorder(Path(sys.argv[1]), rank=0) as recorder:
+    tell_before_ending(recorder.told_to_end)
+    print(flush=True)
+    ctypes.CDLL(None).pause()  # no Python handler runs in here
+    ctypes.CDLL(None).sleep(60)
+"""
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=child_environment) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.terminate()
+        assert process.wait(20) == 128 + signal.SIGTERM
+    found = json.loads(measure.rank_file(tmp_path, 0).with_suffix(".error.json").read_text())
+    assert (found["error"], found["told_to_end"]) == (TERMINATED, process.pid)
+
+
+def test_an_error_that_only_announces_the_next_line_is_told_with_it():
+    assert first_line("backend='inductor' raised:\n\n  CppCompileError: no g++\n more") == (
+        "backend='inductor' raised: CppCompileError: no g++"
+    )
+    assert first_line("one\ntwo") == "one"
+    assert first_line("ends so:") == "ends so:"
 
 
 def test_a_rank_that_others_waited_for_hung_though_torchrun_killed_it(tmp_path):
@@ -199,6 +253,21 @@ def test_a_disk_that_fills_up_is_told_in_the_words_of_the_rank(tmp_path):
     saves.saving.set_exception(CheckpointException("write", {3: (full, [])}))
     with pytest.raises(CheckpointError, match=r"^saving failed on rank 3: OSError: .*No space left on device"):
         saves.wait()
+
+
+def test_a_full_disk_is_told_with_a_remedy(tmp_path):
+    full = "CheckpointError: saving failed on rank 0: OSError: [Errno 28] No space left on device"
+    left_by(tmp_path, errors=[(0, 1.0, full)])
+    assert failure(tmp_path, 1, ranks=2).line == f"rank 0: {full}; make room, or name another folder with --out"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_rank_whose_steps_cannot_be_written_says_so_where_it_can(tmp_path):
+    with pytest.raises(OSError, match="No space left"), RankRecorder(tmp_path, rank=0) as recorder:
+        recorder.file = Path("/dev/full").open("a")  # noqa: SIM115 - the recorder closes it
+        recorder.write(StepRecord(step=1, loss=1.0, grad_norm=1.0, step_s=1.0, tokens_per_s=1.0))
+    found = json.loads(measure.rank_file(tmp_path, 0).with_suffix(".error.json").read_text())
+    assert found["error"] == "OSError: [Errno 28] No space left on device"
 
 
 class Evil:

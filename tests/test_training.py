@@ -16,7 +16,7 @@ from shardplan.costmodel.job import Job
 from shardplan.costmodel.layout import parse_layout
 from shardplan.costmodel.model_config import load_model
 from shardplan.executor.measure import StepRecord
-from shardplan.executor.metrics_files import MetricsFiles
+from shardplan.executor.metrics_files import MetricsFiles, tokens_before
 from shardplan.executor.text_tokens import tokenize_files
 from shardplan.executor.token_files import open_tokens
 from shardplan.hw_profiles.load import cluster_document
@@ -107,7 +107,9 @@ def curve(folder: Path) -> tuple[list[float], list[float]]:
     """Losses and validation losses of rank 0."""
     lines = (folder / "ranks" / "rank-0000.jsonl").read_text().splitlines()
     records = [StepRecord(**json.loads(line)) for line in lines]
-    return [r.loss for r in records], [r.validation_loss for r in records if r.validation_loss is not None]
+    return [r.loss for r in records if r.validation_loss is None], [
+        r.validation_loss for r in records if r.validation_loss is not None
+    ]
 
 
 @pytest.mark.distributed
@@ -250,6 +252,7 @@ def test_metrics_are_means_since_the_row_before_under_torchtitans_names(tmp_path
             StepRecord(
                 step=step,
                 loss=1.0 / step,
+                max_loss=2.0 / step,
                 grad_norm=0.5,
                 step_s=0.1 * step,
                 tokens_per_s=1.0,
@@ -265,6 +268,7 @@ def test_metrics_are_means_since_the_row_before_under_torchtitans_names(tmp_path
     assert rows[2] == {
         "step": 4,
         "loss_metrics/global_avg_loss": 0.25,
+        "loss_metrics/global_max_loss": 0.5,
         "grad_norm": 0.5,
         "lr": 1e-3,
         "n_tokens_seen": 4000,
@@ -281,3 +285,28 @@ def test_metrics_are_means_since_the_row_before_under_torchtitans_names(tmp_path
         "predicted/end_to_end(s)": 0.1,
     }
     assert scalars(tmp_path / "tb", "memory/max_reserved(GiB)") == {1: 0.25, 2: 0.5, 4: 1.0, 5: 1.25}
+
+
+def test_tokens_seen_before_a_resume_are_those_that_were_trained():
+    from shardplan.executor.checkpoint_files import Progress
+
+    saved = Progress(step=10, seed=0, model="", layout="dp=1", data={"step": 10, "sequences": 80, "seq": 64})
+    assert tokens_before(saved, tokens_per_step=1) == 80 * 64
+    assert tokens_before(replace(saved, data={"step": 10, "seed": 0}), tokens_per_step=500) == 5000
+
+
+def test_tokens_seen_go_on_from_a_checkpoint(tmp_path):
+    metrics = MetricsFiles(
+        tmp_path,
+        interval=1,
+        steps=11,
+        ranks=1,
+        tokens_per_step=1000,
+        steps_before=10,
+        tokens_before=300,
+        prediction=PREDICTION,
+        tensorboard=False,
+    )
+    metrics(StepRecord(step=11, loss=1.0, grad_norm=0.5, step_s=0.1, tokens_per_s=1.0))
+    metrics.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["n_tokens_seen"] == 1300
