@@ -61,8 +61,7 @@ def train(
     """The loop, from step `done` + 1 to `steps`, looking into every `look_every`-th (0: none); returns when the last checkpoint and
     the exported weights are on disk."""
     held_out = trainer.recipe.validation
-    compiled = is_compiled(trainer.plan.runtime)
-    waits = Waits(trainer.clock, trainer.mesh, trainer.groups, compiled=compiled) if look_every else None
+    waits = waits_of(trainer) if look_every else None
     for step in range(done + 1, steps + 1):
         record = run_step(trainer, step, waits if look_every and step % look_every == 0 else None)
         recorder.write(record)  # validation may take long, and it may fail
@@ -75,6 +74,11 @@ def train(
         checkpoints.wait()
     recorder.write_memory(memory(trainer))
     trainer.export(recorder.alive)
+
+
+def waits_of(trainer: Trainer) -> Waits:
+    """What times the waits of its steps."""
+    return Waits(trainer.clock, trainer.mesh, trainer.groups, compiled=is_compiled(trainer.plan.runtime))
 
 
 def run_step(trainer: Trainer, step: int, waits: Waits | None = None) -> StepRecord:
