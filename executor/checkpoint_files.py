@@ -53,6 +53,9 @@ class Progress:
     """State of the data loader: JSON values, the same on every rank."""
     loss_scale: Mapping[str, Any] | None = None
     """State of the loss scale of fp16."""
+    rotary_base: float | None = None
+    """What the model computes with besides its weights (`hugging_face.Constants`); None in older checkpoints."""
+    norm_epsilon: float | None = None
 
 
 def part_folder(root: Path, step: int) -> Path:
@@ -220,7 +223,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _progress(manifest: Mapping[str, Any]) -> Progress:
-    later = {"loss_scale": None}  # fields that older checkpoints lack
+    later = {"loss_scale": None, "rotary_base": None, "norm_epsilon": None}  # fields that older checkpoints lack
     return Progress(**{name: {**later, **manifest}[name] for name in Progress.__dataclass_fields__})
 
 

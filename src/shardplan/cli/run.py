@@ -173,14 +173,14 @@ def _find_checkpoint(plan: Plan, job: JobFile | None, resume: str, out: Path, st
 
     from shardplan.executor.check import resume_refusals
     from shardplan.executor.checkpoint_files import find, last_run, read_progress
-    from shardplan.executor.recipe import make_recipe
+    from shardplan.executor.recipe import follow, make_recipe
 
     folder, refused = find(last_run(out) if resume == "last" else Path(resume))
     for line in refused:
         print(f"shardplan: {line}; using {folder.name}", file=sys.stderr)
     saved = read_progress(folder)
     _refuse_any(resume_refusals(plan, saved, steps=steps), as_json)
-    make_recipe(plan, job).data.restore(saved.data)
+    follow(make_recipe(plan, job), saved).data.restore(saved.data)
     return folder
 
 
