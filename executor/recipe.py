@@ -144,7 +144,10 @@ def follow(recipe: Recipe, saved: Progress) -> Recipe:
 def check_job(plan: Plan, job: JobFile) -> None:
     """Read what can be wrong with the files of `job` before anything starts; InputError with the first complaint."""
     for one in [*job.data.files, *(job.validation.files if job.validation else ())]:
-        check_vocabulary(_open(one), plan.model.vocab)
+        file = _open(one)
+        check_vocabulary(file, plan.model.vocab)
+        if not job.data.attend_across_documents:
+            _check_documents(file, one)
     recipe = job_recipe(plan, job)
     if not recipe.attend_across_documents:
         _check_apart(plan)
@@ -154,6 +157,17 @@ def check_job(plan: Plan, job: JobFile) -> None:
         check_shape(plan.model)
         if recipe.export.exists():
             raise InputError("exists already", place=str(recipe.export), remedy="name a new folder in weights.export")
+
+
+def _check_documents(file: TokenFile, said: DataFile) -> None:
+    """A token that ends no document keeps none apart."""
+    end = said.end_of_document
+    if file.plain and end is not None and file.documents == 1 and int(file.tokens[-1]) != end:
+        raise InputError(
+            f"end_of_document={end} occurs nowhere in it, so that data.attend_across_documents=false keeps nothing apart",
+            place=str(file.path),
+            remedy="give the token that ends its documents, or leave end_of_document out where it is one document",
+        )
 
 
 def _check_apart(plan: Plan) -> None:
