@@ -103,6 +103,7 @@ def run(
     import sys
     from importlib.util import find_spec
 
+    from shardplan.executor.check import shipped_text_refusals
     from shardplan.executor.compare import comparison_lines
     from shardplan.executor.job_file import read_job
     from shardplan.executor.launch import Recovery, run_plan
@@ -117,6 +118,8 @@ def run(
     device = _check(content, force, as_json)
     if wanted is not None:
         check_job(content, wanted)
+    else:
+        _refuse_any(shipped_text_refusals(content), as_json)
     count = wanted.steps if wanted else steps or DEFAULT_STEPS
     folder = out or Path(wanted.output if wanted else "runs")
     source = None if resume is None else _find_checkpoint(content, wanted, resume, folder, count, as_json)
