@@ -161,11 +161,15 @@ def find(place: Path) -> tuple[Path, list[str]]:
     )
 
 
-def last_run(out: Path) -> Path:
-    """The newest run folder below `out` that has a complete checkpoint; CheckpointError where none has."""
-    for folder in sorted(_entries(out), key=lambda path: path.name, reverse=True):
-        if checkpoints(folder / CHECKPOINTS_FOLDER):
-            return folder
+def find_last(out: Path) -> tuple[Path, list[str]]:
+    """The newest whole checkpoint of the newest run folder below `out` that has one, and a line for each that was refused before it;
+    CheckpointError where none has."""
+    runs = sorted(_entries(out), key=lambda path: path.name, reverse=True)
+    folder, refused = newest([run / CHECKPOINTS_FOLDER for run in runs])
+    if folder is not None:
+        return folder, refused
+    if refused:
+        raise CheckpointError(f"no checkpoint is whole: {'; '.join(refused)}", place=str(out))
     raise CheckpointError(
         "holds no run with a checkpoint",
         place=str(out),

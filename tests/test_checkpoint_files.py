@@ -170,10 +170,15 @@ def test_a_run_without_a_whole_checkpoint_is_refused_in_one_line(tmp_path):
         checkpoint_files.find(tmp_path)
 
 
-def test_the_last_run_is_the_newest_that_has_a_checkpoint(tmp_path):
-    save(tmp_path / "20260101T000000Z-a" / "checkpoints", 4)
-    save(tmp_path / "20260102T000000Z-b" / "checkpoints", 2)
+def test_the_last_run_is_the_newest_that_has_a_whole_checkpoint(tmp_path):
+    older = save(tmp_path / "20260101T000000Z-a" / "checkpoints", 4)
+    newer = save(tmp_path / "20260102T000000Z-b" / "checkpoints", 2)
     (tmp_path / "20260103T000000Z-c").mkdir()
-    assert checkpoint_files.last_run(tmp_path).name == "20260102T000000Z-b"
+    assert checkpoint_files.find_last(tmp_path) == (newer, [])
+    told = flip(newer)
+    assert checkpoint_files.find_last(tmp_path) == (older, [f"checkpoint {newer}: {told}"])
+    flip(older)
+    with pytest.raises(CheckpointError, match=r"no checkpoint is whole: .*step-00000002.*step-00000004"):
+        checkpoint_files.find_last(tmp_path)
     with pytest.raises(CheckpointError, match="holds no run with a checkpoint"):
-        checkpoint_files.last_run(tmp_path / "nothing")
+        checkpoint_files.find_last(tmp_path / "nothing")

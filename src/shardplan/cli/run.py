@@ -175,12 +175,13 @@ def _find_checkpoint(plan: Plan, job: JobFile | None, resume: str, out: Path, st
     import sys
 
     from shardplan.executor.check import resume_refusals
-    from shardplan.executor.checkpoint_files import find, last_run, read_progress
+    from shardplan.executor.checkpoint_files import find, find_last, read_progress
     from shardplan.executor.recipe import follow, make_recipe
 
-    folder, refused = find(last_run(out) if resume == "last" else Path(resume))
+    folder, refused = find_last(out) if resume == "last" else find(Path(resume))
     for line in refused:
-        print(f"shardplan: {line}; using {folder.name}", file=sys.stderr)
+        used = folder.name if str(folder.parent) in line else f"{folder.name} of {folder.parents[1].name}"
+        print(f"shardplan: {line}; using {used}", file=sys.stderr)
     saved = read_progress(folder)
     _refuse_any(resume_refusals(plan, saved, steps=steps), as_json)
     follow(make_recipe(plan, job), saved).data.restore(saved.data)
