@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 from shardplan.executor.check import plan_cluster
@@ -157,6 +158,19 @@ def check_job(plan: Plan, job: JobFile) -> None:
         check_shape(plan.model)
         if recipe.export.exists():
             raise InputError("exists already", place=str(recipe.export), remedy="name a new folder in weights.export")
+        _check_writable(recipe.export)
+
+
+def _check_writable(target: Path) -> None:
+    """The folder in which weights go is made now: they would be lost after the last step."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=target.parent, prefix=f"{target.name}."):
+            pass
+    except OSError as bad:
+        raise InputError(
+            f"cannot be written ({bad.strerror})", place=str(target), remedy="name another folder in weights.export"
+        ) from None
 
 
 def _check_documents(file: TokenFile, said: DataFile) -> None:

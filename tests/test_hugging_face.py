@@ -16,7 +16,7 @@ from shardplan.executor.checkpoint_files import Progress, read_progress
 from shardplan.executor.data import ShippedText
 from shardplan.executor.hugging_face import check_shape, check_weights, config_of, expected_shapes, open_folder
 from shardplan.executor.job_file import parse_job
-from shardplan.executor.recipe import Recipe, follow
+from shardplan.executor.recipe import Recipe, check_job, follow
 from shardplan.executor.schedule import AdamWords
 from shardplan.hw_profiles.errors import InputError
 from shardplan.planner.plan import Plan
@@ -127,16 +127,9 @@ def test_a_spread_model_comes_back_bit_for_bit(tmp_path, checkpoint, words, tied
                 assert torch.equal(written.get_tensor(name), given.get_tensor(name)), name
 
 
-def train(folder: Path, source: Path, words: str, *, peak: float, weights: dict[str, str], steps: int = 1, **recovery):
-    """Train the model of `source` in a layout on tokens made up; returns the run's outcome."""
-    from shardplan.executor.launch import Recovery, run_plan
-    from shardplan.executor.token_files import TokenWriter
-
-    writer = TokenWriter(folder / "train.bin", vocabulary=32)
-    writer.write([(5 * i + i // 7) % 32 for i in range(1000)])
-    writer.close()
+def make_plan(source: Path, words: str) -> Plan:
     layout = parse_layout(words)
-    Plan(
+    return Plan(
         model=load_model(source),
         job=Job(seq=16, global_batch=4, precision="fp32"),
         cluster={},
@@ -147,10 +140,24 @@ def train(folder: Path, source: Path, words: str, *, peak: float, weights: dict[
         search={},
         digests={},
         shardplan_version="0",
-    ).write(folder / "plan.json")
+    )
+
+
+def make_job(folder: Path, *, weights: dict[str, str], peak: float = 1e-3, steps: int = 1) -> dict[str, object]:
     data = {"files": [{"path": str(folder / "train.bin")}]}
-    rate = {"peak": peak, "minimum": peak}
-    job = parse_job({"steps": steps, "data": data, "learning_rate": rate, "weights": weights}, place="job")
+    return {"steps": steps, "data": data, "learning_rate": {"peak": peak, "minimum": peak}, "weights": weights}
+
+
+def train(folder: Path, source: Path, words: str, *, peak: float, weights: dict[str, str], steps: int = 1, **recovery):
+    """Train the model of `source` in a layout on tokens made up; returns the run's outcome."""
+    from shardplan.executor.launch import Recovery, run_plan
+    from shardplan.executor.token_files import TokenWriter
+
+    writer = TokenWriter(folder / "train.bin", vocabulary=32)
+    writer.write([(5 * i + i // 7) % 32 for i in range(1000)])
+    writer.close()
+    make_plan(source, words).write(folder / "plan.json")
+    job = parse_job(make_job(folder, weights=weights, peak=peak, steps=steps), place="job")
     outcome = run_plan(
         folder / "plan.json",
         device="cpu",
@@ -196,6 +203,18 @@ def test_a_checkpoint_of_another_rotary_base_than_the_folders_is_refused():
         follow(made, saved)
     assert follow(made, replace(saved, rotary_base=None, norm_epsilon=None)) == made  # an older checkpoint
     assert follow(replace(made, initial=None), saved).constants.rotary_base == 10_000
+
+
+@pytest.mark.parametrize("export", ["file/out", "/proc/nope/out"])
+def test_a_place_that_cannot_be_written_is_refused_before_training(tmp_path, export):
+    (tmp_path / "file").write_text("no folder")
+    (tmp_path / "train.bin").write_bytes(bytes(2000))
+    plan = make_plan(CHECKPOINT, "dp=1")
+    document = make_job(tmp_path, weights={"export": str(tmp_path / export)})
+    with pytest.raises(InputError, match=r"out: cannot be written \(.*\); name another folder in weights.export"):
+        check_job(plan, parse_job(document, place="job"))
+    check_job(plan, parse_job(make_job(tmp_path, weights={"export": str(tmp_path / "new" / "out")}), place="job"))
+    assert list((tmp_path / "new").iterdir()) == []
 
 
 def tied_checkpoint(folder: Path) -> Path:
