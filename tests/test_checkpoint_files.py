@@ -21,12 +21,17 @@ def progress(step: int) -> Progress:
     return Progress(step=step, seed=0, model="digest", layout="dp=1", data={"position": step})
 
 
+EMPTY_INDEX = b"ctorch.distributed.checkpoint.metadata\nMetadata\n)R."
+"""`Metadata()` as a pickle; what is behind the last full stop is not read."""
+
+
 def save(root: Path, step: int, *, keep: int = 2) -> Path:
     """What a save does, with files in place of tensors."""
     part = checkpoint_files.part_folder(root, step)
     part.mkdir(parents=True)
     for name in ("__0_0.distcp", "__1_0.distcp", ".metadata"):
-        (part / name).write_bytes(f"{name} of step {step}".encode() * 50)
+        content = f"{name} of step {step}".encode() * 50
+        (part / name).write_bytes(EMPTY_INDEX + content if name == ".metadata" else content)
         checkpoint_files.write_digest(part / name)
     target = checkpoint_files.commit(part, progress(step))
     checkpoint_files.prune(root, keep=keep, newest=target)
@@ -147,6 +152,27 @@ def lead_outside(folder: Path) -> str:
     manifest["files"]["../LATEST"] = {"bytes": 1, "sha256": ""}
     path.write_text(json.dumps({**manifest, "digest": checkpoint_files.digest(manifest)}))
     return "manifest.json names files outside the folder"
+
+
+@pytest.mark.parametrize(
+    ("pickled", "told"),
+    [
+        (b"cos\nsystem\n(S'true'\ntR.", ".metadata is refused (os.system is not part of a checkpoint's index)"),
+        (b"cbuiltins\neval\n.", ".metadata is refused (builtins.eval is not part of a checkpoint's index)"),
+        (b"(dp0\n.", ".metadata holds no index"),
+        (b"no pickle", ".metadata is refused ("),
+    ],
+    ids=["system", "eval", "dict", "text"],
+)
+def test_a_forged_index_with_a_manifest_that_matches_is_refused(tmp_path, pickled, told):
+    part = checkpoint_files.part_folder(tmp_path, 4)
+    part.mkdir(parents=True)
+    (part / ".metadata").write_bytes(pickled)
+    checkpoint_files.write_digest(part / ".metadata")
+    folder = checkpoint_files.commit(part, progress(4))
+    with pytest.raises(CheckpointError) as error:
+        checkpoint_files.verify(folder)
+    assert str(error.value).startswith(f"checkpoint {folder}: {told}")
 
 
 @pytest.mark.parametrize("damage", [truncate, flip, lose, cut_manifest, change_manifest, lead_outside])
