@@ -143,6 +143,23 @@ def constants_of(config: Mapping[str, Any]) -> Constants:
     )
 
 
+def unlike_its_config(model: Model) -> list[str]:
+    """`key=value` of what the config.json that `model` was read from says and a start from random values does not compute; [] where
+    nothing differs, or the file is not there any more."""
+    path = Path(model.source)
+    if model.family not in FAMILIES or path.suffix != ".json" or not path.is_file():
+        return []
+    config = cast("dict[str, Any]", _json(path))
+    rope: dict[str, Any] = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    said = (
+        ("hidden_act", config.get("hidden_act"), SILU),
+        ("rope_theta", rope.get("rope_theta") or config.get("rope_theta"), (USUAL_CONSTANTS.rotary_base,)),
+        ("rope_type", rope.get("rope_type", rope.get("type")), ("default",)),
+        ("rms_norm_eps", config.get("rms_norm_eps"), (USUAL_CONSTANTS.norm_epsilon,)),
+    )
+    return [f"{key}={value}" for key, value, computed in said if value is not None and value not in computed]
+
+
 def _check_function(config: Mapping[str, Any], place: str) -> None:
     """InputError where the same tensors stand for another function than the one that is executed."""
     for rope in (config.get("rope_parameters"), config.get("rope_scaling")):

@@ -14,7 +14,14 @@ from shardplan.costmodel.layout import parse_layout
 from shardplan.costmodel.model_config import load_model
 from shardplan.executor.checkpoint_files import Progress, read_progress
 from shardplan.executor.data import ShippedText
-from shardplan.executor.hugging_face import check_shape, check_weights, config_of, expected_shapes, open_folder
+from shardplan.executor.hugging_face import (
+    check_shape,
+    check_weights,
+    config_of,
+    expected_shapes,
+    open_folder,
+    unlike_its_config,
+)
 from shardplan.executor.job_file import parse_job
 from shardplan.executor.recipe import Recipe, check_job, follow
 from shardplan.executor.schedule import AdamWords
@@ -269,6 +276,17 @@ def test_a_config_says_silu_by_either_of_its_names_or_by_nothing(copy):
     for said in ({"hidden_act": "swish"}, {"hidden_act": None}):
         (copy / "config.json").write_text(json.dumps({**config, **said}))
         check_weights(load_model(CHECKPOINT), open_folder(copy))
+
+
+def test_what_a_start_from_random_values_does_not_compute_is_known(copy):
+    assert unlike_its_config(load_model("llama-3-8b")) == []  # a preset has no file
+    assert unlike_its_config(load_model(copy)) == ["rope_theta=500000.0"]
+    config = json.loads((copy / "config.json").read_text())
+    usual = {**config, "rope_parameters": None, "rope_theta": 10_000}
+    (copy / "config.json").write_text(json.dumps(usual))
+    assert unlike_its_config(load_model(copy)) == []
+    (copy / "config.json").write_text(json.dumps({**usual, "hidden_act": "gelu", "rms_norm_eps": 1e-6}))
+    assert unlike_its_config(load_model(copy)) == ["hidden_act=gelu", "rms_norm_eps=1e-06"]
 
 
 def test_a_tensor_that_an_index_lacks_is_named(copy):

@@ -105,6 +105,7 @@ def run(
 
     from shardplan.executor.check import shipped_text_refusals
     from shardplan.executor.compare import comparison_lines
+    from shardplan.executor.hugging_face import unlike_its_config
     from shardplan.executor.job_file import read_job
     from shardplan.executor.launch import Recovery, run_plan
     from shardplan.executor.progress import ProgressLine, summary
@@ -128,6 +129,12 @@ def run(
     )
     progress = ProgressLine(sys.stderr, steps=count, prediction=content.prediction)
     print(f"{content.model.name} on {content.gpus} x {device}: {content.layout.words()}", file=sys.stderr)
+    unlike = [] if resume or (wanted and wanted.weights.initial) else unlike_its_config(content.model)
+    if unlike:
+        print(
+            f"shardplan: random values, so not trained with {', '.join(unlike)} of {content.model.source}",
+            file=sys.stderr,
+        )
     try:
         outcome = run_plan(
             plan,
