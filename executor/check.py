@@ -13,6 +13,7 @@ from shardplan.costmodel.rules import rejections
 from shardplan.costmodel.runtime import load_runtime
 from shardplan.executor import compiling
 from shardplan.executor.checkpoint_files import Progress
+from shardplan.executor.data import BYTE_VOCABULARY
 from shardplan.hw_profiles.load import cluster_from_document
 from shardplan.hw_profiles.machine import PROCESSES_PER_CORE, Cluster
 from shardplan.planner.plan import Plan, model_digest
@@ -55,6 +56,19 @@ def refusals(
     machine = _machine(plan, device=device, cuda_devices=cuda_devices)
     version = torch_refusals(plan.layout, device=device, torch=torch)
     return [*broken, *machine, *version, *([] if force else _memory(plan))]
+
+
+def shipped_text_refusals(plan: Plan) -> list[Rejection]:
+    """Why `plan` cannot be trained on the shipped text, where no job is given; empty when it can."""
+    if plan.model.vocab >= BYTE_VOCABULARY:
+        return []
+    return [
+        Rejection(
+            rule="shipped-text-vocabulary",
+            detail=f"vocab={plan.model.vocab} of {plan.model.name} is below the {BYTE_VOCABULARY} byte tokens of the shipped text",
+            remedy="train on your own tokens by --job, or plan a model with a larger vocabulary",
+        )
+    ]
 
 
 def resume_refusals(plan: Plan, saved: Progress, *, steps: int) -> list[Rejection]:

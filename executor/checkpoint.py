@@ -28,13 +28,12 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_distribu
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from shardplan.executor import checkpoint_files
-from shardplan.executor.checkpoint_files import CheckpointError, Progress
+from shardplan.executor.checkpoint_files import INDEX, INDEX_CLASSES, CheckpointError, Progress
 from shardplan.executor.recompute import parameter_name
 from shardplan.executor.transformer import HEAD, TABLE
 
 SAVE_TIMEOUT = timedelta(hours=1)
 """Longest that ranks wait for each other while they write; a rank that dies is seen at once."""
-METADATA_FILE = ".metadata"
 COMPILE_PREFIX = "_orig_mod."
 
 State = dict[str, Any]
@@ -98,7 +97,7 @@ class CheckpointWriter(FileSystemWriter):
     def finish(self, metadata: Metadata, results: Any) -> None:
         """On the coordinator, after every rank has written: the index, the manifest, the rename, the pointer; then old ones go."""
         super().finish(metadata, results)
-        checkpoint_files.write_digest(self.part / METADATA_FILE)
+        checkpoint_files.write_digest(self.part / INDEX)
         target = checkpoint_files.commit(self.part, self.progress)
         checkpoint_files.prune(target.parent, keep=self.keep, newest=target)
 
@@ -148,33 +147,9 @@ def _patient_group() -> dist.ProcessGroup:
 class _IndexUnpickler(pickle.Unpickler):
     """Reads DCP's index and nothing else: a class that is not listed is refused before it is made."""
 
-    ALLOWED = frozenset(
-        {
-            *(
-                ("torch.distributed.checkpoint.metadata", name)
-                for name in (
-                    "Metadata",
-                    "MetadataIndex",
-                    "TensorStorageMetadata",
-                    "BytesStorageMetadata",
-                    "ChunkStorageMetadata",
-                    "TensorProperties",
-                    "StorageMeta",
-                    "_MEM_FORMAT_ENCODING",
-                )
-            ),
-            ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-            ("torch", "Size"),
-            ("torch.serialization", "_get_layout"),
-            ("pathlib", "PosixPath"),
-            ("pathlib._local", "PosixPath"),
-            *(("torch", name) for name in ("float32", "float16", "bfloat16", "float64", "int64", "int32", "uint8")),
-        }
-    )
-
     def find_class(self, module_name: str, global_name: str) -> Any:
         """The class, if it is one of DCP's index."""
-        if (module_name, global_name) not in self.ALLOWED:
+        if (module_name, global_name) not in INDEX_CLASSES:
             raise pickle.UnpicklingError(f"{module_name}.{global_name} is not part of a checkpoint's index")
         return super().find_class(module_name, global_name)
 
@@ -184,14 +159,14 @@ class CheckpointReader(FileSystemReader):
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
         """The index."""
-        path = Path(self.path) / METADATA_FILE
+        path = Path(self.path) / INDEX
         try:
             with path.open("rb") as file:
                 metadata = _IndexUnpickler(cast("IO[bytes]", file)).load()
         except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError) as bad:
-            raise CheckpointError(f"{METADATA_FILE} is refused ({bad})", place=f"checkpoint {path.parent}") from None
+            raise CheckpointError(f"{INDEX} is refused ({bad})", place=f"checkpoint {path.parent}") from None
         if not isinstance(metadata, Metadata):
-            raise CheckpointError(f"{METADATA_FILE} holds no index", place=f"checkpoint {path.parent}")
+            raise CheckpointError(f"{INDEX} holds no index", place=f"checkpoint {path.parent}")
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         self._check_names(metadata)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Iterable, Mapping
@@ -31,6 +32,32 @@ SCHEMA = "shardplan/checkpoint"
 SCHEMA_VERSION = 1
 PART_SUFFIX = ".tmp"
 DIGEST_SUFFIX = ".sha256"
+INDEX = ".metadata"
+"""DCP's own index, a pickle."""
+INDEX_CLASSES = frozenset(
+    {
+        *(
+            ("torch.distributed.checkpoint.metadata", name)
+            for name in (
+                "Metadata",
+                "MetadataIndex",
+                "TensorStorageMetadata",
+                "BytesStorageMetadata",
+                "ChunkStorageMetadata",
+                "TensorProperties",
+                "StorageMeta",
+                "_MEM_FORMAT_ENCODING",
+            )
+        ),
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+        ("torch", "Size"),
+        ("torch.serialization", "_get_layout"),
+        ("pathlib", "PosixPath"),
+        ("pathlib._local", "PosixPath"),
+        *(("torch", name) for name in ("float32", "float16", "bfloat16", "float64", "int64", "int32", "uint8")),
+    }
+)
+"""All that it may name."""
 
 
 class CheckpointError(InputError):
@@ -53,6 +80,9 @@ class Progress:
     """State of the data loader: JSON values, the same on every rank."""
     loss_scale: Mapping[str, Any] | None = None
     """State of the loss scale of fp16."""
+    rotary_base: float | None = None
+    """What the model computes with besides its weights (`hugging_face.Constants`); None in older checkpoints."""
+    norm_epsilon: float | None = None
 
 
 def part_folder(root: Path, step: int) -> Path:
@@ -110,7 +140,7 @@ def checkpoints(root: Path) -> list[Path]:
 
 
 def verify(folder: Path) -> Progress:
-    """Read every byte of a checkpoint and hold it against its manifest; CheckpointError names the first thing wrong."""
+    """Read every byte of a checkpoint and hold it against its manifest, and read its index; CheckpointError names the first thing wrong."""
     manifest = _read_manifest(folder)
     for name, expected in manifest["files"].items():
         path = folder / name
@@ -122,6 +152,7 @@ def verify(folder: Path) -> Progress:
         with path.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
                 raise _refused(folder, f"{name} is corrupt (its sha256 differs)")
+    _check_index(folder)
     return _progress(manifest)
 
 
@@ -158,11 +189,15 @@ def find(place: Path) -> tuple[Path, list[str]]:
     )
 
 
-def last_run(out: Path) -> Path:
-    """The newest run folder below `out` that has a complete checkpoint; CheckpointError where none has."""
-    for folder in sorted(_entries(out), key=lambda path: path.name, reverse=True):
-        if checkpoints(folder / CHECKPOINTS_FOLDER):
-            return folder
+def find_last(out: Path) -> tuple[Path, list[str]]:
+    """The newest whole checkpoint of the newest run folder below `out` that has one, and a line for each that was refused before it;
+    CheckpointError where none has."""
+    runs = sorted(_entries(out), key=lambda path: path.name, reverse=True)
+    folder, refused = newest([run / CHECKPOINTS_FOLDER for run in runs])
+    if folder is not None:
+        return folder, refused
+    if refused:
+        raise CheckpointError(f"no checkpoint is whole: {'; '.join(refused)}", place=str(out))
     raise CheckpointError(
         "holds no run with a checkpoint",
         place=str(out),
@@ -219,8 +254,36 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+class _Stub:
+    """Stands for any object of the index, so that reading it needs no torch and runs nothing."""
+
+    def __init__(self, *_: object) -> None: ...
+
+    def __setstate__(self, _: object) -> None: ...
+
+
+class _IndexReader(pickle.Unpickler):
+    def find_class(self, module_name: str, global_name: str) -> type[_Stub]:
+        """A class that does nothing, if the one named is one of DCP's index."""
+        if (module_name, global_name) not in INDEX_CLASSES:
+            raise pickle.UnpicklingError(f"{module_name}.{global_name} is not part of a checkpoint's index")
+        return type(global_name, (_Stub,), {})
+
+
+def _check_index(folder: Path) -> None:
+    try:
+        with (folder / INDEX).open("rb") as file:
+            index: object = _IndexReader(file).load()
+    except FileNotFoundError:
+        raise _refused(folder, f"{INDEX} is missing") from None
+    except Exception as bad:  # a forged pickle raises what it likes
+        raise _refused(folder, f"{INDEX} is refused ({bad})") from None
+    if type(index).__name__ != "Metadata":
+        raise _refused(folder, f"{INDEX} holds no index")
+
+
 def _progress(manifest: Mapping[str, Any]) -> Progress:
-    later = {"loss_scale": None}  # fields that older checkpoints lack
+    later = {"loss_scale": None, "rotary_base": None, "norm_epsilon": None}  # fields that older checkpoints lack
     return Progress(**{name: {**later, **manifest}[name] for name in Progress.__dataclass_fields__})
 
 

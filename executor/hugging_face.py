@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from shardplan.costmodel.model import LayerKind, Model, layer_order
+from shardplan.costmodel.model_config import load_model
 from shardplan.hw_profiles.errors import InputError
 
 CONFIG = "config.json"
@@ -26,6 +27,12 @@ ROTARY_BASE = 10_000.0
 NORM_EPSILON = 1e-5
 LLAMA_EPSILON = 1e-6
 """transformers' default of `rms_norm_eps`."""
+FAMILIES = ("llama", "mistral", "qwen2", "mixtral")
+"""Families whose layers `transformer` computes; others have the same tensors and another function (scales, layers without positions)."""
+SILU = ("silu", "swish")
+"""transformers' words for what `transformer` gates an MLP with."""
+SAME = ("heads", "kv_heads", "head_dim", "experts_per_token", "window")
+"""Fields of a layer that no shape of a tensor tells."""
 ENDS = {
     "embedding.tokens.weight": "model.embed_tokens.weight",
     "norm.weight": "model.norm.weight",
@@ -46,6 +53,18 @@ IN_LAYER = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class Constants:
+    """What a model computes with besides its weights."""
+
+    rotary_base: float = ROTARY_BASE
+    norm_epsilon: float = NORM_EPSILON
+
+
+USUAL_CONSTANTS = Constants()
+"""Of models that start from random values."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Folder:
     """An open checkpoint."""
 
@@ -54,8 +73,7 @@ class Folder:
     """config.json as it is."""
     files: Mapping[str, Path]
     """Which file holds a tensor, by Hugging Face's name."""
-    rotary_base: float
-    norm_epsilon: float
+    constants: Constants
 
 
 def their_names(name: str, shape: tuple[int, ...]) -> list[str]:
@@ -104,33 +122,64 @@ def check_shape(model: Model) -> None:
 
 
 def open_folder(path: str | Path) -> Folder:
-    """The checkpoint in the folder `path`; InputError where a file is missing or its rotary embedding is another one."""
+    """The checkpoint in the folder `path`; InputError where a file is missing or its model computes what is not executed."""
     folder = Path(path)
     config = cast("dict[str, Any]", _json(folder / CONFIG))
-    rope: dict[str, Any] = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise InputError(
-            f"rope_type={kind!r} is not executed",
-            place=str(folder / CONFIG),
-            remedy="use a model with plain rotary positions",
-        )
+    _check_function(config, str(folder / CONFIG))
     if (folder / INDEX).is_file():
         index = cast("dict[str, Any]", _json(folder / INDEX))
         files = {str(name): folder / str(file) for name, file in index.get("weight_map", {}).items()}
     else:
         files = dict.fromkeys(_headers(folder / SINGLE), folder / SINGLE)
-    return Folder(
-        path=folder,
-        config=config,
-        files=files,
+    return Folder(path=folder, config=config, files=files, constants=constants_of(config))
+
+
+def constants_of(config: Mapping[str, Any]) -> Constants:
+    """What a config.json says of them, or means by saying nothing."""
+    rope: dict[str, Any] = config.get("rope_parameters") or {}
+    return Constants(
         rotary_base=float(rope.get("rope_theta") or config.get("rope_theta") or ROTARY_BASE),
         norm_epsilon=float(config.get("rms_norm_eps") or LLAMA_EPSILON),
     )
 
 
+def unlike_its_config(model: Model) -> list[str]:
+    """`key=value` of what the config.json that `model` was read from says and a start from random values does not compute; [] where
+    nothing differs, or the file is not there any more."""
+    path = Path(model.source)
+    if model.family not in FAMILIES or path.suffix != ".json" or not path.is_file():
+        return []
+    config = cast("dict[str, Any]", _json(path))
+    rope: dict[str, Any] = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    said = (
+        ("hidden_act", config.get("hidden_act"), SILU),
+        ("rope_theta", rope.get("rope_theta") or config.get("rope_theta"), (USUAL_CONSTANTS.rotary_base,)),
+        ("rope_type", rope.get("rope_type", rope.get("type")), ("default",)),
+        ("rms_norm_eps", config.get("rms_norm_eps"), (USUAL_CONSTANTS.norm_epsilon,)),
+    )
+    return [f"{key}={value}" for key, value, computed in said if value is not None and value not in computed]
+
+
+def _check_function(config: Mapping[str, Any], place: str) -> None:
+    """InputError where the same tensors stand for another function than the one that is executed."""
+    for rope in (config.get("rope_parameters"), config.get("rope_scaling")):
+        kind = (rope or {}).get("rope_type", (rope or {}).get("type", "default"))
+        if kind != "default":
+            raise InputError(
+                f"rope_type={kind!r} is not executed", place=place, remedy="use a model with plain rotary positions"
+            )
+    activation = config.get("hidden_act") or "silu"
+    if activation not in SILU:
+        raise InputError(
+            f"hidden_act={activation!r} is not executed, these models are gated with silu",
+            place=place,
+            remedy="use a model with hidden_act=silu",
+        )
+
+
 def check_weights(model: Model, folder: Folder) -> None:
-    """InputError where a tensor of `model` is missing in `folder` or has another shape; reads headers only."""
+    """InputError where a tensor of `model` is missing in `folder` or has another shape, or its layers are others by the config; reads
+    headers only."""
     check_shape(model)
     shapes: dict[str, tuple[int, ...]] = {}
     for file in sorted(set(folder.files.values())):
@@ -144,6 +193,26 @@ def check_weights(model: Model, folder: Folder) -> None:
                     f"{theirs} {told}, the plan's model {model.name} has {list(shape)}",
                     place=str(folder.path),
                     remedy=f"plan the model of that folder: shardplan plan {folder.path} …",
+                )
+    _check_layers(model, load_model(folder.path / CONFIG), folder.path)
+
+
+def _check_layers(model: Model, theirs: Model, path: Path) -> None:
+    """InputError where equal tensors would be cut into other heads, or sent to another number of experts."""
+    if theirs.family not in FAMILIES:
+        raise InputError(
+            f"model_type={theirs.family!r} is not executed",
+            place=str(path / CONFIG),
+            remedy=f"use {', '.join(FAMILIES)}",
+        )
+    for ours, other in zip(layer_order(model), layer_order(theirs), strict=True):
+        for name in SAME:
+            found, wanted = getattr(theirs.layers[other][0], name), getattr(model.layers[ours][0], name)
+            if found != wanted:
+                raise InputError(
+                    f"{name}={found}, the plan's model {model.name} has {wanted}",
+                    place=str(path / CONFIG),
+                    remedy=f"plan the model of that folder: shardplan plan {path} …",
                 )
 
 
@@ -181,8 +250,10 @@ def _layer_shapes(kind: LayerKind) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield f"ffn.{name}.bias", (out,)
 
 
-def config_of(model: Model, *, seq: int, dtype: str, folder: Folder | None) -> dict[str, Any]:
-    """config.json of `model`: that of the `folder` it came from, or one that transformers reads as the same shapes."""
+def config_of(
+    model: Model, *, seq: int, dtype: str, folder: Folder | None, constants: Constants = USUAL_CONSTANTS
+) -> dict[str, Any]:
+    """config.json of `model`: that of the `folder` it came from, or one that transformers reads as the same shapes and `constants`."""
     if folder is not None:
         return {**folder.config, "torch_dtype": dtype, "dtype": dtype}
     kind = model.layers[0][0]
@@ -198,8 +269,8 @@ def config_of(model: Model, *, seq: int, dtype: str, folder: Folder | None) -> d
         "num_key_value_heads": kind.kv_heads,
         "head_dim": kind.head_dim,
         "max_position_embeddings": model.max_positions or seq,
-        "rms_norm_eps": NORM_EPSILON,
-        "rope_theta": ROTARY_BASE,
+        "rms_norm_eps": constants.norm_epsilon,
+        "rope_theta": constants.rotary_base,
         "hidden_act": "silu",
         "tie_word_embeddings": model.tied_embeddings,
         **its_own,

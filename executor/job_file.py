@@ -23,8 +23,16 @@ def _number(value: object) -> object:
     return float(value) if type(value) is int else value
 
 
+def _pair(value: object) -> object:
+    """A list of another length is told whole, not by the element that lacks."""
+    if isinstance(value, list) and len(cast("list[object]", value)) != 2:
+        raise ValueError(f"optimizer.betas = {value} is not a list of two numbers; give two numbers")
+    return cast("object", value)
+
+
 Positive = Annotated[float, BeforeValidator(_number), Field(gt=0, strict=True, allow_inf_nan=False)]
 NonNegative = Annotated[float, BeforeValidator(_number), Field(ge=0, strict=True, allow_inf_nan=False)]
+Switch = Annotated[bool, Field(strict=True)]
 Beta = Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1, strict=True)]
 Width = Literal["uint16", "uint32"]
 
@@ -52,9 +60,9 @@ class Data(Table):
     """What is trained on."""
 
     files: Annotated[list[DataFile], Field(min_length=1, max_length=1000)]
-    shuffle: bool = True
+    shuffle: Switch = True
     """Documents and windows in a new order each epoch."""
-    attend_across_documents: Annotated[bool, Field(strict=True)] = True
+    attend_across_documents: Switch = True
     """Documents that share a window see the ones before them."""
 
 
@@ -87,7 +95,7 @@ class LearningRate(Table):
 class Optimizer(Table):
     """AdamW."""
 
-    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    betas: Annotated[tuple[Beta, Beta], BeforeValidator(_pair)] = (0.9, 0.95)
     epsilon: Positive = 1e-8
     weight_decay: NonNegative = 0.1
     clip: Positive = 1.0
@@ -116,7 +124,7 @@ class Metrics(Table):
 
     interval: Count = 10
     """Steps from one row of metrics to the next; the first step has one too."""
-    tensorboard: bool = True
+    tensorboard: Switch = True
 
 
 class Weights(Table):

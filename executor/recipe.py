@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 from shardplan.executor.check import plan_cluster
+from shardplan.executor.checkpoint_files import Progress
 from shardplan.executor.data import ShippedText, TokenArray
-from shardplan.executor.hugging_face import Folder, check_shape, check_weights, open_folder
+from shardplan.executor.hugging_face import USUAL_CONSTANTS, Constants, Folder, check_shape, check_weights, open_folder
 from shardplan.executor.job_file import DataFile, JobFile
 from shardplan.executor.loader import Loader
 from shardplan.executor.loss_scale import USUAL_SCALE, ScaleWords
@@ -72,6 +74,8 @@ class Recipe:
     validation: Validation | None = None
     initial: Folder | None = None
     """Values to start from."""
+    constants: Constants = USUAL_CONSTANTS
+    """What the model computes with besides its weights: those of `initial`, or of the checkpoint that is gone on from."""
     export: Path | None = None
     """Where the trained ones go, in `export_dtype`."""
     export_dtype: str = "bf16"
@@ -95,6 +99,7 @@ def make_recipe(plan: Plan, job: JobFile | None) -> Recipe:
 def job_recipe(plan: Plan, job: JobFile) -> Recipe:
     """What `job` says, for `plan`; InputError where its files cannot be read or are too short."""
     rate = job.learning_rate
+    initial = open_folder(job.weights.initial) if job.weights.initial else None
     validation = None
     if job.validation is not None:
         held_out = _loader(plan, job, job.validation.files, shuffle=False)
@@ -115,16 +120,35 @@ def job_recipe(plan: Plan, job: JobFile) -> Recipe:
         loss_scale=ScaleWords(**job.loss_scale.model_dump()),
         attend_across_documents=job.data.attend_across_documents,
         validation=validation,
-        initial=open_folder(job.weights.initial) if job.weights.initial else None,
+        initial=initial,
+        constants=initial.constants if initial else USUAL_CONSTANTS,
         export=Path(job.weights.export) if job.weights.export else None,
         export_dtype=job.weights.dtype,
     )
 
 
+def follow(recipe: Recipe, saved: Progress) -> Recipe:
+    """`recipe` with what the model of a checkpoint computes with; InputError where the recipe's own weights say otherwise."""
+    kept = {"rotary_base": saved.rotary_base, "norm_epsilon": saved.norm_epsilon}
+    constants = replace(recipe.constants, **{name: value for name, value in kept.items() if value is not None})
+    for name in kept if recipe.initial is not None else ():
+        before, now = getattr(constants, name), getattr(recipe.constants, name)
+        if before != now:
+            raise InputError(
+                f"{name}={before:g} where the training stopped, {now:g} in weights.initial",
+                place="--resume",
+                remedy="leave weights.initial out: the checkpoint has the weights",
+            )
+    return replace(recipe, constants=constants)
+
+
 def check_job(plan: Plan, job: JobFile) -> None:
     """Read what can be wrong with the files of `job` before anything starts; InputError with the first complaint."""
     for one in [*job.data.files, *(job.validation.files if job.validation else ())]:
-        check_vocabulary(_open(one), plan.model.vocab)
+        file = _open(one)
+        check_vocabulary(file, plan.model.vocab)
+        if not job.data.attend_across_documents:
+            _check_documents(file, one)
     recipe = job_recipe(plan, job)
     if not recipe.attend_across_documents:
         _check_apart(plan)
@@ -134,6 +158,30 @@ def check_job(plan: Plan, job: JobFile) -> None:
         check_shape(plan.model)
         if recipe.export.exists():
             raise InputError("exists already", place=str(recipe.export), remedy="name a new folder in weights.export")
+        _check_writable(recipe.export)
+
+
+def _check_writable(target: Path) -> None:
+    """The folder in which weights go is made now: they would be lost after the last step."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=target.parent, prefix=f"{target.name}."):
+            pass
+    except OSError as bad:
+        raise InputError(
+            f"cannot be written ({bad.strerror})", place=str(target), remedy="name another folder in weights.export"
+        ) from None
+
+
+def _check_documents(file: TokenFile, said: DataFile) -> None:
+    """A token that ends no document keeps none apart."""
+    end = said.end_of_document
+    if file.plain and end is not None and file.documents == 1 and int(file.tokens[-1]) != end:
+        raise InputError(
+            f"end_of_document={end} occurs nowhere in it, so that data.attend_across_documents=false keeps nothing apart",
+            place=str(file.path),
+            remedy="give the token that ends its documents, or leave end_of_document out where it is one document",
+        )
 
 
 def _check_apart(plan: Plan) -> None:

@@ -82,6 +82,8 @@ def tokenize_files(
 ) -> Tokenized:
     """Make token files of `inputs` in `folder` with the tokenizer file, or one trained on them; `tell` hears of progress."""
     _check_inputs(inputs, folder)
+    if next(pieces(inputs, text_field), None) is None:
+        raise _no_text(inputs)
     folder.mkdir(parents=True, exist_ok=True)
     found = load_tokenizer(tokenizer) if tokenizer else train_tokenizer(inputs, vocabulary, text_field)
     end_id = end_of_document(found, end, place=str(tokenizer or "the trained tokenizer"))
@@ -89,12 +91,12 @@ def tokenize_files(
     writer = TokenWriter(folder / "train.bin", vocabulary=size)
     try:
         _write(writer, found, pieces(inputs, text_field), end_id, tell)
+        if not writer.tokens:  # a tokenizer may drop what it gets
+            raise _no_text(inputs)
     except BaseException:
         writer.abandon()
         raise
     writer.close()
-    if not writer.tokens:
-        raise InputError("hold no text", place=", ".join(map(str, inputs)), remedy="give files with text")
     found.save(str(folder / "tokenizer.json"))
     files = {"train": open_tokens(folder / "train.bin")}
     if validation_fraction > 0:
@@ -109,6 +111,11 @@ def tokenize_files(
     )
     (folder / "tokens.json").write_text(json.dumps(asdict(made), indent=1) + "\n", encoding="utf-8")
     return made
+
+
+def _no_text(inputs: Sequence[Path]) -> InputError:
+    told = "holds no text" if len(inputs) == 1 else "hold no text"
+    return InputError(told, place=", ".join(map(str, inputs)), remedy="give files with text")
 
 
 def load_tokenizer(path: Path) -> Tokenizer:

@@ -44,6 +44,12 @@ MOST_SEQUENCE_TOKENS = 2**31 - 1
 BLOCK_TOKENS = 1 << 22
 SCANNED_TOKENS = 1 << 28
 """Files up to here are checked whole against the vocabulary, larger ones in that many tokens, evenly spread."""
+WIDTH_TOKENS = 1 << 16
+"""First tokens of a plain file by which a wrong width shows,"""
+LEAST_WIDTH_TOKENS = 64
+"""at least so many,"""
+LEAST_KINDS = 8
+"""and so many different ones at even places: a pattern of few tokens may well repeat itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +62,8 @@ class TokenFile:
     """All ids in order, read from disk when they are touched, shape (T,)."""
     starts: NDArray[np.int64]
     """Where each document begins, then T, shape (D + 1,); no document is empty."""
+    plain: bool = False
+    """Without an index: nothing in the file tells its width."""
 
     @property
     def documents(self) -> int:
@@ -77,8 +85,8 @@ def open_tokens(path: str | Path, *, dtype: str = "uint16", end_of_document: int
     if given.suffix == ".idx":
         raise InputError("no such file", place=str(index), remedy="give the .bin alone, or both files of the pair")
     tokens = _map(data, _width(data, dtype))
-    _check_plain(data, tokens, dtype)
-    return TokenFile(path=data, tokens=tokens, starts=_starts(tokens, end_of_document))
+    _check_header(data, tokens)
+    return TokenFile(path=data, tokens=tokens, starts=_starts(tokens, end_of_document), plain=True)
 
 
 def _width(path: Path, dtype: str) -> np.dtype[np.integer]:
@@ -114,19 +122,13 @@ def _size(path: Path) -> int:
     return size
 
 
-def _check_plain(path: Path, tokens: NDArray[np.integer], dtype: str) -> None:
-    """A plain file says nothing of itself; these are the mistakes one can see."""
-    first = tokens[:4096]
-    header = next((what for magic, what in FOREIGN.items() if first.tobytes().startswith(magic)), None)
+def _check_header(path: Path, tokens: NDArray[np.integer]) -> None:
+    """A plain file has no header; these are the ones that are mistaken for tokens."""
+    first = tokens[:32].tobytes()
+    header = next((what for magic, what in FOREIGN.items() if first.startswith(magic)), None)
     if header:
         raise InputError(
             f"begins with {header}, not with tokens", place=str(path), remedy="give a plain .bin or Megatron's pair"
-        )
-    if dtype == "uint16" and len(first) >= 16 and first[0::2].any() and not first[1::2].any():
-        raise InputError(
-            f"every second of the first {len(first)} tokens is 0, as in a uint32 file read as uint16",
-            place=str(path),
-            remedy='set dtype = "uint32"',
         )
 
 
@@ -191,11 +193,38 @@ def _open_pair(data: Path, index: Path) -> TokenFile:
 
 
 def check_vocabulary(file: TokenFile, vocabulary: int) -> None:
-    """InputError where an id is not below `vocabulary`; looks at the whole file, of a large one at `SCANNED_TOKENS`."""
+    """InputError where the file is of another width, or an id not below `vocabulary`; looks at the whole file, of a large one at
+    `SCANNED_TOKENS`."""
+    if file.plain:
+        _check_width(file, vocabulary)
     total = len(file.tokens)
     blocks = -(-min(total, SCANNED_TOKENS) // BLOCK_TOKENS)
     for first in np.linspace(0, max(total - BLOCK_TOKENS, 0), blocks).astype(np.int64).tolist():
         check_ids(file, file.tokens[first : first + BLOCK_TOKENS], first=first, vocabulary=vocabulary)
+
+
+def _check_width(file: TokenFile, vocabulary: int) -> None:
+    """InputError where the tokens are halves of wider ones: those at odd places, the high halves, are as small as the vocabulary makes
+    them, the low ones are not."""
+    found = file.tokens[:WIDTH_TOKENS]
+    bits = 8 * found.itemsize
+    most = (vocabulary - 1) >> bits
+    if not _are_halves(found, most):
+        return
+    true_bits = 4 * bits if _are_halves(found[0::2], 0) else 2 * bits
+    raise InputError(
+        f"every second of the first {len(found)} tokens is {f'at most {most}' if most else 0}, as in a uint{true_bits} file read as "
+        f"uint{bits}",
+        place=str(file.path),
+        remedy='set dtype = "uint32"' if true_bits == 32 else "write its tokens as uint16 or uint32",
+    )
+
+
+def _are_halves(tokens: NDArray[np.integer], most: int) -> bool:
+    low, high = tokens[0::2], tokens[1::2]
+    return (
+        len(tokens) >= LEAST_WIDTH_TOKENS and int(high.max()) <= most and len(np.unique(low[low > most])) >= LEAST_KINDS
+    )
 
 
 def check_ids(file: TokenFile, ids: NDArray[np.integer], *, first: int, vocabulary: int) -> None:

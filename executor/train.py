@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from shardplan.executor.checkpoint import Checkpoints, choose
-from shardplan.executor.checkpoint_files import CHECKPOINTS_FOLDER, clear_parts
+from shardplan.executor.checkpoint_files import CHECKPOINTS_FOLDER, clear_parts, read_progress
 from shardplan.executor.compiling import is_compiled
 from shardplan.executor.job_file import read_resolved
 from shardplan.executor.lifetime import die_with_parent, tell_before_ending
@@ -31,7 +31,7 @@ from shardplan.executor.measure import StepRecord, append_event, host_peak_bytes
 from shardplan.executor.memory_parts import device_parts, ran_out_of_memory, run_parts, told_parts
 from shardplan.executor.mesh import build_mesh
 from shardplan.executor.phases import PHASES
-from shardplan.executor.recipe import make_recipe
+from shardplan.executor.recipe import follow, make_recipe
 from shardplan.executor.recorder import RankRecorder
 from shardplan.executor.start import check_world_size, restart_count, start_process_group
 from shardplan.executor.trainer import Trainer
@@ -174,6 +174,8 @@ def run_rank() -> None:
         trainer: Trainer | None = None
         try:
             recipe = make_recipe(plan, read_resolved(given.job) if given.job else None)
+            if given.resume:
+                recipe = follow(recipe, read_progress(given.resume))
             trainer = Trainer(plan, build_mesh(plan.layout, device.type), device, recipe)
             if dist.get_rank() == 0 and given.checkpoint_every:
                 clear_parts(given.folder / CHECKPOINTS_FOLDER)

@@ -143,6 +143,9 @@ class Trainer:
             from shardplan.executor import weights  # needs safetensors
 
             weights.load(chunk, recipe.initial)
+        else:
+            constants = recipe.constants
+            chunk.compute_with(rotary_base=constants.rotary_base, norm_epsilon=constants.norm_epsilon)
         return chunk
 
     @property
@@ -259,6 +262,8 @@ class Trainer:
             layout=self.plan.layout.words(),
             data=self.recipe.data.state(step),
             loss_scale=self.loss_scale.state() if self.loss_scale is not None else None,
+            rotary_base=self.recipe.constants.rotary_base,
+            norm_epsilon=self.recipe.constants.norm_epsilon,
         )
 
     def resume(self, checkpoint: Path) -> int:
@@ -303,6 +308,7 @@ class Trainer:
                 dtype=self.recipe.export_dtype,
                 origin=self.recipe.initial,
                 on_tensor=on_tensor,
+                constants=self.recipe.constants,
             )
 
     def global_loss(self, loss: Tensor) -> float:

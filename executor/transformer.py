@@ -218,6 +218,14 @@ class Transformer(nn.Module):
         """The name in the whole model of this part's parameter `name`: a tied head apart from its embedding is a copy of that."""
         return TABLE if self.ties and name == HEAD else name
 
+    def compute_with(self, *, rotary_base: float, norm_epsilon: float) -> None:
+        """Take these in place of `ROTARY_BASE` and `NORM_EPSILON`; before the part is spread."""
+        for module in self.modules():
+            if isinstance(module, nn.RMSNorm | nn.LayerNorm):
+                module.eps = norm_epsilon
+        if self.table is not None:
+            self.table = rotary_table(self.seq, self.head_dim, self.table.device, base=rotary_base)
+
     def initialise(self, seed: int) -> None:
         """Fill every parameter from `seed` and its own name, so that any part of any layout gets the same values."""
         for name, parameter in self.named_parameters():

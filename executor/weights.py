@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from shardplan.executor.hugging_face import CONFIG, INDEX, Folder, config_of, is_stack, their_names
+from shardplan.executor.hugging_face import CONFIG, INDEX, Constants, Folder, config_of, is_stack, their_names
 from shardplan.executor.mesh import data_rank
 from shardplan.executor.recompute import parameter_name
-from shardplan.executor.transformer import Transformer, rotary_table
+from shardplan.executor.transformer import Transformer
 from shardplan.planner.plan import Plan
 
 DTYPES = {"fp32": (torch.float32, "float32"), "bf16": (torch.bfloat16, "bfloat16"), "fp16": (torch.float16, "float16")}
@@ -31,16 +31,13 @@ MOST_FILE_BYTES = 5 * 10**9
 
 @torch.no_grad()
 def load(chunk: Transformer, folder: Folder) -> None:
-    """Give a chunk that is not spread yet the values of `folder`, its rotary base and norm epsilon."""
+    """Give a chunk that is not spread yet the values of `folder`, and what its model computes with."""
     for name, parameter in chunk.named_parameters():
         for theirs, matrix in zip(*_matrices(chunk.whole_name(name), parameter), strict=True):
             with safe_open(str(folder.files[theirs]), framework="pt") as file:
                 matrix.copy_(file.get_tensor(theirs))
-    for module in chunk.modules():
-        if isinstance(getattr(module, "eps", None), float):
-            module.eps = folder.norm_epsilon  # type: ignore[assignment]
-    if chunk.table is not None:
-        chunk.table = rotary_table(chunk.seq, chunk.head_dim, chunk.table.device, base=folder.rotary_base)
+    constants = folder.constants
+    chunk.compute_with(rotary_base=constants.rotary_base, norm_epsilon=constants.norm_epsilon)
 
 
 def save(
@@ -51,6 +48,7 @@ def save(
     *,
     dtype: str,
     origin: Folder | None,
+    constants: Constants,
     on_tensor: Callable[[], None] = lambda: None,
 ) -> None:
     """Write the whole model to the new folder `target`; every rank calls this."""
@@ -84,7 +82,7 @@ def save(
         names = {name: file for files, _ in every for name, file in files.items()}
         index = {"metadata": {"total_size": sum(size for _, size in every)}, "weight_map": dict(sorted(names.items()))}
         (part / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-        config = config_of(plan.model, seq=plan.job.seq, dtype=word, folder=origin)
+        config = config_of(plan.model, seq=plan.job.seq, dtype=word, folder=origin, constants=constants)
         (part / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         part.replace(target)
     dist.barrier()

@@ -21,12 +21,17 @@ def progress(step: int) -> Progress:
     return Progress(step=step, seed=0, model="digest", layout="dp=1", data={"position": step})
 
 
+EMPTY_INDEX = b"ctorch.distributed.checkpoint.metadata\nMetadata\n)R."
+"""`Metadata()` as a pickle; what is behind the last full stop is not read."""
+
+
 def save(root: Path, step: int, *, keep: int = 2) -> Path:
     """What a save does, with files in place of tensors."""
     part = checkpoint_files.part_folder(root, step)
     part.mkdir(parents=True)
     for name in ("__0_0.distcp", "__1_0.distcp", ".metadata"):
-        (part / name).write_bytes(f"{name} of step {step}".encode() * 50)
+        content = f"{name} of step {step}".encode() * 50
+        (part / name).write_bytes(EMPTY_INDEX + content if name == ".metadata" else content)
         checkpoint_files.write_digest(part / name)
     target = checkpoint_files.commit(part, progress(step))
     checkpoint_files.prune(root, keep=keep, newest=target)
@@ -149,6 +154,27 @@ def lead_outside(folder: Path) -> str:
     return "manifest.json names files outside the folder"
 
 
+@pytest.mark.parametrize(
+    ("pickled", "told"),
+    [
+        (b"cos\nsystem\n(S'true'\ntR.", ".metadata is refused (os.system is not part of a checkpoint's index)"),
+        (b"cbuiltins\neval\n.", ".metadata is refused (builtins.eval is not part of a checkpoint's index)"),
+        (b"(dp0\n.", ".metadata holds no index"),
+        (b"no pickle", ".metadata is refused ("),
+    ],
+    ids=["system", "eval", "dict", "text"],
+)
+def test_a_forged_index_with_a_manifest_that_matches_is_refused(tmp_path, pickled, told):
+    part = checkpoint_files.part_folder(tmp_path, 4)
+    part.mkdir(parents=True)
+    (part / ".metadata").write_bytes(pickled)
+    checkpoint_files.write_digest(part / ".metadata")
+    folder = checkpoint_files.commit(part, progress(4))
+    with pytest.raises(CheckpointError) as error:
+        checkpoint_files.verify(folder)
+    assert str(error.value).startswith(f"checkpoint {folder}: {told}")
+
+
 @pytest.mark.parametrize("damage", [truncate, flip, lose, cut_manifest, change_manifest, lead_outside])
 def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_taken(tmp_path, damage):
     save(tmp_path, 2)
@@ -170,10 +196,15 @@ def test_a_run_without_a_whole_checkpoint_is_refused_in_one_line(tmp_path):
         checkpoint_files.find(tmp_path)
 
 
-def test_the_last_run_is_the_newest_that_has_a_checkpoint(tmp_path):
-    save(tmp_path / "20260101T000000Z-a" / "checkpoints", 4)
-    save(tmp_path / "20260102T000000Z-b" / "checkpoints", 2)
+def test_the_last_run_is_the_newest_that_has_a_whole_checkpoint(tmp_path):
+    older = save(tmp_path / "20260101T000000Z-a" / "checkpoints", 4)
+    newer = save(tmp_path / "20260102T000000Z-b" / "checkpoints", 2)
     (tmp_path / "20260103T000000Z-c").mkdir()
-    assert checkpoint_files.last_run(tmp_path).name == "20260102T000000Z-b"
+    assert checkpoint_files.find_last(tmp_path) == (newer, [])
+    told = flip(newer)
+    assert checkpoint_files.find_last(tmp_path) == (older, [f"checkpoint {newer}: {told}"])
+    flip(older)
+    with pytest.raises(CheckpointError, match=r"no checkpoint is whole: .*step-00000002.*step-00000004"):
+        checkpoint_files.find_last(tmp_path)
     with pytest.raises(CheckpointError, match="holds no run with a checkpoint"):
-        checkpoint_files.last_run(tmp_path / "nothing")
+        checkpoint_files.find_last(tmp_path / "nothing")

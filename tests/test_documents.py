@@ -177,6 +177,25 @@ def test_layouts_that_cannot_keep_documents_apart_are_refused_before_the_start(t
             check_job(plan, parse_job(job, place="job"))
 
 
+def test_an_end_of_document_that_never_occurs_keeps_nothing_apart(tmp_path):
+    from shardplan.executor.job_file import parse_job
+    from shardplan.executor.recipe import check_job
+    from shardplan.hw_profiles.errors import InputError
+
+    def check(end: int, *, across: bool) -> None:
+        files = [{"path": str(tmp_path / "tokens.bin"), "end_of_document": end}]
+        data = {"files": files, "attend_across_documents": across}
+        check_job(
+            make_plan("dp=1"), parse_job({"steps": 1, "data": data, "learning_rate": {"peak": 1e-3}}, place="job")
+        )
+
+    np.append(np.arange(1, 200), END).astype("<u2").tofile(tmp_path / "tokens.bin")
+    check(END, across=False)  # one document, and it ends
+    check(255, across=True)
+    with pytest.raises(InputError, match="end_of_document=255 occurs nowhere in it"):
+        check(255, across=False)
+
+
 def test_own_kernels_take_documents_over_packed_sequences(monkeypatch):
     """The call, not the kernel: tests/kernels hold `cu_seqlens` against plain attention."""
     torch = pytest.importorskip("torch", reason="the executor needs torch")

@@ -166,6 +166,7 @@ def test_a_malformed_plan_exits_2_without_a_traceback(write_plan, tmp_path):
 def test_a_rank_that_raises_ends_the_run_with_its_last_line(write_plan, tmp_path, monkeypatch):
     pytest.importorskip("torch", reason="the executor needs torch")
     monkeypatch.setattr("shardplan.executor.check.refusals", lambda *_, **__: [])
+    monkeypatch.setattr("shardplan.executor.check.shipped_text_refusals", lambda _: [])
     plan = write_plan("dp=1", model=replace(load_model("tiny"), vocab=64))  # the text has bytes above 64
     result = shardplan_run(plan, "--steps", "2", "--out", tmp_path / "runs")
     assert result.exit_code == 3

@@ -17,7 +17,7 @@ from shardplan.costmodel.model import LayerKind, parameter_counts
 from shardplan.costmodel.model_config import load_model
 from shardplan.costmodel.rank_groups import rank_coordinates
 from shardplan.executor import measure
-from shardplan.executor.check import refusals
+from shardplan.executor.check import refusals, shipped_text_refusals
 from shardplan.executor.data import batch, load_text
 from shardplan.executor.failure import failure
 from shardplan.executor.launch import layout_slug
@@ -184,9 +184,18 @@ def test_models_that_cannot_be_executed_are_refused_by_name():
     assert refused_layers(experts, layout=parse_layout("dp=4 tp=2 zero=1 etp=1 sequence_parallel=true")) == [
         "runtime-expert-tensor-parallel"
     ]
-    assert "vocabulary-too-small" in refused_rules(replace(plan, model=replace(plan.model, vocab=100)))
     assert "tp-divides-vocab" in refused_rules(replace(plan, model=replace(plan.model, vocab=257)))
     assert isinstance(kind, LayerKind)
+
+
+def test_only_the_shipped_text_needs_a_vocabulary_of_256():
+    plan = make_plan("dp=8")
+    letters = replace(plan, model=replace(plan.model, vocab=65))
+    assert refused_rules(letters) == []
+    assert shipped_text_refusals(plan) == []
+    (one,) = shipped_text_refusals(letters)
+    assert "vocab=65 of " in one.detail
+    assert "--job" in one.remedy
 
 
 @pytest.mark.parametrize("schedule", ["zero_bubble_v", "dualpipe_v"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,19 @@ import pytest
 from shardplan.costmodel.job import Job
 from shardplan.costmodel.layout import parse_layout
 from shardplan.costmodel.model_config import load_model
-from shardplan.executor.hugging_face import check_shape, check_weights, config_of, expected_shapes, open_folder
+from shardplan.executor.checkpoint_files import Progress, read_progress
+from shardplan.executor.data import ShippedText
+from shardplan.executor.hugging_face import (
+    check_shape,
+    check_weights,
+    config_of,
+    expected_shapes,
+    open_folder,
+    unlike_its_config,
+)
 from shardplan.executor.job_file import parse_job
+from shardplan.executor.recipe import Recipe, check_job, follow
+from shardplan.executor.schedule import AdamWords
 from shardplan.hw_profiles.errors import InputError
 from shardplan.planner.plan import Plan
 
@@ -109,47 +121,107 @@ def test_a_spread_model_comes_back_bit_for_bit(tmp_path, checkpoint, words, tied
     import torch
     from safetensors import safe_open
 
-    from shardplan.executor.launch import run_plan
-    from shardplan.executor.token_files import TokenWriter
-
     source = tied_checkpoint(tmp_path / "tied") if tied else checkpoint
-    writer = TokenWriter(tmp_path / "train.bin", vocabulary=32)
-    writer.write([(5 * i + i // 7) % 32 for i in range(1000)])
-    writer.close()
-    layout = parse_layout(words)
-    Plan(
-        model=load_model(source),
-        job=Job(seq=16, global_batch=4, precision="fp32"),
-        cluster={},
-        gpus=2,
-        runtime="shardplan",
-        layout=layout,
-        prediction={"memory": {}, "time": {"step_s": 1.0}, "throughput": {}},
-        search={},
-        digests={},
-        shardplan_version="0",
-    ).write(tmp_path / "plan.json")
-    job = parse_job(
-        {
-            "steps": 1,
-            "data": {"files": [{"path": str(tmp_path / "train.bin")}]},
-            "learning_rate": {"peak": 1e-30},
-            "weights": {"initial": str(source), "export": str(tmp_path / "out"), "dtype": "fp32"},
-        },
-        place="job",
-    )
-    outcome = run_plan(
-        tmp_path / "plan.json", device="cpu", steps=1, out=tmp_path / "runs", on_step=lambda _: None, job=job
-    )
-    assert outcome.error is None, outcome.error
+    weights = {"initial": str(source), "export": str(tmp_path / "out"), "dtype": "fp32"}
+    train(tmp_path, source, words, peak=1e-30, weights=weights)
     folder = open_folder(tmp_path / "out")
-    assert folder.rotary_base == 500_000
+    assert folder.constants.rotary_base == 500_000
     check_weights(load_model(tmp_path / "out"), folder)
     with safe_open(str(source / "model.safetensors"), framework="pt") as given:
         assert set(folder.files) == set(given.keys())
         for name, path in folder.files.items():
             with safe_open(str(path), framework="pt") as written:
                 assert torch.equal(written.get_tensor(name), given.get_tensor(name)), name
+
+
+def make_plan(source: Path, words: str) -> Plan:
+    layout = parse_layout(words)
+    return Plan(
+        model=load_model(source),
+        job=Job(seq=16, global_batch=4, precision="fp32"),
+        cluster={},
+        gpus=layout.gpus,
+        runtime="shardplan",
+        layout=layout,
+        prediction={"memory": {}, "time": {"step_s": 1.0}, "throughput": {}},
+        search={},
+        digests={},
+        shardplan_version="0",
+    )
+
+
+def make_job(folder: Path, *, weights: dict[str, str], peak: float = 1e-3, steps: int = 1) -> dict[str, object]:
+    data = {"files": [{"path": str(folder / "train.bin")}]}
+    return {"steps": steps, "data": data, "learning_rate": {"peak": peak, "minimum": peak}, "weights": weights}
+
+
+def train(folder: Path, source: Path, words: str, *, peak: float, weights: dict[str, str], steps: int = 1, **recovery):
+    """Train the model of `source` in a layout on tokens made up; returns the run's outcome."""
+    from shardplan.executor.launch import Recovery, run_plan
+    from shardplan.executor.token_files import TokenWriter
+
+    writer = TokenWriter(folder / "train.bin", vocabulary=32)
+    writer.write([(5 * i + i // 7) % 32 for i in range(1000)])
+    writer.close()
+    make_plan(source, words).write(folder / "plan.json")
+    job = parse_job(make_job(folder, weights=weights, peak=peak, steps=steps), place="job")
+    outcome = run_plan(
+        folder / "plan.json",
+        device="cpu",
+        steps=steps,
+        out=folder / "runs",
+        on_step=lambda _: None,
+        job=job,
+        recovery=Recovery(**recovery),
+    )
+    assert outcome.error is None, outcome.error
+    return outcome
+
+
+@pytest.mark.distributed
+def test_rotary_base_and_norm_epsilon_stay_with_a_training_that_is_resumed_without_the_folder(tmp_path):
+    pytest.importorskip("torch", reason="the executor needs torch")
+    from shardplan.executor import measure
+
+    def losses(outcome) -> list[float]:
+        return [record.loss for record in measure.read_records(outcome.folder)[0]]
+
+    given = {"initial": str(CHECKPOINT)}
+    whole = train(tmp_path, CHECKPOINT, "dp=1", peak=1e-3, weights=given, steps=3, checkpoint_every=2, keep=2)
+    saved = whole.folder / "checkpoints" / "step-00000002"
+    export = {"export": str(tmp_path / "out")}
+    rest = train(tmp_path, CHECKPOINT, "dp=1", peak=1e-3, weights=export, steps=3, resume=saved, checkpoint_every=1)
+    assert losses(rest) == losses(whole)[2:]
+    assert open_folder(tmp_path / "out").constants == open_folder(CHECKPOINT).constants
+    assert read_progress(rest.folder / "checkpoints" / "step-00000003").rotary_base == 500_000
+
+
+def test_a_checkpoint_of_another_rotary_base_than_the_folders_is_refused():
+    made = Recipe(
+        seed=0,
+        data=ShippedText(seq=8, seed=0),
+        learning_rate=lambda _: 1.0,
+        optimizer=AdamWords(),
+        initial=open_folder(CHECKPOINT),
+        constants=open_folder(CHECKPOINT).constants,
+    )
+    saved = Progress(step=1, seed=0, model="", layout="dp=1", rotary_base=10_000.0, norm_epsilon=1e-5)
+    with pytest.raises(InputError, match=r"rotary_base=10000 where the training stopped, 500000 in weights.initial"):
+        follow(made, saved)
+    assert follow(made, replace(saved, rotary_base=None, norm_epsilon=None)) == made  # an older checkpoint
+    assert follow(replace(made, initial=None), saved).constants.rotary_base == 10_000
+
+
+@pytest.mark.parametrize("export", ["file/out", "/proc/nope/out"])
+def test_a_place_that_cannot_be_written_is_refused_before_training(tmp_path, export):
+    (tmp_path / "file").write_text("no folder")
+    (tmp_path / "train.bin").write_bytes(bytes(2000))
+    plan = make_plan(CHECKPOINT, "dp=1")
+    document = make_job(tmp_path, weights={"export": str(tmp_path / export)})
+    with pytest.raises(InputError, match=r"out: cannot be written \(.*\); name another folder in weights.export"):
+        check_job(plan, parse_job(document, place="job"))
+    check_job(plan, parse_job(make_job(tmp_path, weights={"export": str(tmp_path / "new" / "out")}), place="job"))
+    assert list((tmp_path / "new").iterdir()) == []
 
 
 def tied_checkpoint(folder: Path) -> Path:
@@ -181,6 +253,40 @@ def test_what_does_not_belong_together_is_refused(copy):
     assert "rope_type='llama3' is not executed" in refusal(copy)
     (copy / "config.json").unlink()
     assert "config.json: no such file" in refusal(copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act='gelu' is not executed, these models are gated with silu"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type='linear' is not executed"),
+        ({"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 2}, "heads=8, the plan's model"),
+        ({"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}, "heads=2, the plan's model"),
+        ({"model_type": "granite", "architectures": None}, "model_type='granite' is not executed; use llama, mistral"),
+    ],
+)
+def test_equal_tensors_of_another_function_are_refused(copy, change, told):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, **change}))
+    assert told in refusal(copy)
+
+
+def test_a_config_says_silu_by_either_of_its_names_or_by_nothing(copy):
+    config = json.loads((copy / "config.json").read_text())
+    for said in ({"hidden_act": "swish"}, {"hidden_act": None}):
+        (copy / "config.json").write_text(json.dumps({**config, **said}))
+        check_weights(load_model(CHECKPOINT), open_folder(copy))
+
+
+def test_what_a_start_from_random_values_does_not_compute_is_known(copy):
+    assert unlike_its_config(load_model("llama-3-8b")) == []  # a preset has no file
+    assert unlike_its_config(load_model(copy)) == ["rope_theta=500000.0"]
+    config = json.loads((copy / "config.json").read_text())
+    usual = {**config, "rope_parameters": None, "rope_theta": 10_000}
+    (copy / "config.json").write_text(json.dumps(usual))
+    assert unlike_its_config(load_model(copy)) == []
+    (copy / "config.json").write_text(json.dumps({**usual, "hidden_act": "gelu", "rms_norm_eps": 1e-6}))
+    assert unlike_its_config(load_model(copy)) == ["hidden_act=gelu", "rms_norm_eps=1e-06"]
 
 
 def test_a_tensor_that_an_index_lacks_is_named(copy):

@@ -116,6 +116,18 @@ def test_everything_a_job_says_survives_the_way_to_the_ranks(write, tmp_path):
             ("[learning_rate]", "[optimizer]\nbetas = [0.9, 1.0]\n[learning_rate]"),
             "optimizer.betas.1 = 1.0 is not below 1",
         ),
+        *(
+            (
+                ("[learning_rate]", f"[optimizer]\nbetas = {betas}\n[learning_rate]"),
+                f"optimizer.betas = {betas} is not a list of two numbers; give two numbers",
+            )
+            for betas in ([], [0.9], [0.9, 0.95, 0.99])
+        ),
+        (("[learning_rate]", 'shuffle = "no"\n[learning_rate]'), "data.shuffle = 'no' is not true or false"),
+        (
+            ("[learning_rate]", '[metrics]\ntensorboard = "no"\n[learning_rate]'),
+            "metrics.tensorboard = 'no' is not true or false",
+        ),
         (("[learning_rate]", "[validation]\n[learning_rate]"), "validation.files is missing"),
         (
             ("[learning_rate]", "[loss_scale]\nminimum = 70000\n[learning_rate]"),

@@ -38,11 +38,12 @@ def setting(
     batch: int = 64,
     cluster: str = "h100-ib",
 ) -> Setting:
+    known, changes = load_runtime(runtime), {"smallest_vocabulary": 256} if model == "SMALL" else {}
     return Setting(
         model=dataclasses.replace(load_model("tiny"), vocab=100) if model == "SMALL" else load_model(model),
         job=Job(seq=seq, global_batch=batch),
         cluster=load_cluster(cluster, gpus=gpus),
-        runtime=load_runtime(runtime),
+        runtime=dataclasses.replace(known, abilities=dataclasses.replace(known.abilities, **changes)),
     )
 
 
@@ -103,7 +104,7 @@ def setting(
         ),
         ("runtime-optimizer", "dp=64", {"runtime": "shardplan", "optimizer": "sgd"}, "can do: adamw"),
         ("runtime-gradient-dtype", "dp=64", {"runtime": "fsdp2", "grad_dtype": "fp16"}, "can do: fp32, bf16"),
-        ("vocabulary-too-small", "dp=64", {"runtime": "shardplan", "model": "SMALL"}, "vocab=100 is below the 256"),
+        ("vocabulary-too-small", "dp=64", {"runtime": "fsdp2", "model": "SMALL"}, "vocab=100 is below the 256"),
         ("offload-zero", "dp=64 offload_optimizer=cpu", {}, "use zero=1"),
         ("gpu-precision", "dp=64", {"cluster": "dgx2-edr"}, "v100-32gb has no bf16 matrix units"),
         ("runtime-precision", "dp=64", {"runtime": "fsdp2", "precision": "fp16"}, "can do: bf16, fp32"),

@@ -165,7 +165,7 @@ def test_a_large_vocabulary_is_written_wide(lines, tmp_path):
         ('{"text": "a"}\n{"text": \n', "a.jsonl, line 2: is not JSON"),
         ("[1]\n", "a.jsonl, line 1: is no JSON object"),
         ('{"text": 3}\n', "a.jsonl, line 1: field 'text' is no text"),
-        ("", "a.jsonl: hold no text; give files with text"),
+        ("", "a.jsonl: holds no text; give files with text"),
     ],
 )
 def test_damaged_lines_are_named(tmp_path, content, told):
@@ -195,6 +195,14 @@ def test_what_cannot_be_read_or_written_is_refused(lines, tmp_path):
     assert "has no token '</s>'" in refusal(lines, end="</s>")
     tokenize_files([lines], tmp_path / "made", vocabulary=300)
     assert "holds tokens already; name another folder" in refusal(lines, folder=tmp_path / "made")
+
+
+@pytest.mark.parametrize("content", ["", "\n"], ids=["empty", "blank line"])
+def test_nothing_is_made_of_no_text(tmp_path, content):
+    (tmp_path / "a.jsonl").write_text(content)
+    with pytest.raises(InputError, match="holds no text"):
+        tokenize_files([tmp_path / "a.jsonl"], tmp_path / "made", vocabulary=300)
+    assert not (tmp_path / "made").exists()
 
 
 def test_the_usual_end_tokens_are_found():

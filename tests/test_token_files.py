@@ -105,6 +105,47 @@ def test_a_wrong_width_is_noticed(tmp_path):
     assert "dtype='int8' is unknown; use uint16 or uint32" in refusal(path, dtype="int8")
 
 
+def wide_ids(vocabulary: int, count: int = 4096):
+    """Ids as text has them: small ones more often than large ones."""
+    return (np.random.default_rng(3).random(count) ** 3 * vocabulary).astype(np.int64)
+
+
+@pytest.mark.parametrize(
+    ("stored", "read", "vocabulary", "told"),
+    [
+        ("<u4", "uint16", 128_256, 'is at most 1, as in a uint32 file read as uint16; set dtype = "uint32"'),
+        ("<u4", "uint16", 50_257, 'is 0, as in a uint32 file read as uint16; set dtype = "uint32"'),
+        ("<i8", "uint16", 128_256, "as in a uint64 file read as uint16; write its tokens as uint16 or uint32"),
+        ("<i8", "uint32", 128_256, "is 0, as in a uint64 file read as uint32; write its tokens as uint16 or uint32"),
+    ],
+)
+def test_halves_of_wider_tokens_are_noticed(tmp_path, stored, read, vocabulary, told):
+    path = tmp_path / "train.bin"
+    wide_ids(vocabulary).astype(stored).tofile(path)
+    with pytest.raises(InputError) as refused:
+        check_vocabulary(open_tokens(path, dtype=read), vocabulary)
+    assert told in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("stored", "ids"),
+    [
+        ("uint16", wide_ids(50_257)),
+        ("uint32", wide_ids(128_256)),
+        ("uint32", wide_ids(300)),
+        ("uint16", np.tile([5, 0], 500)),  # a toy of few tokens
+        ("uint16", np.tile([7, 1, 9, 0], 500)),
+        ("uint16", np.zeros(500)),
+        ("uint16", np.arange(100, 110).repeat(2) * np.tile([1, 0], 10)),  # too short to tell
+    ],
+    ids=["uint16", "uint32", "bytes", "pair", "four", "zeros", "short"],
+)
+def test_files_of_the_right_width_are_taken(tmp_path, stored, ids):
+    path = tmp_path / "train.bin"
+    ids.astype(stored).tofile(path)
+    check_vocabulary(open_tokens(path, dtype=stored), 128_256)
+
+
 def test_foreign_headers_are_named(tmp_path):
     path = tmp_path / "train.bin"
     np.array([20240520, 1, *[0] * 254], dtype="<i4").tofile(path)

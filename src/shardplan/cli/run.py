@@ -103,7 +103,9 @@ def run(
     import sys
     from importlib.util import find_spec
 
+    from shardplan.executor.check import shipped_text_refusals
     from shardplan.executor.compare import comparison_lines
+    from shardplan.executor.hugging_face import unlike_its_config
     from shardplan.executor.job_file import read_job
     from shardplan.executor.launch import Recovery, run_plan
     from shardplan.executor.progress import ProgressLine, summary
@@ -117,6 +119,8 @@ def run(
     device = _check(content, force, as_json)
     if wanted is not None:
         check_job(content, wanted)
+    else:
+        _refuse_any(shipped_text_refusals(content), as_json)
     count = wanted.steps if wanted else steps or DEFAULT_STEPS
     folder = out or Path(wanted.output if wanted else "runs")
     source = None if resume is None else _find_checkpoint(content, wanted, resume, folder, count, as_json)
@@ -125,6 +129,12 @@ def run(
     )
     progress = ProgressLine(sys.stderr, steps=count, prediction=content.prediction)
     print(f"{content.model.name} on {content.gpus} x {device}: {content.layout.words()}", file=sys.stderr)
+    unlike = [] if resume or (wanted and wanted.weights.initial) else unlike_its_config(content.model)
+    if unlike:
+        print(
+            f"shardplan: random values, so not trained with {', '.join(unlike)} of {content.model.source}",
+            file=sys.stderr,
+        )
     try:
         outcome = run_plan(
             plan,
@@ -172,15 +182,16 @@ def _find_checkpoint(plan: Plan, job: JobFile | None, resume: str, out: Path, st
     import sys
 
     from shardplan.executor.check import resume_refusals
-    from shardplan.executor.checkpoint_files import find, last_run, read_progress
-    from shardplan.executor.recipe import make_recipe
+    from shardplan.executor.checkpoint_files import find, find_last, read_progress
+    from shardplan.executor.recipe import follow, make_recipe
 
-    folder, refused = find(last_run(out) if resume == "last" else Path(resume))
+    folder, refused = find_last(out) if resume == "last" else find(Path(resume))
     for line in refused:
-        print(f"shardplan: {line}; using {folder.name}", file=sys.stderr)
+        used = folder.name if str(folder.parent) in line else f"{folder.name} of {folder.parents[1].name}"
+        print(f"shardplan: {line}; using {used}", file=sys.stderr)
     saved = read_progress(folder)
     _refuse_any(resume_refusals(plan, saved, steps=steps), as_json)
-    make_recipe(plan, job).data.restore(saved.data)
+    follow(make_recipe(plan, job), saved).data.restore(saved.data)
     return folder
 
 
