@@ -2,7 +2,8 @@
 
 Reading order: `launch.py` (starts and watches the ranks) -> `train.py` (what one rank does) -> `parallelize.py` (the
 recipe) -> `mesh.py`, `tensor_parallel.py`, `recompute.py`, `zero.py`, `pipeline.py`, `checkpoint.py` (one mechanism each).
-Importing this package does not import torch; `launch`, `failure`, `check`, `checkpoint_files`, `data` and `measure` do not either.
+Importing this package does not import torch; `launch`, `following`, `failure`, `check`, `checkpoint_files`, `data`, `measure`
+and `recorder` do not either.
 """
 
 if __name__ != "shardplan.executor":
