@@ -163,8 +163,8 @@ def _text_config(given: Mapping[str, object], outer: str, place: str) -> Mapping
     Null is all of its defaults, as in transformers. None where there is no such description.
     """
     nested = given.get("text_config")
-    if isinstance(nested, Mapping):
-        text = dict(json_object(nested, place, "write the text model's config"))
+    if isinstance(nested, dict):
+        text = dict(json_object(given["text_config"], place, "write the text model's config"))
     elif "text_config" in given and nested is None and outer in TEXT_TYPES:
         text = {}
     elif nested is None and outer in FLAT_TEXT:
