@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_distribu
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from shardplan.executor import checkpoint_files
-from shardplan.executor.checkpoint_files import INDEX, INDEX_CLASSES, CheckpointError, Progress
+from shardplan.executor.checkpoint_files import INDEX, CheckpointError, IndexUnpickler, Progress
 from shardplan.executor.recompute import parameter_name
 from shardplan.executor.transformer import HEAD, TABLE
 
@@ -144,16 +144,6 @@ def _patient_group() -> dist.ProcessGroup:
     return cast("dist.ProcessGroup", dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT))
 
 
-class _IndexUnpickler(pickle.Unpickler):
-    """Reads DCP's index and nothing else: a class that is not listed is refused before it is made."""
-
-    def find_class(self, module_name: str, global_name: str) -> Any:
-        """The class, if it is one of DCP's index."""
-        if (module_name, global_name) not in INDEX_CLASSES:
-            raise pickle.UnpicklingError(f"{module_name}.{global_name} is not part of a checkpoint's index")
-        return super().find_class(module_name, global_name)
-
-
 class CheckpointReader(FileSystemReader):
     """DCP's reader, whose index cannot run code; tensors are read with `weights_only` by DCP itself."""
 
@@ -162,7 +152,7 @@ class CheckpointReader(FileSystemReader):
         path = Path(self.path) / INDEX
         try:
             with path.open("rb") as file:
-                metadata = _IndexUnpickler(cast("IO[bytes]", file)).load()
+                metadata = IndexUnpickler(cast("IO[bytes]", file)).load()
         except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError) as bad:
             raise CheckpointError(f"{INDEX} is refused ({bad})", place=f"checkpoint {path.parent}") from None
         if not isinstance(metadata, Metadata):

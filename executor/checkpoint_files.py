@@ -60,6 +60,20 @@ INDEX_CLASSES = frozenset(
 """All that it may name."""
 
 
+class IndexUnpickler(pickle.Unpickler):
+    """Reads DCP's index and nothing else: a class that is not listed is refused before it is made."""
+
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        """The class, if it is one of DCP's index."""
+        if (module_name, global_name) not in INDEX_CLASSES:
+            raise pickle.UnpicklingError(f"{module_name}.{global_name} is not part of a checkpoint's index")
+        return self.made(module_name, global_name)
+
+    def made(self, module_name: str, global_name: str) -> Any:
+        """What stands for a listed class: the class itself."""
+        return super().find_class(module_name, global_name)
+
+
 class CheckpointError(InputError):
     """A checkpoint that is not whole, or not of this model; names the folder and what is wrong."""
 
@@ -262,18 +276,16 @@ class _Stub:
     def __setstate__(self, _: object) -> None: ...
 
 
-class _IndexReader(pickle.Unpickler):
-    def find_class(self, module_name: str, global_name: str) -> type[_Stub]:
-        """A class that does nothing, if the one named is one of DCP's index."""
-        if (module_name, global_name) not in INDEX_CLASSES:
-            raise pickle.UnpicklingError(f"{module_name}.{global_name} is not part of a checkpoint's index")
+class _StubUnpickler(IndexUnpickler):
+    def made(self, module_name: str, global_name: str) -> type[_Stub]:
+        """A class that does nothing."""
         return type(global_name, (_Stub,), {})
 
 
 def _check_index(folder: Path) -> None:
     try:
         with (folder / INDEX).open("rb") as file:
-            index: object = _IndexReader(file).load()
+            index: object = _StubUnpickler(file).load()
     except FileNotFoundError:
         raise _refused(folder, f"{INDEX} is missing") from None
     except Exception as bad:  # a forged pickle raises what it likes
