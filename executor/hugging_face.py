@@ -136,11 +136,18 @@ def open_folder(path: str | Path) -> Folder:
 
 def constants_of(config: Mapping[str, Any]) -> Constants:
     """What a config.json says of them, or means by saying nothing."""
-    rope: dict[str, Any] = config.get("rope_parameters") or {}
     return Constants(
-        rotary_base=float(rope.get("rope_theta") or config.get("rope_theta") or ROTARY_BASE),
+        rotary_base=float(_rope(config)[0] or ROTARY_BASE),
         norm_epsilon=float(config.get("rms_norm_eps") or LLAMA_EPSILON),
     )
+
+
+def _rope(config: Mapping[str, Any]) -> tuple[float | None, str]:
+    """(base, kind) of rotary positions: `rope_parameters` says both, before transformers 5 the config itself and `rope_scaling`."""
+    said: list[dict[str, Any]] = [config.get(key) or {} for key in ("rope_parameters", "rope_scaling")]
+    base = next((one["rope_theta"] for one in (*said, config) if one.get("rope_theta")), None)
+    kinds = [one.get("rope_type") or one.get("type") or "default" for one in said]
+    return base, next((kind for kind in kinds if kind != "default"), "default")
 
 
 def unlike_its_config(model: Model) -> list[str]:
@@ -150,11 +157,11 @@ def unlike_its_config(model: Model) -> list[str]:
     if model.family not in FAMILIES or path.suffix != ".json" or not path.is_file():
         return []
     config = cast("dict[str, Any]", _json(path))
-    rope: dict[str, Any] = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    base, kind = _rope(config)
     said = (
         ("hidden_act", config.get("hidden_act"), SILU),
-        ("rope_theta", rope.get("rope_theta") or config.get("rope_theta"), (USUAL_CONSTANTS.rotary_base,)),
-        ("rope_type", rope.get("rope_type", rope.get("type")), ("default",)),
+        ("rope_theta", base, (USUAL_CONSTANTS.rotary_base,)),
+        ("rope_type", kind, ("default",)),
         ("rms_norm_eps", config.get("rms_norm_eps"), (USUAL_CONSTANTS.norm_epsilon,)),
     )
     return [f"{key}={value}" for key, value, computed in said if value is not None and value not in computed]
@@ -162,12 +169,11 @@ def unlike_its_config(model: Model) -> list[str]:
 
 def _check_function(config: Mapping[str, Any], place: str) -> None:
     """InputError where the same tensors stand for another function than the one that is executed."""
-    for rope in (config.get("rope_parameters"), config.get("rope_scaling")):
-        kind = (rope or {}).get("rope_type", (rope or {}).get("type", "default"))
-        if kind != "default":
-            raise InputError(
-                f"rope_type={kind!r} is not executed", place=place, remedy="use a model with plain rotary positions"
-            )
+    _, kind = _rope(config)
+    if kind != "default":
+        raise InputError(
+            f"rope_type={kind!r} is not executed", place=place, remedy="use a model with plain rotary positions"
+        )
     activation = config.get("hidden_act") or "silu"
     if activation not in SILU:
         raise InputError(
