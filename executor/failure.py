@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ class Failure:
 
 def failure(folder: Path, code: int, *, ranks: int) -> Failure:
     """A rank killed by a signal, else one that answers no more, else the first that raised or was told to end, else the exit code."""
-    log = (folder / "log.txt").read_text(encoding="utf-8", errors="replace")
+    log = _log(folder)
     raised = _raised(folder, log)
     own = {rank: found for rank, found in raised.items() if not LEFT.search(found["error"])} or raised
     first = min(own, key=lambda rank: own[rank]["time"], default=None)
@@ -54,20 +55,27 @@ def failure(folder: Path, code: int, *, ranks: int) -> Failure:
 
 def silent_ranks(folder: Path, ranks: list[int]) -> str:
     """`rank 1 hung after step 3`: the ranks that left no word while others waited for them."""
-    records = measure.read_records(folder)
-    last = {rank: max((record.step for record in records.get(rank, ())), default=0) for rank in ranks}
-    return ", ".join(f"rank {rank} hung after step {step}" for rank, step in last.items())
+    return ", ".join(f"rank {rank} hung after step {step}" for rank, step in _last_steps(folder, ranks).items())
 
 
 def stuck(folder: Path, seconds: float, *, ranks: int) -> Failure:
     """Of a run that was ended because no step finished for `seconds`: what a rank said, else which are furthest behind."""
-    if _raised(folder, (folder / "log.txt").read_text(encoding="utf-8", errors="replace")):
+    if _raised(folder, _log(folder)):
         return failure(folder, 1, ranks=ranks)
-    records = measure.read_records(folder)
-    last = {rank: max((record.step for record in records.get(rank, ())), default=0) for rank in range(ranks)}
+    last = _last_steps(folder, range(ranks))
     behind = [rank for rank, step in last.items() if step == min(last.values())]
     who = "all ranks" if len(behind) == ranks else "rank " + ", ".join(map(str, behind))
     return Failure(line=f"no step finished for {seconds:.0f} s; {who} hung after step {min(last.values())}")
+
+
+def _last_steps(folder: Path, ranks: Iterable[int]) -> dict[int, int]:
+    """The last step of each rank, 0 where it wrote none."""
+    records = measure.read_records(folder)
+    return {rank: max((record.step for record in records.get(rank, ())), default=0) for rank in ranks}
+
+
+def _log(folder: Path) -> str:
+    return (folder / "log.txt").read_text(encoding="utf-8", errors="replace")
 
 
 def _killed(log: str) -> tuple[int, int] | None:
