@@ -26,10 +26,9 @@ from shardplan.executor.data import ShippedText
 from shardplan.executor.device_run import start_alone
 from shardplan.executor.recorder import RankRecorder
 from shardplan.executor.schedule import MAX_NORM, learning_rate
-from shardplan.executor.train import LOOK_EVERY, run_step, synchronize
+from shardplan.executor.train import LOOK_EVERY, run_step, synchronize, waits_of
 from shardplan.executor.trainer import Trainer
 from shardplan.executor.transformer import build_transformer, whole
-from shardplan.executor.waits import Waits
 from shardplan.planner.plan import Plan
 
 WARMUP_PAIRS = 3
@@ -77,7 +76,7 @@ def measure_overhead(*, model: str, seq: int, micro_batch: int, accumulation: in
         shardplan_version="",
     )
     trainer = Trainer(plan, mesh, device)
-    waits, every = Waits(trainer.clock, mesh, trainer.groups), LOOK_EVERY[device.type]
+    waits, every = waits_of(trainer), LOOK_EVERY[device.type]
     with (
         tempfile.TemporaryDirectory(prefix="shardplan-overhead-") as folder,
         RankRecorder(Path(folder), rank=0) as recorder,

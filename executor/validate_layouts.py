@@ -93,8 +93,9 @@ def validate_layouts(profile: Mapping[str, Any], *, ranks: int) -> list[LayoutRe
 
 
 def _launch(folder: Path, *, ranks: int, cases: int) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    torchrun += ["--local-addr", "127.0.0.1", "-m", "shardplan.executor.validate_layouts", str(folder), str(cases)]
+    torchrun = [sys.executable, "-m", "shardplan.executor.torchrun", str(os.getpid())]
+    torchrun += ["--standalone", "--nproc-per-node", str(ranks), "--local-addr", "127.0.0.1"]
+    torchrun += ["-m", "shardplan.executor.validate_layouts", str(folder), str(cases)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
     done = subprocess.run(torchrun, env=environment, capture_output=True, text=True, timeout=LIMIT_S, check=False)
     if done.returncode:
@@ -198,9 +199,8 @@ def run_rank(folder: Path, cases: int) -> None:
     from shardplan.executor.calibrate_timing import Timer
     from shardplan.executor.mesh import build_mesh
     from shardplan.executor.start import start_process_group
-    from shardplan.executor.train import run_step
+    from shardplan.executor.train import run_step, waits_of
     from shardplan.executor.trainer import Trainer
-    from shardplan.executor.waits import Waits
     from shardplan.hw_profiles.detect import cpu_facts
 
     device = start_process_group("cpu", timedelta(seconds=300.0))
@@ -212,7 +212,7 @@ def run_rank(folder: Path, cases: int) -> None:
         plan = Plan.read(folder / f"{number}.json")
         (before,) = gemm_timings(timer, "fp32", (PROBED,))
         trainer = Trainer(plan, build_mesh(plan.layout, "cpu"), device)
-        waits = Waits(trainer.clock, trainer.mesh, trainer.groups)
+        waits = waits_of(trainer)
         visit = [vars(run_step(trainer, step, waits)) for step in range(1, PER_ROUND + 1)]
         (after,) = gemm_timings(timer, "fp32", (PROBED,))
         steps[number] += [{**one, "probe_s": 0.5 * (before.seconds + after.seconds)} for one in visit]
