@@ -26,6 +26,11 @@ INNERMOST = len(ORDERS)
 """Code of a column that is no order but a bound of all: every axis as if it were the innermost one."""
 
 
+def is_bound(orders: IntArray) -> bool:
+    """Whether a column of codes is that bound of all orders: no order of its rows."""
+    return bool((orders == INNERMOST).all())
+
+
 def read_order(word: str) -> str:
     """The order that `word` names, with ep left out where it stands behind cp; raises InputError for what is no order of AXES."""
     axes = word.lower().split("-")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from shardplan.costmodel.axis_order import AXES, INNERMOST, ORDERS, SAME_AS, used_axes
+from shardplan.costmodel.axis_order import AXES, INNERMOST, ORDERS, SAME_AS, is_bound, used_axes
 from shardplan.costmodel.layout import LayoutTable
 from shardplan.costmodel.rule import BoolArray, Rule, Setting
 from shardplan.costmodel.rule_parts import codes
@@ -21,7 +21,7 @@ def _unknown_to_runtime(setting: Setting, table: LayoutTable) -> BoolArray:
 
 def _cuts_expert_groups(_: Setting, table: LayoutTable) -> BoolArray:
     """Predicate: a pipeline inside other axes surrounds a part of an expert group, or of the ranks between its replicas."""
-    if not table.order.any() or (table.order == INNERMOST).all():  # the latter is a bound, not an order
+    if not table.order.any() or is_bound(table.order):
         return np.zeros(len(table), dtype=bool)
     inside = table.stride("pp")
     surrounded = (table.pp > 1) & (inside != table.dp * table.cp * table.tp)

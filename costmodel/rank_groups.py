@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from shardplan.costmodel.axis_order import INNERMOST
+from shardplan.costmodel.axis_order import is_bound
 from shardplan.costmodel.layout import Layout, LayoutTable
 
 FloatArray = NDArray[np.float64]
@@ -51,7 +51,7 @@ def dense_groups(layouts: LayoutTable) -> StateGroups:
     ranks = (layouts.dp * layouts.cp).astype(np.float64)
     if not layouts.order.any():  # dp right outside cp: one even group
         return _even(layouts.tp.astype(np.float64), layouts.zero_ranks.astype(np.float64), ranks)
-    if (layouts.order == INNERMOST).all():
+    if is_bound(layouts.order):
         shards, beside = layouts.zero_ranks.astype(np.float64), np.ones_like(ranks)
         return StateGroups(
             shards=Ranks(ranks=shards, stride=beside), replicas=Ranks(ranks=ranks / shards, stride=beside), ranks=ranks
@@ -104,7 +104,7 @@ def _both(one: FloatArray, one_stride: FloatArray, other: FloatArray, other_stri
 def stage_stride(layouts: LayoutTable, step: IntArray) -> IntArray:
     """Ranks between two of one stage that are `step` apart among its ranks, (N,): a pipeline inside other axes lies between them
     (`order_rules.py` leaves only steps inside what it surrounds, or whole ones)."""
-    if not layouts.order.any() or (layouts.order == INNERMOST).all():
+    if not layouts.order.any() or is_bound(layouts.order):
         return step
     inside = layouts.stride("pp")
     return np.where((layouts.pp > 1) & (step % inside == 0), step * layouts.pp, step)

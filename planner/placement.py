@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shardplan.costmodel.axis_order import AXES, DEFAULT_ORDER, INNERMOST, ORDERS, SAME_AS, used_axes
+from shardplan.costmodel.axis_order import AXES, DEFAULT_ORDER, INNERMOST, ORDERS, SAME_AS, is_bound, used_axes
 from shardplan.costmodel.collectives import members_per_node
 from shardplan.costmodel.estimates import Estimates
 from shardplan.costmodel.layout import COLUMNS, Layout, LayoutTable, layout_table
@@ -89,7 +89,7 @@ def least_step_s(
     as_it_is = np.array(time["step_s"])
     for part in changes:
         as_it_is -= time[part]
-    if len(orders) < 2 or (estimates.layouts.order == INNERMOST).all():
+    if len(orders) < 2 or is_bound(estimates.layouts.order):
         return as_it_is
     if only_outer(orders):  # tp, cp and experts lie the same way in all
         moved = as_it_is - sum((time[part] for part in ("dp_exposed_s", "pp_exposed_s") if part not in changes), 0.0)
