@@ -244,11 +244,11 @@ def _selected(name: str, shapes: Shapes, runtime: Runtime) -> FloatArray:
 
 
 def _repeated_tensor(selected: FloatArray, shapes: Shapes, runtime: Runtime, *, dispatched: bool) -> FloatArray:
-    """Share of an operator's forward tensor-parallel communication that `selective` repeats, (K,); all of it in layers whose tokens are
-    dispatched, as only what reduces a dense MLP, the end of a layer, is not repeated."""
-    communication = runtime.communication
-    usual = np.where(shapes.sp > 1, communication.selective_repeats_tensor_sp, communication.selective_repeats_tensor)
-    usual = np.where((usual > 0) & dispatched, 1.0, usual)
+    """Share of an operator's forward tensor-parallel communication that `selective` repeats, (K,); `selected`: where parts are named."""
+    split, whole = (
+        runtime.communication.selective_repeats(split=each, dispatched=dispatched) for each in (True, False)
+    )
+    usual = np.where(shapes.sp > 1, split, whole)
     return np.where(np.asarray(shapes.recompute_parts) > 0, selected, usual)
 
 

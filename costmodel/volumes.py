@@ -111,9 +111,7 @@ def _layer(block: Sequence[Op], table: LayoutTable, runtime: Runtime, depth: flo
     again = depth * (how.full_repeats_tensor_sp if split else how.full_repeats_tensor)
     selects = table.recompute[0] == SELECTIVE
     if selects:
-        again = how.selective_repeats_tensor_sp if split else how.selective_repeats_tensor
-        if again and any(op.experts is not None for op in block):
-            again = 1.0  # only what reduces a dense MLP, the end of a layer, is not repeated
+        again = how.selective_repeats(split=split, dispatched=any(op.experts is not None for op in block))
     context_again = depth + float(
         selects and (how.selective_repeats_context or "attention" in runtime.activations.selective)
     )
