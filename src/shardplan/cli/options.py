@@ -14,9 +14,6 @@ if TYPE_CHECKING:
     from shardplan.costmodel.runtime import Runtime
     from shardplan.hw_profiles.machine import Cluster
 
-LORA_RANK, LORA_TARGETS = 16, "all"
-"""Without the option; as in `Job`."""
-
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="Preset name, Hugging Face config.json, or a folder with one.")
 ]
@@ -108,8 +105,8 @@ def read_inputs(
     capacity_factor: float | None,
     tokens: float | None,
     method: str = "full",
-    lora_rank: int = LORA_RANK,
-    lora_targets: str = LORA_TARGETS,
+    lora_rank: int = 16,
+    lora_targets: str = "all",
     document_tokens: int | None = None,
     price: float | None = None,
     gpu_hours_per_failure: float | None = None,
@@ -143,13 +140,17 @@ def read_inputs(
 
 def _refuse_idle(model: Model, job: Job) -> None:
     """InputError for a word that would change nothing: who gives it means another model or method."""
+    from shardplan.costmodel.job import Job
     from shardplan.hw_profiles.errors import InputError
 
-    given = {"--expert-imbalance": job.expert_imbalance != 1.0, "--capacity-factor": job.capacity_factor is not None}
+    given = {
+        "--expert-imbalance": job.expert_imbalance != Job.expert_imbalance,
+        "--capacity-factor": job.capacity_factor is not None,
+    }
     idle = next((word for word, is_given in given.items() if is_given), None)
     if idle and not any(kind.experts for kind, _ in model.layers):
         raise InputError(f"{model.name} has no experts", place=idle, remedy="leave it out")
-    given = {"--lora-rank": job.lora_rank != LORA_RANK, "--lora-targets": job.lora_targets != LORA_TARGETS}
+    given = {"--lora-rank": job.lora_rank != Job.lora_rank, "--lora-targets": job.lora_targets != Job.lora_targets}
     idle = next((word for word, is_given in given.items() if is_given), None)
     if idle and job.method == "full":
         raise InputError(

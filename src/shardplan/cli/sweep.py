@@ -42,8 +42,8 @@ def sweep(
     capacity_factor: options.CapacityOption = None,
     tokens: options.TokensOption = None,
     method: options.MethodOption = "full",
-    lora_rank: options.LoraRankOption = options.LORA_RANK,
-    lora_targets: options.LoraTargetsOption = options.LORA_TARGETS,
+    lora_rank: options.LoraRankOption = 16,
+    lora_targets: options.LoraTargetsOption = "all",
     document_tokens: options.DocumentOption = None,
     days: Annotated[
         float | None,
