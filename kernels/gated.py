@@ -260,11 +260,13 @@ def gated(gate: Tensor, up: Tensor, *, activation: str = "silu") -> Tensor:
 def gated_halves(x: Tensor, *, activation: str = "silu") -> Tensor:
     """act(x[..., :F]) · x[..., F:] of `x` (..., 2F), as one matrix product for gate and up leaves it; its gradient is one tensor.
 
-    ValueError on an unknown activation or an odd last dim.
+    ValueError on an unknown activation, an odd last dim or numbers that are not floating-point.
     """
     _check_activation(activation)
     if x.dim() == 0 or x.shape[-1] % 2:
         raise ValueError(f"x has shape {tuple(x.shape)}; give (..., 2F), gate before up")
+    if not x.is_floating_point():
+        raise ValueError(f"x is {x.dtype}; make it floating-point")
     return _GATED_HALVES(x, activation)
 
 

@@ -132,3 +132,5 @@ def test_wrong_inputs_are_named(device):
         gated(x, x.half())
     with pytest.raises(ValueError, match=r"\(2, 7\); give \(\.\.\., 2F\)"):
         gated_halves(x)
+    with pytest.raises(ValueError, match="make it floating-point"):
+        gated_halves(torch.ones((2, 4), dtype=torch.int64, device=device))
