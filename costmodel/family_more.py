@@ -170,7 +170,7 @@ MORE: Mapping[str, Family] = {
     "granite": Family(
         architecture="GraniteForCausalLM",
         defaults={**shapes(32000, 4096, 11008, 32, 32, None, 2048), **_NO_BIAS},
-        layers=lambda values: [gated_rmsnorm(values)] * depth(values),
+        layers=DENSE["llama"].layers,
     ),
     "ernie4_5": Family(
         architecture="Ernie4_5ForCausalLM",

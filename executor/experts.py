@@ -74,9 +74,8 @@ class Router(nn.Module):
         if self.normalised:
             weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
         none_E = torch.zeros(self.experts, dtype=torch.int64, device=x_TH.device)
-        sent_E = none_E.scatter_add(
-            0, chosen_TK.flatten(), torch.ones_like(chosen_TK).flatten()
-        )  # bincount waits for the GPU
+        ones_TK = torch.ones_like(chosen_TK)
+        sent_E = none_E.scatter_add(0, chosen_TK.flatten(), ones_TK.flatten())  # bincount waits for the GPU
         if self.balance_weight and torch.is_grad_enabled():
             weights_TK = _AddGradient.apply(weights_TK, self._balance_loss(scores_TE, sent_E), self)
         return weights_TK.to(x_TH.dtype), chosen_TK, sent_E

@@ -237,16 +237,12 @@ def test_tokens_beyond_the_models_vocabulary_are_refused_before_training(write, 
         check_job(replace(content, model=replace(content.model, vocab=largest)), read_job(job))
 
 
+def metrics_files(folder: Path, **changes) -> MetricsFiles:
+    return MetricsFiles(folder, tokens_per_step=1000, prediction=PREDICTION, **changes)
+
+
 def test_metrics_are_means_since_the_row_before_under_torchtitans_names(tmp_path):
-    metrics = MetricsFiles(
-        tmp_path,
-        interval=2,
-        steps=5,
-        ranks=2,
-        tokens_per_step=1000,
-        prediction=PREDICTION,
-        tensorboard=True,
-    )
+    metrics = metrics_files(tmp_path, interval=2, steps=5, ranks=2, tensorboard=True)
     for step in range(1, 6):
         metrics(
             StepRecord(
@@ -296,16 +292,8 @@ def test_tokens_seen_before_a_resume_are_those_that_were_trained():
 
 
 def test_tokens_seen_go_on_from_a_checkpoint(tmp_path):
-    metrics = MetricsFiles(
-        tmp_path,
-        interval=1,
-        steps=11,
-        ranks=1,
-        tokens_per_step=1000,
-        steps_before=10,
-        tokens_before=300,
-        prediction=PREDICTION,
-        tensorboard=False,
+    metrics = metrics_files(
+        tmp_path, interval=1, steps=11, ranks=1, steps_before=10, tokens_before=300, tensorboard=False
     )
     metrics(StepRecord(step=11, loss=1.0, grad_norm=0.5, step_s=0.1, tokens_per_s=1.0))
     metrics.close()
