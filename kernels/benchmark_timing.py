@@ -58,7 +58,7 @@ ONCE = Plan(rounds=1, round_s=0.0, warm_up_s=0.0, fewest=1)
 class Flush:
     """Empties the L2 cache of a GPU: by reading, since lines that were written have to leave it while the next kernel runs.
 
-    With 50 MB of them that costs a kernel some 13 us, a third of what a reduction of int4 codes takes.
+    That costs a kernel 1 to 7 us on an H200, a tenth of what a reduction of int4 codes takes (reports/measured/h200-2026-11-27/flush.csv).
     """
 
     def __init__(self, device: torch.device) -> None:
