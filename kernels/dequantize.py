@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from shardplan.kernels import quantize_reference as reference
+from shardplan.kernels.code_sum import decode_sum
 from shardplan.kernels.code_tiles import LAUNCHES, Launch
 from shardplan.kernels.interpreter import as_output, takes_kernel
 from shardplan.kernels.packing import Packing, check_packed, check_split, part_numel
@@ -32,8 +33,6 @@ from shardplan.kernels.quantize import (
     scale_view,
     variant_name,
 )
-from shardplan.kernels.quantize_scale import load_scale
-from shardplan.kernels.quantize_tiles import decode
 from shardplan.kernels.shipped import Shipped
 
 MAX_UNROLL = 8
@@ -43,53 +42,6 @@ MAX_UNROLL = 8
 def last_repeated(block, left):
     """Blocks of a tile of which `left` are present, the last of them for all behind it: reads need no mask then."""
     return tl.minimum(block, (left - 1).to(tl.int32))
-
-
-@triton.jit
-def scale_of(scales, source, source_bytes, block, factor, HALF_SCALE: tl.constexpr, FOLD: tl.constexpr):
-    """Scales of the blocks of a tile from one source, times the factor if it is folded into them."""
-    scale = load_scale(
-        scales + tl.cast(source, tl.int64) * (source_bytes // (2 if HALF_SCALE else 4)) + block, HALF_SCALE
-    )
-    if FOLD:
-        scale *= factor
-    return scale
-
-
-@triton.jit
-def decode_sum(
-    codes, scales, source_bytes, block, column, factor,
-    SOURCES: tl.constexpr, UNROLL: tl.constexpr, KIND: tl.constexpr, WIDTH: tl.constexpr, HALF_SCALE: tl.constexpr,
-    TILE_BLOCKS: tl.constexpr, HARDWARE_FP8: tl.constexpr, FOLD: tl.constexpr,
-):  # fmt: skip
-    """factor · sum over sources of the tile at `codes`, `scales`, in fp32: (whole block, 0) or (low, high half) for int4.
-
-    Codes are read as code + offset, whose product with a scale is exact; sums start at minus the offsets' share, so that
-    an element and source cost one multiply-add. That adds an error of at most 3e-5 of a code step a source.
-    FOLD: the factor is a power of two, so multiplying the scales with it gives the same bits as multiplying the sums.
-    """
-    OFFSET: tl.constexpr = 136.0 if KIND == "int4" else (384.0 if KIND == "int8" else 0.0)
-    start = tl.zeros((TILE_BLOCKS, 1), tl.float32)
-    if KIND != "fp8":
-        for group in tl.range(0, SOURCES, UNROLL):
-            for step in tl.static_range(UNROLL):
-                scale = scale_of(scales, group + step, source_bytes, block, factor, HALF_SCALE, FOLD)
-                start = tl.fma(scale, tl.full((TILE_BLOCKS, 1), -OFFSET, tl.float32), start)
-    low = tl.broadcast_to(start, (TILE_BLOCKS, WIDTH))
-    high = tl.broadcast_to(start, (TILE_BLOCKS, WIDTH if KIND == "int4" else 1))
-    for group in tl.range(0, SOURCES, UNROLL):
-        for step in tl.static_range(UNROLL):
-            source = tl.cast(group + step, tl.int64)
-            code = tl.load(codes + source * source_bytes + block * WIDTH + column)
-            scale = scale_of(scales, group + step, source_bytes, block, factor, HALF_SCALE, FOLD)
-            value, other = decode(code, KIND, HARDWARE_FP8)
-            low = tl.fma(value, tl.broadcast_to(scale, (TILE_BLOCKS, WIDTH)), low)
-            if KIND == "int4":
-                high = tl.fma(other, tl.broadcast_to(scale, (TILE_BLOCKS, WIDTH)), high)
-    if not FOLD:
-        low *= factor
-        high *= factor
-    return low, high
 
 
 @triton.jit(do_not_specialize=["blocks", "devices_per_node", "nodes"])
@@ -109,7 +61,7 @@ def _dequantize_kernel(
     column = tl.max_contiguous(tl.arange(0, WIDTH), 128 // out.dtype.element_ty.primitive_bitwidth)[None, :]
     codes += row * row_bytes + tile * (TILE_BLOCKS * WIDTH)
     scales += row * (row_bytes // (2 if HALF_SCALE else 4)) + tile * TILE_BLOCKS
-    low, high = decode_sum(
+    low, high, weight = decode_sum(
         codes, scales, source_bytes, last_repeated(block, blocks - tile * TILE_BLOCKS), column, factor,
         SOURCES, UNROLL, KIND, WIDTH, HALF_SCALE, TILE_BLOCKS, HARDWARE_FP8, FOLD,
     )  # fmt: skip
@@ -121,8 +73,8 @@ def _dequantize_kernel(
         out += first
         left = numel - first
     place = block * BLOCK + column
-    low = as_output(low, out)
-    high = as_output(high, out)
+    low = as_output(low * weight, out)
+    high = as_output(high * weight, out)
     if left >= TILE_BLOCKS * BLOCK:
         tl.store(out + place, low)
         if KIND == "int4":
@@ -134,8 +86,8 @@ def _dequantize_kernel(
 
 
 def unroll(sources: int) -> int:
-    """Sources read in one go: the largest power of two that divides their number, at most 8."""
-    return math.gcd(sources, MAX_UNROLL)
+    """Sources read in one go: the largest divisor of their number that is at most 8."""
+    return max(count for count in range(1, MAX_UNROLL + 1) if sources % count == 0)
 
 
 def launch_of(kind: str, sources: int) -> Launch:
@@ -252,7 +204,8 @@ def dequantize_reduce(
 ) -> torch.Tensor:
     """Mean (or `combine="sum"`) over sources of `packed` uint8 [sources, partitions, row_bytes] as `dtype` [numel].
 
-    Summed in fp32 in the order of the sources, so results repeat bit for bit. |x| up to 2^120: above, a sum may overflow.
+    Summed in fp32 in the order of the sources (int4: in integers, see `code_sum.py`), so results repeat bit for bit. |x| up to
+    2^120: above, a sum may overflow.
 
     Raises `ValueError` as `dequantize` does, and for a `combine` that is neither mean nor sum.
     """

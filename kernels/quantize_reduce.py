@@ -26,11 +26,11 @@ import triton
 import triton.language as tl
 
 from shardplan.kernels import quantize_reference as reference
+from shardplan.kernels.code_sum import decode_sum
 from shardplan.kernels.code_tiles import LAUNCHES, Launch
 from shardplan.kernels.dequantize import (
     aligned,
     combine_factor,
-    decode_sum,
     last_repeated,
     power_of_two,
     unroll,
@@ -66,12 +66,14 @@ def _reduce_kernel(
     present = tile * TILE_BLOCKS + block < blocks
     code_start = row.to(tl.int64) * row_bytes + tile * (TILE_BLOCKS * WIDTH)
     scale_start = row.to(tl.int64) * (row_bytes // (2 if HALF_SCALE else 4)) + tile * TILE_BLOCKS
-    low, high = decode_sum(
+    low, high, weight = decode_sum(
         codes + code_start, scales + scale_start, source_bytes,
         last_repeated(block, blocks - tile * TILE_BLOCKS), column, factor,
         SOURCES, UNROLL, KIND, WIDTH, HALF_SCALE, TILE_BLOCKS, HARDWARE_FP8, FOLD,
     )  # fmt: skip
-    scale, inverse, finite = block_scale(largest_bits(low, high, KIND == "int4"), KIND, HALF_SCALE)
+    largest = largest_bits(low, high, KIND == "int4").to(tl.float32, bitcast=True) * weight
+    scale, inverse, finite = block_scale(largest.to(tl.int32, bitcast=True), KIND, HALF_SCALE)
+    inverse *= weight
     low_dither = 0.0
     high_dither = 0.0
     if DITHERED:
@@ -151,9 +153,9 @@ def dequantize_reduce_quantize(
 ) -> torch.Tensor:
     """Mean (or `combine="sum"`) over sources of uint8 [sources, rows, row_bytes], quantised again, as [rows, row_bytes].
 
-    `numel`: elements of one row, `packing.part_numel` of the whole. Summed in fp32 in the order of the sources. `seed` as in
-    `quantize`; the draws differ from those of a `quantize` with the same seed. A block in which any source holds a NaN
-    or infinity becomes NaN. |x| up to 2^120: above, a sum may overflow.
+    `numel`: elements of one row, `packing.part_numel` of the whole. Summed in fp32 in the order of the sources (int4: in
+    integers, see `code_sum.py`). `seed` as in `quantize`; the draws differ from those of a `quantize` with the same seed. A
+    block in which any source holds a NaN or infinity becomes NaN. |x| up to 2^120: above, a sum may overflow.
 
     Raises `ValueError` for a buffer that does not belong to numel and packing, an unknown `combine`, or a seed with fp8.
     """

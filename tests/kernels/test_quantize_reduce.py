@@ -91,7 +91,7 @@ def test_hierarchical_reduces_every_part_to_its_rank(ranks, devices, device):
     assert torch.allclose(found, torch.stack(tensors).mean(0), rtol=0, atol=127 * 2.0**ranks / ranks / 200)
 
 
-@pytest.mark.parametrize("sources", [1, 3, 8, 12])
+@pytest.mark.parametrize("sources", [1, 3, 8, 12, 40])
 @pytest.mark.parametrize("kind", KINDS)
 def test_fused_step_equals_the_reference_bit_for_bit(kind, sources, device):
     packing = Packing(kind=kind, block=128, scale_dtype=torch.bfloat16 if sources == 3 else torch.float32)
@@ -109,6 +109,30 @@ def test_fused_step_equals_the_reference_bit_for_bit(kind, sources, device):
         assert torch.equal(back.nan_to_num(), wanted.nan_to_num())
         bad = dequantize(found, 2 * part, torch.float32, packing).isnan().nonzero().flatten()
         assert bad.tolist() == list(range(640, 768))
+
+
+@pytest.mark.parametrize("sources", [2, 5, 7, 9, 16, 36])
+def test_sums_of_int4_are_exact_but_for_the_scales_last_bits(sources, device):
+    """Scales are rounded to 16 bits of the largest: half of the last one, times a code of at most 7, for each source."""
+    packing = Packing(kind="int4", block=64)
+    tensors = [x * 2.0 ** (3 * rank % 11) for rank, x in enumerate(gradients(sources, 1000, device))]
+    packed = torch.stack([quantize(x, packing) for x in tensors])
+    codes, scales = reference.decode(packed, packing.blocks(1000), packing)
+    exact = (codes.double() * scales.double()).sum(0)
+    found = dequantize_reduce(packed, 1000, torch.float32, packing, combine="sum")
+    largest = scales.double().amax(0).expand_as(exact)
+    step = (7.0 * (sources - 1) * 2.0**-16 * largest).reshape(-1)[:1000]
+    assert ((found.double() - exact.reshape(-1)[:1000]).abs() <= step).all()
+    assert not found.isnan().any()
+
+
+def test_a_block_that_is_zero_in_every_source_stays_zero(device):
+    packing = Packing(kind="int4", block=64)
+    tensors = [torch.cat([torch.zeros(64, device=device), x]) for x in gradients(8, 64, device)]
+    packed = torch.stack([quantize(x, packing) for x in tensors])
+    assert torch.equal(dequantize_reduce(packed, 128, torch.float32, packing)[:64], torch.zeros(64, device=device))
+    again = dequantize_reduce_quantize(packed, 128, packing)
+    assert torch.equal(dequantize(again, 128, torch.float32, packing)[:64], torch.zeros(64, device=device))
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
