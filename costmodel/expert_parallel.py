@@ -23,14 +23,11 @@ from shardplan.costmodel.job import Job
 from shardplan.costmodel.layout import LayoutTable
 from shardplan.costmodel.model import LayerKind, Model, layer_parameters
 from shardplan.costmodel.op import Gemm, Op, Shapes, tensor_parallel_collectives
+from shardplan.costmodel.operators import expert_ops
 from shardplan.costmodel.runtime import Runtime
 from shardplan.hw_profiles.topology import TierTable
 
 FloatArray = NDArray[np.float64]
-
-
-LAST_PRODUCTS = ("down", "mlp_output")
-"""Names of the product that ends an MLP (`operators.py`)."""
 
 
 def expert_load(job: Job, layouts: LayoutTable) -> FloatArray:
@@ -63,26 +60,28 @@ def spread_layers(
 
 
 def dispatched_ops(ops: Sequence[Op], kind: LayerKind, shapes: Shapes, runtime: Runtime) -> tuple[Op, ...]:
-    """Operators of a layer (`operators.layer_ops`) with its experts spread: the router and the products of experts replaced, the
-    dispatch before them and the combination after them added. Shared experts stay cut over tp, with exchanges of their own."""
+    """Operators of a layer (`operators.layer_ops`) with its experts spread: what is routed replaced, from the router to the
+    combination. Shared experts stay cut over tp, with exchanges of their own."""
     names = [op.name for op in ops]
-    router = names.index("router")
-    down = max(index for index, name in enumerate(names) if name in LAST_PRODUCTS)
+    router, combine = names.index("router"), names.index("combine")
     entering, leaving = tensor_parallel_collectives(shapes, shapes.element_bytes * shapes.tokens * kind.hidden)
     sides = {"up": entering, "down": leaving}
     shared = [
         replace(op, forward=sides[op.name][0], backward=sides[op.name][1]) if op.name in sides else op
-        for op in ops[router + 1 : down - 2]
+        for op in ops[router + 2 : combine - 3]
     ]
-    up, activation, back = ops[down - 2 : down + 1]
-    routed = _routed_ops(up, activation, back, kind, shapes, runtime)
+    rows = kind.experts_per_token * shapes.tokens / shapes.sp * shapes.expert_load * shapes.expert_tp
+    local = kind.experts / shapes.ep * np.ones_like(shapes.tokens)
+    up, activation, down = expert_ops(kind, shapes, runtime, rows, kind.ffn / shapes.expert_tp, local)
     return (
         *ops[:router],
         *_dispatch_ops(kind, shapes, runtime),
         *shared,
-        *routed,
+        up,
+        activation,
+        replace(down, name=names[combine - 1]),
         _combine_op(kind, shapes, runtime),
-        *ops[down + 1 :],
+        *ops[combine + 1 :],
     )
 
 
@@ -130,40 +129,6 @@ def _combine_op(kind: LayerKind, shapes: Shapes, runtime: Runtime) -> Op:
         name="combine",
         copied_bytes=_ordering_bytes(kind, shapes, runtime),
         experts=(_received(kind, shapes)[1], float(kind.experts_per_token)),
-    )
-
-
-def _routed_ops(
-    up: Op, activation: Op, down: Op, kind: LayerKind, shapes: Shapes, runtime: Runtime
-) -> tuple[Op, Op, Op]:
-    """The products of a rank's own experts on the rows that reach them."""
-    one, how = np.ones_like(shapes.tokens), runtime.expert_parallel
-    local = kind.experts / shapes.ep * one
-    rows = kind.experts_per_token * shapes.tokens / shapes.sp * shapes.expert_load * shapes.expert_tp
-    each, ffn = rows / local, kind.ffn / shapes.expert_tp * one
-    inputs = 2 if kind.gated_mlp else 1
-    shrunk = rows * ffn / (up.gemms[0].m * up.gemms[0].count * down.gemms[0].k)
-    launches = (how.product_launches + (how.cast_launches if shapes.casts else 0.0)) * local
-    alone = how.separate_products
-    return (
-        Op(
-            name=up.name,
-            gemms=(Gemm(m=each, n=inputs * ffn, k=kind.hidden * one, count=local, separate=alone),),
-            kept_bytes=inputs * shapes.element_bytes * rows * ffn,
-            launches=launches,
-        ),
-        replace(
-            activation,
-            traffic_bytes=activation.traffic_bytes * shrunk * how.activation_traffic,
-            kept_bytes=activation.kept_bytes * shrunk,
-        ),
-        Op(
-            name=down.name,
-            gemms=(Gemm(m=each, n=kind.hidden * one, k=ffn, count=local, separate=alone),),
-            copied_bytes=how.bias_passes * _received(kind, shapes)[1] * shapes.expert_tp if kind.mlp_bias else 0.0,
-            kept_bytes=how.kept_outputs * _received(kind, shapes)[1] * shapes.expert_tp,
-            launches=launches,
-        ),
     )
 
 

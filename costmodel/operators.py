@@ -61,32 +61,34 @@ def _mlp_ops(kind: LayerKind, shapes: Shapes, runtime: Runtime) -> tuple[Op, ...
     one = np.ones_like(tokens)
     entering, leaving = tensor_parallel_collectives(shapes, stream)
     ops = [norm_op("mlp_norm", kind.norm, stream / sp, runtime, e)] if kind.norms > 1 else []
-    copies: Amount = 0.0
+    last: tuple[Op, ...] = ()
     if kind.experts:
-        experts, copies = kind.experts, kind.experts_per_token * shapes.expert_load
-        ops.append(
+        rows = kind.experts_per_token * tokens * shapes.expert_load
+        copies = e * rows * kind.hidden
+        ordered = runtime.expert_parallel.ordering_passes * copies * (1.0 + 1.0 / kind.experts_per_token)
+        ops += [
             Op(
                 name="router",
-                gemms=(Gemm(m=tokens, n=experts * one, k=kind.hidden * one, count=one),),
-                traffic_bytes=4 * copies * stream,
-                kept_bytes=copies * stream + 4 * tokens * experts,
-            )
-        )
-        ops += _shared_expert_ops(kind, shapes, runtime)
-        ops += _feed_forward(kind, shapes, runtime, ffn=kind.ffn, experts=experts, copies=copies)
+                gemms=(Gemm(m=tokens, n=kind.experts * one, k=kind.hidden * one, count=one),),
+                kept_bytes=4 * tokens * kind.experts,
+            ),
+            Op(
+                name="dispatch",
+                copied_bytes=ordered,
+                kept_bytes=copies,
+                launches=runtime.expert_parallel.layer_launches,
+            ),
+            *_shared_expert_ops(kind, shapes, runtime),
+        ]
+        last = (Op(name="combine", copied_bytes=ordered),)
+        up, activation, down = expert_ops(kind, shapes, runtime, rows, kind.ffn / shapes.tp, kind.experts * one)
     else:
-        ops += _feed_forward(kind, shapes, runtime, ffn=kind.ffn)
-    up, activation, down = ops[-3:]
-    ops[-3:] = [
+        up, activation, down = feed_forward(kind, shapes, runtime, tokens, kind.ffn / shapes.tp)
+    ops += [
         replace(up, forward=entering[0], backward=entering[1]),
         activation,
-        replace(
-            down,
-            name="mlp_output" if kind.norms == 4 else "down",
-            kept_bytes=copies * stream,
-            forward=leaving[0],
-            backward=leaving[1],
-        ),
+        replace(down, name="mlp_output" if kind.norms == 4 else "down", forward=leaving[0], backward=leaving[1]),
+        *last,
     ]
     if kind.norms == 4:
         ops.append(norm_op("mlp_post_norm", kind.norm, stream / sp, runtime, e))
@@ -94,18 +96,23 @@ def _mlp_ops(kind: LayerKind, shapes: Shapes, runtime: Runtime) -> tuple[Op, ...
     return tuple(ops)
 
 
-def _feed_forward(
-    kind: LayerKind, shapes: Shapes, runtime: Runtime, *, ffn: int, experts: int = 1, copies: Amount = 1
-) -> list[Op]:
-    """The products and the activation of `experts` MLPs of width `ffn`, each token in `copies` of them."""
-    tokens, one = shapes.tokens, np.ones_like(shapes.tokens)
-    rows, width = tokens * copies / experts, ffn / shapes.tp
-    wide = shapes.element_bytes * tokens * copies * width
+def feed_forward(
+    kind: LayerKind,
+    shapes: Shapes,
+    runtime: Runtime,
+    rows: FloatArray,
+    width: Amount,
+    mlps: FloatArray | None = None,
+) -> tuple[Op, Op, Op]:
+    """The products and the activation between them of `mlps` MLPs of this width, one if None, on `rows` tokens together."""
+    one = np.ones_like(rows)
+    count = one if mlps is None else mlps
+    wide = shapes.element_bytes * rows * width
     up = 2 if kind.gated_mlp else 1
-    return [
+    return (
         Op(
             name="up",
-            gemms=(Gemm(m=rows, n=up * width, k=kind.hidden * one, count=experts * one),),
+            gemms=(Gemm(m=rows / count, n=up * width * one, k=kind.hidden * one, count=count),),
             kept_bytes=up * wide,
         ),
         Op(
@@ -113,8 +120,29 @@ def _feed_forward(
             traffic_bytes=(up + 1) * wide * (passes("gated", runtime) if kind.gated_mlp else 1),
             kept_bytes=wide * (runtime.activations.gated_mlp_copies - 2 if kind.gated_mlp else 1),
         ),
-        Op(name="down", gemms=(Gemm(m=rows, n=kind.hidden * one, k=width, count=experts * one),)),
-    ]
+        Op(name="down", gemms=(Gemm(m=rows / count, n=kind.hidden * one, k=width * one, count=count),)),
+    )
+
+
+def expert_ops(
+    kind: LayerKind, shapes: Shapes, runtime: Runtime, rows: FloatArray, width: Amount, experts: FloatArray
+) -> tuple[Op, Op, Op]:
+    """The MLPs of a rank's own experts, of this width, on the `rows` copies of tokens that reach them (`[expert_parallel]`)."""
+    how, copies = runtime.expert_parallel, shapes.element_bytes * rows * kind.hidden
+    launches = (how.product_launches + (how.cast_launches if shapes.casts else 0.0)) * experts
+    up, activation, down = feed_forward(kind, shapes, runtime, rows, width, experts)
+    alone = [tuple(replace(gemm, separate=how.separate_products) for gemm in op.gemms) for op in (up, down)]
+    return (
+        replace(up, gemms=alone[0], launches=launches),
+        replace(activation, traffic_bytes=activation.traffic_bytes * how.activation_traffic),
+        replace(
+            down,
+            gemms=alone[1],
+            copied_bytes=how.bias_passes * copies if kind.mlp_bias else 0.0,
+            kept_bytes=how.kept_outputs * copies,
+            launches=launches,
+        ),
+    )
 
 
 def _shared_expert_ops(kind: LayerKind, shapes: Shapes, runtime: Runtime) -> list[Op]:
@@ -125,7 +153,7 @@ def _shared_expert_ops(kind: LayerKind, shapes: Shapes, runtime: Runtime) -> lis
     if not kind.shared_ffn:
         return []
     stream, one = shapes.element_bytes * shapes.tokens * kind.hidden, np.ones_like(shapes.tokens)
-    ops = _feed_forward(kind, shapes, runtime, ffn=kind.shared_ffn)
+    ops = list(feed_forward(kind, shapes, runtime, shapes.tokens, kind.shared_ffn / shapes.tp))
     if kind.shared_gate:
         gate = Gemm(m=shapes.tokens, n=one, k=kind.hidden * one, count=one)
         ops.append(Op(name="shared_gate", gemms=(gate,), traffic_bytes=2 * stream, kept_bytes=stream))
