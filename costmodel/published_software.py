@@ -30,7 +30,7 @@ def said(row: Row) -> str:
 def remarks(row: Row) -> list[Mapping[str, Any]]:
     """What model and notes say that no column does: layout words, job words, switches."""
     text = said(row)
-    return [remark for remark in names()["remarks"] if remark["contains"] in text]
+    return [each for each in names()["remarks"] if each["contains"] in text and each.get("said", "") in text]
 
 
 def _entry(row: Row) -> Mapping[str, Any] | None:
