@@ -199,7 +199,12 @@ def stage_states(
         once, parts["reducing"] = _last_reduction(
             runtime, job, layouts, parts, stage_parameters, root_parameters, layer_parameters
         )
-        parts["stepping"] = stepping + once
+        held = _held_reduction(
+            runtime, job, layouts, accumulates, parts["reducing"] - waiting, gathered, root_parameters
+        )
+        parts["gradients"] = parts["gradients"] + held
+        parts["reducing"] = parts["reducing"] * (1.0 + accumulates)[:, None] - held
+        parts["stepping"] = stepping + once - held
     return parts
 
 
@@ -231,6 +236,23 @@ def _last_reduction(
     masters = MASTER_BYTES * stage / layouts.zero_ranks[:, None]
     copies = np.maximum(parts["parameters"] - masters, 0.0)
     return buffer - copies, buffer
+
+
+def _held_reduction(
+    runtime: Runtime,
+    job: Job,
+    layouts: LayoutTable,
+    accumulates: NDArray[np.bool_],
+    beyond: FloatArray,
+    gathered: FloatArray,
+    root: FloatArray,
+) -> FloatArray:
+    """Bytes by which the input of a micro-batch's last reduction, `beyond` the waiting gradients of layers, is more than what is live of
+    layers when the next one's activations are at their peak, (N, S): fully_shard keeps it until its next reduction, and by then neither
+    gradients of layers wait nor are layers gathered (reports/measured/h200-2026-11-27/later/memory_at_peak.txt)."""
+    keeps = runtime.working_set.reduction_held & accumulates & (layouts.zero >= 2) & (layouts.pp == 1)
+    layers = np.maximum(gathered - parameter_bytes(runtime, job, sent=False) * root, 0.0)
+    return np.where(keeps[:, None], np.maximum(beyond - layers, 0.0), 0.0)
 
 
 def paged_share(runtime: Runtime, job: Job) -> float:

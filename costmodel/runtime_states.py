@@ -72,5 +72,8 @@ class WorkingSet(_FromFile):
     exchanges_alone: bool = False
     """A 16-bit group of one rank gathers and reduces into buffers of its own all the same (fully_shard): its last reduction holds the
     gradients of embedding and head twice, when activations and 16-bit parameters are gone, and leaves blocks of its own behind."""
+    reduction_held: bool = False
+    """What a micro-batch reduces last, embedding and head, stays whole until the next one's first reduction (fully_shard where the
+    backward is not said to be the last)."""
     matrix_gradient_bytes: float = 0.0
     """Bytes per parameter of a layer's largest matrix while its gradient is added to the accumulated one; counted as buffers."""

@@ -189,7 +189,7 @@ def held_bytes(
         waiting=states["waiting"],
         optimizer=states["optimizer"],
         stepping=states["stepping"] if states["stepping"].any() else None,
-        reducing=states["reducing"] * (1.0 + accumulates)[:, None] if alone else None,
+        reducing=states["reducing"] if alone else None,
         buffers=buffers + runtime.working_set.matrix_gradient_bytes * parameters.matrix,
         host=states["host"],
         nvme=states["nvme"] if states["nvme"].any() else None,
