@@ -25,7 +25,8 @@ def attention_backends(word: str, *, device_type: str, precision: str) -> tuple[
     """Backends that the layout's word allows; empty = torch's own choice.
 
     `auto`, where this project's kernel does not run (`runs_own_attention`), is FlashAttention on a GPU, as `flash` always is. A GPU's
-    flash kernel takes 16-bit numbers only, and the memory-efficient one no grouped queries: fp32 falls back to what there is.
+    flash kernel takes 16-bit numbers only; fp32 runs the memory-efficient one, for which grouped keys are repeated
+    (`transformer.takes_grouped`).
     """
     if word == "unfused":
         return (SDPBackend.MATH,)

@@ -51,8 +51,11 @@ def parts_context(layer: nn.Module, bits: int) -> Callable[[], Any]:
 
 
 def _keeps(kept: Collection[str], running: list[str], operator: Any) -> bool:
-    """Whether what `operator` writes is kept, in the innermost of the modules that run."""
+    """Whether what `operator` writes is kept, in the innermost of the modules that run. Views are not: that of a product's input would
+    keep what the part before wrote."""
     if not running or running[-1] not in kept or operator.name() in WRITTEN_OVER:
+        return False
+    if any(written.alias_info is not None for written in operator._schema.returns):
         return False
     return running[-1] != "attention" or "attention" in operator.name() or operator.name() in UNFUSED
 

@@ -72,9 +72,18 @@ Attend = Callable[..., Tensor]
 """Causal attention of q (B, S, N, D) over k and v (B, S, K, D), inside each document where a fourth tensor tells them apart."""
 
 
+def takes_grouped(q_BSND: Tensor) -> bool:
+    """Whether torch's fused attention on the device of q has several queries of one key; its kernel of fp32 on a GPU has not."""
+    return not (q_BSND.is_cuda and q_BSND.dtype == torch.float32)
+
+
 def causal_attention(q_BSND: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, mask_B1SS: Tensor | None = None) -> Tensor:
     """(B, S, N, D), torch's own; which of its kernels runs, the context decides (attention_kernel)."""
     grouped = q_BSND.shape[2] != k_BSKD.shape[2]
+    if grouped and not takes_grouped(q_BSND):
+        each = q_BSND.shape[2] // k_BSKD.shape[2]
+        k_BSKD, v_BSKD = (x_BSKD.repeat_interleave(each, dim=2) for x_BSKD in (k_BSKD, v_BSKD))
+        grouped = False
     out_BNSD = functional.scaled_dot_product_attention(
         q_BSND.transpose(1, 2),
         k_BSKD.transpose(1, 2),

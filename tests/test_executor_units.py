@@ -355,3 +355,19 @@ def test_records_are_plain_json(tmp_path):
     line = json.loads(measure.rank_file(tmp_path, 0).read_text())
     assert line["step"] == 1
     assert line["allocated_bytes"] is None
+
+
+def test_grouped_keys_are_repeated_where_a_kernel_takes_none(monkeypatch):
+    """torch's only fused attention of fp32 on a GPU; else the whole score matrix would be kept (2.3 GiB of four layers of 2,048 tokens)."""
+    torch = pytest.importorskip("torch")
+    from shardplan.executor import transformer
+
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 24, heads, 16, generator=generator, requires_grad=True) for heads in (8, 2, 2))
+    wanted = transformer.causal_attention(q, k, v)
+    gradients = torch.autograd.grad(wanted.square().sum(), (q, k, v))
+    monkeypatch.setattr(transformer, "takes_grouped", lambda _: False)
+    found = transformer.causal_attention(q, k, v)
+    assert torch.allclose(found, wanted, atol=1e-6)
+    for one, other in zip(torch.autograd.grad(found.square().sum(), (q, k, v)), gradients, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)

@@ -124,6 +124,7 @@ def test_measured_beside_predicted() -> None:
     assert len(every) == 66
     for title, ones in (
         ("another H200, its own profile", day_after()),
+        ("a third", that_morning()),
         ("an H100, the catalog's profile", by_catalog()),
     ):
         print("\n".join(["", title, *map(told, ones)]))
@@ -187,13 +188,12 @@ def later() -> list[Replay]:
 
 
 def test_later_peaks_of_memory() -> None:
-    """Layers, micro-batches, a model with tied embeddings; short by up to 5 % where gradients accumulate reduced."""
+    """Layers, micro-batches, a model with tied embeddings, gradients accumulated whole and reduced."""
     for one in later():
-        least = -0.055 if one.words[-1] in {"zero=2", "zero=3"} else -0.02
         for metric in ("allocated", "reserved"):
             if one.measured[f"{metric}_bytes"] > 4 * SMALL_BYTES:
                 error = one.error(one.answer["memory"][f"{metric}_peak_bytes"], f"{metric}_bytes")
-                assert least < error < 0.05, (one.name, metric, error)
+                assert -0.02 < error < 0.05, (one.name, metric, error)
 
 
 def test_later_step_times() -> None:
@@ -227,12 +227,17 @@ def test_steps_with_switches() -> None:
 
 
 def test_memory_with_switches() -> None:
-    """Gradients accumulated reduced and copies of experts are not all counted: up to 4.5 % short."""
+    """Copies of experts are not all counted. In fp32 attention still fell back to the whole score matrix, and named parts still kept what
+    norms wrote: 4.2 and 2.7 % more than is predicted."""
     chosen = [one for one in switched() if not one.name.startswith("tiny") and "unfused" not in one.words]
     errors = [one.error(one.answer["memory"]["allocated_peak_bytes"], "allocated_bytes") for one in chosen]
     assert len(errors) == 30
-    assert mean(map(abs, errors)) < 0.008
+    assert mean(map(abs, errors)) < 0.006
     assert min(errors) > -0.045 and max(errors) < 0.02
+    before = {"fp32", "selective:layernorm+act"}
+    assert [
+        one.name for one, error in zip(chosen, errors, strict=True) if error < -0.025 and not before & set(one.words)
+    ] == []
 
 
 def test_steps_with_the_optimizer_of_today() -> None:
@@ -259,6 +264,11 @@ def day_after() -> list[Replay]:
     return list(replays(H200_LATER, "auto"))
 
 
+def that_morning() -> list[Replay]:
+    """A third H200, likewise."""
+    return list(replays(H200_LATER / "later", "auto"))
+
+
 def by_catalog() -> list[Replay]:
     """An H100 by the catalog's profile alone."""
     return list(replays(H100, "auto", catalog="h100-ib"))
@@ -278,7 +288,17 @@ def test_another_day() -> None:
     assert mean(errors) < 0.055
     assert max(errors) < 0.1
     for one in found:
-        assert -0.041 < one.error(one.answer["memory"]["allocated_peak_bytes"], "allocated_bytes") < 0.02, one.name
+        assert -0.025 < one.error(one.answer["memory"]["allocated_peak_bytes"], "allocated_bytes") < 0.02, one.name
+
+
+def test_a_third_machine() -> None:
+    """Its host is slower: experts, whose launches it then is that bound the step, took 170 ms where others took 146 to 149."""
+    found = that_morning()
+    errors = [one.step_error for one in gpu_bound(found) if not one.name.startswith("mixtral")]
+    assert len(errors) == 3
+    assert max(map(abs, errors)) < 0.06
+    for one in found:
+        assert -0.025 < one.error(one.answer["memory"]["allocated_peak_bytes"], "allocated_bytes") < 0.02, one.name
 
 
 def test_an_h100_by_the_catalog_alone() -> None:

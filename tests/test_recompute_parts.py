@@ -104,6 +104,50 @@ def judged(layout: str, runtime: str = "shardplan") -> dict | str:
     return " ".join(one["rule"] if isinstance(one, dict) else one.rule for one in refused) or verdict
 
 
+# (recompute, values of a token that a layer keeps between forward and backward): 64 wide, keys and values 32 each, 96 in the MLP
+KEPT = [
+    ("selective:layernorm+act", 64 + 64 + 32 + 32 + 64 + 64 + 2 * 96),  # out, q, k, v, core, projection, gate and up
+    ("selective:layernorm+act+core_attn", 64 + 64 + 32 + 32 + 64 + 2 * 96),
+    ("selective:layernorm+act+qkv+rope+core_attn", 64 + 64 + 2 * 96),
+]
+
+
+@pytest.mark.parametrize(("word", "values"), KEPT)
+def test_what_lives_after_the_forward_is_what_the_other_parts_wrote(word, values):
+    torch = pytest.importorskip("torch", reason="the executor needs torch")
+    from torch.multiprocessing.reductions import StorageWeakRef
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from shardplan.executor.recompute import apply_recompute
+    from shardplan.executor.transformer import build_transformer, whole
+
+    class Storages(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.made = {}
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for one in out if isinstance(out, tuple | list) else (out,):
+                if isinstance(one, torch.Tensor) and one.is_floating_point():
+                    storage = one.untyped_storage()
+                    if storage.data_ptr() not in held:
+                        self.made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+            return out
+
+    shape = Model(name="small", family="llama", layers=((LLAMA, 1),), vocab=64, tied_embeddings=False)
+    model = build_transformer(shape, seq=SEQ, part=whole(shape), seed=0, device=torch.device("cpu"))
+    apply_recompute(model, word)
+    held = {one.untyped_storage().data_ptr() for one in (*model.parameters(), *model.buffers())}
+    x = torch.randn(2, SEQ, 64, requires_grad=True)
+    with Storages() as storages:
+        out = model.layers["0"](x, model.table)
+    alive = sum(nbytes for ref, nbytes in storages.made.values() if not ref.expired())
+    softmax_sums = 2 * SEQ * 4 * 4 if "core_attn" not in word else 0
+    assert alive == 4 * 2 * SEQ * values + softmax_sums
+    out.sum().backward()
+
+
 def test_estimate_of_the_executor_drops_what_it_runs_again():
     def kept(recompute: str) -> float:
         answer = judged(f"dp=8 zero=3 recompute={recompute}")
