@@ -209,6 +209,8 @@ def _add_products(found: Sequence[_OpSeconds], ops: Sequence[Op], gpu: Gpu, prec
         )
         if alone.any():
             ways = ways * np.where(alone, count, 1.0)
+        if gpu.device != "cpu":
+            ways = ways / np.array([g.rate for _, g, _ in some])[:, None]
         if product == "fp8":  # both operands are cast forward, the gradient of the output backward
             cast = np.stack([k * (m + n), m * n])
             ways[:2] += memory_bound_s(gpu, runtime.execution.cast_bytes * count * cast)

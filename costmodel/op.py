@@ -67,6 +67,8 @@ class Gemm:
     count: FloatArray
     separate: bool = False
     """Each in a kernel of its own, not all in one."""
+    rate: float = 1.0
+    """Of a GPU's kernel, relative to the library's for one dense product of the same shapes."""
 
     @property
     def flop(self) -> FloatArray:

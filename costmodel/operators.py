@@ -131,13 +131,14 @@ def expert_ops(
     how, copies = runtime.expert_parallel, shapes.element_bytes * rows * kind.hidden
     launches = (how.product_launches + (how.cast_launches if shapes.casts else 0.0)) * experts
     up, activation, down = feed_forward(kind, shapes, runtime, rows, width, experts)
-    alone = [tuple(replace(gemm, separate=how.separate_products) for gemm in op.gemms) for op in (up, down)]
+    grouped = {"separate": how.separate_products, "rate": how.product_rate}
+    products = [tuple(replace(gemm, **grouped) for gemm in op.gemms) for op in (up, down)]
     return (
-        replace(up, gemms=alone[0], launches=launches),
+        replace(up, gemms=products[0], launches=launches),
         replace(activation, traffic_bytes=activation.traffic_bytes * how.activation_traffic),
         replace(
             down,
-            gemms=alone[1],
+            gemms=products[1],
             copied_bytes=how.bias_passes * copies if kind.mlp_bias else 0.0,
             kept_bytes=how.kept_outputs * copies,
             launches=launches,

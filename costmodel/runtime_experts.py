@@ -14,6 +14,8 @@ class ExpertParallel:
 
     separate_products: bool = False
     """Each local expert's product is a kernel of its own, on a few streams, and fills waves of its own."""
+    product_rate: float = 1.0
+    """Of the kernel that computes the products of experts on a GPU, relative to dense ones of the same shapes."""
     product_launches: float = 0.0
     """Kernels launched for each local expert and product; 0 where one grouped kernel computes them all."""
     cast_launches: float = 0.0
