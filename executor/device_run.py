@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import statistics
+import shutil
 import tempfile
 import time
 from collections.abc import Mapping
@@ -44,7 +46,9 @@ class Measured:
 
 def start_alone(device: torch.device) -> DeviceMesh:
     """A process group of this process only, and the mesh of one rank that every case shares."""
-    meeting = Path(tempfile.mkdtemp(prefix="shardplan-validate-"), "store").as_uri()
+    folder = tempfile.mkdtemp(prefix="shardplan-validate-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    meeting = Path(folder, "store").as_uri()
     if device.type == "cuda":
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", init_method=meeting, rank=0, world_size=1, device_id=device)
