@@ -5,8 +5,8 @@ from __future__ import annotations
 import atexit
 import contextlib
 import gc
-import statistics
 import shutil
+import statistics
 import tempfile
 import time
 from collections.abc import Mapping
