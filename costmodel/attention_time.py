@@ -96,11 +96,17 @@ def fused_attention_s(
 
 
 def unfused_attention_s(
-    gpu: Gpu, precision: str, element_bytes: int, shape: AttentionShape, softmax_traffic_bytes: ArrayLike
+    gpu: Gpu,
+    precision: str,
+    element_bytes: int,
+    shape: AttentionShape,
+    softmax_traffic_bytes: ArrayLike,
+    softmax_passes: tuple[float, float] = (1.0, 1.0),
 ) -> tuple[FloatArray, FloatArray]:
     """(forward, backward) seconds of two batched products forward and four backward, and of what runs between them.
 
-    `softmax_traffic_bytes` is read and written forward by scale, mask, softmax and dropout. Every product reads or writes the
+    `softmax_traffic_bytes` is read and written forward by scale, mask, softmax and dropout in one kernel, `softmax_passes` (forward,
+    backward) is what a runtime moves relative to such. Every product reads or writes the
     whole score matrix (nothing is skipped for a causal mask), and does not hide that behind its math.
     """
     flop = 2.0 * shape.scores * shape.head_dim
@@ -110,9 +116,9 @@ def unfused_attention_s(
     slowdown = np.minimum(misaligned_slowdown(shape.head_dim, element_bytes), max(slowest, 1.0))
     operands = element_bytes * (shape.scores + shape.pairs * (shape.seq + shape.keys) * shape.head_dim)
     product = flop / rate * narrow * slowdown + memory_bound_s(gpu, operands)
-    softmax = np.asarray(softmax_traffic_bytes, dtype=np.float64)
-    forward = 2.0 * product + memory_bound_s(gpu, softmax)
-    backward = 4.0 * product + memory_bound_s(gpu, SOFTMAX_BACKWARD_TRAFFIC * softmax)
+    softmax, (ahead, back) = np.asarray(softmax_traffic_bytes, dtype=np.float64), softmax_passes
+    forward = 2.0 * product + memory_bound_s(gpu, ahead * softmax)
+    backward = 4.0 * product + memory_bound_s(gpu, back * SOFTMAX_BACKWARD_TRAFFIC * softmax)
     return forward, backward
 
 

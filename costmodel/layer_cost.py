@@ -320,5 +320,6 @@ def _attention_seconds(
     rate = runtime.execution.attention_rate * np.where(ring, runtime.execution.ring_attention_rate, 1.0)
     if shapes.flash.all():
         return fused[0] / rate, fused[1] / rate
-    unfused = unfused_attention_s(gpu, precision, shapes.element_bytes, shape, softmax_traffic)
+    passes = runtime.execution.softmax_passes
+    unfused = unfused_attention_s(gpu, precision, shapes.element_bytes, shape, softmax_traffic, passes)
     return np.where(shapes.flash, fused[0], unfused[0]) / rate, np.where(shapes.flash, fused[1], unfused[1]) / rate

@@ -175,6 +175,9 @@ class Execution(_FromFile):
     """Attention core relative to the published rates of its kernels."""
     compute_slowdown: float
     """Fraction by which compute slows while communication hides behind it."""
+    softmax_passes: tuple[float, float] = (1.0, 1.0)
+    """Traffic between the products of unfused attention, forward and backward, relative to one kernel that scales, masks and normalises
+    the scores and one that goes back through it."""
     ring_attention_rate: float = 1.0
     """What is left of the rate when attention runs block by block in a ring of context parallelism, merging partial outputs."""
     cast_bytes: float = 4.0

@@ -240,9 +240,9 @@ def test_memory_with_switches() -> None:
 
 
 def test_steps_with_the_optimizer_of_today() -> None:
-    """The host bounds four of seven; of unfused attention not all passes over the scores are counted."""
+    """The host bounds four of seven."""
     for one in sharded():
-        assert abs(one.step_error) < (0.15 if "unfused" in one.words else 0.1), one.name
+        assert abs(one.step_error) < 0.1, one.name
 
 
 def test_the_update_takes_what_it_took() -> None:
