@@ -151,6 +151,8 @@ class Execution(_FromFile):
     """More for a gather ahead of a layer (hooks of every module that track its parameters), in launches."""
     gather_copy_bytes: float = 0.0
     """Bytes of streaming that copying a gathered parameter out of its flat buffer takes between products."""
+    gather_input_bytes: float = 0.0
+    """The same of copying a rank's own shard into that buffer, per parameter of the shard."""
     reduce_copy_bytes: float = 0.0
     """The same of copying a gradient into the buffer that is reduced."""
     clip_bytes: float = 0.0

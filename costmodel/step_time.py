@@ -258,7 +258,11 @@ def held_times(
         tied_s=tied,
         optimizer_s=update_s,
         reduce_copy_s=copied * state_pass_s(cluster, execution.reduce_copy_bytes * owner.trained),
-        gather_copy_s=copied * state_pass_s(cluster, execution.gather_copy_bytes * owner.gathered),
+        gather_copy_s=copied
+        * state_pass_s(
+            cluster,
+            (execution.gather_copy_bytes + execution.gather_input_bytes / layouts.zero_ranks) * owner.gathered,
+        ),
         launching_s=np.maximum(execution.update_launches * cluster.gpu.launch_s * owner.units - update_s, 0.0)
         if on_gpu
         else np.zeros_like(update_s),

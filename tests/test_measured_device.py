@@ -280,13 +280,12 @@ def gpu_bound(ones: list[Replay]) -> list[Replay]:
 
 
 def test_another_day() -> None:
-    """No number of the cost model was set on these but the rate of experts' products, on one of them. Under ZeRO-3 not all passes are
-    counted."""
+    """No number of the cost model was set on these but the rate of experts' products, on one of them."""
     found = day_after()
     errors = [abs(one.step_error) for one in gpu_bound(found)]
     assert len(errors) == 7
-    assert mean(errors) < 0.045
-    assert max(errors) < 0.1
+    assert mean(errors) < 0.02
+    assert max(errors) < 0.04
     for one in found:
         assert -0.025 < one.error(one.answer["memory"]["allocated_peak_bytes"], "allocated_bytes") < 0.02, one.name
 
@@ -296,16 +295,16 @@ def test_a_third_machine() -> None:
     found = that_morning()
     errors = [one.step_error for one in gpu_bound(found) if not one.name.startswith("mixtral")]
     assert len(errors) == 3
-    assert max(map(abs, errors)) < 0.06
+    assert max(map(abs, errors)) < 0.04
     for one in found:
         assert -0.025 < one.error(one.answer["memory"]["allocated_peak_bytes"], "allocated_bytes") < 0.02, one.name
 
 
 def test_an_h100_by_the_catalog_alone() -> None:
-    """Its rates come from published runs of other engines, none of one GPU: steps are 7 % too long, memory is right."""
+    """Its rates come from published runs of other engines, none of one GPU: steps are 12 % too long, memory is right."""
     errors = [one.step_error for one in gpu_bound(by_catalog())]
     assert len(errors) == 13
-    assert 0.06 < mean(errors) < 0.09
-    assert max(map(abs, errors)) < 0.12
+    assert 0.09 < mean(errors) < 0.13
+    assert max(map(abs, errors)) < 0.155
     for one in gpu_bound(by_catalog()):
         assert abs(one.error(one.answer["memory"]["allocated_peak_bytes"], "allocated_bytes")) < 0.025, one.name
