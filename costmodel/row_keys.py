@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from shardplan.costmodel.keys import Keys, keys_of
+from shardplan.costmodel.keys import Keys, keys_of, one_of
 from shardplan.costmodel.layout import LayoutTable
 from shardplan.costmodel.runtime import Communication
 
@@ -81,7 +81,7 @@ def _exchanging(
     """Code of what ZeRO adds to every micro-batch, (N,): its stage, whether it shards, and where gradients are reduced after every
     micro-batch, over how many ranks."""
     zero, shards = sharing.zero, sharing.dp_shard
-    often = np.isin(zero, communication.reduce_every_micro_batch)
+    often = one_of(zero, communication.reduce_every_micro_batch)
     few = np.where(zero > 0, np.minimum(shards, 2), 1)
     outside, inside = np.where((zero > 0) & often, shards, few), few
     codes = keys_of(np.tile(zero, 2), np.concatenate([outside, inside])).of_row

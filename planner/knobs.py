@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.costmodel.estimates import Estimates, joined
+from shardplan.costmodel.keys import one_of
 from shardplan.costmodel.layout import OFFLOAD, RATIO_STEPS, Layout, LayoutTable, layout_table
 from shardplan.costmodel.layout_join import stacked
 from shardplan.costmodel.recompute import RECOMPUTE
@@ -87,7 +88,7 @@ def knobs_of(setting: Setting, wishes: Wishes) -> tuple[Knob, ...]:
         Knob(
             words=("offload_ratio",),
             variants=tuple({"offload_ratio": ratio} for ratio in RATIOS) if whole else (),
-            rows=lambda t: (t.offload_optimizer == CPU) & np.isin(t.zero, whole) & (t.offload_ratio == RATIO_STEPS),
+            rows=lambda t: (t.offload_optimizer == CPU) & one_of(t.zero, whole) & (t.offload_ratio == RATIO_STEPS),
             changes=("offload_exposed_s", "optimizer_s"),
         ),
         Knob(
