@@ -202,7 +202,7 @@ def _turn(
     if not knob.saves_memory:
         rows = rows[_may_fit(setting, estimates, rows, wishes, headroom)]
     rows = rows[np.argsort(least_s[rows], kind="stable")]
-    spent, kept = 0, list[LayoutTable]()
+    spent, kept = 0, list[Estimates]()
     for start in range(0, len(rows), LAYOUTS_AT_ONCE):
         some = rows[start : start + LAYOUTS_AT_ONCE]
         some = some[(least_s[some] < state.best_s) | everything]
@@ -217,10 +217,10 @@ def _turn(
         state.best_s = min(state.best_s, float(np.min(found.step_s, where=fits, initial=np.inf)))
         roomy = fits | (found.layouts.recompute == NONE) | (found.device_peak_bytes <= found.capacity_bytes)
         hopeful = roomy & (least_s_with(setting, found, wishes, later) <= state.best_s)
-        kept.append(found.layouts.take(np.flatnonzero(hopeful | (fits & everything))))
+        kept.append(found.take(np.flatnonzero(hopeful | (fits & everything))))
     state.tried += spent
-    whole = _joined(kept)
-    return None if whole is None else estimated(setting, whole)
+    kept = [one for one in kept if len(one)]
+    return joined(kept, stacked([one.layouts for one in kept])) if kept else None
 
 
 def _may_fit(
@@ -297,11 +297,3 @@ def variants_of(setting: Setting, layouts: LayoutTable, variants: Sequence[Varia
     table = replace(whole, **{name: np.repeat([variant[name] for variant in variants], count) for name in names})
     good = table.take(np.flatnonzero(unbroken(setting, table)))
     return good if len(good) else None
-
-
-def _joined(tables: Sequence[LayoutTable]) -> LayoutTable | None:
-    """Rows of all tables, None where there are none."""
-    if not sum(map(len, tables)):
-        return None
-    columns = {name: np.concatenate([getattr(one, name) for one in tables]) for name in tables[0].columns()}
-    return replace(tables[0], **columns).with_constants()

@@ -227,10 +227,11 @@ def _refine_runners_up(setting: Setting, wishes: Wishes, objective: Objective, h
         if batches:
             its = joined(batches, stacked([one.layouts for one in batches]))
             turned = turn_knobs(setting, [its], wishes, headroom)
-            found += [place(setting, one, wishes)[0] for one in turned.found]
+            found += turned.found
             state.tried += turned.tried
     if found:
-        whole = joined([ranked, *found], stacked([ranked.layouts, *(one.layouts for one in found)]))
+        placed, _ = place(setting, joined(found, stacked([one.layouts for one in found])), wishes)
+        whole = joined([ranked, placed], stacked([ranked.layouts, placed.layouts]))
         state.ranked = whole.take(_once(whole.layouts, order_of(whole, np.arange(len(whole)), objective)))
 
 

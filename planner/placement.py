@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 
 from shardplan.costmodel.axis_order import AXES, DEFAULT_ORDER, INNERMOST, ORDERS, SAME_AS, is_bound, used_axes
 from shardplan.costmodel.collectives import members_per_node
+from shardplan.costmodel.estimate import times_alone
 from shardplan.costmodel.estimates import Estimates
 from shardplan.costmodel.layout import COLUMNS, Layout, LayoutTable, layout_table
+from shardplan.costmodel.layout_join import joined_column
 from shardplan.costmodel.order_rules import ORDER_RULES
 from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.rule_parts import codes
@@ -154,7 +156,8 @@ def may_take_less(setting: Setting, estimates: Estimates, wishes: Wishes, best_s
     if len(at):
         layouts, bounded = as_innermost(setting, estimates.layouts.take(at))
         if bounded.any():
-            found[at[bounded]] = estimated(setting, layouts.take(np.flatnonzero(bounded))).step_s < best_s
+            inside = times_alone(setting, layouts.take(np.flatnonzero(bounded)))
+            found[at[bounded]] = inside["step_s"] < best_s
     return found
 
 
@@ -215,10 +218,10 @@ def _try(
     """Estimate `rows` in every other order and note the better ones in `step_s` and `order`; how many that were."""
     tried, places = _in_other_orders(setting, layouts.take(rows), orders)
     of = [rows[one] for one in places]
-    whole = {name: np.concatenate([getattr(one, name) for one in tried]) for name in layouts.columns()}
+    whole = {name: joined_column([getattr(one, name) for one in tried]) for name in COLUMNS}
     if not len(whole["order"]):
         return 0
-    found = estimated(setting, replace(layouts, **whole)).step_s
+    found = times_alone(setting, replace(layouts, **whole))["step_s"]
     start = 0
     for table, at in zip(tried, of, strict=True):
         one = found[start : start + len(at)]
@@ -231,7 +234,7 @@ def _try(
 def in_other_orders(setting: Setting, layouts: LayoutTable, wishes: Wishes) -> LayoutTable:
     """The layouts in every other open order that gives them other groups and breaks no rule."""
     tried, _ = _in_other_orders(setting, layouts, open_orders(setting, wishes))
-    whole = {name: np.concatenate([getattr(one, name) for one in (layouts.slice(0, 0), *tried)]) for name in COLUMNS}
+    whole = {name: joined_column([getattr(one, name) for one in (layouts.slice(0, 0), *tried)]) for name in COLUMNS}
     return replace(layouts, **whole)
 
 
