@@ -92,6 +92,17 @@ def memory_alone(setting: Setting, layouts: LayoutTable, *, stages: StageChoice 
     return _estimate_table(its.model, its.job, its.cluster, layouts, its.runtime, None, stages=stages, asked="memory")
 
 
+def states_alone_bytes(setting: Setting, layouts: LayoutTable) -> FloatArray:
+    """Bytes on the device, (N,), of states and buffers on a stage that holds 1/pp of everything: below that no cut of the layers, no
+    recompute and no micro-batch gets."""
+    ready = prepared(setting)
+    model, job, runtime, stages = ready.model, ready.job, ready.runtime, mean_stage_rows(ready.model, layouts)
+    parameters = stage_parameters(model, job, layouts, runtime, stages, of_one_kind=True)
+    held = held_bytes(job, ready.cluster.gpu, layouts, runtime, parameters, micro_batches(ready, layouts))
+    states = held.parameters + held.gradients + held.optimizer + held.buffers
+    return (1.0 + runtime.allocator_slack_fraction) * states[:, 0] + ready.cluster.gpu.context_bytes
+
+
 def times_alone(setting: Setting, layouts: LayoutTable, *, stages: StageChoice = "worst") -> Mapping[str, FloatArray]:
     """`Estimates.time` without the memory: where only what is quick enough is asked for."""
     its = setting

@@ -25,7 +25,7 @@ from shardplan.planner.knobs import turn_knobs
 from shardplan.planner.placement import Placement, place
 from shardplan.planner.ranking import Objective, SearchResult, order_of
 from shardplan.planner.shortlist import RUNNERS_UP, distinct, of_idea, worth_telling
-from shardplan.planner.sift import Sifted, sift_space
+from shardplan.planner.sift import Sifted, sift, sift_space
 from shardplan.planner.space import Wishes, join_tables
 from shardplan.planner.stage_search import least_cut_bytes, search_stages
 from shardplan.planner.watch import Watch
@@ -70,7 +70,7 @@ def search_one_size(
     start = time.perf_counter()
     state = _State()
     with state.phase(watch):
-        sift_space(setting, wishes, state.sifted, watch)
+        sift_space(setting, wishes, state.sifted, watch, headroom=headroom)
     with state.phase(watch):
         _estimate_space(setting, wishes, state, watch)
     with state.phase(watch):
@@ -87,10 +87,7 @@ def search_one_size(
             _cut_stages(setting, wishes, objective, headroom, state, watch)
         with state.phase(watch):
             _refine_runners_up(setting, wishes, objective, headroom, state)
-    closest = None
-    if state.space and state.ranked is None:
-        leanest = min(state.space, key=lambda one: float(one.device_peak_bytes.min()))
-        closest = leanest.take(np.asarray([int(leanest.device_peak_bytes.argmin())]))
+    closest = _closest(setting, state) if state.ranked is None else None
     looked_at, refused = state.sifted.looked_at, state.sifted.account()
     fitting = sum(int(one.fits(headroom).sum()) for one in state.space)
     placed, proved = state.placement is None or state.placement.complete, state.proved and not state.partial
@@ -109,6 +106,17 @@ def search_one_size(
         partial=state.partial,
         seconds=time.perf_counter() - start,
     )
+
+
+def _closest(setting: Setting, state: _State) -> Estimates | None:
+    """The layout that needs least device memory; None where no rule leaves any."""
+    sifted = state.sifted
+    others = (sift(setting, one.layouts(), {}, sifted.later) for one in sifted.too_large)
+    every = [*state.space, *(estimated(setting, one) for one in others if len(one))]
+    if not every:
+        return None
+    leanest = min(every, key=lambda one: float(one.device_peak_bytes.min()))
+    return leanest.take(np.asarray([int(leanest.device_peak_bytes.argmin())]))
 
 
 def _estimate_space(setting: Setting, wishes: Wishes, state: _State, watch: Watch) -> None:
