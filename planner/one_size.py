@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from shardplan.costmodel.estimate import ROWS_AT_ONCE
+from shardplan.costmodel.estimate import ROWS_AT_ONCE, memory_alone
 from shardplan.costmodel.estimates import Estimates, joined
 from shardplan.costmodel.layout import COLUMNS, LayoutTable
 from shardplan.costmodel.layout_join import stacked
@@ -109,14 +109,17 @@ def search_one_size(
 
 
 def _closest(setting: Setting, state: _State) -> Estimates | None:
-    """The layout that needs least device memory; None where no rule leaves any."""
-    sifted = state.sifted
-    others = (sift(setting, one.layouts(), {}, sifted.later) for one in sifted.too_large)
-    every = [*state.space, *(estimated(setting, one) for one in others if len(one))]
-    if not every:
-        return None
-    leanest = min(every, key=lambda one: float(one.device_peak_bytes.min()))
-    return leanest.take(np.asarray([int(leanest.device_peak_bytes.argmin())]))
+    """The layout that needs least device memory; None where no rule leaves any. Stopped, of those looked at by then."""
+    every = [one.take(_leanest(one)) for one in state.space]
+    for factors in () if state.partial else state.sifted.too_large:
+        layouts = sift(setting, factors.layouts(), {})
+        if len(layouts):
+            every.append(estimated(setting, layouts.take(_leanest(memory_alone(setting, layouts)))))
+    return min(every, key=lambda one: float(one.device_peak_bytes[0]), default=None)
+
+
+def _leanest(estimates: Estimates) -> NDArray[np.intp]:
+    return np.asarray([int(estimates.device_peak_bytes.argmin())])
 
 
 def _estimate_space(setting: Setting, wishes: Wishes, state: _State, watch: Watch) -> None:

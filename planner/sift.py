@@ -40,7 +40,7 @@ class Sifted:
     later: list[Rule] = field(default_factory=list[Rule])
     """These rules."""
     too_large: list[Factors] = field(default_factory=list[Factors])
-    """Layouts without context parallelism whose states alone no GPU holds, likewise."""
+    """Layouts whose states alone no GPU holds; rules that need both factors were not asked either."""
     refused: dict[str, Refusal] = field(default_factory=dict[str, Refusal])
 
     def valid(self, wishes: Wishes) -> LayoutTable:
@@ -63,14 +63,14 @@ def sift_space(
     for done, piece in space:
         if len(piece):
             left, later = _sift_factors(setting, piece, sifted.refused)
-            sifted.looked_at, sifted.later = sifted.looked_at + len(piece), later
-            written = len(left) == 0 or left.computing.cp[0] == 1
+            sifted.looked_at += len(piece)
             if headroom is not None and len(left):
                 fits = _states_fit(setting, left.spreading, headroom)
-                sifted.too_large += [left.of_spreading(~fits)] if written and not fits.all() else []
+                sifted.too_large += [left.of_spreading(~fits)] if not fits.all() else []
                 left = left.of_spreading(fits)
-            if not written and len(left):
+            if len(left) and left.computing.cp[0] > 1:
                 sifted.waiting.append(left)
+                sifted.later = later
             elif len(left):
                 sifted.kept.append(sift(setting, left.layouts(), sifted.refused, later))
         watch.phase("looking", 0.6 * done, sifted.looked_at)
