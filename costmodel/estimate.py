@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.costmodel.adapters import trainable_parameters
-from shardplan.costmodel.estimates import ADAPTER_BAND, EXPERT_BAND, GUESS_BAND, TIME_BAND, Estimates, joined
-from shardplan.costmodel.fitted import Fitted, is_fitted
+from shardplan.costmodel.estimates import Estimates, joined
+from shardplan.costmodel.fitted import Fitted
 from shardplan.costmodel.job import Job
 from shardplan.costmodel.keys import LazyColumns, in_pieces
 from shardplan.costmodel.layout import Layout, LayoutTable, layout_table
@@ -52,6 +52,7 @@ from shardplan.costmodel.step_time import (
     paced_times,
 )
 from shardplan.costmodel.sustained import prepared
+from shardplan.costmodel.time_band import time_band
 from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.machine import Cluster
 from shardplan.hw_profiles.topology import TierTable, tier_table
@@ -90,17 +91,6 @@ def memory_alone(setting: Setting, layouts: LayoutTable, *, stages: StageChoice 
     """The estimates without their times: where only what fits is asked for, in half the time."""
     its = setting
     return _estimate_table(its.model, its.job, its.cluster, layouts, its.runtime, None, stages=stages, asked="memory")
-
-
-def states_alone_bytes(setting: Setting, layouts: LayoutTable) -> FloatArray:
-    """Bytes on the device, (N,), of states and buffers on a stage that holds 1/pp of everything: below that no cut of the layers, no
-    recompute and no micro-batch gets."""
-    ready = prepared(setting)
-    model, job, runtime, stages = ready.model, ready.job, ready.runtime, mean_stage_rows(ready.model, layouts)
-    parameters = stage_parameters(model, job, layouts, runtime, stages, of_one_kind=True)
-    held = held_bytes(job, ready.cluster.gpu, layouts, runtime, parameters, micro_batches(ready, layouts))
-    states = held.parameters + held.gradients + held.optimizer + held.buffers
-    return (1.0 + runtime.allocator_slack_fraction) * states[:, 0] + ready.cluster.gpu.context_bytes
 
 
 def times_alone(setting: Setting, layouts: LayoutTable, *, stages: StageChoice = "worst") -> Mapping[str, FloatArray]:
@@ -313,15 +303,6 @@ def stage_memory(
     )
 
 
-def time_band(setting: Setting) -> float:
-    """Half-width of the band of step time of what does not offload, relative."""
-    gpus = [node.gpu for node, _ in setting.cluster.node_runs]
-    guesses = bool(timing_guesses(setting.cluster, setting.job.precision)) or not all(map(is_fitted, gpus))
-    experts = any(kind.experts for kind in setting.kinds)
-    adapters = setting.job.adapters is not None
-    return TIME_BAND + GUESS_BAND * guesses + EXPERT_BAND * experts + ADAPTER_BAND * adapters
-
-
 def _step_time(
     setting: Setting,
     keys: RowKeys,
@@ -367,21 +348,6 @@ def _step_time(
         held=held,
         pace_of=keys.pace_of,
         states_of=keys.states_of,
-    )
-
-
-TIMED_FIELDS = ("efficiency", "bandwidth", "peak_tflops", "network.latency", "intra.latency", "launch", "nic_")
-
-
-def timing_guesses(cluster: Cluster, precision: str) -> tuple[str, ...]:
-    """Guessed figures of the profile that enter the step time of a job in `precision`."""
-    others = {word for word in cluster.gpu.peak_flop_per_s if word != precision}
-    return tuple(
-        path
-        for path in cluster.guesses()
-        if not path.startswith("node.host.")
-        and any(field in path for field in TIMED_FIELDS)
-        and path.rsplit(".", 1)[-1] not in others
     )
 
 

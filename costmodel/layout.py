@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.costmodel.axis_order import DEFAULT_ORDER, ORDERS, axis_stride, read_order
+from shardplan.costmodel.columns import constant, is_constant, taken
 from shardplan.costmodel.layout_checks import known_word, positive
 from shardplan.costmodel.number_runs import numbers_word, read_numbers
 from shardplan.costmodel.recompute import RECOMPUTE, layers_code, split_recompute, stored_recompute
@@ -329,7 +330,7 @@ class LayoutTable:
     def take(self, rows: NDArray[np.integer] | NDArray[np.bool_]) -> LayoutTable:
         """The rows at `rows` (indices or a mask)."""
         at = np.flatnonzero(rows) if rows.dtype == np.bool_ else rows
-        return self._of({name: _taken(column, at) for name, column in self.columns().items()})
+        return self._of({name: taken(column, at) for name, column in self.columns().items()})
 
     def with_constants(self) -> LayoutTable:
         """The same rows; columns of one value keep it once, and are not copied when rows are taken."""
@@ -362,25 +363,6 @@ class LayoutTable:
             stage_layers=self.splits[at["split"]],
             offload_ratio=at["offload_ratio"] / RATIO_STEPS,
         )
-
-
-def _taken(column: IntArray, rows: NDArray[Any]) -> IntArray:
-    """`column[rows]`; a column that keeps one value for all rows (stride 0) stays one."""
-    if column.strides != (0,) or not len(rows):
-        return column.take(rows)
-    if len(rows) <= len(column):
-        return column[: len(rows)]
-    return constant(column, len(rows))
-
-
-def is_constant(column: IntArray) -> bool:
-    """Whether all rows, of which there are some, have the same value."""
-    return column.strides == (0,) or bool((column == column[0]).all())
-
-
-def constant(column: IntArray, rows: int) -> IntArray:
-    """The first value of a column for all of so many rows, kept once: what `broadcast_to` gives, in a tenth of the time."""
-    return np.ndarray(rows, column.dtype, column[:1], 0, (0,))
 
 
 COLUMNS = tuple(f.name for f in fields(LayoutTable) if f.name not in ("splits", "depths"))

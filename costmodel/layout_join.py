@@ -6,12 +6,10 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-from shardplan.costmodel.layout import COLUMNS, LayoutTable, constant
+from shardplan.costmodel.columns import joined_column
+from shardplan.costmodel.layout import COLUMNS, LayoutTable
 from shardplan.costmodel.recompute import BY_STAGE
-
-IntArray = NDArray[np.int64]
 
 
 def stacked(tables: Sequence[LayoutTable]) -> LayoutTable:
@@ -21,14 +19,6 @@ def stacked(tables: Sequence[LayoutTable]) -> LayoutTable:
     same = [_renumbered(table, splits, depths) for table in tables]
     columns = {name: joined_column([getattr(table, name) for table in same]) for name in COLUMNS}
     return LayoutTable(**columns, splits=tuple(splits), depths=tuple(depths))
-
-
-def joined_column(parts: Sequence[IntArray]) -> IntArray:
-    """Parts of a column in order; kept once where it is the same constant in all of them."""
-    some = [part for part in parts if len(part)]
-    if some and all(part.strides == (0,) and part[0] == some[0][0] for part in some):
-        return constant(some[0], sum(map(len, some)))
-    return np.concatenate(parts)
 
 
 def _renumbered(

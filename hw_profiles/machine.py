@@ -46,12 +46,10 @@ class EfficiencyCurve:
 
     def at(self, size: ArrayLike) -> FloatArray:
         """Fraction at each `size`, same shape."""
-        log_size = np.log(np.maximum(np.asarray(size, dtype=np.float64), 1e-30))
-        return np.exp(np.interp(log_size, *self._logs))
+        return np.exp(np.interp(np.log(np.maximum(np.asarray(size, dtype=np.float64), 1e-30)), *self._logs))
 
     @cached_property
     def _logs(self) -> tuple[FloatArray, FloatArray]:
-        """Of sizes and fractions."""
         return np.log(np.asarray(self.sizes)), np.log(np.asarray(self.fractions))
 
 

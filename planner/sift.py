@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shardplan.costmodel.estimate import states_alone_bytes
 from shardplan.costmodel.estimates import MEMORY_BAND
 from shardplan.costmodel.layout import LayoutTable
 from shardplan.costmodel.rule import Rule, Setting
 from shardplan.costmodel.rules import RULES
+from shardplan.costmodel.stage_trials import states_alone_bytes
 from shardplan.planner.factors import COMPUTING, SPREADING, Factors
 from shardplan.planner.space import Wishes, join_tables, runtime_tiers, space_pieces
 from shardplan.planner.watch import Watch

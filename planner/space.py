@@ -9,6 +9,7 @@ from math import gcd
 import numpy as np
 from numpy.typing import NDArray
 
+from shardplan.costmodel.columns import joined_column
 from shardplan.costmodel.job import Job
 from shardplan.costmodel.layout import (
     COLUMNS,
@@ -23,7 +24,6 @@ from shardplan.costmodel.layout import (
     layout_table,
     parse_layout,
 )
-from shardplan.costmodel.layout_join import joined_column
 from shardplan.costmodel.model import Model
 from shardplan.costmodel.recompute import ALL_LAYERS, RECOMPUTE, RECOMPUTE_COLUMNS
 from shardplan.costmodel.rule_parts import divisors
