@@ -67,10 +67,13 @@ def _between_nodes(
     """Per-GPU bus bandwidth of an outer `tier` for a buffer of `size` bytes in a group whose steps take `steps` times the measured
     ones; without meaning where the tier is the node."""
     outer = tiers.efficiency[1:] or tiers.efficiency
-    curves = list({id(curve): curve for curve in outer}.values())  # tiers of one network share their curve
-    which = np.array([[one is curve for one in curves].index(True) for curve in outer])[np.maximum(tier - 1, 0)]
-    reached = np.take_along_axis(np.stack([curve.at(size) for curve in curves]), which[None], axis=0)[0]
-    highest = np.array([max(curve.fractions) for curve in curves])[which]
+    curves = list({id(curve): curve for curve in outer}.values())
+    if len(curves) == 1:  # as a rule: tiers of one network share their curve
+        reached, highest = curves[0].at(size), max(curves[0].fractions)
+    else:
+        which = np.array([[one is curve for one in curves].index(True) for curve in outer])[np.maximum(tier - 1, 0)]
+        reached = np.take_along_axis(np.stack([curve.at(size) for curve in curves]), which[None], axis=0)[0]
+        highest = np.array([max(curve.fractions) for curve in curves])[which]
     return tiers.bandwidth_bytes_per_s[tier] / (1.0 / highest + (1.0 / reached - 1.0 / highest) * steps)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from shardplan.costmodel.context_parallel import ULYSSES
+from shardplan.costmodel.keys import one_of
 from shardplan.costmodel.layout import ATTENTION, CP_KINDS, Layout, LayoutTable
 from shardplan.costmodel.rule import BoolArray, Rule, Setting
 from shardplan.costmodel.rule_parts import can, codes, divisors
@@ -53,7 +54,7 @@ def _asks_other_blocks(setting: Setting, table: LayoutTable) -> BoolArray:
     words = setting.runtime.abilities.context_attention
     if words is None:
         return np.zeros(len(table), dtype=bool)
-    return (table.cp > 1) & (table.cp_kind != ULYSSES) & ~np.isin(table.attention, (0, *codes(words, ATTENTION)))
+    return (table.cp > 1) & (table.cp_kind != ULYSSES) & ~one_of(table.attention, (0, *codes(words, ATTENTION)))
 
 
 CONTEXT_RULES: tuple[Rule, ...] = (
@@ -86,7 +87,7 @@ CONTEXT_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         id="runtime-context-parallel",
-        broken=lambda s, t: (t.cp > 1) & ~np.isin(t.cp_kind, codes(s.runtime.abilities.context_parallel, CP_KINDS)),
+        broken=lambda s, t: (t.cp > 1) & ~one_of(t.cp_kind, codes(s.runtime.abilities.context_parallel, CP_KINDS)),
         detail=_lacks,
         remedy=_other_kind,
     ),

@@ -5,14 +5,15 @@ step = m t_max + (sum_i t_i - t_max) / v + exposed communication + optimizer + h
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.costmodel.adapters import trainable_parameters
-from shardplan.costmodel.estimates import ADAPTER_BAND, EXPERT_BAND, GUESS_BAND, TIME_BAND, Estimates, joined
-from shardplan.costmodel.fitted import Fitted, is_fitted
+from shardplan.costmodel.estimates import Estimates, joined
+from shardplan.costmodel.fitted import Fitted
 from shardplan.costmodel.job import Job
 from shardplan.costmodel.keys import LazyColumns, in_pieces
 from shardplan.costmodel.layout import Layout, LayoutTable, layout_table
@@ -51,6 +52,7 @@ from shardplan.costmodel.step_time import (
     paced_times,
 )
 from shardplan.costmodel.sustained import prepared
+from shardplan.costmodel.time_band import time_band
 from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.machine import Cluster
 from shardplan.hw_profiles.topology import TierTable, tier_table
@@ -59,6 +61,7 @@ FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 StageChoice = Literal["worst", "every", "mean", "mean, all hidden"] | slice
 """Stages that are looked at: the few that can be the worst, all, one that holds 1/pp of everything, or some of all."""
+Asked = Literal["both", "memory", "time"]
 
 ROWS_AT_ONCE = 1 << 18
 """Rows of one pass: enough to share what unique keys cost, few enough to bound memory (about 0.2 GB)."""
@@ -87,7 +90,14 @@ def estimate(
 def memory_alone(setting: Setting, layouts: LayoutTable, *, stages: StageChoice = "worst") -> Estimates:
     """The estimates without their times: where only what fits is asked for, in half the time."""
     its = setting
-    return _estimate_table(its.model, its.job, its.cluster, layouts, its.runtime, None, stages=stages, timed=False)
+    return _estimate_table(its.model, its.job, its.cluster, layouts, its.runtime, None, stages=stages, asked="memory")
+
+
+def times_alone(setting: Setting, layouts: LayoutTable, *, stages: StageChoice = "worst") -> Mapping[str, FloatArray]:
+    """`Estimates.time` without the memory: where only what is quick enough is asked for."""
+    its = setting
+    found = _estimate_table(its.model, its.job, its.cluster, layouts, its.runtime, None, stages=stages, asked="time")
+    return found.time
 
 
 def lower_bounds(
@@ -141,7 +151,7 @@ def _estimate_table(
     constants: Fitted | None,
     *,
     stages: StageChoice,
-    timed: bool = True,
+    asked: Asked = "both",
 ) -> Estimates:
     chosen = load_runtime(runtime) if isinstance(runtime, str) else runtime
     if not len(table):
@@ -163,7 +173,7 @@ def _estimate_table(
                     runtime,
                     constants,
                     stages="worst",
-                    timed=timed,
+                    asked=asked,
                 )
                 for one in (False, True)
             ]
@@ -173,7 +183,7 @@ def _estimate_table(
     keys = [row_keys(piece, chosen.communication, job.global_batch) for piece in pieces]
     for its in keys:
         _check_meaning(setting, table, its)
-    found = [_estimate_rows(setting, one, its, tiers, stages, timed) for one, its in zip(pieces, keys, strict=True)]
+    found = [_estimate_rows(setting, one, its, tiers, stages, asked) for one, its in zip(pieces, keys, strict=True)]
     return joined(found, table)
 
 
@@ -195,7 +205,7 @@ def _check_meaning(setting: Setting, table: LayoutTable, keys: RowKeys) -> None:
 
 
 def _estimate_rows(
-    setting: Setting, layouts: LayoutTable, keys: RowKeys, tiers: TierTable, chosen: StageChoice, timed: bool
+    setting: Setting, layouts: LayoutTable, keys: RowKeys, tiers: TierTable, chosen: StageChoice, asked: Asked
 ) -> Estimates:
     model, job, cluster, runtime = setting.model, setting.job, setting.cluster, setting.runtime
     blocks = block_rows(model, job, cluster, keys.work, runtime)
@@ -207,7 +217,7 @@ def _estimate_rows(
     held = stages.take(keys.work_of_contents)
     parameters = stage_parameters(model, job, keys.contents, runtime, held, of_one_kind=mean)
     parts, hidden, flop = dict[str, FloatArray](), LazyColumns[FloatArray]({}), np.zeros(len(keys.work))
-    if timed:
+    if asked != "memory":
         time = _step_time(setting, keys, tiers, blocks, stages, heaviest_owner(parameters, held, job, runtime))
         hides_s = np.full(len(keys.work_of_pace), np.inf) if mean else None
         if chosen == "mean":
@@ -216,33 +226,39 @@ def _estimate_rows(
             )
         parts, hidden = time.parts(hides_s=hides_s), time.hidden()
         flop = _hardware_flop(model, job, keys.work, blocks, stages.recomputed_total)
-    memory = stage_memory(
-        setting,
-        keys.work,
-        keys.states,
-        blocks,
-        stages,
-        parameters.take(keys.contents_of_work[keys.work_of_states]),
-        states_of=keys.states_of,
-        work_of=keys.work_of,
-        of_one_kind=mean,
-    )
+    nothing = np.full(len(layouts), np.nan)
+    peaks, host_bytes, nvme_bytes = dict[str, FloatArray](), nothing, nothing
+    of_stages, context_bytes = LazyColumns[FloatArray]({}), 0.0
+    if asked != "time":
+        memory = stage_memory(
+            setting,
+            keys.work,
+            keys.states,
+            blocks,
+            stages,
+            parameters.take(keys.contents_of_work[keys.work_of_states]),
+            states_of=keys.states_of,
+            work_of=keys.work_of,
+            of_one_kind=mean,
+        )
+        peaks, of_stages, context_bytes = memory.peaks(), memory.parts(), memory.context_bytes
+        host_bytes, nvme_bytes = memory.host_bytes(), memory.nvme_bytes()
     return Estimates(
         layouts=layouts,
         time=parts,
         hidden=hidden,
-        peaks=memory.peaks(),
-        stages=memory.parts(),
+        peaks=peaks,
+        stages=of_stages,
         contents=LazyColumns(
             {
                 "stage_index": lambda: stages.stage[keys.work_of],
                 "stage_layer_counts": lambda: counts[keys.work_of],
             }
         ),
-        context_bytes=memory.context_bytes,
+        context_bytes=context_bytes,
         capacity_bytes=cluster.gpu.memory_bytes,
-        host_bytes=memory.host_bytes() * min(cluster.node.gpus, cluster.gpus),
-        nvme_bytes=memory.nvme_bytes() * min(cluster.node.gpus, cluster.gpus),
+        host_bytes=host_bytes * min(cluster.node.gpus, cluster.gpus),
+        nvme_bytes=nvme_bytes * min(cluster.node.gpus, cluster.gpus),
         host_capacity_bytes=cluster.node.host.ram_bytes,
         nvme_capacity_bytes=cluster.node.nvme.capacity_bytes if cluster.node.nvme else 0.0,
         tokens_per_step=job.tokens_per_step,
@@ -285,15 +301,6 @@ def stage_memory(
         slack_fraction=runtime.allocator_slack_fraction,
         context_bytes=cluster.gpu.context_bytes + outside,
     )
-
-
-def time_band(setting: Setting) -> float:
-    """Half-width of the band of step time of what does not offload, relative."""
-    gpus = [node.gpu for node, _ in setting.cluster.node_runs]
-    guesses = bool(timing_guesses(setting.cluster, setting.job.precision)) or not all(map(is_fitted, gpus))
-    experts = any(kind.experts for kind in setting.kinds)
-    adapters = setting.job.adapters is not None
-    return TIME_BAND + GUESS_BAND * guesses + EXPERT_BAND * experts + ADAPTER_BAND * adapters
 
 
 def _step_time(
@@ -341,21 +348,6 @@ def _step_time(
         held=held,
         pace_of=keys.pace_of,
         states_of=keys.states_of,
-    )
-
-
-TIMED_FIELDS = ("efficiency", "bandwidth", "peak_tflops", "network.latency", "intra.latency", "launch", "nic_")
-
-
-def timing_guesses(cluster: Cluster, precision: str) -> tuple[str, ...]:
-    """Guessed figures of the profile that enter the step time of a job in `precision`."""
-    others = {word for word in cluster.gpu.peak_flop_per_s if word != precision}
-    return tuple(
-        path
-        for path in cluster.guesses()
-        if not path.startswith("node.host.")
-        and any(field in path for field in TIMED_FIELDS)
-        and path.rsplit(".", 1)[-1] not in others
     )
 
 

@@ -127,7 +127,7 @@ class Estimates:
         """The estimate, less what the allocator can give back, fits GPU memory, and what is offloaded the host's."""
         slack = self.peaks["reserved"] - self.peaks["allocated"]
         needed = self.device_peak_bytes - GIVEN_BACK * slack
-        return (needed <= self.capacities) & self._fits_below_gpu(0.0)
+        return (needed <= self.capacities) & self.fits_below_gpu(0.0)
 
     def band_of(self, row: int) -> float:
         """Half-width of the band of a layout's step time, relative."""
@@ -139,10 +139,13 @@ class Estimates:
 
     def fits(self, headroom: float = DEFAULT_HEADROOM) -> NDArray[np.bool_]:
         """The upper edge of the memory band stays `headroom` below the capacity."""
-        usable = self.capacities * (1.0 - headroom)
-        return (self.device_peak_bytes * (1.0 + MEMORY_BAND) <= usable) & self._fits_below_gpu(headroom)
+        return self.fits_gpu(headroom) & self.fits_below_gpu(headroom)
 
-    def _fits_below_gpu(self, headroom: float) -> NDArray[np.bool_]:
+    def fits_gpu(self, headroom: float) -> NDArray[np.bool_]:
+        """The same of GPU memory alone."""
+        return self.device_peak_bytes * (1.0 + MEMORY_BAND) <= self.capacities * (1.0 - headroom)
+
+    def fits_below_gpu(self, headroom: float) -> NDArray[np.bool_]:
         """Host memory and flash hold what is offloaded, `headroom` of each left free."""
         on_host = self.host_bytes <= self.host_capacity_bytes * (1.0 - headroom)
         return on_host & (self.nvme_bytes <= self.nvme_capacity_bytes * (1.0 - headroom))

@@ -7,6 +7,7 @@ from math import gcd
 
 import numpy as np
 
+from shardplan.costmodel.keys import one_of
 from shardplan.costmodel.layout import SCHEDULES, SPLIT_BACKWARD, Layout, LayoutTable, layout_table
 from shardplan.costmodel.rule import BoolArray, Rule, Setting
 from shardplan.costmodel.rule_parts import can, codes, divisors, options, other_runtime, runtime_lacks
@@ -141,7 +142,7 @@ EXPERT_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         id="runtime-expert-parallel-zero",
-        broken=_if_spread(lambda s, t: (t.ep > 1) & ~np.isin(t.zero, s.runtime.abilities.expert_parallel_zero)),
+        broken=_if_spread(lambda s, t: (t.ep > 1) & ~one_of(t.zero, s.runtime.abilities.expert_parallel_zero)),
         detail=lambda s, x: f"runtime {s.runtime.name!r} cannot combine zero={x.zero} with ep={x.ep}",
         remedy=options(lambda runtime: runtime.abilities.expert_parallel_zero),
     ),
@@ -170,7 +171,7 @@ EXPERT_RULES: tuple[Rule, ...] = (
     ),
     _without(
         "split_backward",
-        meets=lambda s, t: np.asarray(t.pp > 1) & np.isin(t.schedule, codes(SPLIT_BACKWARD, SCHEDULES)),
+        meets=lambda s, t: np.asarray(t.pp > 1) & one_of(t.schedule, codes(SPLIT_BACKWARD, SCHEDULES)),
         what=lambda s, x: f"schedule={x.schedule}, which splits the backward",
         remedy="use schedule=1f1b",
     ),

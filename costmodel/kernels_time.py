@@ -110,11 +110,15 @@ def gemm_s(
 ) -> FloatArray:
     """Seconds of `batch` products C[m, n] = A[m, k] B[k, n] in one kernel: math at the fraction of the dense peak that the shape
     reaches against memory traffic; 0 for an empty batch."""
-    m_, n_, k_, count = (np.asarray(x, dtype=np.float64) for x in (m, n, k, batch))
-    math = _math_s(gpu, precision, m_, n_, k_, count)
+    m_, n_, k_, count = np.broadcast_arrays(*(np.asarray(x, dtype=np.float64) for x in (m, n, k, batch)))
+    math: FloatArray = np.asarray(_math_s(gpu, precision, m_, n_, k_, count))
+    least = np.minimum(np.minimum(m_, n_), k_)
     for side in () if gpu.device == "cpu" else PADDED_SIDES:
-        thick = _math_s(gpu, precision, np.maximum(m_, side), np.maximum(n_, side), np.maximum(k_, side), count)
-        math = np.where((count <= 1.0) & (m_ * n_ * k_ > 0.0), np.minimum(math, thick), math)
+        thin = (count <= 1.0) & (least > 0.0) & (least < side)
+        if thin.any():
+            rows, columns, depth = (np.maximum(size[thin], side) for size in (m_, n_, k_))
+            padded = _math_s(gpu, precision, rows, columns, depth, count[thin])
+            math[thin] = np.minimum(math[thin], padded)
     traffic = element_bytes * count * (m_ * k_ + k_ * n_ + m_ * n_)
     return smooth_max(math, traffic / gpu.memory_bandwidth_bytes_per_s)
 

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.costmodel.axis_order import DEFAULT_ORDER, ORDERS, axis_stride, read_order
+from shardplan.costmodel.columns import constant, is_constant, taken
 from shardplan.costmodel.layout_checks import known_word, positive
 from shardplan.costmodel.number_runs import numbers_word, read_numbers
 from shardplan.costmodel.recompute import RECOMPUTE, layers_code, split_recompute, stored_recompute
@@ -329,18 +330,22 @@ class LayoutTable:
     def take(self, rows: NDArray[np.integer] | NDArray[np.bool_]) -> LayoutTable:
         """The rows at `rows` (indices or a mask)."""
         at = np.flatnonzero(rows) if rows.dtype == np.bool_ else rows
-        return replace(self, **{name: _taken(column, at) for name, column in self.columns().items()})
+        return self._of({name: taken(column, at) for name, column in self.columns().items()})
 
     def with_constants(self) -> LayoutTable:
         """The same rows; columns of one value keep it once, and are not copied when rows are taken."""
         if not len(self):
             return self
-        constant = {name: column for name, column in self.columns().items() if (column == column[0]).all()}
-        return replace(self, **{name: np.broadcast_to(column[0], len(column)) for name, column in constant.items()})
+        single = {name: column for name, column in self.columns().items() if is_constant(column)}
+        return replace(self, **{name: constant(column, len(column)) for name, column in single.items()})
 
     def slice(self, start: int, stop: int) -> LayoutTable:
         """The rows from `start` up to `stop`, not copied."""
-        return replace(self, **{name: column[start:stop] for name, column in self.columns().items()})
+        return self._of({name: column[start:stop] for name, column in self.columns().items()})
+
+    def _of(self, columns: Mapping[str, IntArray]) -> LayoutTable:
+        """All columns anew: quicker than `replace`, which asks for every field."""
+        return LayoutTable(**columns, splits=self.splits, depths=self.depths)
 
     def row(self, index: int) -> Layout:
         """One layout back as words."""
@@ -358,15 +363,6 @@ class LayoutTable:
             stage_layers=self.splits[at["split"]],
             offload_ratio=at["offload_ratio"] / RATIO_STEPS,
         )
-
-
-def _taken(column: IntArray, rows: NDArray[Any]) -> IntArray:
-    """`column[rows]`; a column that keeps one value for all rows (stride 0) stays one."""
-    if column.strides != (0,) or not len(rows):
-        return column.take(rows)
-    if len(rows) <= len(column):
-        return column[: len(rows)]
-    return np.ndarray(len(rows), column.dtype, column[:1], 0, (0,))  # `broadcast_to` takes ten times as long
 
 
 COLUMNS = tuple(f.name for f in fields(LayoutTable) if f.name not in ("splits", "depths"))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from shardplan.costmodel.columns import joined_column
 from shardplan.costmodel.layout import COLUMNS, LayoutTable
 from shardplan.costmodel.recompute import BY_STAGE
 
@@ -16,7 +17,7 @@ def stacked(tables: Sequence[LayoutTable]) -> LayoutTable:
     splits = list(dict.fromkeys((None, *(split for table in tables for split in table.splits))))
     depths = list(dict.fromkeys(depth for table in tables for depth in table.depths))
     same = [_renumbered(table, splits, depths) for table in tables]
-    columns = {name: np.concatenate([getattr(table, name) for table in same]) for name in COLUMNS}
+    columns = {name: joined_column([getattr(table, name) for table in same]) for name in COLUMNS}
     return LayoutTable(**columns, splits=tuple(splits), depths=tuple(depths))
 
 
@@ -24,7 +25,8 @@ def _renumbered(
     table: LayoutTable, splits: Sequence[tuple[int, ...] | None], depths: Sequence[tuple[int, ...]]
 ) -> LayoutTable:
     code_of = {one: code for code, one in enumerate(splits)}
-    split = np.asarray([code_of[one] for one in table.splits], dtype=np.int64)[table.split]
+    codes = [code_of[one] for one in table.splits]
+    split = table.split if codes == list(range(len(codes))) else np.asarray(codes, dtype=np.int64)[table.split]
     layers = table.recompute_layers
     if table.depths:
         code = np.asarray([BY_STAGE - depths.index(one) for one in table.depths], dtype=np.int64)

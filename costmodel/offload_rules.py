@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
-
+from shardplan.costmodel.keys import one_of
 from shardplan.costmodel.layout import OFFLOAD, RATIO_STEPS, Layout, LayoutTable
 from shardplan.costmodel.memory import FULL
 from shardplan.costmodel.offload import NVME
@@ -18,7 +17,7 @@ def _lacks(
     word: str, known: tuple[str, ...], tiers: Callable[[Runtime], tuple[str, ...]]
 ) -> Callable[[Setting, LayoutTable], BoolArray]:
     """Predicate: the runtime does not keep what `word` names in that tier."""
-    return lambda s, t: ~np.isin(getattr(t, word), (0, *codes(tiers(s.runtime), known)))
+    return lambda s, t: ~one_of(getattr(t, word), (0, *codes(tiers(s.runtime), known)))
 
 
 def _lacks_detail(word: str) -> Callable[[Setting, Layout], str]:
@@ -42,7 +41,7 @@ OFFLOAD_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         id="offload-zero",
-        broken=lambda s, t: (t.offload_optimizer > 0) & ~np.isin(t.zero, s.runtime.abilities.offload_zero),
+        broken=lambda s, t: (t.offload_optimizer > 0) & ~one_of(t.zero, s.runtime.abilities.offload_zero),
         detail=lambda s, x: (
             f"offload_optimizer={x.offload_optimizer} does not go with zero={x.zero} in {s.runtime.name!r}"
         ),
@@ -106,7 +105,7 @@ OFFLOAD_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         id="offload-ratio-zero",
-        broken=lambda s, t: (t.offload_ratio != RATIO_STEPS) & ~np.isin(t.zero, s.runtime.offload.ratio_zero),
+        broken=lambda s, t: (t.offload_ratio != RATIO_STEPS) & ~one_of(t.zero, s.runtime.offload.ratio_zero),
         detail=lambda s, x: f"runtime {s.runtime.name!r} has no offload_ratio={x.offload_ratio:g} with zero={x.zero}",
         remedy=lambda s, x: (
             f"use zero={' or '.join(map(str, s.runtime.offload.ratio_zero))}, or drop it"

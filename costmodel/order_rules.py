@@ -21,7 +21,7 @@ def _unknown_to_runtime(setting: Setting, table: LayoutTable) -> BoolArray:
 
 def _cuts_expert_groups(_: Setting, table: LayoutTable) -> BoolArray:
     """Predicate: a pipeline inside other axes surrounds a part of an expert group, or of the ranks between its replicas."""
-    if not table.order.any() or is_bound(table.order):
+    if not table.order.any() or is_bound(table.order) or not table.dispatches.any():
         return np.zeros(len(table), dtype=bool)
     inside = table.stride("pp")
     surrounded = (table.pp > 1) & (inside != table.dp * table.cp * table.tp)

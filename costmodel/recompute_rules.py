@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from shardplan.costmodel.keys import one_of
 from shardplan.costmodel.layout import Layout, LayoutTable
 from shardplan.costmodel.recompute import RECOMPUTE
 from shardplan.costmodel.rule import BoolArray, Rule, Setting
@@ -16,7 +17,7 @@ BY_PARTS = "parts"
 def _refused_beside_tensor_parallelism(setting: Setting, table: LayoutTable) -> BoolArray:
     kinds = np.where(table.recompute_parts > 0, len(RECOMPUTE), table.recompute)
     known = codes(setting.runtime.abilities.tensor_parallel_recompute, (*RECOMPUTE, BY_PARTS))
-    return (table.tp > 1) & ~np.isin(kinds, known)
+    return (table.tp > 1) & ~one_of(kinds, known)
 
 
 def _without(setting: Setting, _: Layout) -> str:

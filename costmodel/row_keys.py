@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shardplan.costmodel.keys import Keys, keys_of
+from shardplan.costmodel.keys import Keys, keys_of, one_of
 from shardplan.costmodel.layout import LayoutTable
 from shardplan.costmodel.runtime import Communication
 
@@ -51,7 +52,7 @@ def row_keys(layouts: LayoutTable, communication: Communication, global_batch: i
     contents = keys_of(work.tp, work.ep, work.etp, work.pp, work.virtual_stages, work.split, placed)
     accumulates = (global_batch > work.dp * work.micro_batch).astype(np.int64)
     ranks = keys_of(contents.of_row, work.dp, work.cp, accumulates, work.order)
-    exchanging = _exchanging(work, layouts.take(by_sharing.row), communication, by_work, by_sharing)
+    exchanging = _exchanging(work, columns, communication, by_work, by_sharing)
     by_pace = keys_of(by_work.of_row, exchanging, dense=True)
     by_states = keys_of(ranks.of_row.take(by_work.of_row), by_sharing.of_row, dense=True)
     work_of_pace, work_of_states = by_work.of_row.take(by_pace.row), by_work.of_row.take(by_states.row)
@@ -76,12 +77,12 @@ def row_keys(layouts: LayoutTable, communication: Communication, global_batch: i
 
 
 def _exchanging(
-    work: LayoutTable, sharing: LayoutTable, communication: Communication, by_work: Keys, by_sharing: Keys
+    work: LayoutTable, columns: Mapping[str, IntArray], communication: Communication, by_work: Keys, by_sharing: Keys
 ) -> IntArray:
     """Code of what ZeRO adds to every micro-batch, (N,): its stage, whether it shards, and where gradients are reduced after every
     micro-batch, over how many ranks."""
-    zero, shards = sharing.zero, sharing.dp_shard
-    often = np.isin(zero, communication.reduce_every_micro_batch)
+    zero, shards = (columns[name].take(by_sharing.row) for name in ("zero", "dp_shard"))
+    often = one_of(zero, communication.reduce_every_micro_batch)
     few = np.where(zero > 0, np.minimum(shards, 2), 1)
     outside, inside = np.where((zero > 0) & often, shards, few), few
     codes = keys_of(np.tile(zero, 2), np.concatenate([outside, inside])).of_row

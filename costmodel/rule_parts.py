@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from shardplan.costmodel.keys import one_of
 from shardplan.costmodel.layout import Layout, LayoutTable
 from shardplan.costmodel.model import LayerKind
 from shardplan.costmodel.recompute import BY_STAGE
@@ -49,7 +50,7 @@ def not_in(column: str, known: Callable[[Runtime], tuple[int, ...]]) -> Callable
     """Predicate: the column is none of what the runtime knows."""
 
     def broken(setting: Setting, table: LayoutTable) -> BoolArray:
-        return ~np.isin(getattr(table, column), known(setting.runtime))
+        return ~one_of(getattr(table, column), known(setting.runtime))
 
     return broken
 

@@ -12,6 +12,7 @@ from shardplan.costmodel.attention_time import OWN_HEAD_DIM, OWN_PRECISIONS, tak
 from shardplan.costmodel.context_rules import CONTEXT_RULES
 from shardplan.costmodel.expert_rules import EXPERT_RULES
 from shardplan.costmodel.job import PRECISIONS
+from shardplan.costmodel.keys import one_of
 from shardplan.costmodel.layout import (
     ATTENTION,
     Layout,
@@ -179,7 +180,7 @@ RUNTIME_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         id="runtime-zero-with-pipeline",
-        broken=lambda s, t: (t.pp > 1) & ~np.isin(t.zero, s.runtime.abilities.zero_with_pipeline),
+        broken=lambda s, t: (t.pp > 1) & ~one_of(t.zero, s.runtime.abilities.zero_with_pipeline),
         detail=lambda s, x: f"runtime {s.runtime.name!r} cannot combine zero={x.zero} with pp={x.pp}",
         remedy=options(lambda r: r.abilities.zero_with_pipeline),
     ),
@@ -215,7 +216,7 @@ RUNTIME_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         id="runtime-recompute",
-        broken=lambda s, t: ~np.isin(t.recompute, codes(s.runtime.abilities.recompute, RECOMPUTE)),
+        broken=lambda s, t: ~one_of(t.recompute, codes(s.runtime.abilities.recompute, RECOMPUTE)),
         detail=lambda s, x: f"runtime {s.runtime.name!r} has no recompute={split_recompute(x.recompute).kind}",
         remedy=options(lambda r: r.abilities.recompute),
     ),
@@ -243,7 +244,7 @@ RUNTIME_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         id="runtime-attention",
-        broken=lambda s, t: ~np.isin(t.attention, (0, *codes(s.runtime.abilities.attention, ATTENTION))),
+        broken=lambda s, t: ~one_of(t.attention, (0, *codes(s.runtime.abilities.attention, ATTENTION))),
         detail=lambda s, x: f"runtime {s.runtime.name!r} has no attention={x.attention}",
         remedy=options(lambda r: r.abilities.attention),
     ),
@@ -299,7 +300,7 @@ RUNTIME_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         id="optimizer-zero",
-        broken=lambda s, t: ~np.isin(t.zero, _optimizer_stages(s)),
+        broken=lambda s, t: ~one_of(t.zero, _optimizer_stages(s)),
         detail=lambda s, x: f"optimizer {s.job.optimizer} does not go with zero={x.zero} in {s.runtime.name!r}",
         remedy=lambda s, x: f"use zero={' or '.join(map(str, _optimizer_stages(s)))}, or --optimizer adamw",
     ),

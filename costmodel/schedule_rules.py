@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from shardplan.costmodel.keys import one_of
 from shardplan.costmodel.layout import SCHEDULES, SPLIT_BACKWARD, LayoutTable
 from shardplan.costmodel.recompute import RECOMPUTE
 from shardplan.costmodel.rule import BoolArray, Rule
@@ -15,14 +16,14 @@ CHUNKED = ("interleaved", "looped_bfs")
 
 def _splits_backward(table: LayoutTable) -> BoolArray:
     """Rows whose pipeline computes gradients of inputs and of weights apart."""
-    return np.asarray(table.pp > 1) & np.isin(table.schedule, codes(SPLIT_BACKWARD, SCHEDULES))
+    return np.asarray(table.pp > 1) & one_of(table.schedule, codes(SPLIT_BACKWARD, SCHEDULES))
 
 
 SCHEDULE_RULES: tuple[Rule, ...] = (
     Rule(
         id="virtual-stages-interleaved",
         broken=lambda s, t: (
-            ((t.virtual_stages > 1) != (np.isin(t.schedule, codes(CHUNKED, SCHEDULES)) & (t.pp > 1))) & ~t.v_placed
+            ((t.virtual_stages > 1) != (one_of(t.schedule, codes(CHUNKED, SCHEDULES)) & (t.pp > 1))) & ~t.v_placed
         ),
         detail=lambda s, x: f"schedule={x.schedule} with pp={x.pp} virtual_stages={x.virtual_stages}",
         remedy=lambda s, x: (
@@ -76,7 +77,7 @@ SCHEDULE_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         id="runtime-schedule",
-        broken=lambda s, t: (t.pp > 1) & ~np.isin(t.schedule, codes(s.runtime.abilities.schedules, SCHEDULES)),
+        broken=lambda s, t: (t.pp > 1) & ~one_of(t.schedule, codes(s.runtime.abilities.schedules, SCHEDULES)),
         detail=lambda s, x: f"runtime {s.runtime.name!r} has no schedule={x.schedule}",
         remedy=options(lambda r: r.abilities.schedules),
     ),
@@ -84,7 +85,7 @@ SCHEDULE_RULES: tuple[Rule, ...] = (
         id="split-backward-zero",
         broken=lambda s, t: (
             _splits_backward(t)
-            & ~np.isin(t.zero, s.runtime.abilities.split_backward_zero)
+            & ~one_of(t.zero, s.runtime.abilities.split_backward_zero)
             & ((t.zero > 0) | (t.dp * t.cp > 1))
         ),
         detail=lambda s, x: (
@@ -100,7 +101,7 @@ SCHEDULE_RULES: tuple[Rule, ...] = (
     Rule(
         id="split-backward-recompute",
         broken=lambda s, t: (
-            _splits_backward(t) & ~np.isin(t.recompute, codes(s.runtime.abilities.split_backward_recompute, RECOMPUTE))
+            _splits_backward(t) & ~one_of(t.recompute, codes(s.runtime.abilities.split_backward_recompute, RECOMPUTE))
         ),
         detail=lambda s, x: (
             f"schedule={x.schedule} splits the backward, and {s.runtime.name!r} then recomputes a layer "
@@ -116,7 +117,7 @@ SCHEDULE_RULES: tuple[Rule, ...] = (
         id="schedule-needs-gpu",
         broken=lambda s, t: (
             (t.pp > 1)
-            & np.isin(t.schedule, codes(s.runtime.abilities.schedules_on_gpu_only, SCHEDULES))
+            & one_of(t.schedule, codes(s.runtime.abilities.schedules_on_gpu_only, SCHEDULES))
             & (s.cluster.gpu.device == "cpu")
         ),
         detail=lambda s, x: f"schedule={x.schedule} hangs in {s.runtime.name!r} over gloo, which CPU ranks use",

@@ -15,11 +15,22 @@ from shardplan.costmodel.pace import stage_seconds
 from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.rule_parts import micro_batches
 from shardplan.costmodel.stage_cost import BlockRows, StageRows, block_rows, mean_stage_rows, stage_parameters
-from shardplan.costmodel.step_memory import micro_batches_in_flight, stage_activations
+from shardplan.costmodel.step_memory import held_bytes, micro_batches_in_flight, stage_activations
 from shardplan.costmodel.sustained import prepared
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
+
+
+def states_alone_bytes(setting: Setting, layouts: LayoutTable) -> FloatArray:
+    """Bytes on the device, (N,), of states and buffers on a stage that holds 1/pp of everything: below that no cut of the layers, no
+    recompute and no micro-batch gets."""
+    ready = prepared(setting)
+    model, job, runtime, stages = ready.model, ready.job, ready.runtime, mean_stage_rows(ready.model, layouts)
+    parameters = stage_parameters(model, job, layouts, runtime, stages, of_one_kind=True)
+    held = held_bytes(job, ready.cluster.gpu, layouts, runtime, parameters, micro_batches(ready, layouts))
+    states = held.parameters + held.gradients + held.optimizer + held.buffers
+    return (1.0 + runtime.allocator_slack_fraction) * states[:, 0] + ready.cluster.gpu.context_bytes
 
 
 @dataclass(frozen=True, kw_only=True)

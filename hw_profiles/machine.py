@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -45,8 +46,11 @@ class EfficiencyCurve:
 
     def at(self, size: ArrayLike) -> FloatArray:
         """Fraction at each `size`, same shape."""
-        log_size = np.log(np.maximum(np.asarray(size, dtype=np.float64), 1e-30))
-        return np.exp(np.interp(log_size, np.log(np.asarray(self.sizes)), np.log(np.asarray(self.fractions))))
+        return np.exp(np.interp(np.log(np.maximum(np.asarray(size, dtype=np.float64), 1e-30)), *self._logs))
+
+    @cached_property
+    def _logs(self) -> tuple[FloatArray, FloatArray]:
+        return np.log(np.asarray(self.sizes)), np.log(np.asarray(self.fractions))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The cluster as a graph, and the table of tiers that is derived once from it for the hot path.
+"""The cluster as a graph, and for the hot path the table of its tiers.
 
     gpu - nvswitch | pcie | host memory | gpu (mesh)        inside a node
     gpu - nic - leaf - spine                                between nodes; on PCIe nodes the NIC hangs below the switch
@@ -13,10 +13,8 @@ group as one leaf. Traffic from rail to rail is taken to change rails inside a n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -132,18 +130,29 @@ def _gpus_of_nic(gpus: int, nics: int, nic: int) -> list[str]:
 
 
 def tier_table(cluster: Cluster) -> TierTable:
-    """Tiers of a homogeneous cluster, from the graph of a small part that shows them all, a leaf group of two nodes and one more.
-
-    Bandwidth is the largest flow out of a full tier over its GPUs; latency is the shortest way to the next such tier.
+    """Tiers of a homogeneous cluster, in closed form: importing networkx and asking the graph takes as long as estimating a hundred
+    thousand layouts. The graph says the same (tests/test_hw_profiles_topology.py): bandwidth is the largest flow out of a full tier over
+    its GPUs, latency the shortest way to the next such tier.
     """
     node, network = cluster.node, cluster.network
-    tiers = _tiers(_Wiring(numbers=_wiring_numbers(cluster), cluster=cluster))
+    shared = node.intra.kind in _ABOVE_NIC
+    inside = node.intra.bandwidth_bytes_per_s if node.gpus > 1 else float("inf")  # a GPU alone sends nothing
+    wire = network.nics_per_node * network.nic_bytes_per_s / node.gpus
+    out = min(wire, node.intra.bandwidth_bytes_per_s) if shared else wire
+    way = max(network.latency_s, node.intra.latency_s) if shared else network.latency_s
+    tiers = [("node", node.gpus, inside, node.intra.latency_s)]
+    if cluster.nodes > 1 and network.leaf_nodes > 1:
+        tiers.append(("leaf", min(network.leaf_nodes, cluster.nodes) * node.gpus, out, way))
+    if cluster.nodes > network.leaf_nodes:
+        uplink, longer = wire / network.oversubscription, network.spine_latency_s - network.latency_s
+        tiers.append(("spine", cluster.gpus, min(out, uplink), way + longer))
+    names, gpus, bandwidth, latency = zip(*tiers, strict=True)
     outer = len(tiers) - 1
     return TierTable(
-        names=tuple(tier.name for tier in tiers),
-        gpus=np.asarray([tier.gpus for tier in tiers], dtype=np.int64),
-        bandwidth_bytes_per_s=np.asarray([tier.bandwidth_bytes_per_s for tier in tiers]),
-        latency_s=np.asarray([tier.latency_s for tier in tiers]),
+        names=names,
+        gpus=np.asarray(gpus, dtype=np.int64),
+        bandwidth_bytes_per_s=np.asarray(bandwidth),
+        latency_s=np.asarray(latency),
         efficiency=(node.intra.efficiency, *[network.efficiency] * outer),
         all_reduce_efficiency=(
             node.intra.all_reduce_efficiency or node.intra.efficiency,
@@ -154,98 +163,3 @@ def tier_table(cluster: Cluster) -> TierTable:
         ),
         is_switched=np.asarray([node.intra.kind != "mesh", *[True] * outer]),
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Tier:
-    """What the graph says of one tier."""
-
-    name: str
-    gpus: int
-    bandwidth_bytes_per_s: float
-    latency_s: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Wiring:
-    """A homogeneous cluster as far as its graph goes: equal where `numbers` are, whatever the efficiency curves."""
-
-    numbers: tuple[float | str, ...]
-    cluster: Cluster = field(compare=False)
-
-
-def _wiring_numbers(cluster: Cluster) -> tuple[float | str, ...]:
-    """Everything that vertices and edges of `cluster_graph` are made of."""
-    node, network = cluster.node, cluster.network
-    inside = (node.gpus, node.intra.kind, node.intra.bandwidth_bytes_per_s, node.intra.latency_s)
-    outside = (network.nics_per_node, network.nic_bytes_per_s, network.leaf_nodes, network.oversubscription)
-    return (cluster.nodes, *inside, *outside, network.latency_s, network.spine_latency_s)
-
-
-@lru_cache(maxsize=256)
-def _tiers(wiring: _Wiring) -> tuple[_Tier, ...]:
-    """Tiers by flow and shortest way, nearest first. Kept, since the graph takes longer than the estimate of a layout."""
-    cluster = wiring.cluster
-    node, network = cluster.node, cluster.network
-    graph = cluster_graph(_representative(cluster))
-    inside = _node_bandwidth(cluster)
-    tiers = [_Tier(name="node", gpus=node.gpus, bandwidth_bytes_per_s=inside, latency_s=node.intra.latency_s)]
-    if cluster.nodes > 1 and network.leaf_nodes > 1:
-        tiers.append(
-            _Tier(
-                name="leaf",
-                gpus=min(network.leaf_nodes, cluster.nodes) * node.gpus,
-                bandwidth_bytes_per_s=_flow(graph, _gpu_names(graph, (0,)), ["leaf0"]) / node.gpus,
-                latency_s=_way(graph, "node0/gpu0", "node1/gpu0"),
-            )
-        )
-    if cluster.nodes > network.leaf_nodes:
-        leaf = _gpu_names(graph, range(min(network.leaf_nodes, 2)))
-        tiers.append(
-            _Tier(
-                name="spine",
-                gpus=cluster.gpus,
-                bandwidth_bytes_per_s=_flow(graph, leaf, ["spine"]) / len(leaf),
-                latency_s=_way(graph, "node0/gpu0", f"node{min(network.leaf_nodes, 2)}/gpu0"),
-            )
-        )
-    return tuple(tiers)
-
-
-def _representative(cluster: Cluster) -> Cluster:
-    """At most three nodes in leaf groups of at most two: enough to show every tier of any size of cluster."""
-    network = cluster.network
-    below = min(network.leaf_nodes, 2)
-    nodes = min(cluster.nodes, 2) if cluster.nodes <= network.leaf_nodes else below + 1
-    return replace(cluster, node_runs=((cluster.node, nodes),), network=replace(network, leaf_nodes=below))
-
-
-def _node_bandwidth(cluster: Cluster) -> float:
-    """What one GPU can send to its neighbours; no limit where it has none, since nothing is sent."""
-    graph = cluster_graph(cluster, 1)
-    first, *others = _gpu_names(graph, (0,))
-    return _flow(graph, [first], others) if others else float("inf")
-
-
-def _gpu_names(graph: Graph, nodes: Iterable[int]) -> list[str]:
-    wanted, every = set(nodes), cast("Iterable[tuple[str, dict[str, Any]]]", graph.nodes(data=True))
-    return [name for name, words in every if words["kind"] == "gpu" and words["node"] in wanted]
-
-
-def _flow(graph: Graph, senders: list[str], receivers: list[str]) -> float:
-    """Largest flow from all senders together to the receivers, bytes/s."""
-    import networkx as nx
-
-    open_ended = graph.copy()
-    open_ended.add_edges_from(("sender", name) for name in senders)
-    open_ended.add_edges_from((name, "receiver") for name in receivers)
-    largest = cast("Callable[..., float]", nx.maximum_flow_value)  # pyright: ignore[reportUnknownMemberType]
-    return float(largest(open_ended, "sender", "receiver", capacity="bandwidth_bytes_per_s"))
-
-
-def _way(graph: Graph, one: str, other: str) -> float:
-    """Latency of the shortest way, seconds."""
-    import networkx as nx
-
-    shortest = cast("Callable[..., float]", nx.shortest_path_length)  # pyright: ignore[reportUnknownMemberType]
-    return float(shortest(graph, one, other, weight="latency_s"))

@@ -8,14 +8,14 @@ the best. Where nothing fits yet, or the least memory is asked for, those that n
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.costmodel.axis_order import ORDERS
-from shardplan.costmodel.estimate import on_mean_stage
+from shardplan.costmodel.estimate import memory_alone, times_alone
 from shardplan.costmodel.estimates import Estimates
 from shardplan.costmodel.layout import OFFLOAD, RATIO_STEPS, LayoutTable
 from shardplan.costmodel.recompute import RECOMPUTE
@@ -88,7 +88,7 @@ def _lean_bytes(setting: Setting, computing: LayoutTable) -> FloatArray:
     lean = replace(
         _bare(computing), zero=np.full(len(computing), 3), recompute=np.full(len(computing), RECOMPUTE.index("full"))
     )
-    return on_mean_stage(setting, lean).device_peak_bytes
+    return memory_alone(setting, lean, stages="mean").device_peak_bytes
 
 
 def least_s_of(setting: Setting, computing: LayoutTable, wishes: Wishes) -> FloatArray:
@@ -97,21 +97,26 @@ def least_s_of(setting: Setting, computing: LayoutTable, wishes: Wishes) -> Floa
 
     Where that is no bound (`as_innermost`), what axes exchange is left out.
     """
-    rows, bare = len(computing), _bare(computing)
-    orders = open_orders(setting, wishes)
-    its = on_mean_stage(setting, replace(bare, order=np.full(rows, ORDERS.index(orders[0]))))
-    least_s = its.time["step_s"] - sum(its.time[part] for part in SPREADING_PARTS)
-    at = np.flatnonzero(movable(computing, orders))
-    layouts, bounded = as_innermost(setting, bare.take(at))
-    if bounded.any():
-        inside = on_mean_stage(setting, layouts.take(np.flatnonzero(bounded)))
-        shorter_s = inside.time["step_s"] - sum(inside.time[part] for part in SPREADING_PARTS)
-        least_s[at[bounded]] = np.minimum(least_s[at[bounded]], shorter_s)
-    if not bounded.all():
-        its = its.take(at[~bounded])
-        alone = np.sum([its.time[part] for part in ("compute_s", "recompute_s", "host_s")], axis=0)
-        least_s[at[~bounded]] = np.minimum(least_s[at[~bounded]], with_bubble(its.time, alone))
+    bare, orders = _bare(computing), open_orders(setting, wishes)
+    moved = movable(computing, orders)
+    innermost, bounded = as_innermost(setting, bare)
+    least_s = np.empty(len(bare))
+    at = np.flatnonzero(moved & bounded)
+    if len(at):
+        least_s[at] = _without_spreading(times_alone(setting, innermost.take(at), stages="mean"))
+    at = np.flatnonzero(~(moved & bounded))
+    if len(at):
+        usual = replace(bare.take(at), order=np.full(len(at), ORDERS.index(orders[0])))
+        time = times_alone(setting, usual, stages="mean")
+        alone = np.sum([time[part] for part in ("compute_s", "recompute_s", "host_s")], axis=0)
+        elsewhere_s = np.where(moved[at], with_bubble(time, alone), np.inf)
+        least_s[at] = np.minimum(_without_spreading(time), elsewhere_s)
     return least_s
+
+
+def _without_spreading(time: Mapping[str, FloatArray]) -> FloatArray:
+    """Seconds of a step without what depends on how states are spread."""
+    return time["step_s"] - sum(time[part] for part in SPREADING_PARTS)
 
 
 def _bare(computing: LayoutTable) -> LayoutTable:

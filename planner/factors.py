@@ -78,6 +78,13 @@ class Factors:
             blocks=self.blocks,
         )
 
+    def of_spreading(self, spreading: BoolArray) -> Factors:
+        """Products of the rows of `spreading` that a mask leaves."""
+        if spreading.all():
+            return self
+        there = np.bincount(self.spreading_block[spreading], minlength=self.blocks) > 0
+        return self.take(there[self.computing_block], spreading)
+
     def layouts(self) -> LayoutTable:
         """Every layout that they stand for."""
         partners = np.bincount(self.spreading_block, minlength=self.blocks)

@@ -18,14 +18,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.costmodel.estimates import Estimates, joined
+from shardplan.costmodel.keys import one_of
 from shardplan.costmodel.layout import OFFLOAD, RATIO_STEPS, Layout, LayoutTable, layout_table
 from shardplan.costmodel.layout_join import stacked
 from shardplan.costmodel.recompute import RECOMPUTE
 from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.rule_parts import divisors
 from shardplan.planner.at_setting import estimated, unbroken
-from shardplan.planner.named_recompute import named_sets, parts_recomputed
-from shardplan.planner.partial_recompute import partly_recomputed
+from shardplan.planner.named_recompute import named_sets, parts_recomputed, with_all_parts
+from shardplan.planner.partial_recompute import partly_recomputed, with_all_recomputed
 from shardplan.planner.placement import least_step_s, may_take_less
 from shardplan.planner.space import Wishes, allowed, asked
 
@@ -87,7 +88,7 @@ def knobs_of(setting: Setting, wishes: Wishes) -> tuple[Knob, ...]:
         Knob(
             words=("offload_ratio",),
             variants=tuple({"offload_ratio": ratio} for ratio in RATIOS) if whole else (),
-            rows=lambda t: (t.offload_optimizer == CPU) & np.isin(t.zero, whole) & (t.offload_ratio == RATIO_STEPS),
+            rows=lambda t: (t.offload_optimizer == CPU) & one_of(t.zero, whole) & (t.offload_ratio == RATIO_STEPS),
             changes=("offload_exposed_s", "optimizer_s"),
         ),
         Knob(
@@ -198,8 +199,10 @@ def _turn(
         room = [np.zeros(len(usable), dtype=bool), *(one.rows(estimates.layouts) for one in later)]
         usable = usable & (~estimates.fits(headroom) | np.any(room, axis=0))
     rows = np.flatnonzero(usable & ((least_s < state.best_s) | everything))
+    if not knob.saves_memory:
+        rows = rows[_may_fit(setting, estimates, rows, wishes, headroom)]
     rows = rows[np.argsort(least_s[rows], kind="stable")]
-    spent, kept = 0, list[LayoutTable]()
+    spent, kept = 0, list[Estimates]()
     for start in range(0, len(rows), LAYOUTS_AT_ONCE):
         some = rows[start : start + LAYOUTS_AT_ONCE]
         some = some[(least_s[some] < state.best_s) | everything]
@@ -214,10 +217,22 @@ def _turn(
         state.best_s = min(state.best_s, float(np.min(found.step_s, where=fits, initial=np.inf)))
         roomy = fits | (found.layouts.recompute == NONE) | (found.device_peak_bytes <= found.capacity_bytes)
         hopeful = roomy & (least_s_with(setting, found, wishes, later) <= state.best_s)
-        kept.append(found.layouts.take(np.flatnonzero(hopeful | (fits & everything))))
+        kept.append(found.take(np.flatnonzero(hopeful | (fits & everything))))
     state.tried += spent
-    whole = _joined(kept)
-    return None if whole is None else estimated(setting, whole)
+    kept = [one for one in kept if len(one)]
+    return joined(kept, stacked([one.layouts for one in kept])) if kept else None
+
+
+def _may_fit(
+    setting: Setting, estimates: Estimates, rows: NDArray[np.intp], wishes: Wishes, headroom: float
+) -> BoolArray:
+    """Which of the `rows` GPUs hold as they are or once something is recomputed."""
+    found = estimates.fits_gpu(headroom)[rows]
+    at = np.flatnonzero(~found & (estimates.layouts.recompute[rows] == NONE))
+    if len(at):
+        by_layers, by_parts, _ = _room(setting, estimates.layouts.take(rows[at]), wishes, headroom)
+        found[at] = by_layers | by_parts
+    return found
 
 
 def _recompute_some(setting: Setting, estimates: Estimates, wishes: Wishes, headroom: float, state: Turned) -> None:
@@ -225,28 +240,45 @@ def _recompute_some(setting: Setting, estimates: Estimates, wishes: Wishes, head
 
     Recompute only adds time, so what takes longer than the best without it, in whatever order of axes, is left.
     """
-    rows = np.flatnonzero((estimates.layouts.recompute == NONE) & ~estimates.fits(headroom))
+    may_win = least_step_s(setting, estimates, wishes) < state.best_s
+    open_rows = may_win & (estimates.layouts.recompute == NONE) & estimates.fits_below_gpu(headroom)
+    rows = np.flatnonzero(open_rows & ~estimates.fits_gpu(headroom))
     if not len(rows):
         return
-    some = estimates.take(rows)
-    some = some.take(np.flatnonzero(may_take_less(setting, some, wishes, state.best_s)))
-    if not len(some):
-        return
-    more, tried = partly_recomputed(setting, some, wishes, headroom)
-    _keep(setting, more, tried, wishes, state)
-    more, tried, complete = parts_recomputed(setting, some, wishes, headroom, best_s=state.best_s)
-    _keep(setting, more, tried, wishes, state)
+    by_layers, by_parts, least_bytes = _room(setting, estimates.layouts.take(rows), wishes, headroom)
+    state.tried += 2 * len(rows)
+    there = np.flatnonzero(by_layers | by_parts)
+    some = estimates.take(rows[there])
+    quick = may_take_less(setting, some, wishes, state.best_s)
+    at = np.flatnonzero(quick & by_layers[there])
+    more, tried = partly_recomputed(setting, some.take(at), least_bytes[there[at]], headroom)
+    _keep(setting, more, tried, wishes, headroom, state)
+    at = np.flatnonzero(quick & by_parts[there])
+    more, tried, complete = parts_recomputed(setting, some.take(at), wishes, headroom, best_s=state.best_s)
+    _keep(setting, more, tried, wishes, headroom, state)
     state.complete &= complete
 
 
-def _keep(setting: Setting, more: LayoutTable | None, tried: int, wishes: Wishes, state: Turned) -> None:
+def _room(
+    setting: Setting, layouts: LayoutTable, wishes: Wishes, headroom: float
+) -> tuple[BoolArray, BoolArray, FloatArray]:
+    """(layouts without recompute that GPUs hold with all layers recomputed, with all parts, bytes on the device of the first), each (N,).
+    Of most it is neither, which settles them before anything is timed."""
+    by_layers, least_bytes = with_all_recomputed(setting, layouts, wishes, headroom)
+    return by_layers, with_all_parts(setting, layouts, wishes, headroom), least_bytes
+
+
+def _keep(
+    setting: Setting, more: LayoutTable | None, tried: int, wishes: Wishes, headroom: float, state: Turned
+) -> None:
     """Add layouts that fit, as far as the user lets them."""
     state.tried += tried
     if more is not None:
         more = more.take(allowed(more, wishes.forbidden))
     if more is not None and len(more):
-        state.found.append(estimated(setting, more))
-        state.best_s = min(state.best_s, float(state.found[-1].step_s.min()))
+        found = estimated(setting, more)
+        state.found.append(found.take(np.flatnonzero(found.fits(headroom))))
+        state.best_s = min(state.best_s, float(np.min(state.found[-1].step_s, initial=np.inf)))
 
 
 def _variants(setting: Setting, layouts: LayoutTable, variants: Sequence[Variant]) -> Estimates | None:
@@ -265,11 +297,3 @@ def variants_of(setting: Setting, layouts: LayoutTable, variants: Sequence[Varia
     table = replace(whole, **{name: np.repeat([variant[name] for variant in variants], count) for name in names})
     good = table.take(np.flatnonzero(unbroken(setting, table)))
     return good if len(good) else None
-
-
-def _joined(tables: Sequence[LayoutTable]) -> LayoutTable | None:
-    """Rows of all tables, None where there are none."""
-    if not sum(map(len, tables)):
-        return None
-    columns = {name: np.concatenate([getattr(one, name) for one in tables]) for name in tables[0].columns()}
-    return replace(tables[0], **columns).with_constants()

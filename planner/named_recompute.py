@@ -38,23 +38,28 @@ def named_sets(setting: Setting) -> tuple[int, ...]:
     return tuple(sorted(sets, key=int.bit_count))
 
 
+def with_all_parts(setting: Setting, layouts: LayoutTable, wishes: Wishes, headroom: float) -> BoolArray:
+    """Layouts that GPUs hold with every part recomputed, (N,): they hold the others with no set; none where the user asked otherwise."""
+    sets = _open_sets(setting, wishes)
+    if not sets or not len(layouts):
+        return np.zeros(len(layouts), dtype=bool)
+    return memory_alone(setting, _with(layouts, np.full(len(layouts), sets[-1]))).fits_gpu(headroom)
+
+
 def parts_recomputed(
     setting: Setting, hopeful: Estimates, wishes: Wishes, headroom: float, *, best_s: float
 ) -> tuple[LayoutTable | None, int, bool]:
     """(layouts that fit by named parts and may be the fastest, layouts estimated for it, whether all that may be were looked at).
 
-    `hopeful` are layouts without recompute that do not fit.
+    `hopeful` are layouts that do not fit without recompute; GPUs hold them `with_all_parts`.
     """
-    sets = () if asked(wishes, "recompute", "selective") else named_sets(setting)
-    layouts, least_s = hopeful.layouts, least_step_s(setting, hopeful, wishes)
-    rows = np.flatnonzero(least_s < best_s)
-    if not sets or not len(rows):
+    sets, layouts = _open_sets(setting, wishes), hopeful.layouts
+    if not sets or not len(layouts):
         return None, 0, True
-    tried = len(rows)
-    every = np.full(len(rows), sets[-1])
-    rows = rows[fitting(setting, _with(layouts.take(rows), every), headroom)]
+    least_s = least_step_s(setting, hopeful, wishes)
+    rows = np.flatnonzero(least_s < best_s)
     rows = rows[np.argsort(least_s[rows], kind="stable")]
-    compared, kept = 0, list[LayoutTable]()
+    tried, compared, kept = 0, 0, list[LayoutTable]()
     for start in range(0, len(rows), LAYOUTS_AT_ONCE):
         some = rows[start : start + LAYOUTS_AT_ONCE]
         some = some[least_s[some] < best_s]
@@ -82,6 +87,10 @@ def parts_recomputed(
             best_s = min(best_s, float(np.min(found.step_s, where=fits, initial=np.inf)))
             kept.append(found.layouts.take(np.flatnonzero(fits & (least_step_s(setting, found, wishes) <= best_s))))
     return (stacked(kept) if kept else None), tried, True
+
+
+def _open_sets(setting: Setting, wishes: Wishes) -> tuple[int, ...]:
+    return () if asked(wishes, "recompute", "selective") else named_sets(setting)
 
 
 def _needed(setting: Setting, layouts: LayoutTable, sets: Sequence[int], headroom: float) -> IntArray:

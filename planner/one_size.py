@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from shardplan.costmodel.estimate import ROWS_AT_ONCE
+from shardplan.costmodel.estimate import ROWS_AT_ONCE, memory_alone
 from shardplan.costmodel.estimates import Estimates, joined
 from shardplan.costmodel.layout import COLUMNS, LayoutTable
 from shardplan.costmodel.layout_join import stacked
@@ -25,7 +25,7 @@ from shardplan.planner.knobs import turn_knobs
 from shardplan.planner.placement import Placement, place
 from shardplan.planner.ranking import Objective, SearchResult, order_of
 from shardplan.planner.shortlist import RUNNERS_UP, distinct, of_idea, worth_telling
-from shardplan.planner.sift import Sifted, sift_space
+from shardplan.planner.sift import Sifted, sift, sift_space
 from shardplan.planner.space import Wishes, join_tables
 from shardplan.planner.stage_search import least_cut_bytes, search_stages
 from shardplan.planner.watch import Watch
@@ -70,7 +70,7 @@ def search_one_size(
     start = time.perf_counter()
     state = _State()
     with state.phase(watch):
-        sift_space(setting, wishes, state.sifted, watch)
+        sift_space(setting, wishes, state.sifted, watch, headroom=headroom)
     with state.phase(watch):
         _estimate_space(setting, wishes, state, watch)
     with state.phase(watch):
@@ -87,10 +87,7 @@ def search_one_size(
             _cut_stages(setting, wishes, objective, headroom, state, watch)
         with state.phase(watch):
             _refine_runners_up(setting, wishes, objective, headroom, state)
-    closest = None
-    if state.space and state.ranked is None:
-        leanest = min(state.space, key=lambda one: float(one.device_peak_bytes.min()))
-        closest = leanest.take(np.asarray([int(leanest.device_peak_bytes.argmin())]))
+    closest = _closest(setting, state) if state.ranked is None else None
     looked_at, refused = state.sifted.looked_at, state.sifted.account()
     fitting = sum(int(one.fits(headroom).sum()) for one in state.space)
     placed, proved = state.placement is None or state.placement.complete, state.proved and not state.partial
@@ -109,6 +106,20 @@ def search_one_size(
         partial=state.partial,
         seconds=time.perf_counter() - start,
     )
+
+
+def _closest(setting: Setting, state: _State) -> Estimates | None:
+    """The layout that needs least device memory; None where no rule leaves any. Stopped, of those looked at by then."""
+    every = [one.take(_leanest(one)) for one in state.space]
+    for factors in () if state.partial else state.sifted.too_large:
+        layouts = sift(setting, factors.layouts(), {})
+        if len(layouts):
+            every.append(estimated(setting, layouts.take(_leanest(memory_alone(setting, layouts)))))
+    return min(every, key=lambda one: float(one.device_peak_bytes[0]), default=None)
+
+
+def _leanest(estimates: Estimates) -> NDArray[np.intp]:
+    return np.asarray([int(estimates.device_peak_bytes.argmin())])
 
 
 def _estimate_space(setting: Setting, wishes: Wishes, state: _State, watch: Watch) -> None:
@@ -227,10 +238,11 @@ def _refine_runners_up(setting: Setting, wishes: Wishes, objective: Objective, h
         if batches:
             its = joined(batches, stacked([one.layouts for one in batches]))
             turned = turn_knobs(setting, [its], wishes, headroom)
-            found += [place(setting, one, wishes)[0] for one in turned.found]
+            found += turned.found
             state.tried += turned.tried
     if found:
-        whole = joined([ranked, *found], stacked([ranked.layouts, *(one.layouts for one in found)]))
+        placed, _ = place(setting, joined(found, stacked([one.layouts for one in found])), wishes)
+        whole = joined([ranked, placed], stacked([ranked.layouts, placed.layouts]))
         state.ranked = whole.take(_once(whole.layouts, order_of(whole, np.arange(len(whole)), objective)))
 
 

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from shardplan.costmodel.axis_order import AXES, DEFAULT_ORDER, INNERMOST, ORDERS, SAME_AS, is_bound, used_axes
 from shardplan.costmodel.collectives import members_per_node
+from shardplan.costmodel.estimate import times_alone
 from shardplan.costmodel.estimates import Estimates
-from shardplan.costmodel.layout import COLUMNS, Layout, LayoutTable, layout_table
+from shardplan.costmodel.layout import Layout, LayoutTable, layout_table
 from shardplan.costmodel.order_rules import ORDER_RULES
 from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.rule_parts import codes
@@ -154,7 +155,8 @@ def may_take_less(setting: Setting, estimates: Estimates, wishes: Wishes, best_s
     if len(at):
         layouts, bounded = as_innermost(setting, estimates.layouts.take(at))
         if bounded.any():
-            found[at[bounded]] = estimated(setting, layouts.take(np.flatnonzero(bounded))).step_s < best_s
+            inside = times_alone(setting, layouts.take(np.flatnonzero(bounded)))
+            found[at[bounded]] = inside["step_s"] < best_s
     return found
 
 
@@ -213,41 +215,33 @@ def _try(
     order: IntArray,
 ) -> int:
     """Estimate `rows` in every other order and note the better ones in `step_s` and `order`; how many that were."""
-    tried, places = _in_other_orders(setting, layouts.take(rows), orders)
-    of = [rows[one] for one in places]
-    whole = {name: np.concatenate([getattr(one, name) for one in tried]) for name in layouts.columns()}
-    if not len(whole["order"]):
+    table, of = _in_other_orders(setting, layouts.take(rows), orders)
+    if not len(table):
         return 0
-    found = estimated(setting, replace(layouts, **whole)).step_s
-    start = 0
-    for table, at in zip(tried, of, strict=True):
-        one = found[start : start + len(at)]
-        start += len(at)
+    found = times_alone(setting, table)["step_s"]
+    ends = np.flatnonzero(np.diff(table.order, append=-1)) + 1  # one order after the other
+    for some in map(slice, [0, *ends[:-1]], ends):
+        one, at = found[some], rows[of[some]]
         better = one < BETTER * step_s[at]
-        step_s[at[better]], order[at[better]] = one[better], table.order[better]
+        step_s[at[better]], order[at[better]] = one[better], table.order[some][better]
     return len(found)
 
 
 def in_other_orders(setting: Setting, layouts: LayoutTable, wishes: Wishes) -> LayoutTable:
     """The layouts in every other open order that gives them other groups and breaks no rule."""
-    tried, _ = _in_other_orders(setting, layouts, open_orders(setting, wishes))
-    whole = {name: np.concatenate([getattr(one, name) for one in (layouts.slice(0, 0), *tried)]) for name in COLUMNS}
-    return replace(layouts, **whole)
+    return _in_other_orders(setting, layouts, open_orders(setting, wishes))[0]
 
 
 def _in_other_orders(
     setting: Setting, layouts: LayoutTable, orders: tuple[str, ...]
-) -> tuple[list[LayoutTable], list[IntArray]]:
-    """Order by order."""
-    tried: list[LayoutTable] = []
-    of: list[IntArray] = []
-    for code, other in _other_groups(layouts, orders).items():
-        at = np.flatnonzero(other)
-        table = replace(layouts.take(at), order=np.full(len(at), code, dtype=np.int64))
-        good = ~np.any([np.broadcast_to(rule.broken(setting, table), len(at)) for rule in ORDER_RULES], axis=0)
-        tried.append(table.take(good))
-        of.append(at[good])
-    return tried, of
+) -> tuple[LayoutTable, NDArray[np.intp]]:
+    """(those, order by order; the row that each is of)."""
+    others = {code: np.flatnonzero(other) for code, other in _other_groups(layouts, orders).items()}
+    at = np.concatenate([np.zeros(0, dtype=np.intp), *others.values()])
+    codes_of = np.repeat(np.asarray(list(others), dtype=np.int64), [len(rows) for rows in others.values()])
+    table = replace(layouts.take(at), order=codes_of)
+    good = np.flatnonzero(~np.any([rule.broken(setting, table) for rule in ORDER_RULES], axis=0))
+    return table.take(good), at[good]
 
 
 def placement_document(setting: Setting, layout: Layout) -> dict[str, Any] | None:

@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.costmodel.estimates import Estimates
-from shardplan.costmodel.layout import COLUMNS
 from shardplan.hw_profiles.machine import Cluster
 from shardplan.planner.placement import Placement
 from shardplan.planner.sift import Refusal
@@ -52,5 +51,6 @@ def order_of(estimates: Estimates, rows: NDArray[np.intp], objective: Objective)
     first, second = estimates.step_s[rows], estimates.device_peak_bytes[rows]
     if objective == "memory":
         first, second = second, first
-    columns = [getattr(estimates.layouts, name)[rows] for name in reversed(COLUMNS)]
-    return rows[np.lexsort((*columns, estimates.layouts.cp[rows], second, first))]
+    layouts = estimates.layouts.with_constants()
+    columns = [column[rows] for column in reversed(layouts.columns().values()) if column.strides != (0,)]
+    return rows[np.lexsort((*columns, layouts.cp[rows], second, first))]

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from shardplan.costmodel.estimates import MEMORY_BAND
 from shardplan.costmodel.layout import LayoutTable
 from shardplan.costmodel.rule import Rule, Setting
 from shardplan.costmodel.rules import RULES
+from shardplan.costmodel.stage_trials import states_alone_bytes
 from shardplan.planner.factors import COMPUTING, SPREADING, Factors
 from shardplan.planner.space import Wishes, join_tables, runtime_tiers, space_pieces
 from shardplan.planner.watch import Watch
@@ -37,6 +39,8 @@ class Sifted:
     """Layouts with context parallelism that no rule refuses for one factor alone; rules that need both were not asked yet."""
     later: list[Rule] = field(default_factory=list[Rule])
     """These rules."""
+    too_large: list[Factors] = field(default_factory=list[Factors])
+    """Layouts whose states alone no GPU holds; rules that need both factors were not asked either."""
     refused: dict[str, Refusal] = field(default_factory=dict[str, Refusal])
 
     def valid(self, wishes: Wishes) -> LayoutTable:
@@ -48,9 +52,11 @@ class Sifted:
         return largest_first(self.refused)
 
 
-def sift_space(setting: Setting, wishes: Wishes, sifted: Sifted, watch: Watch) -> None:
+def sift_space(
+    setting: Setting, wishes: Wishes, sifted: Sifted, watch: Watch, *, headroom: float | None = None
+) -> None:
     """Sift the space into `sifted`, one piece at a time: what an interrupt leaves there stands. Layouts with cp > 1 are not written out
-    yet (`context_search.py`)."""
+    yet (`context_search.py`); with a `headroom` nor are those that cannot fit by their states alone."""
     kinds, tiers = setting.runtime.abilities.context_parallel, runtime_tiers(setting.runtime)
     bare = setting.runtime.abilities.ends_without_layers
     space = space_pieces(setting.model, setting.job, setting.cluster.gpus, wishes, kinds, tiers, bare_ends=bare)
@@ -58,6 +64,10 @@ def sift_space(setting: Setting, wishes: Wishes, sifted: Sifted, watch: Watch) -
         if len(piece):
             left, later = _sift_factors(setting, piece, sifted.refused)
             sifted.looked_at += len(piece)
+            if headroom is not None and len(left):
+                fits = _states_fit(setting, left.spreading, headroom)
+                sifted.too_large += [left.of_spreading(~fits)] if not fits.all() else []
+                left = left.of_spreading(fits)
             if len(left) and left.computing.cp[0] > 1:
                 sifted.waiting.append(left)
                 sifted.later = later
@@ -66,10 +76,21 @@ def sift_space(setting: Setting, wishes: Wishes, sifted: Sifted, watch: Watch) -
         watch.phase("looking", 0.6 * done, sifted.looked_at)
 
 
+def _states_fit(setting: Setting, spreading: LayoutTable, headroom: float) -> NDArray[np.bool_]:
+    """Ways to spread states, (S,), of which GPUs hold 1/pp of the states, with one micro-batch a step or several, in a model without
+    experts: how those are spread depends on ep, which belongs to computing."""
+    if any(kind.experts for kind in setting.kinds):
+        return np.ones(len(spreading), dtype=bool)
+    once = setting.job.global_batch // spreading.dp
+    sizes = (spreading.micro_batch, once)
+    least = np.min([states_alone_bytes(setting, replace(spreading, micro_batch=size)) for size in sizes], axis=0)
+    return least * (1.0 + MEMORY_BAND) <= setting.cluster.gpu.memory_bytes * (1.0 - headroom)
+
+
 def _sift_factors(setting: Setting, piece: Factors, refused: dict[str, Refusal]) -> tuple[Factors, list[Rule]]:
     """(factors that break no rule that looks at one of them, the other rules). A layout counts for the first rule that its factors break,
     else for the first of the others that it breaks itself."""
-    of_computing, later = _first_broken(setting, piece.computing, SPREADING, RULES)
+    of_computing, later = _first_broken(setting, piece.computing, SPREADING, range(len(RULES)))
     of_spreading, later = _first_broken(setting, piece.spreading, COMPUTING, later)
     for at, count in enumerate(_refused_pairs(piece, of_computing, of_spreading)):
         if count:
@@ -79,21 +100,24 @@ def _sift_factors(setting: Setting, piece: Factors, refused: dict[str, Refusal])
                 else (of_computing >= at, of_spreading == at)
             )
             _count(setting, RULES[at], int(count), piece.one(*first), refused)
-    return piece.take(of_computing == len(RULES), of_spreading == len(RULES)), later
+    left = piece.take(of_computing == len(RULES), of_spreading == len(RULES))
+    return left, [RULES[at] for at in later]
 
 
 def _first_broken(
-    setting: Setting, table: LayoutTable, hidden: Sequence[str], rules: Sequence[Rule]
-) -> tuple[NDArray[np.int64], list[Rule]]:
-    """(index in RULES of the first rule that each row breaks, len(RULES) where none; rules that read one of the `hidden` columns)."""
-    first, later, half = np.full(len(table), len(RULES)), list[Rule](), _without(table, hidden)
-    for rule in rules:
+    setting: Setting, table: LayoutTable, hidden: Sequence[str], rules: Sequence[int]
+) -> tuple[NDArray[np.int64], list[int]]:
+    """(index in RULES of the first of the `rules`, given in order, that each row breaks, len(RULES) where none; those that read one of
+    the `hidden` columns)."""
+    first, later, half = np.full(len(table), len(RULES)), list[int](), _without(table, hidden)
+    for at in rules:
         try:
-            broken = np.broadcast_to(rule.broken(setting, half), len(table))
+            broken = RULES[at].broken(setting, half)
         except _HiddenError:
-            later.append(rule)
+            later.append(at)
         else:
-            first = np.where(broken, np.minimum(first, RULES.index(rule)), first)
+            if np.any(broken):
+                first[broken & (first > at)] = at
     return first, later
 
 
@@ -152,4 +176,4 @@ def sift(
             open_rows = open_rows & ~new
             example = space.slice(int(new.argmax()), int(new.argmax()) + 1)
             _count(setting, rule, int(new.sum()), example, refused)
-    return space.take(open_rows)
+    return space if open_rows.all() else space.take(open_rows)

@@ -9,6 +9,7 @@ from math import gcd
 import numpy as np
 from numpy.typing import NDArray
 
+from shardplan.costmodel.columns import joined_column
 from shardplan.costmodel.job import Job
 from shardplan.costmodel.layout import (
     COLUMNS,
@@ -124,7 +125,7 @@ def layout_space(
 def join_tables(pieces: Sequence[LayoutTable], wishes: Wishes) -> LayoutTable:
     """Rows of all pieces of one space, in order."""
     empty = layout_table([wishes.fixed]).take(np.zeros(0, dtype=np.int64))
-    columns = {name: np.concatenate([getattr(piece, name) for piece in (empty, *pieces)]) for name in COLUMNS}
+    columns = {name: joined_column([getattr(piece, name) for piece in (empty, *pieces)]) for name in COLUMNS}
     return LayoutTable(**columns, splits=empty.splits, depths=empty.depths).with_constants()
 
 
@@ -295,12 +296,13 @@ def _schedules(model: Model, pp: int, asked: str, bare_ends: bool) -> list[tuple
 
 def _restricted(names: tuple[str, ...], options: list[tuple[int, ...]], wishes: Wishes) -> list[tuple[int, ...]]:
     """Options that agree with the fixed words; a fixed value outside the usual ones is taken as it is."""
-    row = layout_table([wishes.fixed])
-    fixed = {name: int(getattr(row, name)[0]) for name in names if name in wishes.fixed_words}
-    if "recompute" in fixed:
-        fixed |= {name: int(getattr(row, name)[0]) for name in RECOMPUTE_COLUMNS}
-    if not fixed:
+    said = [name for name in names if name in wishes.fixed_words]
+    if not said:
         return options
+    row = layout_table([wishes.fixed])
+    if "recompute" in said:
+        said += [name for name in RECOMPUTE_COLUMNS if name not in said]
+    fixed = {name: int(getattr(row, name)[0]) for name in said}
     agreeing = [o for o in options if all(o[names.index(name)] == value for name, value in fixed.items())]
     if agreeing:
         return agreeing

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,16 +65,15 @@ class Chain:
         """The layers of the model as pipelines like that of `layout` cut them."""
         model, bare = setting.model, setting.runtime.abilities.ends_without_layers and layout.schedule not in V_PLACED
         kinds = np.asarray(layer_order(model), dtype=np.int64)
-        before = _before(kinds, len(model.runs))
         least = layout.virtual_stages - bare
         most = len(kinds) - (layout.pp - 1) * layout.virtual_stages + 2 * bare
-        lengths = range(least, min(most, len(kinds)) + 1)
-        found = np.concatenate([before[n:] - before[: len(before) - n] for n in lengths])
+        code_of = _Codes.of(kinds, len(model.runs))
+        codes, lengths = code_of.between(kinds)
         extra = np.zeros(len(model.runs), dtype=np.int64)
         extra[len(model.layers) :] = model.mtp_modules
         return Chain(
             kinds=kinds,
-            contents=np.unique(found, axis=0),
+            contents=code_of.contents(np.unique(codes[(lengths >= least) & (lengths <= most)])),
             pp=layout.pp,
             chunks=layout.virtual_stages,
             last=0 if layout.schedule in V_PLACED else layout.pp - 1,
@@ -82,16 +82,12 @@ class Chain:
         )
 
     def segments(self, contents: IntArray) -> IntArray:
-        """Index into `contents` of layers i to j - 1, (layers + 1, layers + 1); -1 where it is none of them."""
-        before = _before(self.kinds, contents.shape[1])
-        known = {tuple(row): index for index, row in enumerate(contents.tolist())}
-        ends = len(before)
-        found = np.full((ends, ends), -1, dtype=np.int64)
-        for length in sorted(set(contents.sum(axis=1).tolist())):
-            held = (before[length:] - before[: ends - length]).tolist()
-            index = [known.get(tuple(row), -1) for row in held]
-            found[np.arange(ends - length), np.arange(length, ends)] = index
-        return found
+        """Index into `contents`, some of those of the chain in their order, of layers i to j - 1, (layers + 1, layers + 1); -1 where it
+        is none of them."""
+        code_of = _Codes.of(self.kinds, contents.shape[1])
+        known, (codes, lengths) = contents @ code_of.places, code_of.between(self.kinds)
+        at = np.minimum(np.searchsorted(known, codes), len(known) - 1)
+        return np.where((known[at] == codes) & (lengths >= 0), at, -1)
 
     def trials(self, stage: IntArray, layers: IntArray) -> Trials:
         """Stages at positions `stage` with `layers` by kind, none of them recomputed."""
@@ -105,10 +101,33 @@ class Chain:
         )
 
 
-def _before(kinds: IntArray, count: int) -> IntArray:
-    """Layers of each kind before every position, (layers + 1, kinds)."""
-    each = np.eye(count, dtype=np.int64)[kinds]
-    return np.concatenate([np.zeros((1, count), dtype=np.int64), each.cumsum(axis=0)])
+@dataclass(frozen=True, kw_only=True)
+class _Codes:
+    """Numbers of layers by kind as one number, in the same order."""
+
+    sizes: IntArray
+    """Numbers of layers of each kind that there are, (kinds,)."""
+    places: IntArray
+    """Value of one layer of each kind, (kinds,)."""
+
+    @staticmethod
+    def of(kinds: IntArray, count: int) -> _Codes:
+        """For stretches of layers of these kinds, of `count`."""
+        sizes: list[int] = (np.bincount(kinds, minlength=count) + 1).tolist()
+        number = np.int64 if prod(sizes) < 1 << 62 else object  # Python's, where there are dozens of kinds
+        places = [prod(sizes[at + 1 :]) for at in range(count)]
+        return _Codes(sizes=np.asarray(sizes, dtype=number), places=np.asarray(places, dtype=number))
+
+    def between(self, kinds: IntArray) -> tuple[IntArray, IntArray]:
+        """(code, layers) between every two positions of the chain, each (layers + 1, layers + 1); no code of any where the second position
+        lies before the first."""
+        before = np.concatenate([self.places[:0], [0], self.places[kinds].cumsum()])
+        position = np.arange(len(before))
+        return before - before[:, None], position - position[:, None]
+
+    def contents(self, codes: IntArray) -> IntArray:
+        """Layers by kind of C codes, (C, kinds)."""
+        return (codes[:, None] // self.places % self.sizes).astype(np.int64)
 
 
 def within(chain: Chain, on_parts: Sequence[StageTrials], most_peak_s: FloatArray) -> IntArray:

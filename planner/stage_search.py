@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import combinations, product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,11 +94,12 @@ def search_stages(
     state = _State(
         setting=setting, wishes=wishes, wanted=wanted_of(setting, wishes, headroom), fastest=fastest, told=told
     )
+    turned = (*knobs_of(setting, wishes), *named_recompute(setting, wishes))
     piped = _pipelines(setting, layouts, wishes)
+    piped = piped.take(np.flatnonzero(_may_have_room(state, piped, turned)))
     if len(piped):
         bounds = on_mean_stage(setting, piped)
         _best_first(state, _could_fit(state, bounds.take(np.flatnonzero(_plain(state, bounds)))))
-        turned = (*knobs_of(setting, wishes), *named_recompute(setting, wishes))
         if not np.isfinite(state.fastest):  # other words than these need no less memory
             saving = [knob for knob in turned if knob.saves_memory]
             for some in _with_knobs(state, bounds, saving):
@@ -213,6 +215,23 @@ def _waiting(weight: FloatArray) -> FloatArray:
 def _could_fit(state: _State, bounds: Estimates) -> Estimates:
     """Those whose states and, recomputing every layer, activations fit if they were spread evenly."""
     return bounds.take(np.flatnonzero(_have_room(state, bounds.layouts))) if len(bounds) else bounds
+
+
+def _may_have_room(state: _State, layouts: LayoutTable, turned: Sequence[Knob]) -> BoolArray:
+    """Those of them that fit so as they are, or with knobs turned that save memory: most of a space do not, and need no bound of their
+    time."""
+    if not len(layouts):
+        return np.zeros(0, dtype=bool)
+    found, saving = _have_room(state, layouts), [knob for knob in turned if knob.saves_memory]
+    together = (some for size in range(1, len(saving) + 1) for some in combinations(saving, size))
+    for some in together:
+        useful = np.all([knob.rows(layouts) for knob in some], axis=0)
+        for variants in product(*(knob.variants for knob in some)):
+            at = np.flatnonzero(useful & ~found)
+            if len(at):
+                columns = {name: np.full(len(at), value) for words in variants for name, value in words.items()}
+                found[at] = _have_room(state, replace(layouts.take(at), **columns))
+    return found
 
 
 def _have_room(state: _State, layouts: LayoutTable) -> BoolArray:

@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardplan.costmodel.estimate import estimate, on_mean_stage
+from shardplan.costmodel.estimate import estimate, memory_alone, on_mean_stage
 from shardplan.costmodel.job import Job
 from shardplan.costmodel.layout import COLUMNS, LayoutTable, layout_table, parse_layout
 from shardplan.costmodel.layout_join import stacked
 from shardplan.costmodel.model_config import load_model
 from shardplan.costmodel.pipeline import split_layers
+from shardplan.costmodel.recompute import RECOMPUTE
 from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.rules import RULES, broken_rules, rejections
 from shardplan.costmodel.runtime import load_runtime
@@ -96,6 +97,27 @@ def test_factors_are_sifted_like_layouts(model: str, runtime: str, fix: str, for
     assert rows_of(stacked([sifted.valid(wishes), *waiting])) == rows_of(good)
     assert sum(one.count for one in sifted.account()) == sifted.looked_at - len(good)
     assert {one.rule for one in sifted.account()} <= {rule.id for rule in RULES}
+
+
+@pytest.mark.parametrize("runtime", ["megatron", "shardplan", "fsdp2", "deepspeed", "fsdp1"])
+@pytest.mark.parametrize(("model", "headroom"), [("llama-3-8b", 0.75), ("gpt2", 0.96)])
+def test_what_states_alone_set_apart_fits_in_no_way(model: str, headroom: float, runtime: str) -> None:
+    """With equal stages or however they are cut, every layer recomputed or none; all of it was looked at."""
+    at, wishes = setting(model, gpus=16, runtime=runtime, seq=1024), parse_wishes()
+    every, left = Sifted(), Sifted()
+    sift_space(at, wishes, every, Watch())
+    sift_space(at, wishes, left, Watch(), headroom=headroom)
+    assert every.looked_at == left.looked_at
+    written = [stacked([one.valid(wishes), *(ways.layouts() for ways in one.waiting)]) for one in (every, left)]
+    whole, kept = written
+    known = rows_of(kept)
+    apart = [row for row, values in enumerate(zip(*whole.columns().values(), strict=True)) if values not in known]
+    assert apart
+    assert len(known) + len(apart) == len(whole)
+    table = whole.take(np.asarray(apart))
+    for one in (table, dataclasses.replace(table, recompute=np.full(len(table), RECOMPUTE.index("full")))):
+        assert not memory_alone(at, one).fits_gpu(headroom).any()
+        assert not memory_alone(at, one, stages="mean").fits_gpu(headroom).any()
 
 
 def rows_of(table: LayoutTable) -> set[tuple[int, ...]]:

@@ -1,11 +1,13 @@
 """The cluster as a graph and its tiers, against figures worked out by hand."""
 
 from dataclasses import replace
+from itertools import product
 
 import networkx as nx
 import numpy as np
 import pytest
 
+from shardplan.hw_profiles.document import part_names
 from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.load import load_cluster
 from shardplan.hw_profiles.machine import Cluster
@@ -110,3 +112,51 @@ def test_a_graph_may_mix_nodes_and_a_tier_table_may_not():
 def test_a_graph_of_more_nodes_than_there_are_is_refused():
     with pytest.raises(InputError, match=r"nodes=9 is not in 1 to 1"):
         cluster_graph(load_cluster("8x4090"), nodes=9)
+
+
+def flow(graph, senders, receivers):
+    """Largest flow from all senders together to the receivers, bytes/s."""
+    open_ended = graph.copy()
+    open_ended.add_edges_from(("sender", name) for name in senders)
+    open_ended.add_edges_from((name, "receiver") for name in receivers)
+    return nx.maximum_flow_value(open_ended, "sender", "receiver", capacity="bandwidth_bytes_per_s")
+
+
+def tiers_of_graph(cluster):
+    """(bandwidth of a GPU, latency) of each tier as the graph has them: of at most three nodes, in leaf groups of at most two, which show
+    every tier."""
+    below = min(cluster.network.leaf_nodes, 2)
+    nodes = min(cluster.nodes, below if cluster.nodes <= cluster.network.leaf_nodes else below + 1)
+    network = replace(cluster.network, leaf_nodes=below)
+    graph = cluster_graph(replace(cluster, node_runs=((cluster.node, nodes),), network=network))
+    first, *others = (f"node0/gpu{gpu}" for gpu in range(cluster.node.gpus))
+    node = flow(cluster_graph(cluster, 1), [first], others) if others else float("inf")
+    found = [(node, cluster.node.intra.latency_s)]
+    for there, hub, boxes in (("node1", "leaf0", 1), (f"node{below}", "spine", below)):
+        if hub in graph and f"{there}/gpu0" in graph and (hub == "spine" or below > 1):
+            tier = [f"node{box}/gpu{gpu}" for box in range(boxes) for gpu in range(cluster.node.gpus)]
+            way = nx.shortest_path_length(graph, first, f"{there}/gpu0", weight="latency_s")
+            found.append((flow(graph, tier, [hub]) / len(tier), way))
+    return found
+
+
+def agree(cluster):
+    tiers = tier_table(cluster)
+    bandwidth, latency = zip(*tiers_of_graph(cluster), strict=True)
+    assert tiers.bandwidth_bytes_per_s == pytest.approx(bandwidth, rel=1e-12)
+    assert tiers.latency_s == pytest.approx(latency, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", part_names("clusters"))
+def test_closed_forms_of_tiers_are_what_the_graph_says(name):
+    agree(load_cluster(name))
+
+
+@pytest.mark.parametrize(
+    "link", [{}, {"kind": "mesh"}, {"kind": "pcie", "bandwidth_bytes_per_s": 12e9, "latency_s": 4e-5}]
+)
+@pytest.mark.parametrize("nics_per_node", [1, 3, 8, 16])
+def test_closed_forms_hold_for_other_links_and_networks(link, nics_per_node):
+    for leaf_nodes, oversubscription in product((1, 2, 32), (1.0, 1.7)):
+        network = {"leaf_nodes": leaf_nodes, "oversubscription": oversubscription, "nics_per_node": nics_per_node}
+        agree(changed("h100-ib", nodes=3, link=link, **network))

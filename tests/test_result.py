@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 import shardplan.cli
 from shardplan.costmodel.answer import answer
-from shardplan.costmodel.estimate import GUESS_BAND, TIME_BAND, estimate
+from shardplan.costmodel.estimate import estimate
+from shardplan.costmodel.estimates import GUESS_BAND, TIME_BAND
 from shardplan.costmodel.job import Job
 from shardplan.costmodel.layout import parse_layout
 from shardplan.costmodel.model_config import load_model

@@ -20,6 +20,7 @@ from shardplan.costmodel.runtime import load_runtime
 from shardplan.hw_profiles.machine import Cluster
 from shardplan.planner.chain import best_cut
 from shardplan.planner.space import parse_wishes
+from shardplan.planner.stage_options import Chain
 from shardplan.planner.stage_search import search_stages
 
 PIPELINE_PARTS = ("compute_s", "recompute_s", "tp_exposed_s", "host_s", "bubble_s")
@@ -205,3 +206,23 @@ def test_the_same_search_twice_gives_the_same_ranking() -> None:
     one, other = (shardplan.search(**inputs).ranked for _ in range(2))
     assert one is not None and other is not None
     assert [one.layouts.row(i) for i in range(len(one))] == [other.layouts.row(i) for i in range(len(other))]
+
+
+@pytest.mark.parametrize("counts", [(7,), (3, 4), (1, 5, 2), (1,) * 70])
+def test_what_consecutive_layers_hold_by_kind(counts: tuple[int, ...]) -> None:
+    chain = Chain.of(setting(small_model(*counts), 8), parse_layout("pp=2"))
+    kinds = [kind for kind, count in enumerate(counts) for _ in range(count)]
+    held = {
+        (i, j): tuple(kinds[i:j].count(kind) for kind in range(len(counts)))
+        for i, j in itertools.combinations(range(len(kinds) + 1), 2)
+    }
+    assert [tuple(row) for row in chain.contents.tolist()] == sorted(
+        set(held.values()) - {counts}
+    )  # a layer for the other
+    some = chain.contents[1::2]
+    segments = chain.segments(some)
+    place = {tuple(row): at for at, row in enumerate(some.tolist())}
+    assert {ends: int(segments[ends]) for ends in held} == {
+        ends: place.get(content, -1) for ends, content in held.items()
+    }
+    assert (segments[np.tril_indices(len(segments))] == -1).all()
