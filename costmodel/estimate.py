@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.costmodel.adapters import trainable_parameters
-from shardplan.costmodel.estimates import ADAPTER_BAND, EXPERT_BAND, GUESS_BAND, TIME_BAND, Estimates, joined
-from shardplan.costmodel.fitted import Fitted, is_fitted
+from shardplan.costmodel.error_band import error_bands
+from shardplan.costmodel.estimates import Estimates, joined
+from shardplan.costmodel.fitted import Fitted
 from shardplan.costmodel.job import Job
 from shardplan.costmodel.keys import LazyColumns, in_pieces
 from shardplan.costmodel.layout import Layout, LayoutTable, layout_table
@@ -249,7 +250,7 @@ def _estimate_rows(
         model_flop_per_step=job_flop_per_token(model, job) * job.tokens_per_step,
         hardware_flop_per_step=flop.take(keys.work_of),
         peak_flop_per_s=cluster.gpu.peak_flop_per_s[job.precision],
-        time_band=time_band(setting),
+        bands=error_bands(setting),
     )
 
 
@@ -285,15 +286,6 @@ def stage_memory(
         slack_fraction=runtime.allocator_slack_fraction,
         context_bytes=cluster.gpu.context_bytes + outside,
     )
-
-
-def time_band(setting: Setting) -> float:
-    """Half-width of the band of step time of what does not offload, relative."""
-    gpus = [node.gpu for node, _ in setting.cluster.node_runs]
-    guesses = bool(timing_guesses(setting.cluster, setting.job.precision)) or not all(map(is_fitted, gpus))
-    experts = any(kind.experts for kind in setting.kinds)
-    adapters = setting.job.adapters is not None
-    return TIME_BAND + GUESS_BAND * guesses + EXPERT_BAND * experts + ADAPTER_BAND * adapters
 
 
 def _step_time(
@@ -341,21 +333,6 @@ def _step_time(
         held=held,
         pace_of=keys.pace_of,
         states_of=keys.states_of,
-    )
-
-
-TIMED_FIELDS = ("efficiency", "bandwidth", "peak_tflops", "network.latency", "intra.latency", "launch", "nic_")
-
-
-def timing_guesses(cluster: Cluster, precision: str) -> tuple[str, ...]:
-    """Guessed figures of the profile that enter the step time of a job in `precision`."""
-    others = {word for word in cluster.gpu.peak_flop_per_s if word != precision}
-    return tuple(
-        path
-        for path in cluster.guesses()
-        if not path.startswith("node.host.")
-        and any(field in path for field in TIMED_FIELDS)
-        and path.rsplit(".", 1)[-1] not in others
     )
 
 

@@ -10,6 +10,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from shardplan.costmodel.error_band import Bands
 from shardplan.costmodel.keys import LazyColumns
 from shardplan.costmodel.layout import LayoutTable
 
@@ -19,21 +20,6 @@ Number = TypeVar("Number", np.int64, np.float64)
 Column = TypeVar("Column")
 
 DEFAULT_HEADROOM = 0.05
-TIME_BAND = 0.08
-"""Half-width of the step-time band, relative: an uncalibrated machine of a known type."""
-MEMORY_BAND = 0.08
-"""Half-width of the device-memory band, relative."""
-GUESS_BAND = 0.04
-"""Added to the time band when the machine's profile contains guesses that enter step time."""
-
-EXPERT_BAND = 0.12
-"""Added to it for models with experts: what software does to tokens and launches differs from release to release."""
-ADAPTER_BAND = 0.12
-"""Added to it for adapters: published runs tell little of what their software keeps and casts. The band then covers 23 of 27 timed rows of
-LoRA and QLoRA in `shardplan validate`, without it 13."""
-OFFLOAD_BAND = 0.08
-"""Added to it for layouts that offload: hosts differ in memory, cores and PCIe more than GPUs do. Of the 42 rows read off figures, nearly
-all offload, the band then covers 37, without it 27."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +54,7 @@ class Estimates:
     hardware_flop_per_step: FloatArray
     """The same with recomputed operators."""
     peak_flop_per_s: float
-    time_band: float
+    bands: Bands
     row_capacity_bytes: FloatArray | None = None
     """Of the GPU that `peaks` are of, (N,), where GPUs differ; else it is `capacity_bytes`."""
     stage_capacity_bytes: FloatArray | None = None
@@ -125,16 +111,12 @@ class Estimates:
 
     def band_of(self, row: int) -> float:
         """Half-width of the band of a layout's step time, relative."""
-        layouts = self.layouts
-        moved = max(
-            int(x[row]) for x in (layouts.offload_optimizer, layouts.offload_params, layouts.offload_activations)
-        )
-        return self.time_band + OFFLOAD_BAND * (moved > 0)
+        return self.bands.of(self.layouts.row(row))
 
     def fits(self, headroom: float = DEFAULT_HEADROOM) -> NDArray[np.bool_]:
         """The upper edge of the memory band stays `headroom` below the capacity."""
         usable = self.capacities * (1.0 - headroom)
-        return (self.device_peak_bytes * (1.0 + MEMORY_BAND) <= usable) & self._fits_below_gpu(headroom)
+        return (self.device_peak_bytes * (1.0 + self.bands.memory) <= usable) & self._fits_below_gpu(headroom)
 
     def _fits_below_gpu(self, headroom: float) -> NDArray[np.bool_]:
         """Host memory and flash hold what is offloaded, `headroom` of each left free."""

@@ -132,10 +132,14 @@ class Gpu:
         """The efficiency curve of matrix products in `precision`."""
         return self.gemm_efficiency.get(precision, self.gemm_efficiency["default"])
 
-    def attention_curve(self, preferred: Sequence[str]) -> AttentionCurve:
+    def attention_kernel(self, preferred: Sequence[str]) -> str:
         """The first of the `preferred` kernels that this GPU has; with none of them, its own first."""
         found = (name for name in preferred if name in self.attention_efficiency)
-        return self.attention_efficiency[next(found, next(iter(self.attention_efficiency)))]
+        return next(found, next(iter(self.attention_efficiency)))
+
+    def attention_curve(self, preferred: Sequence[str]) -> AttentionCurve:
+        """The curve of that kernel."""
+        return self.attention_efficiency[self.attention_kernel(preferred)]
 
 
 @dataclass(frozen=True, kw_only=True)
