@@ -149,7 +149,8 @@ def _kind_of(name: str | Path) -> tuple[PartKind, str | Path]:
     """Kind and catalog name; a cluster where several kinds share a name: it shows the node as well."""
     if is_path(name):
         return file_kind(name), name
-    for kind in ("clusters", "nodes", "networks", "gpus"):
+    kinds: tuple[PartKind, ...] = ("clusters", "nodes", "networks", "gpus")
+    for kind in kinds:
         known = known_as(str(name), part_names(kind))
         if known:
             return kind, known

@@ -314,6 +314,15 @@ def test_flash_of_a_rack_is_that_of_its_trays(name: str) -> None:
     assert tray.capacity_bytes == pytest.approx(22.5e12)
 
 
+@pytest.mark.parametrize(
+    ("name", "cards", "gbit"), [("aws-p5", 32, 100), ("aws-p5en", 16, 200), ("aws-p6-b300", 16, 400)]
+)
+def test_nodes_with_more_cards_than_gpus(name: str, cards: int, gbit: int) -> None:
+    network, node = load_cluster(name).network, load_cluster(name).node
+    assert (network.nics_per_node, network.nic_bytes_per_s) == (cards, gbit * 1e9 / 8)
+    assert tier_table(load_cluster(name)).bandwidth_bytes_per_s[1] == cards * gbit * 1e9 / 8 / node.gpus
+
+
 def test_a_node_draws_more_than_its_gpus() -> None:
     """Hosts, fans and links take 100 W to 1 kW a GPU."""
     for name in CLUSTERS:
