@@ -91,7 +91,7 @@ def _resolve(kind: PartKind, name: object, *, asked_by: str, folder: Path | None
     if is_path(name):
         return _expand(kind, _user_file((folder or Path()) / Path(name).expanduser()), depth)
     known = part_names(kind)
-    name = known_as(name, known) or name
+    name = known_as(str(name), known) or str(name)
     entry = catalog_folder(kind) / f"{name}.toml"
     if name not in known or name == LOCALHOST:
         raise _unknown(kind, str(name), asked_by)
@@ -107,10 +107,10 @@ def _resolve(kind: PartKind, name: object, *, asked_by: str, folder: Path | None
 def _unknown(kind: PartKind, name: str, asked_by: str) -> InputError:
     """The error for a name that the catalog does not have, or has of another kind."""
     what = kind.removesuffix("s")
-    other = next((one for one in PART_KINDS if known_as(name, part_names(one))), None)
-    if other is None or other == kind:
+    others = {one: known for one in PART_KINDS if one != kind and (known := known_as(name, part_names(one)))}
+    if not others:
         return unknown_name(what, name, part_names(kind), asked_by)
-    name = known_as(name, part_names(other)) or name
+    other, name = next(iter(others.items()))
     remedy = "shardplan hardware list names those"
     if kind == "clusters":
         part = other.removesuffix("s")
