@@ -8,7 +8,7 @@ from typing import Any
 from shardplan.costmodel.adapters import trainable_parameters
 from shardplan.costmodel.attention_time import OWN_KERNEL, takes_own_kernel
 from shardplan.costmodel.estimate import model_flop_per_token
-from shardplan.costmodel.estimates import DEFAULT_HEADROOM, MEMORY_BAND, Estimates
+from shardplan.costmodel.estimates import DEFAULT_HEADROOM, Estimates
 from shardplan.costmodel.fitted import is_fitted
 from shardplan.costmodel.job import Job
 from shardplan.costmodel.layout import Layout
@@ -40,7 +40,7 @@ def answer(
     )
     step_s = float(estimates.step_s[row])
     peak = float(estimates.device_peak_bytes[row])
-    band = estimates.band_of(row)
+    band, memory_band = estimates.band_of(row), estimates.bands.memory
     return {
         "fits": not told,
         "fits_likely": not rejections and bool(estimates.fits_likely()[row]),
@@ -64,7 +64,7 @@ def answer(
         "result": result_document(model=model, job=job, cluster=cluster, runtime=runtime, layout=layout, step_s=step_s),
         "error_band": {
             "step_s": [step_s * (1.0 - band), step_s * (1.0 + band)],
-            "device_peak_bytes": [peak * (1.0 - MEMORY_BAND), peak * (1.0 + MEMORY_BAND)],
+            "device_peak_bytes": [peak * (1.0 - memory_band), peak * (1.0 + memory_band)],
         },
         "assumptions": assumptions(model, job, cluster, runtime, layout, headroom),
     }
@@ -97,7 +97,7 @@ def memory_rejections(estimates: Estimates, row: int, setting: Setting, headroom
     told: list[Rejection] = []
     need, capacity = float(estimates.device_peak_bytes[row]), float(estimates.capacities[row])
     usable = capacity * (1.0 - headroom)
-    if need * (1.0 + MEMORY_BAND) > usable:
+    if need * (1.0 + estimates.bands.memory) > usable:
         stage = fullest_stage(estimates, row)
         parts = {
             p: float(estimates.stages[p][row, stage]) for p in ("parameters", "gradients", "optimizer", "activations")
@@ -107,7 +107,7 @@ def memory_rejections(estimates: Estimates, row: int, setting: Setting, headroom
             Rejection(
                 rule="device-memory",
                 detail=(
-                    f"stage {int(estimates.stage_index[row, stage])} needs {need / GIB:.1f} GiB (+{MEMORY_BAND:.0%} band) of "
+                    f"stage {int(estimates.stage_index[row, stage])} needs {need / GIB:.1f} GiB (+{estimates.bands.memory:.0%} band) of "
                     f"{usable / GIB:.1f} GiB usable ({capacity / GIB:.1f} GiB less {headroom:.0%} headroom) on "
                     f"{_gpu_of(setting.cluster, capacity)}"
                 ),

@@ -37,9 +37,14 @@ def wire_factor(collective: Collective, ranks: ArrayLike) -> FloatArray:
 
 def members_per_node(tiers: TierTable, ranks: ArrayLike, stride: ArrayLike) -> FloatArray:
     """Members of a group that sit in one node; of a group that straddles nodes unevenly, the fewest that share one."""
-    in_node = np.maximum(np.floor(float(tiers.gpus[0]) / np.asarray(stride, dtype=np.float64)), 1.0)
+    return _members_among(float(tiers.gpus[0]), ranks, stride)
+
+
+def _members_among(gpus: float, ranks: ArrayLike, stride: ArrayLike) -> FloatArray:
+    """The same for any `gpus` that lie side by side."""
+    whole = np.maximum(np.floor(gpus / np.asarray(stride, dtype=np.float64)), 1.0)
     n = np.asarray(ranks, dtype=np.float64)
-    return np.gcd(in_node.astype(np.int64), n.astype(np.int64)).astype(np.float64)
+    return np.gcd(whole.astype(np.int64), n.astype(np.int64)).astype(np.float64)
 
 
 def _outer_tier(tiers: TierTable, span: FloatArray) -> NDArray[np.int64]:
@@ -115,7 +120,8 @@ def all_to_all_s(
     tiers: TierTable, size_bytes: ArrayLike, ranks: ArrayLike, stride: ArrayLike, copies: ArrayLike = 1.0
 ) -> FloatArray:
     """Seconds of an all-to-all of `size_bytes` a rank: every one of n ranks keeps 1/n, sends the shares of its node over the link
-    inside, the (n - k)/n of others over its NIC share, both at once; all messages start together, so one latency.
+    inside, the (n - k)/n of others over its NIC share, both at once; all messages start together, so one latency. Of these, what leaves
+    the leaf, to the (n - l)/n of ranks that are not below it, also passes the leaf's share of a thinner spine.
 
     Between many nodes the rate per rank approaches n/(n - k) of the NIC share (NVIDIA/nccl-tests, busbw of all-to-all).
     Where the buffer holds `copies` copies of each token for ranks drawn at random, and those for one rank, and over the network those
@@ -129,7 +135,12 @@ def all_to_all_s(
     far = size * (n - k) / n * sent_once(n / k, copies)
     links = _in_node(tiers, size * k / n, tiers.efficiency) * _links_used(tiers, k)
     inside = near / links
-    outside = far / _between_nodes(tiers, tier, far * float(tiers.gpus[0]))
+    through_nics = far * float(tiers.gpus[0])
+    outside = far / _between_nodes(tiers, np.minimum(tier, 1), through_nics)
+    if len(tiers.gpus) > 2:  # bytes to other leaves: as many of the far ones as nodes of the group lie below those
+        below = np.maximum(_members_among(float(tiers.gpus[1]), n, step), k)
+        beyond = far * np.where(tier > 1, (n - below) / np.maximum(n - k, 1.0), 0.0)
+        outside = np.maximum(outside, beyond / _between_nodes(tiers, tier, through_nics))
     return np.where(n > 1, np.maximum(inside, outside) + tiers.latency_s[tier], 0.0)
 
 

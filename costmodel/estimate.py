@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.costmodel.adapters import trainable_parameters
+from shardplan.costmodel.error_band import error_bands
 from shardplan.costmodel.estimates import Estimates, joined
 from shardplan.costmodel.fitted import Fitted
 from shardplan.costmodel.job import Job
@@ -52,7 +53,6 @@ from shardplan.costmodel.step_time import (
     paced_times,
 )
 from shardplan.costmodel.sustained import prepared
-from shardplan.costmodel.time_band import time_band
 from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.machine import Cluster
 from shardplan.hw_profiles.topology import TierTable, tier_table
@@ -265,7 +265,7 @@ def _estimate_rows(
         model_flop_per_step=job_flop_per_token(model, job) * job.tokens_per_step,
         hardware_flop_per_step=flop.take(keys.work_of),
         peak_flop_per_s=cluster.gpu.peak_flop_per_s[job.precision],
-        time_band=time_band(setting),
+        bands=error_bands(setting),
     )
 
 

@@ -10,6 +10,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from shardplan.costmodel.error_band import Bands
 from shardplan.costmodel.keys import LazyColumns
 from shardplan.costmodel.layout import LayoutTable
 
@@ -19,25 +20,10 @@ Number = TypeVar("Number", np.int64, np.float64)
 Column = TypeVar("Column")
 
 DEFAULT_HEADROOM = 0.05
-TIME_BAND = 0.08
-"""Half-width of the step-time band, relative: an uncalibrated machine of a known type."""
-MEMORY_BAND = 0.08
-"""Half-width of the device-memory band, relative."""
 GIVEN_BACK = 0.5
 """Share of the allocator's slack that it can give back: PyTorch's frees blocks that nothing uses and tries again before it fails, but
 not parts of blocks in use. Of the published runs that ran, 33 are called too big with 0, 21 with 0.5, 16 with 1; of the six that ran
 out of memory one is called fitting up to 0.6, three with 1."""
-GUESS_BAND = 0.04
-"""Added to the time band when the machine's profile contains guesses that enter step time."""
-
-EXPERT_BAND = 0.12
-"""Added to it for models with experts: what software does to tokens and launches differs from release to release."""
-ADAPTER_BAND = 0.12
-"""Added to it for adapters: published runs tell little of what their software keeps and casts. The band then covers 23 of 27 timed rows of
-LoRA and QLoRA in `shardplan validate`, without it 13."""
-OFFLOAD_BAND = 0.08
-"""Added to it for layouts that offload: hosts differ in memory, cores and PCIe more than GPUs do. Of the 42 rows read off figures, nearly
-all offload, the band then covers 37, without it 27."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +58,7 @@ class Estimates:
     hardware_flop_per_step: FloatArray
     """The same with recomputed operators."""
     peak_flop_per_s: float
-    time_band: float
+    bands: Bands
     row_capacity_bytes: FloatArray | None = None
     """Of the GPU that `peaks` are of, (N,), where GPUs differ; else it is `capacity_bytes`."""
     stage_capacity_bytes: FloatArray | None = None
@@ -131,11 +117,7 @@ class Estimates:
 
     def band_of(self, row: int) -> float:
         """Half-width of the band of a layout's step time, relative."""
-        layouts = self.layouts
-        moved = max(
-            int(x[row]) for x in (layouts.offload_optimizer, layouts.offload_params, layouts.offload_activations)
-        )
-        return self.time_band + OFFLOAD_BAND * (moved > 0)
+        return self.bands.of(self.layouts.row(row))
 
     def fits(self, headroom: float = DEFAULT_HEADROOM) -> NDArray[np.bool_]:
         """The upper edge of the memory band stays `headroom` below the capacity."""
@@ -143,7 +125,7 @@ class Estimates:
 
     def fits_gpu(self, headroom: float) -> NDArray[np.bool_]:
         """The same of GPU memory alone."""
-        return self.device_peak_bytes * (1.0 + MEMORY_BAND) <= self.capacities * (1.0 - headroom)
+        return self.device_peak_bytes * (1.0 + self.bands.memory) <= self.capacities * (1.0 - headroom)
 
     def fits_below_gpu(self, headroom: float) -> NDArray[np.bool_]:
         """Host memory and flash hold what is offloaded, `headroom` of each left free."""

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from shardplan.costmodel.error_band import widest
 from shardplan.costmodel.estimate import estimate, on_stages, stage_times
 from shardplan.costmodel.estimates import Estimates
 from shardplan.costmodel.keys import LazyColumns
@@ -93,7 +94,7 @@ def estimate_spread(setting: Setting, layouts: LayoutTable | Layout) -> Estimate
         time={name: _chosen([one.time[name] for one in found], slowest) for name in names},
         hidden={axis: _chosen([one.hidden[axis] for one in found], slowest) for axis in least.hidden},
         peak_flop_per_s=_mean_peak(setting),
-        time_band=max(one.time_band for one in found),
+        bands=widest([one.bands for one in found]),
         host_capacity_bytes=min(one.host_capacity_bytes for one in found),
         nvme_capacity_bytes=min(one.nvme_capacity_bytes for one in found),
     )
@@ -144,7 +145,7 @@ def estimate_staged(setting: Setting, layouts: LayoutTable, stages: Sequence[int
         nvme_bytes=np.max([one.nvme_bytes for one in found], axis=0),
         nvme_capacity_bytes=min(one.nvme_capacity_bytes for one in found),
         peak_flop_per_s=_mean_peak(setting),
-        time_band=max(one.time_band for one in found),
+        bands=widest([one.bands for one in found]),
     )
 
 

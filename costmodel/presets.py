@@ -10,7 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from types import MappingProxyType
+
+from shardplan.hw_profiles.names import spelling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +57,23 @@ def _by_any_name() -> Mapping[str, Preset]:
 
 
 def find_preset(name: str) -> Preset | None:
-    """The preset of this name or alias, in upper or lower case; None when there is none."""
-    return _by_any_name().get(name.strip().lower())
+    """The preset of this name or alias, in upper or lower case; None when there is none.
+
+    Separators may differ (`gpt-2`) where that leaves one preset and no file or folder has the name.
+    """
+    exact = _by_any_name().get(name.strip().lower())
+    alike = _by_spelling().get(spelling(name), ())
+    if exact is None and len(alike) == 1 and not Path(name).exists():
+        return alike[0]
+    return exact
+
+
+@cache
+def _by_spelling() -> Mapping[str, tuple[Preset, ...]]:
+    found: dict[str, dict[str, Preset]] = {}
+    for word, preset in _by_any_name().items():
+        found.setdefault(spelling(word), {})[preset.name] = preset
+    return {word: tuple(presets.values()) for word, presets in found.items()}
 
 
 def preset_words() -> tuple[str, ...]:

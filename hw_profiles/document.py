@@ -8,6 +8,7 @@ what is below it. After merging, every number and every curve carries both. Two 
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from datetime import date
 from importlib.resources import files
@@ -17,6 +18,7 @@ from typing import Any, Literal, cast, get_args
 
 from shardplan.hw_profiles.errors import InputError, nearest
 from shardplan.hw_profiles.machine import Source, SourceKind
+from shardplan.hw_profiles.names import known_as, may_mean
 
 Document = dict[str, Any]
 PartKind = Literal["gpus", "nodes", "networks", "clusters"]
@@ -89,7 +91,7 @@ def _resolve(kind: PartKind, name: object, *, asked_by: str, folder: Path | None
     if is_path(name):
         return _expand(kind, _user_file((folder or Path()) / Path(name).expanduser()), depth)
     known = part_names(kind)
-    name = next((one for one in known if one == str(name).lower()), name)
+    name = known_as(str(name), known) or str(name)
     entry = catalog_folder(kind) / f"{name}.toml"
     if name not in known or name == LOCALHOST:
         raise _unknown(kind, str(name), asked_by)
@@ -105,24 +107,32 @@ def _resolve(kind: PartKind, name: object, *, asked_by: str, folder: Path | None
 def _unknown(kind: PartKind, name: str, asked_by: str) -> InputError:
     """The error for a name that the catalog does not have, or has of another kind."""
     what = kind.removesuffix("s")
-    other = next((one for one in PART_KINDS if name in part_names(one)), None)
-    if other is None or other == kind:
-        return InputError(f"unknown {what} {name!r}", place=asked_by, remedy=nearest(name, part_names(kind)))
+    others = {one: known for one in PART_KINDS if one != kind and (known := known_as(name, part_names(one)))}
+    if not others:
+        return unknown_name(what, name, part_names(kind), asked_by)
+    other, name = next(iter(others.items()))
     remedy = "shardplan hardware list names those"
-    if kind == "clusters" and other in ("nodes", "networks"):
+    if kind == "clusters":
         part = other.removesuffix("s")
-        users = [one for one in part_names("clusters") if _names_base(one, part, name)]
+        users = [one for one in part_names("clusters") if _has_part(one, part, name)]
         written = f'write a cluster with {part} = {{ base = "{name}" }}'
         remedy = f"clusters with it: {', '.join(users)}" if users else written
     return InputError(f"{name!r} is a {other.removesuffix('s')}, not a {what}", place=asked_by, remedy=remedy)
 
 
-def _names_base(cluster: str, part: str, name: str) -> bool:
-    """Whether a catalog cluster takes that node or network."""
+def unknown_name(what: str, name: str, known: Collection[str], place: str = "") -> InputError:
+    """The error for a name that fits no entry, or several: then it lists those."""
+    entries = may_mean(name, known)
+    if entries:
+        return InputError(f"{name!r} may mean {', '.join(entries)}", place=place, remedy="name one of them")
+    return InputError(f"unknown {what} {name!r}", place=place, remedy=nearest(name, known))
+
+
+def _has_part(cluster: str, part: str, name: str) -> bool:
+    """Whether a catalog cluster takes that node, network or GPU."""
     if cluster == LOCALHOST:
         return False
-    table = tomllib.loads((catalog_folder("clusters") / f"{cluster}.toml").read_text(encoding="utf-8"))
-    return (as_table(table.get(part)) or {}).get("base") == name
+    return (as_table(part_document("clusters", cluster).get(part)) or {}).get("name") == name
 
 
 def file_kind(name: str | Path) -> PartKind:

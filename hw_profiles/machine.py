@@ -136,10 +136,14 @@ class Gpu:
         """The efficiency curve of matrix products in `precision`."""
         return self.gemm_efficiency.get(precision, self.gemm_efficiency["default"])
 
-    def attention_curve(self, preferred: Sequence[str]) -> AttentionCurve:
+    def attention_kernel(self, preferred: Sequence[str]) -> str:
         """The first of the `preferred` kernels that this GPU has; with none of them, its own first."""
         found = (name for name in preferred if name in self.attention_efficiency)
-        return self.attention_efficiency[next(found, next(iter(self.attention_efficiency)))]
+        return next(found, next(iter(self.attention_efficiency)))
+
+    def attention_curve(self, preferred: Sequence[str]) -> AttentionCurve:
+        """The curve of that kernel."""
+        return self.attention_efficiency[self.attention_kernel(preferred)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -355,11 +359,11 @@ class Cluster:
 
 
 def _part(node: Node, gpus: int) -> Node:
-    """The node with `gpus` of its GPUs at work; of a rack the servers that have them, with their share of hosts, power and price."""
+    """The node with `gpus` of its GPUs at work; of a rack the servers that have them, with their share of hosts, flash, power and price."""
     if node.tray_gpus is None:
         return replace(node, gpus=gpus)
     share = -(-gpus // node.tray_gpus) * node.tray_gpus / node.gpus
-    host, whole = node.host, node.host.pcie_node_bytes_per_s
+    host, whole, flash = node.host, node.host.pcie_node_bytes_per_s, node.nvme
     return replace(
         node,
         gpus=gpus,
@@ -369,6 +373,13 @@ def _part(node: Node, gpus: int) -> Node:
             ram_bytes=host.ram_bytes * share,
             memory_bandwidth_bytes_per_s=host.memory_bandwidth_bytes_per_s * share,
             pcie_node_bytes_per_s=None if whole is None else whole * share,
+        ),
+        nvme=None
+        if flash is None
+        else Nvme(
+            read_bytes_per_s=flash.read_bytes_per_s * share,
+            write_bytes_per_s=flash.write_bytes_per_s * share,
+            capacity_bytes=flash.capacity_bytes * share,
         ),
         power_w=None if node.power_w is None else node.power_w * share,
         usd_per_hour=None if node.usd_per_hour is None else node.usd_per_hour * share,

@@ -17,10 +17,11 @@ from shardplan.hw_profiles.document import (
     is_path,
     part_document,
     part_names,
+    unknown_name,
 )
-from shardplan.hw_profiles.errors import InputError, nearest
 from shardplan.hw_profiles.load import cluster_digest, cluster_document, cluster_from_document
 from shardplan.hw_profiles.machine import Cluster
+from shardplan.hw_profiles.names import known_as
 from shardplan.hw_profiles.topology import tier_table
 
 Row = dict[str, Any]
@@ -77,7 +78,7 @@ def hardware_show(name: str | Path) -> Row:
     null. A cluster also has gpus, nodes, usd_per_gpu_hour and price_date (null: nobody says), digest, guesses (paths) and tiers
     (a row per tier). Raises InputError for an unknown name or a file with a mistake.
     """
-    kind = _kind_of(name)
+    kind, name = _kind_of(name)
     if kind != "clusters":
         document = part_document(kind, name)
         sections = document if kind == "nodes" else {kind.removesuffix("s"): document}
@@ -144,15 +145,16 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _kind_of(name: str | Path) -> PartKind:
-    """A cluster where several kinds share a name: it shows the node as well."""
+def _kind_of(name: str | Path) -> tuple[PartKind, str | Path]:
+    """Kind and catalog name; a cluster where several kinds share a name: it shows the node as well."""
     if is_path(name):
-        return file_kind(name)
-    for kind in ("clusters", "nodes", "networks", "gpus"):
-        if str(name).lower() in part_names(kind):
-            return kind
-    every = {word for kind in PART_KINDS for word in part_names(kind)}
-    raise InputError(f"unknown hardware {str(name)!r}", remedy=nearest(str(name), every))
+        return file_kind(name), name
+    kinds: tuple[PartKind, ...] = ("clusters", "nodes", "networks", "gpus")
+    for kind in kinds:
+        known = known_as(str(name), part_names(kind))
+        if known:
+            return kind, known
+    raise unknown_name("hardware", str(name), {word for kind in PART_KINDS for word in part_names(kind)})
 
 
 def _sections(document: Document) -> list[Row]:

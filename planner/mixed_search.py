@@ -15,8 +15,9 @@ from itertools import permutations
 import numpy as np
 from numpy.typing import NDArray
 
+from shardplan.costmodel.error_band import memory_band
 from shardplan.costmodel.estimate import lower_bounds, on_mean_stage
-from shardplan.costmodel.estimates import MEMORY_BAND, Estimates, joined
+from shardplan.costmodel.estimates import Estimates, joined
 from shardplan.costmodel.keys import unique_keys
 from shardplan.costmodel.layout import Layout, LayoutTable, layout_table
 from shardplan.costmodel.layout_join import stacked
@@ -274,7 +275,7 @@ def _have_room(setting: Setting, table: LayoutTable, wanted: Wanted) -> NDArray[
         for one in parts
     ]
     usable = max(one.cluster.gpu.memory_bytes for one in parts) * (1.0 - wanted.headroom)
-    return np.min(least, axis=0) * (1.0 + MEMORY_BAND) <= usable
+    return np.min(least, axis=0) * (1.0 + memory_band(setting.cluster)) <= usable
 
 
 def _parts(setting: Setting, table: LayoutTable) -> list[Part]:

@@ -12,8 +12,9 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from shardplan.costmodel.error_band import memory_band
 from shardplan.costmodel.estimate import memory_alone
-from shardplan.costmodel.estimates import MEMORY_BAND, Estimates
+from shardplan.costmodel.estimates import Estimates
 from shardplan.costmodel.layout import LayoutTable
 from shardplan.costmodel.layout_join import stacked
 from shardplan.costmodel.recompute import PART_BITS, RECOMPUTE
@@ -111,7 +112,7 @@ def with_needed_parts(setting: Setting, layouts: LayoutTable, headroom: float) -
     sets = named_sets(setting)
     if not len(layouts) or not sets:
         return _with(layouts, np.zeros(len(layouts), dtype=np.int64))
-    usable = setting.cluster.gpu.memory_bytes * (1.0 - headroom) / (1.0 + MEMORY_BAND)
+    usable = setting.cluster.gpu.memory_bytes * (1.0 - headroom) / (1.0 + memory_band(setting.cluster))
     bits, without = _each_left_out(layouts, sets)
     peaks = memory_alone(setting, without, stages="mean").device_peak_bytes.reshape(len(bits), -1)
     return _with(layouts, (bits[:, None] * (peaks > usable)).sum(axis=0))

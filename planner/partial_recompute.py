@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.costmodel.estimate import memory_alone
-from shardplan.costmodel.estimates import MEMORY_BAND, Estimates
+from shardplan.costmodel.estimates import Estimates
 from shardplan.costmodel.layout import LayoutTable
 from shardplan.costmodel.recompute import RECOMPUTE
 from shardplan.costmodel.rule import Setting
@@ -47,7 +47,7 @@ def partly_recomputed(
     """
     if not len(hopeful):
         return None, 0
-    usable = hopeful.capacity_bytes * (1.0 - headroom) / (1.0 + MEMORY_BAND)
+    usable = hopeful.capacity_bytes * (1.0 - headroom) / (1.0 + hopeful.bands.memory)
     layers, looked_at = _fewest(setting, hopeful, least_bytes, usable, headroom)
     chosen = _recomputing(hopeful.layouts, layers)
     return chosen.take(unbroken(setting, chosen)), looked_at

@@ -9,7 +9,7 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
-from shardplan.costmodel.estimates import MEMORY_BAND
+from shardplan.costmodel.error_band import memory_band
 from shardplan.costmodel.layout import V_PLACED, Layout
 from shardplan.costmodel.model import layer_order
 from shardplan.costmodel.rule import Setting
@@ -181,11 +181,12 @@ class Options:
         shape = (len(on_parts[0].layouts), len(stage))
         plain, full, parameters = np.empty(shape), np.empty(shape), on_parts[0].parameters(trials)
         fewest, end = np.empty(shape, dtype=np.int64), 0
+        band = max(memory_band(part.setting.cluster) for part in parts)
         for part, tried in zip(parts, on_parts, strict=True):
             some = (stage >= end) & (stage < end + part.stages)
             end += part.stages
             own = trials.take(some)
-            usable = part.setting.cluster.gpu.memory_bytes * (1.0 - wanted.headroom) / (1.0 + MEMORY_BAND)
+            usable = part.setting.cluster.gpu.memory_bytes * (1.0 - wanted.headroom) / (1.0 + band)
             plain[:, some] = full[:, some] = tried.seconds(own)
             if partly:
                 full[:, some] = tried.seconds(replace(own, recomputed=layers[some]))

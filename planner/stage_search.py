@@ -16,8 +16,9 @@ from itertools import combinations, product
 import numpy as np
 from numpy.typing import NDArray
 
+from shardplan.costmodel.error_band import memory_band
 from shardplan.costmodel.estimate import memory_alone, on_mean_stage, peak_weight
-from shardplan.costmodel.estimates import MEMORY_BAND, Estimates, joined
+from shardplan.costmodel.estimates import Estimates, joined
 from shardplan.costmodel.keys import unique_keys
 from shardplan.costmodel.layout import SCHEDULES, Layout, LayoutTable, layout_table
 from shardplan.costmodel.layout_join import stacked
@@ -173,7 +174,7 @@ def _could_win_recomputing(state: _State, bounds: Estimates) -> BoolArray:
     at = np.flatnonzero(found)
     if len(at) and np.isfinite(state.fastest) and state.wanted.partial_recompute:
         some = bounds.layouts.take(at)
-        usable = state.setting.cluster.gpu.memory_bytes * (1.0 - state.wanted.headroom) / (1.0 + MEMORY_BAND)
+        usable = bounds.capacity_bytes * (1.0 - state.wanted.headroom) / (1.0 + bounds.bands.memory)
         longer_s = recomputing_mean_s(state.setting, some, bounds.device_peak_bytes[at], usable)
         found[at] = bounds.step_s[at] + _in_a_step(state, some, longer_s) < state.fastest
     return found
@@ -236,7 +237,7 @@ def _may_have_room(state: _State, layouts: LayoutTable, turned: Sequence[Knob]) 
 
 def _have_room(state: _State, layouts: LayoutTable) -> BoolArray:
     usable = state.setting.cluster.gpu.memory_bytes * (1.0 - state.wanted.headroom)
-    return _least_bytes(state, layouts) * (1.0 + MEMORY_BAND) <= usable
+    return _least_bytes(state, layouts) * (1.0 + memory_band(state.setting.cluster)) <= usable
 
 
 def _least_bytes(state: _State, layouts: LayoutTable) -> FloatArray:

@@ -155,7 +155,7 @@ def test_explain_own_layout(call: Call) -> None:
 
 BAD = [
     (("plan", "lama-3-70b", *JOB), ("lama-3-70b", "did you mean llama-3-70b")),
-    (("plan", "llama-3-8b", "--cluster", "h100ib", *JOB[2:]), ("h100ib", "did you mean", "h100-ib")),
+    (("plan", "llama-3-8b", "--cluster", "h100ibb", *JOB[2:]), ("h100ib", "did you mean", "h100-ib")),
     (("plan", "llama-3-8b", "--cluster", "h100-ib", "--gpus", "0", *JOB[4:]), ("gpus=0", "1 or more")),
     (("plan", "llama-3-8b", "--cluster", "h100-ib", "--gpus", "-8", *JOB[4:]), ("gpus=-8",)),
     (("plan", "llama-3-8b", "--cluster", "h100-ib", "--gpus", "12", *JOB[4:]), ("gpus=12", "use 8 or 16")),

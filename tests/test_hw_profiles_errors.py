@@ -1,5 +1,8 @@
 """What goes wrong in a profile is told in one line: file, field, value, remedy."""
 
+import re
+import tomllib
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -7,6 +10,7 @@ import pytest
 from shardplan.hw_profiles.document import PartKind, catalog_folder
 from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.load import cluster_document, cluster_from_document, list_parts, load_cluster, load_gpu
+from shardplan.hw_profiles.names import spelling
 from shardplan.hw_profiles.show import hardware_show
 
 START = '[node]\nbase = "dgx-h100"\n'
@@ -125,8 +129,8 @@ def test_files_that_are_not_there(tmp_path):
 
 
 def test_unknown_names_bring_the_nearest():
-    with pytest.raises(InputError, match=r"unknown cluster 'h100ib'; did you mean .*h100-ib"):
-        load_cluster("h100ib")
+    with pytest.raises(InputError, match=r"unknown cluster 'h100ibb'; did you mean .*h100-ib"):
+        load_cluster("h100ibb")
     with pytest.raises(InputError, match=r"unknown gpu 'h2000'; did you mean .*h200"):
         load_gpu("h2000")
     with pytest.raises(InputError, match=r"unknown kind of part 'gpu'; did you mean gpus"):
@@ -146,7 +150,9 @@ def test_a_damaged_document_says_where():
     ("name", "told"),
     [
         ("dgx-h100", "'dgx-h100' is a node, not a cluster; clusters with it: eos, h100-ib"),
-        ("h100-sxm", "'h100-sxm' is a gpu, not a cluster"),
+        ("h100-sxm", "'h100-sxm' is a gpu, not a cluster; clusters with it: aws-p5, "),
+        ("rtx-4090", "'rtx4090' is a gpu, not a cluster; clusters with it: 8x4090"),
+        ("DGX A100", "'dgx-a100' is a node, not a cluster; clusters with it: a100-roce, "),
         ("ib-ndr", "'ib-ndr' is a network, not a cluster; clusters with it: "),
     ],
 )
@@ -159,6 +165,62 @@ def test_a_part_of_another_kind_is_named(name: str, told: str) -> None:
 def test_names_in_any_case() -> None:
     assert load_cluster("H100-IB").name == load_cluster("h100-ib").name
     assert hardware_show("H100-IB")["kind"] == "cluster"
+
+
+@pytest.mark.parametrize(
+    ("word", "name"),
+    [
+        ("rtx-4090", "rtx4090"),
+        ("RTX 3090", "rtx3090"),
+        ("rtx-6000-ada", "rtx6000-ada"),
+        ("gaudi-2", "gaudi2"),
+        ("GB200 NVL72", "gb200-nvl72"),
+        ("DGX A100", "dgx-a100"),
+        ("p4d", "aws-p4d"),
+        ("p5", "aws-p5"),
+        ("P5en", "aws-p5en"),
+        ("a100-80gb-sxm", "a100-80gb"),
+        ("h100-96gb-sxm-500w", "h100-96gb-500w"),
+        ("h200-141gb-sxm", "h200"),
+        ("rtx6000ada", "rtx6000-ada"),
+    ],
+)
+def test_other_names_for_one_part(word: str, name: str) -> None:
+    assert hardware_show(word)["name"] == name
+
+
+@pytest.mark.parametrize(
+    ("word", "entries"),
+    [
+        ("h100", ("h100-96gb-500w", "h100-ib", "h100-nvl", "h100-pcie", "h100-sxm")),
+        ("v100", ("v100-16gb", "v100-32gb", "v100-32gb-450w")),
+        ("a800", ("a800-80gb", "a800-ib")),
+        ("h100-96gb", ("h100-96gb-500w",)),
+        ("p6", ("aws-p6-b200", "aws-p6-b300")),
+        ("RoCE", ("roce-200", "roce-400", "roce-400-pods")),
+        ("efa", ("efa-3200", "efa-400", "efa-6400")),
+        ("omni-path", ("omni-path-100",)),
+        ("ethernet", ("ethernet-100",)),
+    ],
+)
+def test_a_word_that_several_parts_fit_is_answered_with_those(word: str, entries: tuple[str, ...]) -> None:
+    with pytest.raises(InputError) as caught:
+        hardware_show(word)
+    assert str(caught.value) == f"{word!r} may mean {', '.join(entries)}; name one of them"
+
+
+def test_no_name_means_two_parts_of_a_kind_and_every_other_name_means_one() -> None:
+    """Memory sizes and rates stay apart: spellings of catalog names differ, and other names lead to a name of the catalog."""
+    kinds: tuple[PartKind, ...] = ("clusters", "nodes", "networks", "gpus")
+    for kind in kinds:
+        assert len({spelling(name) for name in list_parts(kind)}) == len(list_parts(kind))
+    text = (files("shardplan.hw_profiles") / "catalog" / "names.toml").read_text(encoding="utf-8")
+    every = {name for kind in kinds for name in list_parts(kind)}
+    for word, name in tomllib.loads(text).items():
+        assert name in every and word not in every
+        for size in re.findall(r"(\d+)gb", word):
+            assert load_gpu(name).memory_bytes / 2**30 == pytest.approx(float(size), rel=0.02)
+    assert spelling("llama-27b") != spelling("llama-2-7b")
 
 
 @pytest.mark.parametrize(

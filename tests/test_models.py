@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -234,3 +235,20 @@ def test_cli_leaves_input_errors_to_the_caller():
 @pytest.mark.parametrize("command", ["list", "show"])
 def test_cli_help_has_an_example(command):
     assert "Example: shardplan models" in run_cli(command, "--help").stdout
+
+
+def test_separators_of_a_name_may_differ_unless_a_folder_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for word, name in (
+        ("gpt-2", "gpt2"),
+        ("GPT 2 XL", "gpt2-xl"),
+        ("llama 2 7b", "llama-2-7b"),
+        ("Qwen3_8B", "qwen3-8b"),
+    ):
+        found = find_preset(word)
+        assert found is not None and found.name == name
+    assert find_preset("llama-27b") is None
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gpt-2").mkdir()
+    assert find_preset("gpt-2") is None and find_preset("gpt2") is not None

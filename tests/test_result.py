@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 import shardplan.cli
 from shardplan.costmodel.answer import answer
+from shardplan.costmodel.error_band import GUESS_BAND, TIME_BAND
 from shardplan.costmodel.estimate import estimate
-from shardplan.costmodel.estimates import GUESS_BAND, TIME_BAND
 from shardplan.costmodel.job import Job
 from shardplan.costmodel.layout import parse_layout
 from shardplan.costmodel.model_config import load_model
@@ -280,7 +280,7 @@ def test_a_power_cap_is_a_guess_that_slows_steps_and_widens_their_band(tmp_path)
     inputs = {"model": MODEL, "job": JOB, "layouts": parse_layout("dp=8 zero=3 recompute=full"), "runtime": "fsdp2"}
     at_500, at_700 = estimate(cluster=slow, **inputs), estimate(cluster=full, **inputs)
     assert 1.05 < float(at_500.step_s[0] / at_700.step_s[0]) < clock_fraction(500, 700) ** -1
-    assert at_500.time_band == pytest.approx(TIME_BAND + GUESS_BAND)
+    assert at_500.band_of(0) == pytest.approx(TIME_BAND + GUESS_BAND)
     told = answer(at_500, 0, model=MODEL, job=JOB, cluster=slow, runtime=load_runtime("fsdp2"))["assumptions"]
     assert any("gpu.gemm_efficiency.power_cap" in line for line in told)
     assert free.gpu.power_cap_w is None

@@ -31,8 +31,7 @@ def print_validation(
     for name in ("rows", "timed", "mean %", "median", "p90", "bias", "in band", "order", "memory mean % (bias)"):
         table.add_column(name, justify="right")
     for one in sources:
-        if one["time"]["rows"] or one["memory"]:
-            table.add_row(*_cells(one), style="bold" if one["source"].startswith("all") else "")
+        table.add_row(*_cells(one), style="bold" if one["source"].startswith("all") else "")
     console.print(table)
     total = sources[-1]
     console.print(
@@ -85,7 +84,7 @@ def _cells(one: Mapping[str, Any]) -> list[str]:
         percent(time["bias"], signed=True),
         percent(one["band_coverage"]),
         _share(one["pairs_3"]),
-        memory or "–",
+        memory or (f"{one['refused']} refused" if one["refused"] else "–"),
     ]
 
 
