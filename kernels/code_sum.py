@@ -221,8 +221,9 @@ def decode_sum(
     int4: of their low halves, weight · high of the others; else high is nothing. `weight`: of a block, a power of two, or
     NaN where a scale is. FOLD: the factor is a power of two, so multiplying the scales with it rounds nothing.
 
-    int8, fp8 and a single source: codes are read as code + offset, whose product with a scale is exact; sums start at minus
-    the offsets' share, so that an element and source cost one multiply-add. That adds at most 3e-5 of a code step a source.
+    int8, fp8: codes are read as code + offset, whose product with a scale is exact; sums start at minus the offsets' share, so
+    that an element and source cost one multiply-add. That adds at most 3e-5 of a code step a source. From one source the
+    offset is taken off each code, so that what fp32 holds is exact up to its largest number.
     """
     if KIND == "int4" and SOURCES > 1:
         low, high, weight = sum_halves(
@@ -230,6 +231,12 @@ def decode_sum(
         )
         return low, high, weight
     OFFSET: tl.constexpr = 136.0 if KIND == "int4" else (384.0 if KIND == "int8" else 0.0)
+    if SOURCES == 1:
+        scale = scale_of(scales, 0, source_bytes, block, HALF_SCALE)
+        value, other = decode(tl.load(codes + block * WIDTH + column), KIND, HARDWARE_FP8)
+        low = (value - OFFSET) * scale * factor
+        high = (other - OFFSET) * scale * factor if KIND == "int4" else tl.zeros((TILE_BLOCKS, 1), tl.float32)
+        return low, high, tl.full((TILE_BLOCKS, 1), 1.0, tl.float32)
     start = tl.zeros((TILE_BLOCKS, 1), tl.float32)
     if KIND != "fp8":
         for group in tl.range(0, SOURCES, UNROLL):

@@ -122,15 +122,17 @@ def sum_sources(codes: torch.Tensor, scales: torch.Tensor, packing: Packing) -> 
     """Sum over the first axis of code · scale, fp32, in the kernels' order of operations.
 
     int4 of several sources: scales as integers of 16 bits of the largest, whose sums with the codes are exact up to 36
-    sources. Else the offsets are taken off first, then come sums of (code + offset) · scale.
+    sources. Else, from several, the offsets are taken off first, then come sums of (code + offset) · scale.
     """
-    if packing.kind == "int4" and len(codes) > 1:
+    if len(codes) == 1:
+        return codes[0] * scales[0]
+    if packing.kind == "int4":
         largest = scales.amax(dim=0)
         exponent = (largest.view(torch.int32) & 0x7F800000).clamp(min=(127 - 100) << 23)
         unit = (exponent - (15 << 23)).view(torch.float32)
         fixed = (scales / unit).round().clamp(max=2.0**16 - 1)
         return torch.where(torch.isfinite(largest), (codes * fixed).sum(0) * unit, float("nan"))
-    offset = {"int4": 136.0, "int8": 384.0, "fp8": 0.0}[packing.kind]
+    offset = {"int8": 384.0, "fp8": 0.0}[packing.kind]
     total = torch.zeros_like(scales[0])
     for scale in scales:
         total = total - offset * scale

@@ -298,3 +298,12 @@ def test_more_elements_than_32_bits_count(kind):
     alone = x[1 << 31 :]
     assert torch.equal(back[1 << 31 :], dequantize(quantize(alone, packing), tail, torch.bfloat16, packing))
     assert not back[: 1 << 31].any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_finite_comes_back_finite_up_to_the_largest_number(kind, device):
+    packing = Packing(kind=kind, block=64)
+    largest = torch.finfo(torch.bfloat16).max
+    x = torch.cat([torch.full((64,), size, device=device) for size in (1e37, -2e37, 1e38, -largest * 0.99)])
+    back = dequantize(quantize(x, packing), 256, torch.float32, packing)
+    assert torch.allclose(back, x, rtol=2.0**-7, atol=0)
