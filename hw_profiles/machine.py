@@ -138,8 +138,7 @@ class Gpu:
 
     def attention_kernel(self, preferred: Sequence[str]) -> str:
         """The first of the `preferred` kernels that this GPU has; with none of them, its own first."""
-        found = (name for name in preferred if name in self.attention_efficiency)
-        return next(found, next(iter(self.attention_efficiency)))
+        return next(name for name in (*preferred, *self.attention_efficiency) if name in self.attention_efficiency)
 
     def attention_curve(self, preferred: Sequence[str]) -> AttentionCurve:
         """The curve of that kernel."""
@@ -330,8 +329,7 @@ class Cluster:
             )
         if gpus % node.gpus and node.tray_gpus and gpus % node.tray_gpus == 0:
             part = max(n for n in range(node.tray_gpus, node.gpus, node.tray_gpus) if gpus % n == 0)
-            nics = max(self.network.nics_per_node * part // node.gpus, 1)
-            network = replace(self.network, nics_per_node=nics)
+            network = replace(self.network, nics_per_node=max(self.network.nics_per_node * part // node.gpus, 1))
             return replace(self, node_runs=((_part(node, part), gpus // part),), network=network)
         if gpus % node.gpus:
             low = gpus // node.gpus * node.gpus
@@ -363,7 +361,8 @@ def _part(node: Node, gpus: int) -> Node:
     if node.tray_gpus is None:
         return replace(node, gpus=gpus)
     share = -(-gpus // node.tray_gpus) * node.tray_gpus / node.gpus
-    host, whole, flash = node.host, node.host.pcie_node_bytes_per_s, node.nvme
+    host, whole = node.host, node.host.pcie_node_bytes_per_s
+    flash = {name: figure * share for name, figure in vars(node.nvme).items()} if node.nvme else {}
     return replace(
         node,
         gpus=gpus,
@@ -374,13 +373,7 @@ def _part(node: Node, gpus: int) -> Node:
             memory_bandwidth_bytes_per_s=host.memory_bandwidth_bytes_per_s * share,
             pcie_node_bytes_per_s=None if whole is None else whole * share,
         ),
-        nvme=None
-        if flash is None
-        else Nvme(
-            read_bytes_per_s=flash.read_bytes_per_s * share,
-            write_bytes_per_s=flash.write_bytes_per_s * share,
-            capacity_bytes=flash.capacity_bytes * share,
-        ),
+        nvme=Nvme(**flash) if flash else None,
         power_w=None if node.power_w is None else node.power_w * share,
         usd_per_hour=None if node.usd_per_hour is None else node.usd_per_hour * share,
     )

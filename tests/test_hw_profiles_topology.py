@@ -7,6 +7,7 @@ import networkx as nx
 import numpy as np
 import pytest
 
+from shardplan.costmodel.collectives import all_to_all_s
 from shardplan.hw_profiles.document import part_names
 from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.load import load_cluster
@@ -160,3 +161,17 @@ def test_closed_forms_hold_for_other_links_and_networks(link, nics_per_node):
     for leaf_nodes, oversubscription in product((1, 2, 32), (1.0, 1.7)):
         network = {"leaf_nodes": leaf_nodes, "oversubscription": oversubscription, "nics_per_node": nics_per_node}
         agree(changed("h100-ib", nodes=3, link=link, **network))
+
+
+def test_only_what_leaves_the_leaf_passes_the_thin_spine() -> None:
+    """16 nodes in two leaves, 4:1: each node sends to 15 others, 8 of them across the spine, so 4 * 8/15 of the time at full bisection."""
+    cluster = load_cluster("h100-ib", gpus=128)
+    thin, full = (
+        tier_table(replace(cluster, network=replace(cluster.network, leaf_nodes=8, oversubscription=ratio)))
+        for ratio in (4.0, 1.0)
+    )
+    ratio = all_to_all_s(thin, 1e10, [64, 128, 16], [1, 1, 8]) / all_to_all_s(full, 1e10, [64, 128, 16], [1, 1, 8])
+    assert ratio == pytest.approx([1.0, 4 * 8 / 15, 4 * 8 / 15], rel=1e-3)
+    one_each = replace(cluster, network=replace(cluster.network, leaf_nodes=1, oversubscription=4.0))
+    every = all_to_all_s(tier_table(one_each), 1e10, 128, 1)
+    assert float(every / all_to_all_s(full, 1e10, 128, 1)) == pytest.approx(4.0, rel=1e-3), "no two nodes share a leaf"

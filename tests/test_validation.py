@@ -224,13 +224,6 @@ def test_the_runs_furthest_off_are_listed(tmp_path: Path) -> None:
     assert "pairs misplaced" not in CliRunner().invoke(app, ["validate", str(table)]).stdout
 
 
-def test_a_source_whose_rows_are_all_refused_is_in_the_table(tmp_path: Path) -> None:
-    good, bad = write_rows(tmp_path / "good.csv"), write_rows(tmp_path / "bad.csv", source="of abaci", gpu="abacus")
-    shown = CliRunner().invoke(app, ["validate", str(good), str(bad)]).stdout
-    (line,) = [line for line in shown.splitlines() if line.startswith("of abaci")]
-    assert line.split()[2:4] == ["1", "0"] and line.endswith("1 refused")
-
-
 def test_few_rows_are_refused(outcomes: list[Outcome]) -> None:
     reasons = [one.refused for one in outcomes if one.refused]
     assert len(reasons) <= 8
