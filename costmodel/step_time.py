@@ -235,6 +235,7 @@ def held_times(
     update_s = np.where(share < 1, state_pass_s(cluster, traffic + execution.clip_bytes * updated), 0.0)
     update_s = (execution.update_slowdown if on_gpu else 1.0) * update_s + paging_s(job, cluster.node, updated)
     copied = np.where((layouts.dp * layouts.cp > 1) | exchanges_alone(runtime, job), 1.0, 0.0)
+    gather_bytes = execution.gather_copy_bytes + execution.gather_input_bytes / layouts.zero_ranks
     tiers_used = bool((share > 0).any() or layouts.offload_params.any())
     tied = None
     if model.tied_embeddings:
@@ -258,11 +259,7 @@ def held_times(
         tied_s=tied,
         optimizer_s=update_s,
         reduce_copy_s=copied * state_pass_s(cluster, execution.reduce_copy_bytes * owner.trained),
-        gather_copy_s=copied
-        * state_pass_s(
-            cluster,
-            (execution.gather_copy_bytes + execution.gather_input_bytes / layouts.zero_ranks) * owner.gathered,
-        ),
+        gather_copy_s=copied * state_pass_s(cluster, gather_bytes * owner.gathered),
         launching_s=np.maximum(execution.update_launches * cluster.gpu.launch_s * owner.units - update_s, 0.0)
         if on_gpu
         else np.zeros_like(update_s),
