@@ -249,7 +249,7 @@ def _held_reduction(
 ) -> FloatArray:
     """Bytes by which the input of a micro-batch's last reduction, `beyond` the waiting gradients of layers, is more than what is live of
     layers when the next one's activations are at their peak, (N, S): fully_shard keeps it until its next reduction, and by then neither
-    gradients of layers wait nor are layers gathered (reports/measured/h200-2026-11-27/later/memory_at_peak.txt)."""
+    gradients of layers wait nor are layers gathered (reports/measured/h200-2026-11-27/later/memory_at_peak.csv)."""
     keeps = runtime.working_set.reduction_held & accumulates & (layouts.zero >= 2) & (layouts.pp == 1)
     layers = np.maximum(gathered - parameter_bytes(runtime, job, sent=False) * root, 0.0)
     return np.where(keeps[:, None], np.maximum(beyond - layers, 0.0), 0.0)

@@ -20,8 +20,7 @@ SourceKind = Literal["spec", "measured", "published", "guess"]
 LinkKind = Literal["nvswitch", "mesh", "pcie", "shared_memory", "none"]
 NetworkKind = Literal["infiniband", "roce", "ethernet", "efa", "omni_path", "slingshot", "none"]
 AttentionKernel = Literal["cudnn", "flash3", "flash2", "flash1", "triton", "memory_efficient", "shardplan"]
-"""Generations of fused attention (triton: the Triton kernel of 2022; shardplan: this project's, `kernels/attention.py`). Which runs is the
-runtime's choice among those the GPU has."""
+"""Generations of fused attention (triton: the kernel of 2022; shardplan: `kernels/attention.py`); a runtime chooses among a GPU's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,10 +307,7 @@ class Cluster:
 
     def with_gpus(self, gpus: int) -> Cluster:
         """The same cluster with `gpus` GPUs: part of one node, whole nodes, or the largest equal parts of nodes that are racks of
-        servers; raises InputError otherwise.
-
-        On a lone CPU machine more processes than it has slots share its cores and memory.
-        """
+        servers; on a lone CPU machine more processes than it has slots share its cores and memory. Raises InputError otherwise."""
         if self.parts:
             return self._all_of_it(gpus)
         node = self.node
@@ -362,7 +358,6 @@ def _part(node: Node, gpus: int) -> Node:
         return replace(node, gpus=gpus)
     share = -(-gpus // node.tray_gpus) * node.tray_gpus / node.gpus
     host, whole = node.host, node.host.pcie_node_bytes_per_s
-    flash = {name: figure * share for name, figure in vars(node.nvme).items()} if node.nvme else {}
     return replace(
         node,
         gpus=gpus,
@@ -373,7 +368,7 @@ def _part(node: Node, gpus: int) -> Node:
             memory_bandwidth_bytes_per_s=host.memory_bandwidth_bytes_per_s * share,
             pcie_node_bytes_per_s=None if whole is None else whole * share,
         ),
-        nvme=Nvme(**flash) if flash else None,
+        nvme=node.nvme and Nvme(**{name: figure * share for name, figure in vars(node.nvme).items()}),
         power_w=None if node.power_w is None else node.power_w * share,
         usd_per_hour=None if node.usd_per_hour is None else node.usd_per_hour * share,
     )
