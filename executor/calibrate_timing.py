@@ -4,7 +4,8 @@ All the processes take the same number of calls and samples, so that they load t
 collectives can be timed by the same code. Samples are short, so that the median drops those another program disturbed.
 
 What a CPU computes is timed by the CPU time of the process, times the processes that share a core: other programs then do not count.
-Collectives are timed by the wall; where there are more processes than cores, samples are long enough to hold several time slices.
+Collectives are timed by the wall, those of CPU processes each behind a product, since back to back they take half as long as in a
+training step or less; where there are more processes than cores, samples are long enough to hold several time slices.
 """
 
 from __future__ import annotations
@@ -57,6 +58,18 @@ class Timer:
     def host_seconds(self, call: Call) -> float:
         """Seconds of one call on the wall, the device's work included."""
         return self._median(call, self._wall_sample, most_calls=MOST_CALLS, ahead_s=0.0)
+
+    def seconds_behind(self, work: Call, call: Call) -> float:
+        """Wall seconds of one call that comes behind `work`, which does not count: with the wake-up of threads and the wait for whichever
+        process was later, as between the products of a training step."""
+        work()
+        work_s = self.agree(self._wall_sample(work, 3))
+
+        def sample(one: Call, _calls: int) -> float:
+            work()
+            return self._wall_sample(one, 1)
+
+        return self._median(call, sample, most_calls=1, ahead_s=work_s)
 
     def device_seconds(self, call: Call) -> float:
         """Seconds the device spends on one call; on a CPU those of the process."""

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import typer
 
-pytest.importorskip("torch", reason="calibrating needs torch")
+torch = pytest.importorskip("torch", reason="calibrating needs torch")
 
 from shardplan.cli.calibrate import calibrate
 from shardplan.costmodel.attention_time import AttentionShape, fused_attention_s
@@ -31,6 +31,7 @@ from shardplan.executor.calibrate_measurements import (
 )
 from shardplan.executor.calibrate_profile import base_document, profile_document, undisturbed
 from shardplan.executor.calibrate_summary import summary_rows
+from shardplan.executor.calibrate_timing import Timer
 from shardplan.executor.calibrate_worker import usual
 from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.load import cluster_document, cluster_from_document, load_cluster
@@ -386,3 +387,10 @@ def test_a_failed_measurement_exits_3(
     assert stop.value.exit_code == 3
     assert "out of memory" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_collective_of_a_cpu_is_timed_behind_a_product_each_time():
+    did: list[str] = []
+    timer = Timer(device=torch.device("cpu"), budget_s=0.001, sample_s=0.0)
+    timer.seconds_behind(lambda: did.append("product"), lambda: did.append("collective"))
+    assert did[-6:] == ["product", "collective"] * 3
