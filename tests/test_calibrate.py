@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import typer
 
-torch = pytest.importorskip("torch", reason="calibrating needs torch")
+pytest.importorskip("torch", reason="calibrating needs torch")
 
 from shardplan.cli.calibrate import calibrate
 from shardplan.costmodel.attention_time import AttentionShape, fused_attention_s
@@ -390,6 +390,8 @@ def test_a_failed_measurement_exits_3(
 
 
 def test_a_collective_of_a_cpu_is_timed_behind_a_product_each_time():
+    import torch
+
     did: list[str] = []
     timer = Timer(device=torch.device("cpu"), budget_s=0.001, sample_s=0.0)
     timer.seconds_behind(lambda: did.append("product"), lambda: did.append("collective"))
