@@ -19,7 +19,7 @@ from shardplan.costmodel.rule import Rejection, Setting
 from shardplan.costmodel.runtime import Runtime
 from shardplan.costmodel.stage_document import mixed_document, stage_documents
 from shardplan.costmodel.step_time import TIME_PARTS
-from shardplan.hw_profiles.machine import Cluster
+from shardplan.hw_profiles.machine import Cluster, Gpu
 
 
 def answer(
@@ -202,27 +202,35 @@ def _experts_in_words(job: Job, layout: Layout) -> str:
     )
 
 
-def _why_fp32(cluster: Cluster, runtime: Runtime, found: list[str]) -> str:
-    """What 16 bits would give: these GPUs have the formats `found`."""
-    rates = cluster.gpu.peak_flop_per_s
-    faster = (
-        f"fp32, though {cluster.gpu.name} multiplies {rates[found[0]] / rates['fp32']:.0f} times as fast in {found[0]}"
-    )
+def _why_fp32(gpu: Gpu, runtime: Runtime, found: list[str]) -> str:
+    """What 16 bits would give: all GPUs, of which this is one, have the formats `found`."""
+    rates = gpu.peak_flop_per_s
+    faster = f"fp32, though {gpu.name} multiplies {rates[found[0]] / rates['fp32']:.0f} times as fast in {found[0]}"
     if any(word in runtime.abilities.precisions for word in found):
         return f"{faster}: --precision {next(word for word in found if word in runtime.abilities.precisions)}"
     known = " and ".join(word for word in runtime.abilities.precisions if word in ("bf16", "fp16")) or "no format"
     return f"{faster}: of 16 bits runtime {runtime.name} has {known}, these GPUs {' and '.join(found)}; another --runtime may have both"
 
 
+def _attention(model: Model, job: Job, cluster: Cluster, runtime: Runtime, word: str) -> str:
+    """Which attention runs, by GPU where they differ."""
+    own = word == "auto" and OWN_KERNEL in runtime.execution.attention_kernels
+    own &= all(takes_own_kernel(job.precision, kind.head_dim) for kind, _ in model.runs)
+    usual = runtime.abilities.attention[0] if word == "auto" else word
+    kernels = {
+        node.gpu.name: "triton" if own and OWN_KERNEL in node.gpu.attention_efficiency else usual
+        for node, _ in cluster.node_runs
+    }
+    if len(set(kernels.values())) == 1:
+        return next(iter(kernels.values()))
+    return " and ".join(f"{kernel} ({gpu})" for gpu, kernel in kernels.items())
+
+
 def assumptions(
     model: Model, job: Job, cluster: Cluster, runtime: Runtime, layout: Layout, headroom: float
 ) -> list[str]:
     """What the numbers rest on, in sentences."""
-    attention = layout.attention
-    if attention == "auto":
-        owned = OWN_KERNEL in runtime.execution.attention_kernels and OWN_KERNEL in cluster.gpu.attention_efficiency
-        owned &= all(takes_own_kernel(job.precision, kind.head_dim) for kind, _ in model.runs)
-        attention = "triton" if owned else runtime.abilities.attention[0]
+    attention = _attention(model, job, cluster, runtime, layout.attention)
     gradient = job.grad_dtype or runtime.states[job.precision].gradient_dtype
     gpus = list(
         dict.fromkeys((node.gpu.name, node.gpu.peak_flop_per_s[job.precision]) for node, _ in cluster.node_runs)
@@ -251,8 +259,9 @@ def assumptions(
     lacked = [
         word for word in ("bf16", "fp16") if all(word in node.gpu.peak_flop_per_s for node, _ in cluster.node_runs)
     ]
-    if job.precision == "fp32" and cluster.gpu.device != "cpu" and lacked:
-        lines.append(_why_fp32(cluster, runtime, lacked))
+    gpu = cluster.node_runs[0][0].gpu
+    if job.precision == "fp32" and gpu.device != "cpu" and lacked:
+        lines.append(_why_fp32(gpu, runtime, lacked))
     if job.precision == "fp8":
         lines.append(
             "fp8: products of layers only; attention, head, activations and states as in bf16, parameters gathered in 8 bits"

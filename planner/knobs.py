@@ -117,10 +117,12 @@ def _without_forbidden(knob: Knob, wishes: Wishes) -> Knob:
 
 
 def named_recompute(setting: Setting, wishes: Wishes) -> tuple[Knob, ...]:
-    """The knob of named parts to recompute, where there is one: `turn_knobs` finds the quickest set that fits by itself."""
+    """The knob of named parts to recompute, where there is one: `turn_knobs` finds the quickest set that fits by itself. They save memory
+    beyond the rest where whole layers are not to be recomputed."""
     sets = () if asked(wishes, "recompute", "selective") else named_sets(setting)
     variants = tuple({"recompute": SELECTIVE, "recompute_parts": parts} for parts in sets)
-    knob = Knob(words=("recompute",), variants=variants, rows=lambda t: t.recompute == NONE)
+    whole = setting.runtime.abilities.partial_recompute and not asked(wishes, "recompute", "full")
+    knob = Knob(words=("recompute",), variants=variants, rows=lambda t: t.recompute == NONE, saves_memory=not whole)
     return tuple(one for one in (_without_forbidden(knob, wishes),) if one.variants)
 
 

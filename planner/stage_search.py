@@ -123,7 +123,7 @@ def least_cut_bytes(setting: Setting, layouts: LayoutTable, wishes: Wishes, head
         fastest=np.inf,
         told=lambda looked_at: None,
     )
-    saving = [knob for knob in knobs_of(setting, wishes) if knob.saves_memory]
+    saving = [knob for knob in (*knobs_of(setting, wishes), *named_recompute(setting, wishes)) if knob.saves_memory]
     bounds = on_mean_stage(setting, piped)
     every = [bounds, *_with_knobs(state, bounds, saving)]
     return min(float(_least_bytes(state, one.layouts).min()) for one in every)

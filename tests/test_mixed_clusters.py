@@ -205,6 +205,16 @@ def test_two_equal_parts_are_the_plain_cluster(tmp_path: Path) -> None:
     assert one.ranked.step_s[0] == pytest.approx(other.ranked.step_s[0], rel=1e-6)
 
 
+@pytest.mark.parametrize("words", [[], ["--runtime", "fsdp2", "--precision", "fp32"]])
+def test_a_plan_is_made_and_told_with_every_runtime(tmp_path: Path, words: list[str]) -> None:
+    plan = tmp_path / "plan.json"
+    asked = ["plan", "llama-3.2-1b", "--cluster", str(EXAMPLE), "--global-batch", "128", "--seq", "2048", *words]
+    made = CliRunner().invoke(app, [*asked, "-o", str(plan)])
+    assert made.exit_code == 0, made.output
+    told = "fp32, though a100-80gb multiplies" if words else "flash (a100-80gb) and triton (h100-sxm) attention"
+    assert told in " ".join(made.output.split())
+
+
 def test_plan_and_explain_name_parts_and_runtimes(tmp_path: Path) -> None:
     plan = tmp_path / "plan.json"
     words = ["plan", "llama-3-8b", "--cluster", str(EXAMPLE), "--global-batch", "256", "--seq", "4096"]

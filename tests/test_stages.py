@@ -150,6 +150,25 @@ def test_few_recomputed_layers_on_the_first_stages_make_a_pipeline_fit() -> None
     assert estimated(small, best).fits()[0]
 
 
+def test_pipelines_that_fit_by_named_parts_alone_are_found_where_whole_layers_are_not_to_be_recomputed() -> None:
+    model, cluster = shardplan.load_model("llama-3-8b"), shardplan.load_cluster("a100-40gb-ib", gpus=4)
+    result = shardplan.search(
+        model=model,
+        job=shardplan.Job(seq=16384, global_batch=16),
+        cluster=cluster,
+        runtime="megatron",
+        wishes=parse_wishes("tp=1", ["recompute=full"]),
+    )
+    assert result.ranked is not None
+    known = "dp=1 tp=1 pp=4 micro_batch=1 zero=1 recompute=selective:layernorm+mlp stage_layers=7,9,9,7 offload_optimizer=cpu"
+    given = Setting(
+        model=model, job=shardplan.Job(seq=16384, global_batch=16), cluster=cluster, runtime=load_runtime("megatron")
+    )
+    found = estimated(given, parse_layout(known))
+    assert found.fits()[0]
+    assert result.ranked.step_s[0] <= found.step_s[0] * (1 + 1e-9)
+
+
 @pytest.mark.parametrize("runtime", ["fsdp2", "megatron", "shardplan", "deepspeed"])
 def test_no_cut_beats_the_bound(runtime: str) -> None:
     """Step time and memory of every cut of random layouts against `lower_bounds`."""
