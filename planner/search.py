@@ -90,7 +90,7 @@ def _check_objective(objective: Objective, job: Job, cluster: Cluster, days: flo
 
 
 def _fewest(cluster: Cluster, on: Callable[[int], SearchResult]) -> SearchResult:
-    """On as few GPUs as something fits: doubling first, then every whole node between the last two sizes tried."""
+    """On as few GPUs as something fits: doubling first, then every size in a node, or of whole nodes, between the last two tried."""
     last, result = 0, None
     for gpus in gpu_counts(cluster):
         result = on(gpus)
@@ -98,7 +98,7 @@ def _fewest(cluster: Cluster, on: Callable[[int], SearchResult]) -> SearchResult
             return result
         if result.ranked is not None:
             node = cluster.node.gpus
-            between = range(last // node * node + node, gpus, node) if gpus > node else range(0)
+            between = range(last // node * node + node, gpus, node) if gpus > node else range(last + 1, gpus)
             for size in between:
                 one = on(size)
                 if one.partial:  # what was found stands, fewer were not all tried

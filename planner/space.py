@@ -84,14 +84,23 @@ def parse_wishes(fix: str = "", forbid: Sequence[str] = (), allow: Sequence[str]
                 _checked(f"{name}={value}")
             pairs.append((name, value.lower() if equals else None))
     try:
-        return Wishes(
-            fixed=parse_layout(fix),
-            fixed_words=given_words(fix),
-            forbidden=tuple(pairs),
-            allowed=frozenset(word for word in allow if word in ALLOWABLE),
-        )
+        fixed, words = parse_layout(fix), given_words(fix)
     except InputError as bad:
         raise InputError(bad.problem, place="--fix", remedy=bad.remedy) from None
+    for word, value in pairs:
+        if word in words and not allowed(layout_table([fixed]), ((word, value),))[0]:
+            named = word if value is None else f"{word}={value}"
+            raise InputError(
+                f"{named} is forbidden, but --fix asks for {word}={getattr(fixed, word)}",
+                place="--forbid",
+                remedy="leave one of them out",
+            )
+    return Wishes(
+        fixed=fixed,
+        fixed_words=words,
+        forbidden=tuple(pairs),
+        allowed=frozenset(word for word in allow if word in ALLOWABLE),
+    )
 
 
 def _checked(words: str) -> None:

@@ -10,6 +10,7 @@ from shardplan.costmodel.job import Job
 from shardplan.costmodel.layout import OFFLOAD
 from shardplan.costmodel.model_config import load_model
 from shardplan.costmodel.runtime import load_runtime
+from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.load import load_cluster
 from shardplan.planner.search import search
 from shardplan.planner.space import layout_space, parse_wishes, runtime_tiers
@@ -82,3 +83,14 @@ def test_forbidding_one_value_keeps_its_knob(forbid: str, gone: Any, kept: Any) 
     rows = [found.layouts.row(at) for at in range(len(found))]
     assert not any(gone(row) for row in rows)
     assert any(kept(row) for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("fix", "forbid"),
+    [("tp=8", "tp"), ("tp=2", "tp=2"), ("offload_optimizer=cpu", "offload"), ("recompute=full", "recompute=full")],
+)
+def test_what_is_fixed_and_forbidden_is_said_to_be(fix: str, forbid: str) -> None:
+    with pytest.raises(InputError, match=rf"is forbidden, but --fix asks for {fix}"):
+        parse_wishes(fix, [forbid])
+    parse_wishes("tp=1", ["tp"])
+    parse_wishes("tp=2", ["tp=4"])
