@@ -99,7 +99,7 @@ def error_bands(setting: Setting) -> Bands:
         + ADAPTER_BAND * (job.adapters is not None),
         attention={word: GUESS_BAND * bool(guesses & _attention(setting, word)) for word in ATTENTION},
         offload={"cpu": OFFLOAD_BAND + GUESS_BAND * host, "nvme": OFFLOAD_BAND + GUESS_BAND * flash},
-        memory=MEMORY_BAND + CAPACITY_BAND * ("gpu.memory_mib" in guesses),
+        memory=memory_band(cluster),
     )
 
 

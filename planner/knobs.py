@@ -26,7 +26,7 @@ from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.rule_parts import divisors
 from shardplan.planner.at_setting import estimated, unbroken
 from shardplan.planner.named_recompute import named_sets, parts_recomputed, with_all_parts
-from shardplan.planner.partial_recompute import partly_recomputed, with_all_recomputed
+from shardplan.planner.partial_recompute import partly_recomputed, recomputes_layers, with_all_recomputed
 from shardplan.planner.placement import least_step_s, may_take_less
 from shardplan.planner.space import Wishes, allowed, asked
 
@@ -121,8 +121,8 @@ def named_recompute(setting: Setting, wishes: Wishes) -> tuple[Knob, ...]:
     beyond the rest where whole layers are not to be recomputed."""
     sets = () if asked(wishes, "recompute", "selective") else named_sets(setting)
     variants = tuple({"recompute": SELECTIVE, "recompute_parts": parts} for parts in sets)
-    whole = setting.runtime.abilities.partial_recompute and not asked(wishes, "recompute", "full")
-    knob = Knob(words=("recompute",), variants=variants, rows=lambda t: t.recompute == NONE, saves_memory=not whole)
+    saving = not recomputes_layers(setting, wishes)
+    knob = Knob(words=("recompute",), variants=variants, rows=lambda t: t.recompute == NONE, saves_memory=saving)
     return tuple(one for one in (_without_forbidden(knob, wishes),) if one.variants)
 
 

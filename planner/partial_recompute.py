@@ -21,13 +21,18 @@ IntArray = NDArray[np.int64]
 NONE, FULL = RECOMPUTE.index("none"), RECOMPUTE.index("full")
 
 
+def recomputes_layers(setting: Setting, wishes: Wishes) -> bool:
+    """Whether any number of layers may be recomputed: the runtime can, and the user has not said otherwise."""
+    return setting.runtime.abilities.partial_recompute and not asked(wishes, "recompute", "full")
+
+
 def with_all_recomputed(
     setting: Setting, layouts: LayoutTable, wishes: Wishes, headroom: float
 ) -> tuple[BoolArray, FloatArray]:
-    """(layouts that GPUs hold, bytes on the device), each (N,), with as many layers recomputed as every stage has; none where the runtime
-    recomputes all layers or none, or the user asked otherwise."""
+    """(layouts that GPUs hold, bytes on the device), each (N,), with as many layers recomputed as every stage has; none where not
+    `recomputes_layers`."""
     held, peak_bytes = np.zeros(len(layouts), dtype=bool), np.full(len(layouts), np.inf)
-    if asked(wishes, "recompute", "full") or not setting.runtime.abilities.partial_recompute:
+    if not recomputes_layers(setting, wishes):
         return held, peak_bytes
     deep = np.flatnonzero(layouts.pp * 2 <= setting.model.layer_count)
     if len(deep):

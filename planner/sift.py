@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shardplan.costmodel.error_band import error_bands
+from shardplan.costmodel.error_band import memory_band
 from shardplan.costmodel.layout import LayoutTable
 from shardplan.costmodel.rule import Rule, Setting
 from shardplan.costmodel.rules import RULES
@@ -84,7 +84,7 @@ def _states_fit(setting: Setting, spreading: LayoutTable, headroom: float) -> ND
     once = setting.job.global_batch // spreading.dp
     sizes = (spreading.micro_batch, once)
     least = np.min([states_alone_bytes(setting, replace(spreading, micro_batch=size)) for size in sizes], axis=0)
-    return least * (1.0 + error_bands(setting).memory) <= setting.cluster.gpu.memory_bytes * (1.0 - headroom)
+    return least * (1.0 + memory_band(setting.cluster)) <= setting.cluster.gpu.memory_bytes * (1.0 - headroom)
 
 
 def _sift_factors(setting: Setting, piece: Factors, refused: dict[str, Refusal]) -> tuple[Factors, list[Rule]]:

@@ -30,6 +30,7 @@ from shardplan.planner.at_setting import estimated, unbroken
 from shardplan.planner.cut_bounds import over_mean_s, recomputing_mean_s
 from shardplan.planner.knobs import Knob, knobs_of, least_s_with, named_recompute, variants_of
 from shardplan.planner.named_recompute import with_needed_parts
+from shardplan.planner.partial_recompute import recomputes_layers
 from shardplan.planner.placement import as_innermost, in_other_orders, movable, only_outer, open_orders
 from shardplan.planner.space import Wishes, asked
 from shardplan.planner.stage_options import Part, Wanted
@@ -136,11 +137,10 @@ def leaves_stages_open(setting: Setting, wishes: Wishes) -> bool:
 
 def wanted_of(setting: Setting, wishes: Wishes, headroom: float) -> Wanted:
     """What of stages the runtime can do and the user left open."""
-    abilities = setting.runtime.abilities
     return Wanted(
         headroom=headroom,
-        partial_recompute=abilities.partial_recompute and not asked(wishes, "recompute", "full"),
-        by_stage=abilities.recompute_by_stage,
+        partial_recompute=recomputes_layers(setting, wishes),
+        by_stage=setting.runtime.abilities.recompute_by_stage,
     )
 
 
