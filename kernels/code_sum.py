@@ -211,6 +211,41 @@ def sum_halves(
 
 
 @triton.jit
+def sum_codes(
+    codes, scales, source_bytes, block, column, factor,
+    SOURCES: tl.constexpr, UNROLL: tl.constexpr, KIND: tl.constexpr, WIDTH: tl.constexpr, HALF_SCALE: tl.constexpr,
+    TILE_BLOCKS: tl.constexpr, HARDWARE_FP8: tl.constexpr, FOLD: tl.constexpr,
+):  # fmt: skip
+    """The sum of `decode_sum` of several int8 or fp8 sources.
+
+    Codes are read as code + offset, whose product with a scale is exact; sums start at minus the offsets' share, so that an
+    element and source cost one multiply-add. That adds at most 3e-5 of a code step a source.
+    """
+    OFFSET: tl.constexpr = 384.0 if KIND == "int8" else 0.0
+    start = tl.zeros((TILE_BLOCKS, 1), tl.float32)
+    if KIND == "int8":
+        for group in tl.range(0, SOURCES, UNROLL):
+            for step in tl.static_range(UNROLL):
+                scale = scale_of(scales, group + step, source_bytes, block, HALF_SCALE)
+                if FOLD:
+                    scale *= factor
+                start = tl.fma(scale, tl.full((TILE_BLOCKS, 1), -OFFSET, tl.float32), start)
+    total = tl.broadcast_to(start, (TILE_BLOCKS, WIDTH))
+    for group in tl.range(0, SOURCES, UNROLL):
+        for step in tl.static_range(UNROLL):
+            source = tl.cast(group + step, tl.int64)
+            code = tl.load(codes + source * source_bytes + block * WIDTH + column)
+            scale = scale_of(scales, group + step, source_bytes, block, HALF_SCALE)
+            if FOLD:
+                scale *= factor
+            value, _ = decode(code, KIND, HARDWARE_FP8)
+            total = tl.fma(value, tl.broadcast_to(scale, (TILE_BLOCKS, WIDTH)), total)
+    if not FOLD:
+        total *= factor
+    return total
+
+
+@triton.jit
 def decode_sum(
     codes, scales, source_bytes, block, column, factor,
     SOURCES: tl.constexpr, UNROLL: tl.constexpr, KIND: tl.constexpr, WIDTH: tl.constexpr, HALF_SCALE: tl.constexpr,
@@ -219,46 +254,25 @@ def decode_sum(
     """(low, high, weight) of the tile at `codes`, `scales`: weight · low, fp32, is factor · sum over sources of the blocks.
 
     int4: of their low halves, weight · high of the others; else high is nothing. `weight`: of a block, a power of two, or
-    NaN where a scale is. FOLD: the factor is a power of two, so multiplying the scales with it rounds nothing.
-
-    int8, fp8: codes are read as code + offset, whose product with a scale is exact; sums start at minus the offsets' share, so
-    that an element and source cost one multiply-add. That adds at most 3e-5 of a code step a source. From one source the
-    offset is taken off each code, so that what fp32 holds is exact up to its largest number.
+    NaN where a scale is. FOLD: the factor is a power of two, so multiplying the scales with it rounds nothing. Of one source
+    every product is exact.
     """
-    if KIND == "int4" and SOURCES > 1:
-        low, high, weight = sum_halves(
-            codes, scales, source_bytes, block, column, factor, SOURCES, UNROLL, WIDTH, HALF_SCALE, TILE_BLOCKS, FOLD
-        )
-        return low, high, weight
-    OFFSET: tl.constexpr = 136.0 if KIND == "int4" else (384.0 if KIND == "int8" else 0.0)
+    weight = tl.full((TILE_BLOCKS, 1), 1.0, tl.float32)
+    high = tl.zeros((TILE_BLOCKS, 1), tl.float32)
     if SOURCES == 1:
+        OFFSET: tl.constexpr = 136.0 if KIND == "int4" else (384.0 if KIND == "int8" else 0.0)
         scale = scale_of(scales, 0, source_bytes, block, HALF_SCALE)
         value, other = decode(tl.load(codes + block * WIDTH + column), KIND, HARDWARE_FP8)
         low = (value - OFFSET) * scale * factor
-        high = (other - OFFSET) * scale * factor if KIND == "int4" else tl.zeros((TILE_BLOCKS, 1), tl.float32)
-        return low, high, tl.full((TILE_BLOCKS, 1), 1.0, tl.float32)
-    start = tl.zeros((TILE_BLOCKS, 1), tl.float32)
-    if KIND != "fp8":
-        for group in tl.range(0, SOURCES, UNROLL):
-            for step in tl.static_range(UNROLL):
-                scale = scale_of(scales, group + step, source_bytes, block, HALF_SCALE)
-                if FOLD:
-                    scale *= factor
-                start = tl.fma(scale, tl.full((TILE_BLOCKS, 1), -OFFSET, tl.float32), start)
-    low = tl.broadcast_to(start, (TILE_BLOCKS, WIDTH))
-    high = tl.broadcast_to(start, (TILE_BLOCKS, WIDTH if KIND == "int4" else 1))
-    for group in tl.range(0, SOURCES, UNROLL):
-        for step in tl.static_range(UNROLL):
-            source = tl.cast(group + step, tl.int64)
-            code = tl.load(codes + source * source_bytes + block * WIDTH + column)
-            scale = scale_of(scales, group + step, source_bytes, block, HALF_SCALE)
-            if FOLD:
-                scale *= factor
-            value, other = decode(code, KIND, HARDWARE_FP8)
-            low = tl.fma(value, tl.broadcast_to(scale, (TILE_BLOCKS, WIDTH)), low)
-            if KIND == "int4":
-                high = tl.fma(other, tl.broadcast_to(scale, (TILE_BLOCKS, WIDTH)), high)
-    if not FOLD:
-        low *= factor
-        high *= factor
-    return low, high, tl.full((TILE_BLOCKS, 1), 1.0, tl.float32)
+        if KIND == "int4":
+            high = (other - OFFSET) * scale * factor
+    elif KIND == "int4":
+        low, high, weight = sum_halves(
+            codes, scales, source_bytes, block, column, factor, SOURCES, UNROLL, WIDTH, HALF_SCALE, TILE_BLOCKS, FOLD
+        )
+    else:
+        low = sum_codes(
+            codes, scales, source_bytes, block, column, factor,
+            SOURCES, UNROLL, KIND, WIDTH, HALF_SCALE, TILE_BLOCKS, HARDWARE_FP8, FOLD,
+        )  # fmt: skip
+    return low, high, weight
