@@ -106,8 +106,8 @@ def unfused_attention_s(
     """(forward, backward) seconds of two batched products forward and four backward, and of what runs between them.
 
     `softmax_traffic_bytes` is read and written forward by scale, mask, softmax and dropout in one kernel, `softmax_passes` (forward,
-    backward) is what a runtime moves relative to such. Every product reads or writes the
-    whole score matrix (nothing is skipped for a causal mask), and does not hide that behind its math.
+    backward) is what a runtime moves relative to such. Every product reads or writes the whole score matrix (nothing is skipped for a
+    causal mask), and does not hide that behind its math.
     """
     flop = 2.0 * shape.scores * shape.head_dim
     rate = gpu.peak_flop_per_s[precision] * gpu.gemm_curve(precision).at(flop)

@@ -22,8 +22,8 @@ from shardplan.costmodel.collectives import all_to_all_s, collective_s, sent_onc
 from shardplan.costmodel.job import Job
 from shardplan.costmodel.layout import LayoutTable
 from shardplan.costmodel.model import LayerKind, Model, layer_parameters
-from shardplan.costmodel.op import Gemm, Op, Shapes, tensor_parallel_collectives
-from shardplan.costmodel.operators import expert_ops
+from shardplan.costmodel.op import Op, Shapes, tensor_parallel_collectives
+from shardplan.costmodel.operators import expert_ops, routing_ops
 from shardplan.costmodel.runtime import Runtime
 from shardplan.hw_profiles.topology import TierTable
 
@@ -73,14 +73,19 @@ def dispatched_ops(ops: Sequence[Op], kind: LayerKind, shapes: Shapes, runtime: 
     rows = kind.experts_per_token * shapes.tokens / shapes.sp * shapes.expert_load * shapes.expert_tp
     local = kind.experts / shapes.ep * np.ones_like(shapes.tokens)
     up, activation, down = expert_ops(kind, shapes, runtime, rows, kind.ffn / shapes.expert_tp, local)
+    received, ordered = _received(kind, shapes)[1], _ordering_bytes(kind, shapes, runtime)
+    kept = received * shapes.expert_tp
+    routes, there, back = routing_ops(kind, runtime, shapes.tokens / shapes.sp, ordered, kept)
+    sent = (received, float(kind.experts_per_token))
     return (
         *ops[:router],
-        *_dispatch_ops(kind, shapes, runtime),
+        routes,
+        replace(there, experts=sent),
         *shared,
         up,
         activation,
         replace(down, name=names[combine - 1]),
-        _combine_op(kind, shapes, runtime),
+        replace(back, experts=sent),
         *ops[combine + 1 :],
     )
 
@@ -104,32 +109,6 @@ def _ordering_bytes(kind: LayerKind, shapes: Shapes, runtime: Runtime) -> FloatA
         return there * (1.0 + sent_once(ranks, kind.experts_per_token))
     several = kind.experts / np.asarray(shapes.ep) > 1
     return own * (1.0 + 1.0 / kind.experts_per_token) + np.where(several, 2.0 * there, 0.0)
-
-
-def _dispatch_ops(kind: LayerKind, shapes: Shapes, runtime: Runtime) -> tuple[Op, Op]:
-    tokens, one = shapes.tokens / shapes.sp, np.ones_like(shapes.tokens)
-    received = _received(kind, shapes)[1]
-    router = Op(
-        name="router",
-        gemms=(Gemm(m=tokens, n=kind.experts * one, k=kind.hidden * one, count=one),),
-        kept_bytes=4 * tokens * kind.experts,
-    )
-    dispatch = Op(
-        name="dispatch",
-        copied_bytes=_ordering_bytes(kind, shapes, runtime),
-        kept_bytes=received * shapes.expert_tp,
-        experts=(received, float(kind.experts_per_token)),
-        launches=runtime.expert_parallel.layer_launches,
-    )
-    return router, dispatch
-
-
-def _combine_op(kind: LayerKind, shapes: Shapes, runtime: Runtime) -> Op:
-    return Op(
-        name="combine",
-        copied_bytes=_ordering_bytes(kind, shapes, runtime),
-        experts=(_received(kind, shapes)[1], float(kind.experts_per_token)),
-    )
 
 
 def exchange_s(tiers: TierTable, ops: Sequence[Op], shapes: Shapes, runtime: Runtime) -> FloatArray:

@@ -66,21 +66,9 @@ def _mlp_ops(kind: LayerKind, shapes: Shapes, runtime: Runtime) -> tuple[Op, ...
         rows = kind.experts_per_token * tokens * shapes.expert_load
         copies = e * rows * kind.hidden
         ordered = runtime.expert_parallel.ordering_passes * copies * (1.0 + 1.0 / kind.experts_per_token)
-        ops += [
-            Op(
-                name="router",
-                gemms=(Gemm(m=tokens, n=kind.experts * one, k=kind.hidden * one, count=one),),
-                kept_bytes=4 * tokens * kind.experts,
-            ),
-            Op(
-                name="dispatch",
-                copied_bytes=ordered,
-                kept_bytes=copies,
-                launches=runtime.expert_parallel.layer_launches,
-            ),
-            *_shared_expert_ops(kind, shapes, runtime),
-        ]
-        last = (Op(name="combine", copied_bytes=ordered),)
+        router, dispatch, combine = routing_ops(kind, runtime, tokens, ordered, copies)
+        ops += [router, dispatch, *_shared_expert_ops(kind, shapes, runtime)]
+        last = (combine,)
         up, activation, down = expert_ops(kind, shapes, runtime, rows, kind.ffn / shapes.tp, kind.experts * one)
     else:
         up, activation, down = feed_forward(kind, shapes, runtime, tokens, kind.ffn / shapes.tp)
@@ -121,6 +109,28 @@ def feed_forward(
             kept_bytes=wide * (runtime.activations.gated_mlp_copies - 2 if kind.gated_mlp else 1),
         ),
         Op(name="down", gemms=(Gemm(m=rows / count, n=kind.hidden * one, k=width * one, count=count),)),
+    )
+
+
+def routing_ops(
+    kind: LayerKind, runtime: Runtime, tokens: FloatArray, ordered_bytes: FloatArray, copies_bytes: FloatArray
+) -> tuple[Op, Op, Op]:
+    """(router of so many tokens, what makes and orders their copies for the experts, what joins those again): traffic of each of the
+    last two, and the copies that are kept, in bytes."""
+    one = np.ones_like(tokens)
+    return (
+        Op(
+            name="router",
+            gemms=(Gemm(m=tokens, n=kind.experts * one, k=kind.hidden * one, count=one),),
+            kept_bytes=4 * tokens * kind.experts,
+        ),
+        Op(
+            name="dispatch",
+            copied_bytes=ordered_bytes,
+            kept_bytes=copies_bytes,
+            launches=runtime.expert_parallel.layer_launches,
+        ),
+        Op(name="combine", copied_bytes=ordered_bytes),
     )
 
 
