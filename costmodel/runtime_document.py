@@ -116,6 +116,10 @@ def check_values(document: Mapping[str, Any], place: str) -> None:
         if not 0.0 <= value <= most:
             remedy = "use a share from 0 to 1" if most == 1.0 else "use a number of 0 or more"
             raise InputError(f"{name}={value:g} is out of range", place=place, remedy=remedy)
+        if name.endswith("_rate") and value == 0.0:  # work is divided by it
+            raise InputError(
+                f"{name}=0 is out of range", place=place, remedy="use a number above 0; 1 leaves it as it is"
+            )
     abilities: dict[str, Any] = document.get("abilities", {})
     for name, known in (("schedules", SCHEDULES), ("zero", range(4)), ("precisions", PRECISIONS)):
         for word in abilities.get(name, ()):

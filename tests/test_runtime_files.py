@@ -26,6 +26,11 @@ def test_shipped_runtimes_are_read(name: str) -> None:
         (HEAD.replace('source = "here"\n', ""), "source is missing"),
         (HEAD + "[communication]\nreduce_overlap = 1.5\n", "communication.reduce_overlap=1.5 is out of range"),
         (HEAD + "[communication]\nreduce_overlap = nan\n", "use a share from 0 to 1"),
+        (
+            HEAD + "[expert_parallel]\nproduct_rate = 0\n",
+            "expert_parallel.product_rate=0 is out of range; use a number above 0",
+        ),
+        (HEAD + "[execution]\nattention_rate = 0\n", "execution.attention_rate=0 is out of range"),
         (HEAD + "[execution]\nstep_overhead_s = -1\n", "execution.step_overhead_s=-1 is out of range"),
         (HEAD + '[abilities]\nschedules = ["1f1bb"]\n', "abilities.schedules has the unknown '1f1bb'"),
         (HEAD + "[abilities]\nzero = [0, 7]\n", "abilities.zero has the unknown 7"),
