@@ -21,7 +21,7 @@ from shardplan.costmodel.layout import Layout, LayoutTable, layout_table
 from shardplan.costmodel.memory import FULL
 from shardplan.costmodel.model import Model, attended_tokens, matrix_parameters
 from shardplan.costmodel.offload import NVME, activation_copies_s
-from shardplan.costmodel.pace import fill_weight, pipeline_pace, pipeline_transfers_s, stage_seconds
+from shardplan.costmodel.pace import backward_split, fill_weight, pipeline_pace, pipeline_transfers_s, stage_seconds
 from shardplan.costmodel.recompute import BY_STAGE
 from shardplan.costmodel.row_keys import RowKeys, row_keys
 from shardplan.costmodel.rule import Setting
@@ -119,10 +119,19 @@ def on_mean_stage(setting: Setting, layouts: LayoutTable, *, hides_all: bool = F
 
 
 def peak_weight(setting: Setting, layouts: LayoutTable) -> FloatArray:
-    """Micro-batches of the slowest stage that a step is made of, (N,), beside `pace.fill_weight` of all stages."""
-    batches = micro_batches(setting, layouts)
-    full = (layouts.recompute == FULL).astype(np.float64)
-    return np.maximum(batches - fill_weight(layouts, batches, full), 0.0)
+    """The first of `pipeline_weights`, (N,)."""
+    return _pipeline_weights(prepared(setting), layouts)[0]
+
+
+def pipeline_weights(setting: Setting, layouts: LayoutTable) -> tuple[FloatArray, FloatArray]:
+    """(micro-batches of the slowest stage, and of all stages, whose sum is a step's pipeline), each (N,)."""
+    return _pipeline_weights(prepared(setting), layouts)
+
+
+def _pipeline_weights(ready: Setting, layouts: LayoutTable) -> tuple[FloatArray, FloatArray]:
+    batches, full = micro_batches(ready, layouts), (layouts.recompute == FULL).astype(np.float64)
+    fill = fill_weight(layouts, batches, backward_split(ready, layouts, full, batches))
+    return np.maximum(batches - fill, 0.0), fill
 
 
 def on_stages(setting: Setting, layouts: LayoutTable, some: slice) -> Estimates:
@@ -222,7 +231,7 @@ def _estimate_rows(
         hides_s = np.full(len(keys.work_of_pace), np.inf) if mean else None
         if chosen == "mean":
             hides_s = time.hides_at_most_s(
-                keys.pace, micro_batches(setting, keys.pace), peak_weight(setting, keys.pace)
+                keys.pace, micro_batches(setting, keys.pace), _pipeline_weights(setting, keys.pace)[0]
             )
         parts, hidden = time.parts(hides_s=hides_s), time.hidden()
         flop = _hardware_flop(model, job, keys.work, blocks, stages.recomputed_total)

@@ -22,11 +22,12 @@ from shardplan.costmodel.estimate import estimate, on_stages, stage_times
 from shardplan.costmodel.estimates import Estimates
 from shardplan.costmodel.keys import LazyColumns
 from shardplan.costmodel.layout import Layout, LayoutTable, layout_table
-from shardplan.costmodel.pace import fill_weight
+from shardplan.costmodel.pace import backward_split, fill_weight
 from shardplan.costmodel.rule import Rejection, Setting
 from shardplan.costmodel.rule_parts import micro_batches
 from shardplan.costmodel.rules import rejections
 from shardplan.costmodel.step_time import TIME_PARTS
+from shardplan.costmodel.sustained import prepared
 from shardplan.hw_profiles.machine import Cluster
 from shardplan.hw_profiles.mixed import as_all
 
@@ -123,7 +124,9 @@ def estimate_staged(setting: Setting, layouts: LayoutTable, stages: Sequence[int
     recomputed = stage_times(parts[0], layouts)[1].sum(axis=1) / setting.model.layer_count
     slowest = np.asarray(np.searchsorted(ends, seconds.argmax(axis=1), side="right"), dtype=np.int64)
     time = _times(found, slowest)
-    weight = fill_weight(layouts, micro_batches(setting, layouts), recomputed)
+    batches = micro_batches(setting, layouts)
+    passes = backward_split(prepared(parts[0]), layouts, recomputed, batches)
+    weight = fill_weight(layouts, batches, passes)
     time["bubble_s"] = weight * (seconds.sum(axis=1) - seconds.max(axis=1))
     fullest = np.stack([one.peaks["device"] / one.capacity_bytes for one in found]).argmax(axis=0)
     lead = found[0]

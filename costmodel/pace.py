@@ -10,14 +10,16 @@ from numpy.typing import NDArray
 from shardplan.costmodel.collectives import point_to_point_s
 from shardplan.costmodel.data_parallel import exchange_counts, gathered_ahead, reduces_often
 from shardplan.costmodel.job import BYTES_OF, Job
+from shardplan.costmodel.keys import one_of
 from shardplan.costmodel.layer_cost import BACKWARD_LAUNCHES
 from shardplan.costmodel.layout import LayoutTable
 from shardplan.costmodel.memory import FULL, exchanges_alone
 from shardplan.costmodel.model import Model
-from shardplan.costmodel.pipeline import bubble_hops, hop_share
+from shardplan.costmodel.pipeline import SPLITTING, bubble_share
 from shardplan.costmodel.recompute import ALL_LAYERS
+from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.runtime import Runtime
-from shardplan.costmodel.stage_cost import BlockColumns, BlockRows, StageRows
+from shardplan.costmodel.stage_cost import BlockColumns, BlockRows, StageRows, block_rows
 from shardplan.hw_profiles.machine import Cluster, Gpu
 from shardplan.hw_profiles.topology import TierTable
 
@@ -56,8 +58,9 @@ def pipeline_pace(
     if share.shape[1] > 1:  # the pipeline as a whole recomputes another share than any of its stages
         paces = _block_paces(gpu, runtime, blocks, (stages.recomputed_total / model_layers)[:, None], each_micro_batch)
     whole = _over_blocks([*(float(count) for _, count in model.runs), 1.0, 1.0], [_busy(pace)[:, 0] for pace in paces])
-    recomputed = np.broadcast_to(stages.recomputed_total / model_layers, whole.shape)
-    return {**worst, "bubble": _bubble_s(layouts, micro_batches, whole - _at_stage(total, slowest), recomputed)}
+    passes = _passes_of(model, layouts, blocks, paces)
+    fill = whole - _at_stage(total, slowest)  # one micro-batch through the other stages
+    return {**worst, "bubble": fill * fill_weight(layouts, micro_batches, passes)}
 
 
 def stage_seconds(
@@ -78,13 +81,63 @@ def stage_seconds(
     return np.broadcast_to(_over_blocks(counts, [_busy(pace) for pace in paces]), total.shape)
 
 
-def fill_weight(layouts: LayoutTable, micro_batches: FloatArray, recomputed: FloatArray | float) -> FloatArray:
-    """Bubble per second that one micro-batch takes on the other stages, (N,); `recomputed` is the share of layers under full
-    recompute. See `_bubble_s`."""
-    share = hop_share(layouts.schedule, 1.0, 1.0 + np.broadcast_to(recomputed, len(layouts)), 1.0)
-    hops = bubble_hops(layouts.schedule, layouts.pp, micro_batches, layouts.virtual_stages)
-    weight = share * (hops / np.maximum(layouts.pp - 1, 1)) / layouts.virtual_stages
-    return np.where(layouts.pp > 1, weight, 0.0)
+def fill_weight(layouts: LayoutTable, micro_batches: FloatArray, passes: FloatArray | None) -> FloatArray:
+    """Bubble per second that one micro-batch takes on the other stages, (N,), by the closed form of the schedule (`pipeline.py`);
+    `passes` are those of `backward_split`."""
+    f, i, w = (1.0, 1.0, 1.0) if passes is None else passes
+    share = bubble_share(layouts.schedule, layouts.pp, micro_batches, layouts.virtual_stages, (f, i, w))
+    return np.where(layouts.pp > 1, share / np.maximum(layouts.pp - 1, 1) / layouts.virtual_stages, 0.0)
+
+
+def backward_split(
+    setting: Setting, layouts: LayoutTable, recomputed: FloatArray, micro_batches: FloatArray
+) -> FloatArray | None:
+    """Shares of forward, gradients of inputs and gradients of weights in a micro-batch through the whole model, (3, N); thirds where the
+    schedule does not split the backward, None where none does. `recomputed` is the share of layers under full recompute, (N,);
+    the setting is at sustained rates."""
+    if not splits_backward(layouts).any():
+        return None
+    model, job, cluster, runtime = setting.model, setting.job, setting.cluster, setting.runtime
+    blocks = block_rows(model, job, cluster, layouts, runtime)
+    each_micro_batch = _each_micro_batch(job, cluster, layouts, runtime, micro_batches)
+    paces = _block_paces(cluster.gpu, runtime, blocks, recomputed[:, None], each_micro_batch)
+    return _passes_of(model, layouts, blocks, paces)
+
+
+def splits_backward(layouts: LayoutTable) -> NDArray[np.bool_]:
+    """Rows whose pipeline computes gradients of inputs and of weights apart, (N,)."""
+    return np.asarray(layouts.pp > 1) & one_of(layouts.schedule, SPLITTING)
+
+
+def _passes_of(
+    model: Model,
+    layouts: LayoutTable,
+    blocks: BlockRows,
+    paces: Sequence[dict[str, FloatArray]],
+) -> FloatArray | None:
+    """`backward_split` from the seconds of the blocks.
+
+    Gradients of weights are products, 0.5 to 0.75 of a forward on A100s (arXiv 2401.10241, Table 6); their accumulation, what is run again
+    and half of what waits for other ranks is counted with the gradients of the inputs. Idle time behind the host goes half to the weights,
+    a quarter to each other pass: whatever gets faster then, a bubble does not get longer.
+    """
+    rows = np.flatnonzero(splits_backward(layouts))
+    if not len(rows):
+        return None
+    counts = [*(float(count) for _, count in model.runs), 1.0, 1.0]
+    some = blocks.take(rows)
+    forward, later, all_s = np.zeros((3, len(rows)))
+    for count, block, pace in zip(counts, (*some.layers, some.embedding, some.head), paces, strict=True):
+        own = pace["forward"][rows, 0]
+        busy = _busy(pace)[rows, 0]
+        idle = pace["host"][rows, 0]
+        waited = busy - own - pace["backward"][rows, 0] - pace["recompute"][rows, 0] - idle
+        forward += count * (own + 0.5 * waited + 0.25 * idle)
+        later += count * (block["weight_grad_s"] + 0.5 * idle)
+        all_s += count * busy
+    passes = np.full((3, len(layouts)), 1.0 / 3.0)
+    passes[:, rows] = np.stack([forward, all_s - forward - later, later]) / all_s
+    return passes
 
 
 def _each_micro_batch(
@@ -125,16 +178,6 @@ def _busy(pace: dict[str, FloatArray]) -> FloatArray:
 def _at_stage(values: FloatArray, stage: NDArray[np.intp]) -> FloatArray:
     """Entry `stage[n]` of each row n of (N, S) or (N, 1), (N,)."""
     return values[:, 0] if values.shape[1] == 1 else values[np.arange(len(values)), stage]
-
-
-def _bubble_s(layouts: LayoutTable, micro_batches: FloatArray, fill: FloatArray, recomputed: FloatArray) -> FloatArray:
-    """Seconds of fill and drain, (N,): `fill` = one micro-batch through the other stages, by the schedule's closed form.
-
-    Where B is split, a forward, the gradients of its input and those of its weights count alike, as in arXiv 2401.10241, and a
-    recomputed forward with the gradients of the input. Times of one machine are not taken for it: a GPU that shortens only W would
-    lengthen the bubble.
-    """
-    return fill * fill_weight(layouts, micro_batches, recomputed)
 
 
 def _accumulating(layouts: LayoutTable, runtime: Runtime, micro_batches: FloatArray) -> FloatArray:

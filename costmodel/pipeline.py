@@ -1,19 +1,20 @@
 """Pipelines in closed form: which stage holds which layers, micro-batches in flight, bubble. `schedules.py` has the action lists.
 
-Bubble of equal stages = hops * hop, in seconds of one chunk (forward F, gradients I of the input and W of the weights):
+Bubble of equal stages, in seconds of one chunk (forward F, gradients I of the input and W of the weights; x+ = max(x, 0)):
 
-    schedule             hops                             hop                             source
-    gpipe, 1f1b          p - 1                            F + I + W                       arXiv 1811.06965, 2104.04473
-    interleaved, bfs     p - 1 + (v - 1) max(p - m, 0)    F + I + W                       arXiv 2104.04473, 2211.05953
-    zero_bubble          p - 1 + max(p - m, 0)            max(F, I, F + I - W)            arXiv 2401.10241, ZB-H1: F + I - W
-    zero_bubble_v        p - 1 + max(3 p - 1 - 2 m, 0)    max(F, I, W, 2 F - I, 2 (I - W))
-    dualpipe_v           p - 1                            max(F, I, F + I - W, 2 I - W, 2 (F - W), 2 F - I - W)
+    gpipe, 1f1b          (p - 1) (F + I + W)                                          arXiv 1811.06965, 2104.04473
+    interleaved, bfs     (p - 1 + (v - 1) (p - m)+) (F + I + W)                       arXiv 2104.04473, 2211.05953
+    zero_bubble          (min(m, p) - 1) max(F, I, F + I - W) + (p - m)+ (F + I)      arXiv 2401.10241, section 2 (ZB-H1), appendix H
+    zero_bubble_v        the longer of (p - 1) max(F, I, W, 2 F - I, 2 (I - W))
+                         and 2 (p - 1) max(F, I) + 2 (p - m)+ F - 2 (m - p)+ W
+    dualpipe_v           (p - 1) max(F, I, F + I - W, 2 I - W, 2 (F - W), 2 F - I - W)
 
 The step ends for all ranks together: ZB-V's "zero bubble" counts each rank from its own first action to its last, which leaves
 out the p - 1 forwards before the last rank starts. DeepSeek's table gives DualPipeV (p - 1) (F&B + B - 3 W), where the pair F&B
 overlaps; without overlap and with F = I = W that is 2 F a hop, and the replay of the same lists takes F. The table is what the
-replay takes: with I = W = F exactly (ZB-V with p < m <= 1.5 p: to 2 % of the step); with unequal ones exactly for m >= p in the
-first three rows, and to 5 % of the step for m > 2 p in the last two, F, I, W within 1 to 6 (tests/test_schedules.py).
+replay takes: exactly in the first three rows (the second where m >= p); in the last two exactly with I = W = F (ZB-V with p < m <= 1.5 p:
+to 2 % of the step), to 4 % of the step with F, I and W as transformers have them, to 5 % with any F, I, W within 1 to 6 and
+m > 2 p (tests/test_schedules.py).
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ GPIPE, ONE_F_ONE_B, INTERLEAVED, LOOPED_BFS, ZERO_BUBBLE, ZERO_BUBBLE_V, DUALPIP
     SCHEDULES.index(name)
     for name in ("gpipe", "1f1b", "interleaved", "looped_bfs", "zero_bubble", "zero_bubble_v", "dualpipe_v")
 )
+SPLITTING = (ZERO_BUBBLE, ZERO_BUBBLE_V, DUALPIPE_V)
+"""Codes of `layout.SPLIT_BACKWARD`."""
 WORST_STAGES = 4
 
 
@@ -43,38 +46,38 @@ def _any_of(code: FloatArray, *schedules: int) -> bool:
     return any(bool((code == one).any()) for one in schedules)
 
 
-def bubble_hops(schedule: ArrayLike, pp: ArrayLike, micro_batches: ArrayLike, virtual_stages: ArrayLike) -> FloatArray:
-    """Hops that a pipeline of `pp` ranks fills and drains for (table above), shapes broadcast; `schedule` is the code."""
+def bubble_share(
+    schedule: ArrayLike,
+    pp: ArrayLike,
+    micro_batches: ArrayLike,
+    virtual_stages: ArrayLike,
+    passes: tuple[ArrayLike, ArrayLike, ArrayLike] = (1.0, 1.0, 1.0),
+) -> FloatArray:
+    """Bubble over F + I + W of one chunk (table above), shapes broadcast; `schedule` is the code, `passes` are F, I and W in any unit."""
     code, p, m, v = np.broadcast_arrays(
         *(np.asarray(x, dtype=np.float64) for x in (schedule, pp, micro_batches, virtual_stages))
     )
-    if not _any_of(code, INTERLEAVED, LOOPED_BFS, ZERO_BUBBLE, ZERO_BUBBLE_V):
-        return p - 1.0
-    missing = np.maximum(p - m, 0.0)
-    extra = np.where((code == INTERLEAVED) | (code == LOOPED_BFS), (v - 1.0) * missing, 0.0)
-    extra = np.where(code == ZERO_BUBBLE, missing, extra)
-    extra = np.where(code == ZERO_BUBBLE_V, np.maximum(3.0 * p - 1.0 - 2.0 * m, 0.0), extra)
-    return p - 1.0 + np.where(p > 1, extra, 0.0)
-
-
-def hop_share(
-    schedule: ArrayLike, forward_s: ArrayLike, input_grad_s: ArrayLike, weight_grad_s: ArrayLike
-) -> FloatArray:
-    """Bubble of one hop over F + I + W of one chunk (table above), shapes broadcast: 1 where B is not split."""
-    code, f, i, w = np.broadcast_arrays(
-        *(np.asarray(x, dtype=np.float64) for x in (schedule, forward_s, input_grad_s, weight_grad_s))
-    )
-    if not _any_of(code, ZERO_BUBBLE, ZERO_BUBBLE_V, DUALPIPE_V):
-        return np.ones(code.shape)
+    hops = p - 1.0
+    if not _any_of(code, INTERLEAVED, LOOPED_BFS, *SPLITTING):
+        return hops
+    missing = np.where(p > 1, np.maximum(p - m, 0.0), 0.0)
+    found = np.where((code == INTERLEAVED) | (code == LOOPED_BFS), hops + (v - 1.0) * missing, hops)
+    if not _any_of(code, *SPLITTING):
+        return found
+    f, i, w = (np.asarray(x, dtype=np.float64) for x in passes)
     whole = f + i + w
     longer = np.maximum(f, i)
     halved = np.maximum(longer, f + i - w)
-    hop = np.where(code == ZERO_BUBBLE, halved, whole)
     v_shaped = np.maximum(longer, np.maximum(np.maximum(w, 2.0 * f - i), 2.0 * (i - w)))
-    hop = np.where(code == ZERO_BUBBLE_V, v_shaped, hop)
     paired = np.maximum(np.maximum(halved, 2.0 * i - w), 2.0 * f - w - np.minimum(i, w))
-    hop = np.where(code == DUALPIPE_V, paired, hop)
-    return np.divide(hop, whole, out=np.ones(whole.shape), where=whole > 0)
+    surplus = np.where(p > 1, np.maximum(m - p, 0.0), 0.0)
+    filling = 2.0 * (hops * longer + missing * f - surplus * w)
+    seconds = np.where(code == ZERO_BUBBLE, (hops - missing) * halved + missing * (f + i), hops * paired)
+    seconds = np.where(code == ZERO_BUBBLE_V, np.maximum(hops * v_shaped, filling), seconds)
+    split = (code == ZERO_BUBBLE) | (code == ZERO_BUBBLE_V) | (code == DUALPIPE_V)
+    return np.where(
+        split, np.divide(seconds, whole, out=np.zeros(np.broadcast(seconds, whole).shape), where=whole > 0), found
+    )
 
 
 def bubble_fraction(
@@ -86,7 +89,7 @@ def bubble_fraction(
     zero_bubble_v with 2 m >= 3 p - 1 and dualpipe_v.
     """
     m, v = (np.asarray(x, dtype=np.float64) for x in (micro_batches, virtual_stages))
-    return bubble_hops(schedule, pp, m, v) * hop_share(schedule, 1.0, 1.0, 1.0) / (m * v)
+    return bubble_share(schedule, pp, m, v) / (m * v)
 
 
 def in_flight(

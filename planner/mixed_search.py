@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.costmodel.error_band import memory_band
-from shardplan.costmodel.estimate import lower_bounds, on_mean_stage
+from shardplan.costmodel.estimate import lower_bounds, on_mean_stage, pipeline_weights
 from shardplan.costmodel.estimates import Estimates, joined
 from shardplan.costmodel.keys import unique_keys
 from shardplan.costmodel.layout import Layout, LayoutTable, layout_table
@@ -39,7 +39,7 @@ from shardplan.planner.sift import Sifted, largest_first, sift, sift_space
 from shardplan.planner.space import Wishes
 from shardplan.planner.stage_options import Part, Wanted
 from shardplan.planner.stage_search import STRUCTURE, leaves_stages_open, wanted_of
-from shardplan.planner.stages import can_cut, cut_stages, mean_stage_seconds, pipeline_weights
+from shardplan.planner.stages import can_cut, cut_stages, mean_stage_seconds
 from shardplan.planner.watch import Watch
 
 NONE, FULL = RECOMPUTE.index("none"), RECOMPUTE.index("full")
@@ -306,11 +306,12 @@ def _bounds(setting: Setting, table: LayoutTable) -> FloatArray:
     bounds = np.full(len(table), np.inf)
     for rows in _alike(table, ("pp",)):
         some = table.take(rows)
-        parts, weights = _parts(setting, some), pipeline_weights(setting, some)
+        parts = _parts(setting, some)
+        peak, fill = pipeline_weights(parts[0].setting, some)
         rest: list[FloatArray] = []
         for part in parts:
             alone = on_mean_stage(part.setting, some, hides_all=True).step_s
-            rest.append(alone - (weights[:, 0] + weights[:, 1] * some.pp) * part.trials.mean_seconds())
+            rest.append(alone - (peak + fill * some.pp) * part.trials.mean_seconds())
         least_s, mean_s = mean_stage_seconds(parts)
-        bounds[rows] = weights[:, 0] * mean_s + weights[:, 1] * some.pp * least_s + np.min(rest, axis=0)
+        bounds[rows] = peak * mean_s + fill * some.pp * least_s + np.min(rest, axis=0)
     return bounds

@@ -13,14 +13,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from shardplan.costmodel.estimate import peak_weight
+from shardplan.costmodel.estimate import pipeline_weights
 from shardplan.costmodel.layout import V_PLACED, Layout, LayoutTable
 from shardplan.costmodel.model import Model
-from shardplan.costmodel.pace import fill_weight
 from shardplan.costmodel.pipeline import split_layers
 from shardplan.costmodel.recompute import RECOMPUTE
 from shardplan.costmodel.rule import Setting
-from shardplan.costmodel.rule_parts import micro_batches
 from shardplan.planner.chain import best_cut, bounds_of
 from shardplan.planner.stage_options import Chain, Options, Part, Wanted, within
 
@@ -45,7 +43,7 @@ class Cuttable:
     segments: IntArray
     options: Options
     weights: FloatArray
-    """See `pipeline_weights`."""
+    """(peak_weight, sum_weight) of `chain.best_cut`, (N, 2)."""
     equal_s: FloatArray
     """Seconds of the pipeline if every stage held 1/pp of everything, (N,)."""
     more_s: FloatArray
@@ -58,7 +56,7 @@ class Cuttable:
         first = layouts.row(0)
         chain = Chain.of(setting, first)
         on_parts = [part.trials for part in parts]
-        weights = pipeline_weights(setting, layouts)
+        weights = np.stack(pipeline_weights(setting, layouts), axis=1)
         least_s, mean_s = mean_stage_seconds(parts)
         most_peak_s = mean_s + slack_s / np.maximum(weights[:, 0], 1e-9)
         contents = within(chain, on_parts, most_peak_s)
@@ -110,13 +108,6 @@ def mean_stage_seconds(parts: Sequence[Part]) -> tuple[FloatArray, FloatArray]:
     each = np.stack([part.trials.mean_seconds() for part in parts])
     stages = np.asarray([part.stages for part in parts], dtype=np.float64)
     return each.min(axis=0), stages.sum() / (stages[:, None] / each).sum(axis=0)
-
-
-def pipeline_weights(setting: Setting, layouts: LayoutTable) -> FloatArray:
-    """(peak_weight, sum_weight) of `chain.best_cut` for each layout, (N, 2)."""
-    peak = peak_weight(setting, layouts)
-    fill = fill_weight(layouts, micro_batches(setting, layouts), (layouts.recompute == FULL).astype(np.float64))
-    return np.stack([peak, fill], axis=1)
 
 
 def _cuts(

@@ -175,12 +175,15 @@ def test_bubbles_in_the_order_of_the_papers() -> None:
     assert bubble["zero_bubble_v"] <= bubble["dualpipe_v"] < bubble["interleaved"]
 
 
-@pytest.mark.parametrize(("recompute", "expected"), [("none", 1 / 3), ("full", 1 / 2)])
-def test_weight_gradients_fill_a_part_of_the_bubble(recompute: str, expected: float) -> None:
-    """F + I - W of F, I, W waits; with full recompute F + R + I - W of four parts. No tensor-parallel communication: tp=1."""
-    alone = f"dp=16 pp=4 zero=1 recompute={recompute}"
-    halved, plain = (one(f"{alone} schedule={name}").time["bubble_s"] for name in ("zero_bubble", "1f1b"))
-    assert float(halved[0] / plain[0]) == pytest.approx(expected, rel=0.1)
+def test_weight_gradients_fill_a_part_of_the_bubble() -> None:
+    """F + I - W of F, I, W waits, a third where all are equal; W lacks attention and element-wise operators, and full recompute adds a
+    forward that waits too. No tensor-parallel communication: tp=1."""
+    left = {}
+    for recompute in ("none", "full"):
+        alone = f"dp=16 pp=4 zero=1 recompute={recompute}"
+        halved, plain = (one(f"{alone} schedule={name}").time["bubble_s"] for name in ("zero_bubble", "1f1b"))
+        left[recompute] = float(halved[0] / plain[0])
+    assert 1 / 3 < left["none"] < 1 / 2 < left["full"] < 2 / 3
 
 
 def test_breadth_first_with_few_micro_batches_waits_at_every_chunk() -> None:
