@@ -226,6 +226,10 @@ def _attention(model: Model, job: Job, cluster: Cluster, runtime: Runtime, word:
     return " and ".join(f"{kernel} ({gpu})" for gpu, kernel in kernels.items())
 
 
+UNTIMED_SCHEDULES = ("looped_bfs", "zero_bubble_v", "dualpipe_v")
+"""Of runs with these none is restated in reports/published."""
+
+
 def assumptions(
     model: Model, job: Job, cluster: Cluster, runtime: Runtime, layout: Layout, headroom: float
 ) -> list[str]:
@@ -247,6 +251,10 @@ def assumptions(
     if runtime.working_set.gradients_freed and once and (layout.zero or layout.dp * layout.cp == 1):
         lines.append(
             "gradients take the place of activations as the backward goes: not allocated at the peak, counted as slack"
+        )
+    if layout.pp > 1 and layout.schedule in UNTIMED_SCHEDULES:
+        lines.append(
+            f"no published run has timed {layout.schedule}: its bubble is that of its action lists, checked by their replay alone"
         )
     if job.adapters is not None:
         no = "no " if runtime.tuning.dropout == "none" else ""

@@ -24,6 +24,8 @@ from shardplan.hw_profiles.errors import InputError, nearest
 IntArray = NDArray[np.int64]
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "looped_bfs", "zero_bubble", "zero_bubble_v", "dualpipe_v")
+CHUNKED = ("interleaved", "looped_bfs")
+"""Schedules of any number of looped chunks; with one they are 1f1b and gpipe, which are asked for by name."""
 V_PLACED = ("zero_bubble_v", "dualpipe_v")
 """Schedules of two chunks in V placement: rank r holds chunks r and 2 pp - 1 - r, so rank 0 the first and the last."""
 SPLIT_BACKWARD = ("zero_bubble", "zero_bubble_v", "dualpipe_v")

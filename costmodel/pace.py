@@ -15,7 +15,7 @@ from shardplan.costmodel.layer_cost import BACKWARD_LAUNCHES
 from shardplan.costmodel.layout import LayoutTable
 from shardplan.costmodel.memory import FULL, exchanges_alone
 from shardplan.costmodel.model import Model
-from shardplan.costmodel.pipeline import SPLITTING, bubble_share
+from shardplan.costmodel.pipeline import SPLITTING, bubble_share, uneven_chunks_s
 from shardplan.costmodel.recompute import ALL_LAYERS
 from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.runtime import Runtime
@@ -59,8 +59,14 @@ def pipeline_pace(
         paces = _block_paces(gpu, runtime, blocks, (stages.recomputed_total / model_layers)[:, None], each_micro_batch)
     whole = _over_blocks([*(float(count) for _, count in model.runs), 1.0, 1.0], [_busy(pace)[:, 0] for pace in paces])
     passes = _passes_of(model, layouts, blocks, paces)
-    fill = whole - _at_stage(total, slowest)  # one micro-batch through the other stages
-    return {**worst, "bubble": fill * fill_weight(layouts, micro_batches, passes)}
+    slowest_s = _at_stage(total, slowest)
+    bubble = (whole - slowest_s) * fill_weight(
+        layouts, micro_batches, passes
+    )  # one micro-batch through the other stages
+    if stages.chunks is not None:
+        late = uneven_chunks_s(layouts, micro_batches, stages.chunks, whole / layouts.pp, slowest_s)
+        bubble = bubble * stages.chunks[:, 0] + late
+    return {**worst, "bubble": bubble}
 
 
 def stage_seconds(

@@ -5,13 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from shardplan.costmodel.keys import one_of
-from shardplan.costmodel.layout import SCHEDULES, SPLIT_BACKWARD, LayoutTable
+from shardplan.costmodel.layout import CHUNKED, SCHEDULES, SPLIT_BACKWARD, LayoutTable
 from shardplan.costmodel.recompute import RECOMPUTE
 from shardplan.costmodel.rule import BoolArray, Rule
 from shardplan.costmodel.rule_parts import can, codes, count, micro_batches, options, runtime_lacks, uneven
-
-CHUNKED = ("interleaved", "looped_bfs")
-"""Schedules of any number of looped chunks; with one they are 1f1b and gpipe, which are asked for by name."""
 
 
 def _splits_backward(table: LayoutTable) -> BoolArray:

@@ -115,6 +115,8 @@ class StageRows:
     """Layers under full recompute in the whole pipeline, (N,)."""
     embedding: FloatArray
     head: FloatArray
+    chunks: FloatArray | None = None
+    """See `pipeline.StageTable`, (N, 2); None where all chunks of every layout are as long."""
 
     def take(self, rows: IntArray) -> StageRows:
         """The rows at `rows`."""
@@ -125,6 +127,7 @@ class StageRows:
             recomputed_total=self.recomputed_total.take(rows),
             embedding=gathered(self.embedding, rows),
             head=gathered(self.head, rows),
+            chunks=None if self.chunks is None else self.chunks.take(rows, axis=0),
         )
 
     def some(self, which: slice) -> StageRows:
@@ -136,6 +139,7 @@ class StageRows:
             recomputed_total=self.recomputed_total,
             embedding=self.embedding[:, which],
             head=self.head[:, which],
+            chunks=self.chunks,
         )
 
 
@@ -168,6 +172,7 @@ def stage_rows(model: Model, layouts: LayoutTable, runtime: Runtime, *, every_st
         recomputed_total=totals[back],
         embedding=gathered(table.embedding.astype(np.float64), inverse),
         head=gathered(table.head.astype(np.float64), inverse),
+        chunks=table.chunks.take(inverse, axis=0) if (table.chunks != 1.0).any() else None,
     )
 
 

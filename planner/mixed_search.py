@@ -75,6 +75,7 @@ def search_mixed(setting: Setting, wishes: Wishes, objective: Objective, headroo
     fits = known is not None and known.fits(headroom).any()
     fastest = float(known.step_s[known.fits(headroom)].min()) if known is not None and fits else np.inf
     written, slower, all_written = _written_out(parts, wishes, sifted, np.inf if objective == "memory" else fastest)
+    slower += sifted.outdone
     valid = stacked([sifted.valid(wishes), written])
     for part in parts[1:]:
         valid = sift(part, valid, refused)

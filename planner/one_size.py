@@ -43,7 +43,7 @@ class _State:
     more: list[Estimates] = field(default_factory=list[Estimates])
     """What knobs added, all of it fits."""
     slower: int = 0
-    """Layouts of the space that were not written out, their least time is too long."""
+    """Layouts of the space that were not written out: their least time is too long, or another takes as long with less memory."""
     ranked: Estimates | None = None
     placement: Placement | None = None
     proved: bool = True
@@ -71,6 +71,7 @@ def search_one_size(
     state = _State()
     with state.phase(watch):
         sift_space(setting, wishes, state.sifted, watch, headroom=headroom)
+    state.slower = state.sifted.outdone
     with state.phase(watch):
         _estimate_space(setting, wishes, state, watch)
     with state.phase(watch):
@@ -170,7 +171,8 @@ def _write_out(
             state.space.append(batch)
             watch.phase("estimating", 0.8 + 0.1 * done, state.sifted.looked_at)
     finally:
-        state.slower, state.complete = written.slower, state.complete and written.complete
+        state.slower += written.slower
+        state.complete &= written.complete
     _refine(setting, wishes, objective, headroom, state, state.space[before:], watch, 0.9)
 
 

@@ -30,7 +30,8 @@ class SearchResult:
     refused: tuple[Refusal, ...]
     """Largest first; a layout that breaks several rules counts for the first in the list of rules."""
     slower: int
-    """Left out because a step of theirs takes too long whatever is done (`context_search.py`), whether they fit or not."""
+    """Left out because a step of theirs takes too long whatever is done (`context_search.py`), or because another schedule takes as long
+    and holds less (`sift.py`), whether they fit or not."""
     does_not_fit: int
     refined: int
     """Variants looked at beyond the space: recompute of some layers or parts, shares of the optimizer, ZeRO++ (`knobs.py`), stages

@@ -11,11 +11,13 @@ from numpy.typing import NDArray
 
 from shardplan.costmodel.error_band import memory_band
 from shardplan.costmodel.layout import LayoutTable
+from shardplan.costmodel.pipeline import GPIPE, LOOPED_BFS
 from shardplan.costmodel.rule import Rule, Setting
+from shardplan.costmodel.rule_parts import micro_batches
 from shardplan.costmodel.rules import RULES
 from shardplan.costmodel.stage_trials import states_alone_bytes
 from shardplan.planner.factors import COMPUTING, SPREADING, Factors
-from shardplan.planner.space import Wishes, join_tables, runtime_tiers, space_pieces
+from shardplan.planner.space import Wishes, asked, join_tables, runtime_tiers, space_pieces
 from shardplan.planner.watch import Watch
 
 
@@ -41,6 +43,8 @@ class Sifted:
     """These rules."""
     too_large: list[Factors] = field(default_factory=list[Factors])
     """Layouts whose states alone no GPU holds; rules that need both factors were not asked either."""
+    outdone: int = 0
+    """Layouts that are as fast as another and need more memory; rules that need both factors were not asked."""
     refused: dict[str, Refusal] = field(default_factory=dict[str, Refusal])
 
     def valid(self, wishes: Wishes) -> LayoutTable:
@@ -59,11 +63,23 @@ def sift_space(
     yet (`context_search.py`); with a `headroom` nor are those that cannot fit by their states alone."""
     kinds, tiers = setting.runtime.abilities.context_parallel, runtime_tiers(setting.runtime)
     bare = setting.runtime.abilities.ends_without_layers
-    space = space_pieces(setting.model, setting.job, setting.cluster.gpus, wishes, kinds, tiers, bare_ends=bare)
+    space = space_pieces(
+        setting.model,
+        setting.job,
+        setting.cluster.gpus,
+        wishes,
+        kinds,
+        tiers,
+        schedules=setting.runtime.abilities.schedules,
+        bare_ends=bare,
+    )
     for done, piece in space:
         if len(piece):
             left, later = _sift_factors(setting, piece, sifted.refused)
             sifted.looked_at += len(piece)
+            sifted.outdone += len(left)
+            left = left.with_rows(np.flatnonzero(~outdone(setting, left.computing, wishes)))
+            sifted.outdone -= len(left)
             if headroom is not None and len(left):
                 fits = _states_fit(setting, left.spreading, headroom)
                 sifted.too_large += [left.of_spreading(~fits)] if not fits.all() else []
@@ -74,6 +90,24 @@ def sift_space(
             elif len(left):
                 sifted.kept.append(sift(setting, left.layouts(), sifted.refused, later))
         watch.phase("looking", 0.6 * done, sifted.looked_at)
+
+
+def outdone(setting: Setting, table: LayoutTable, wishes: Wishes) -> NDArray[np.bool_]:
+    """Rows whose schedule has another's bubble with more in flight, where the user leaves the choice: gpipe beside 1f1b, breadth first
+    beside depth first where rounds are full and chunks equally long."""
+    left = [
+        name
+        for name in setting.runtime.abilities.schedules
+        if not asked(wishes, "schedule", name) and not asked(wishes, "virtual_stages")
+    ]
+    found = np.zeros(len(table), dtype=bool)
+    if "1f1b" in left:
+        found |= table.schedule == GPIPE
+    if "interleaved" in left:
+        full = micro_batches(setting, table) % table.pp == 0
+        even = setting.model.layer_count % (table.pp * table.virtual_stages) == 0
+        found |= (table.schedule == LOOPED_BFS) & full & even
+    return found & (table.pp > 1)
 
 
 def _states_fit(setting: Setting, spreading: LayoutTable, headroom: float) -> NDArray[np.bool_]:

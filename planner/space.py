@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from shardplan.costmodel.columns import joined_column
 from shardplan.costmodel.job import Job
 from shardplan.costmodel.layout import (
+    CHUNKED,
     COLUMNS,
     CP_KINDS,
     FIELD_NAMES,
@@ -124,11 +125,12 @@ def layout_space(
     wishes: Wishes | None = None,
     cp_kinds: Sequence[str] = (),
     *,
+    schedules: Sequence[str] = SCHEDULES,
     bare_ends: bool = False,
 ) -> LayoutTable:
     """All layouts of `model` on `gpus` GPUs within the wishes; may be empty. Order is deterministic."""
-    pieces = [piece.layouts() for _, piece in space_pieces(model, job, gpus, wishes, cp_kinds, bare_ends=bare_ends)]
-    return join_tables(pieces, wishes or Wishes())
+    found = space_pieces(model, job, gpus, wishes, cp_kinds, schedules=schedules, bare_ends=bare_ends)
+    return join_tables([piece.layouts() for _, piece in found], wishes or Wishes())
 
 
 def join_tables(pieces: Sequence[LayoutTable], wishes: Wishes) -> LayoutTable:
@@ -158,12 +160,14 @@ def space_pieces(
     cp_kinds: Sequence[str] = (),
     tiers: Sequence[tuple[int, int]] | None = None,
     *,
+    schedules: Sequence[str] = SCHEDULES,
     bare_ends: bool = False,
 ) -> Iterator[tuple[float, Factors]]:
     """(share of the factorisations behind it, piece of the space of about ROWS_OF_A_PIECE rows); `cp_kinds` are the kinds of context
-    parallelism to look at, `tiers` the pairs of TIERS (all when left out); with `bare_ends`
-    the first and the last chunk may lack layers. Either all layouts of a piece have cp > 1 or none."""
+    parallelism to look at, `tiers` the pairs of TIERS (all when left out), `schedules` those to look at beside a fixed one; with
+    `bare_ends` the first and the last chunk may lack layers. Either all layouts of a piece have cp > 1 or none."""
     wanted = wishes or Wishes()
+    looked_at = tuple(dict.fromkeys((*schedules, wanted.fixed.schedule)))
     blocks: list[_Block] = []
     rows = 0
     degrees = [
@@ -174,7 +178,8 @@ def space_pieces(
     ]
     for at, (tp, pp, dp, cp) in enumerate(degrees):
         if job.global_batch % dp == 0 and _agrees(wanted, tp=tp, pp=pp, dp=dp):
-            blocks.append(_block(model, job, tp, pp, dp, cp, wanted, cp_kinds, tiers or TIERS, bare_ends))
+            piped = _schedules(model, pp, looked_at, bare_ends)
+            blocks.append(_block(model, job, tp, pp, dp, cp, wanted, cp_kinds, tiers or TIERS, piped))
             rows += len(blocks[-1][0]["dp"]) * len(blocks[-1][1]["dp"])
         last = at + 1 == len(degrees) or (cp == 1) != (degrees[at + 1][3] == 1)
         if blocks and (last or rows >= ROWS_OF_A_PIECE):
@@ -236,13 +241,13 @@ def _block(
     wishes: Wishes,
     cp_kinds: Sequence[str],
     tiers: Sequence[tuple[int, int]],
-    bare_ends: bool,
+    schedules: list[tuple[int, ...]],
 ) -> _Block:
     """All options of one (tp, pp, dp, cp): the cross product of the option groups, those of computing and those of spreading apart."""
     computing: _Groups = (
         (("micro_batch",), [(size,) for size in divisors(job.global_batch // dp)]),
         (("sequence_parallel",), [(0,), (1,)] if tp > 1 else [(0,)]),
-        (("schedule", "virtual_stages"), _schedules(model, pp, wishes.fixed.schedule, bare_ends)),
+        (("schedule", "virtual_stages"), schedules),
         (RECOMPUTE_COLUMNS, [(code, ALL_LAYERS, 0) for code in range(len(RECOMPUTE))]),
         (("ep",), _expert_degrees(model, dp * cp * tp)),
         (("cp_kind",), [(CP_KINDS.index(kind),) for kind in cp_kinds if cp > 1] or [(0,)]),
@@ -284,23 +289,15 @@ def _sharding(dp: int, cp: int) -> list[tuple[int, ...]]:
     return [(0, dp), *((zero, shard) for zero in (1, 2, 3) for shard in divisors(dp, most=dp) if shard * cp > 1)]
 
 
-def _schedules(model: Model, pp: int, asked: str, bare_ends: bool) -> list[tuple[int, ...]]:
-    """(schedule, virtual stages): interleaving by every number that divides the layers, with `bare_ends` also the layers and one each
-    for embedding and head, and by powers of two.
-
-    Breadth-first, zero-bubble and DualPipe schedules only where `asked` for: no measured run has checked their step time.
-    """
-    plain = SCHEDULES.index("1f1b")
+def _schedules(model: Model, pp: int, names: Sequence[str], bare_ends: bool) -> list[tuple[int, ...]]:
+    """(schedule, virtual stages): of looped chunks every number that divides the layers, with `bare_ends` also the layers and one each for
+    embedding and head, and powers of two."""
     if pp == 1:
-        return [(plain, 1)]
-    interleaved = SCHEDULES.index("interleaved")
+        return [(SCHEDULES.index("1f1b"), 1)]
     even = (model.layer_count, model.layer_count + 2) if bare_ends else (model.layer_count,)
     chunks = [v for v in range(2, even[-1] // pp + 1) if v & (v - 1) == 0 or any(n % (pp * v) == 0 for n in even)]
-    if asked in V_PLACED:
-        return [(SCHEDULES.index(asked), 2)]
-    if asked == "looped_bfs":
-        return [(SCHEDULES.index(asked), v) for v in chunks] or [(plain, 1)]
-    return [(SCHEDULES.index("gpipe"), 1), (plain, 1), *((interleaved, v) for v in chunks)]
+    whole = [(SCHEDULES.index(name), 2 if name in V_PLACED else 1) for name in names if name not in CHUNKED]
+    return whole + [(SCHEDULES.index(name), v) for name in names if name in CHUNKED for v in chunks]
 
 
 def _restricted(names: tuple[str, ...], options: list[tuple[int, ...]], wishes: Wishes) -> list[tuple[int, ...]]:

@@ -20,7 +20,7 @@ from shardplan.costmodel.error_band import memory_band
 from shardplan.costmodel.estimate import memory_alone, on_mean_stage, peak_weight
 from shardplan.costmodel.estimates import Estimates, joined
 from shardplan.costmodel.keys import unique_keys
-from shardplan.costmodel.layout import SCHEDULES, Layout, LayoutTable, layout_table
+from shardplan.costmodel.layout import Layout, LayoutTable, layout_table
 from shardplan.costmodel.layout_join import stacked
 from shardplan.costmodel.pace import LEAST_PEAK_WEIGHT
 from shardplan.costmodel.recompute import RECOMPUTE
@@ -97,7 +97,7 @@ def search_stages(
         setting=setting, wishes=wishes, wanted=wanted_of(setting, wishes, headroom), fastest=fastest, told=told
     )
     turned = (*knobs_of(setting, wishes), *named_recompute(setting, wishes))
-    piped = _pipelines(setting, layouts, wishes)
+    piped = _pipelines(layouts)
     piped = piped.take(np.flatnonzero(_may_have_room(state, piped, turned)))
     if len(piped):
         bounds = on_mean_stage(setting, piped)
@@ -114,7 +114,7 @@ def search_stages(
 
 def least_cut_bytes(setting: Setting, layouts: LayoutTable, wishes: Wishes, headroom: float) -> float:
     """Bytes on the device below which no cut of a layout of the space gets, with whatever words beside; infinite where none is cut."""
-    piped = _pipelines(setting, layouts, wishes)
+    piped = _pipelines(layouts)
     if not len(piped) or not leaves_stages_open(setting, wishes):
         return np.inf
     state = _State(
@@ -144,12 +144,9 @@ def wanted_of(setting: Setting, wishes: Wishes, headroom: float) -> Wanted:
     )
 
 
-def _pipelines(setting: Setting, layouts: LayoutTable, wishes: Wishes) -> LayoutTable:
+def _pipelines(layouts: LayoutTable) -> LayoutTable:
     """Rows that have stages to cut."""
-    piped = (layouts.pp > 1) & (layouts.split == 0)
-    if "schedule" not in wishes.fixed_words and "1f1b" in setting.runtime.abilities.schedules:
-        piped &= layouts.schedule != SCHEDULES.index("gpipe")  # as fast as 1f1b, with more in flight
-    return layouts.take(np.flatnonzero(piped))
+    return layouts.take(np.flatnonzero((layouts.pp > 1) & (layouts.split == 0)))
 
 
 def _plain(state: _State, bounds: Estimates) -> BoolArray:

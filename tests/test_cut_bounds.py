@@ -23,7 +23,7 @@ from shardplan.costmodel.runtime import load_runtime
 from shardplan.hw_profiles.load import load_cluster
 from shardplan.planner.cut_bounds import least_peak_s, over_mean_s, recomputing_mean_s
 from shardplan.planner.search import search
-from shardplan.planner.sift import Sifted, sift, sift_space
+from shardplan.planner.sift import Sifted, outdone, sift, sift_space
 from shardplan.planner.space import layout_space, parse_wishes
 from shardplan.planner.watch import Watch
 
@@ -87,15 +87,22 @@ def test_factors_are_sifted_like_layouts(model: str, runtime: str, fix: str, for
     wishes, sifted = parse_wishes(fix, forbid), Sifted()
     sift_space(at, wishes, sifted, Watch())
     whole = layout_space(
-        at.model, at.job, 16, wishes, at.runtime.abilities.context_parallel, bare_ends=runtime == "megatron"
+        at.model,
+        at.job,
+        16,
+        wishes,
+        at.runtime.abilities.context_parallel,
+        schedules=at.runtime.abilities.schedules,
+        bare_ends=runtime == "megatron",
     )
     offered = at.runtime.abilities.offload_optimizer
     whole = whole.take(np.isin(whole.offload_optimizer, [("none", "cpu", "nvme").index(word) for word in offered]))
     good = whole.take(~np.any([np.zeros(len(whole), dtype=bool), *broken_rules(at, whole).values()], axis=0))
+    good = good.take(~outdone(at, good, wishes))
     waiting = [sift(at, one.layouts(), sifted.refused, sifted.later) for one in sifted.waiting]
     assert all((one.cp > 1).all() for one in waiting)
     assert rows_of(stacked([sifted.valid(wishes), *waiting])) == rows_of(good)
-    assert sum(one.count for one in sifted.account()) == sifted.looked_at - len(good)
+    assert sum(one.count for one in sifted.account()) == sifted.looked_at - sifted.outdone - len(good)
     assert {one.rule for one in sifted.account()} <= {rule.id for rule in RULES}
 
 

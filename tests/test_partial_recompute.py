@@ -42,6 +42,7 @@ def every_number(at: Setting) -> tuple[float, str]:
         at.job,
         at.cluster.gpus,
         cp_kinds=at.runtime.abilities.context_parallel,
+        schedules=at.runtime.abilities.schedules,
         bare_ends=at.runtime.abilities.ends_without_layers,
     )
     plain = space.take(space.recompute == NONE)

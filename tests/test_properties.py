@@ -99,7 +99,8 @@ def _space(model: str, cluster: str, nodes: int, runtime: str, seq: int, batch: 
     job = Job(seq=seq, global_batch=batch, precision=precision)
     setting = Setting(model=load_model(model), job=job, cluster=machine, runtime=chosen)
     kinds = chosen.abilities.context_parallel
-    space = layout_space(setting.model, job, machine.gpus, parse_wishes(fix), kinds)
+    piped = chosen.abilities.schedules
+    space = layout_space(setting.model, job, machine.gpus, parse_wishes(fix), kinds, schedules=piped)
     return Case(setting=setting, layouts=space.take(_valid(setting, space)))
 
 

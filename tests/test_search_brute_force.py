@@ -39,6 +39,7 @@ def every_layout(at: Setting, wishes: Wishes | None = None) -> LayoutTable:
         at.cluster.gpus,
         wishes,
         cp_kinds=runtime.abilities.context_parallel,
+        schedules=runtime.abilities.schedules,
         bare_ends=runtime.abilities.ends_without_layers,
     )
     parts = runtime.abilities.recompute_parts

@@ -1,0 +1,64 @@
+"""Chunks of unequal length on the ranks of a pipeline: the closed form against the replay of the schedule."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from shardplan.costmodel.layout import SCHEDULES, V_PLACED, Layout, layout_table
+from shardplan.costmodel.pipeline import bubble_share, uneven_chunks_s
+from shardplan.costmodel.schedule_replay import replay
+from shardplan.costmodel.schedules import PipelineSchedule, pipeline_schedule
+
+PASSES = (0.33, 0.43, 0.24)
+"""F, I and W of a layer."""
+
+
+def closed(schedule: str, p: int, v: int, m: int, chunks: NDArray[np.float64]) -> float:
+    """Seconds of the pipeline as `pace.pipeline_pace` has them."""
+    rank = np.tile(np.arange(p), v)
+    if schedule in V_PLACED:
+        rank[p:] = rank[p:][::-1]
+    stages = np.bincount(rank, weights=chunks)
+    by_number = chunks.reshape(v, p).mean(axis=1) / chunks.mean()
+    uneven = np.array([[by_number.max(), by_number.min()]])
+    layout = layout_table([Layout(pp=p, virtual_stages=v, schedule=schedule)])
+    weight = float(bubble_share(SCHEDULES.index(schedule), p, m, v, PASSES)) / (p - 1) / v
+    late = uneven_chunks_s(layout, np.array([float(m)]), uneven, np.array([stages.mean()]), np.array([stages.max()]))
+    return float(m * stages.max() + weight * (stages.sum() - stages.max()) * uneven[0, 0] + late[0])
+
+
+def replayed(lists: PipelineSchedule, chunks: NDArray[np.float64]) -> float:
+    """Seconds of the replay."""
+    f, i, w = (chunks * part for part in PASSES)
+    return replay(lists, forward_s=f, input_grad_s=i, weight_grad_s=w).step_s
+
+
+CASES = [
+    (layers, p, v) for layers in (32, 80, 96, 126) for p in (4, 8, 16, 32) for v in (2, 3, 4, 5, 8) if p * v < layers
+]
+
+
+@pytest.mark.parametrize(("schedule", "mean", "most"), [("interleaved", 0.015, 0.05), ("looped_bfs", 0.005, 0.015)])
+def test_layers_that_do_not_divide(schedule: str, mean: float, most: float) -> None:
+    """Remainders on the earliest chunks, as runtimes place them."""
+    off = []
+    for layers, p, v in CASES:
+        each, more = divmod(layers, p * v)
+        chunks = np.repeat([each + 1.0, each], [more, p * v - more])
+        for m in (p, 2 * p, 4 * p, 8 * p) if p * v <= 64 else (4 * p,):
+            lists = pipeline_schedule(schedule, pp=p, micro_batches=m, virtual_stages=v)
+            off.append(closed(schedule, p, v, m, chunks) / replayed(lists, chunks) - 1.0)
+    assert float(np.mean(np.abs(off))) <= mean
+    assert float(np.max(np.abs(off))) <= most
+
+
+def test_two_and_one_layers_in_turn() -> None:
+    """48 layers on 16 ranks of two chunks: once full, a round of 16 micro-batches loses the time of 13 layers, and so does the replay."""
+    chunks = np.repeat([2.0, 1.0], 16)
+    few, many = (pipeline_schedule("interleaved", pp=16, micro_batches=m, virtual_stages=2) for m in (64, 128))
+    assert (replayed(many, chunks) - replayed(few, chunks)) / 4 == pytest.approx(16 * 3.0 + 13.0, rel=0.002)
+    assert (closed("interleaved", 16, 2, 128, chunks) - closed("interleaved", 16, 2, 64, chunks)) / 4 == pytest.approx(
+        61.0
+    )
