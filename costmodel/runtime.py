@@ -76,6 +76,10 @@ class Abilities(_FromFile):
     """`full:4,2,0`: another number of layers on each stage."""
     recompute_parts: tuple[Part, ...] = ()
     """Parts of `recompute.PARTS` that `selective:PART+PART` may name."""
+    recompute_parts_of_dense_layers: tuple[Part, ...] = ()
+    """Those that run nothing again in layers with experts."""
+    recompute_parts_of_expert_layers: tuple[Part, ...] = ()
+    """Those that run nothing again in layers without."""
     tensor_parallel_recompute: tuple[str, ...] = ("none", "selective", "parts", "full")
     """Words of `recompute` that go with tensor parallelism; parts: `selective:PART+PART`."""
     attention: tuple[str, ...]
