@@ -9,8 +9,11 @@ import numpy as np
 
 from shardplan.costmodel.keys import one_of
 from shardplan.costmodel.layout import SCHEDULES, SPLIT_BACKWARD, Layout, LayoutTable, layout_table
+from shardplan.costmodel.recompute import RECOMPUTE
 from shardplan.costmodel.rule import BoolArray, Rule, Setting
 from shardplan.costmodel.rule_parts import can, codes, divisors, options, other_runtime, runtime_lacks
+
+FULL = RECOMPUTE.index("full")
 
 
 def expert_count(setting: Setting) -> int:
@@ -84,6 +87,19 @@ def _group(layout: Layout) -> int:
     return layout.ep * int(layout_table([layout]).expert_tp[0])
 
 
+def _joined(
+    word: str, *, broken: Callable[[LayoutTable], BoolArray], what: Callable[[Layout], str], remedy: str
+) -> Rule:
+    """The rule that exchanges of tokens hidden behind another micro-batch do not go with what `broken` describes (`joins_passes`)."""
+    return Rule(
+        id=f"joined-passes-{word}",
+        broken=lambda s, t: broken(t) & s.runtime.expert_parallel.joins_passes,
+        detail=lambda s, x: f"{what(x)}: {s.runtime.name!r} with a2a_overlap does not start",
+        remedy=lambda s, x: f"{remedy}, or leave the switch a2a_overlap out",
+        evidence="megatron/core/transformer/transformer_config.py: assertions on overlap_moe_expert_parallel_comm",
+    )
+
+
 def _cut_experts(setting: Setting, table: LayoutTable) -> BoolArray:
     """ZeRO gives a rank parts of experts, not whole ones."""
     return np.any([kind.experts % (table.dp * table.cp) != 0 for kind in setting.kinds if kind.experts], axis=0)
@@ -153,6 +169,19 @@ EXPERT_RULES: tuple[Rule, ...] = (
         ),
         detail=runtime_lacks("experts cut over other ranks than dense products (etp)"),
         remedy=other_runtime,
+    ),
+    _joined("dispatch", broken=lambda t: ~t.dispatches, what=lambda x: "no tokens are dispatched", remedy="use ep > 1"),
+    _joined(
+        "chunks",
+        broken=lambda t: (t.pp > 1) & (t.virtual_stages == 1),
+        what=lambda x: f"pp={x.pp} with one chunk of layers a stage",
+        remedy="use schedule=interleaved virtual_stages=2 or more",
+    ),
+    _joined(
+        "full-recompute",
+        broken=lambda t: t.recompute == FULL,
+        what=lambda x: f"recompute={x.recompute}",
+        remedy="use recompute=none or selective",
     ),
     _without("cp", meets=lambda s, t: t.cp > 1, what=lambda s, x: f"cp={x.cp}", remedy="use cp=1"),
     _without(

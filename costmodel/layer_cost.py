@@ -22,7 +22,7 @@ from shardplan.costmodel.expert_parallel import exchange_s
 from shardplan.costmodel.job import BYTES_OF, OUTSIDE_PRODUCTS
 from shardplan.costmodel.kernels_time import gemm_s, memory_bound_s
 from shardplan.costmodel.operators import Op, Shapes
-from shardplan.costmodel.recompute import parts_with
+from shardplan.costmodel.recompute import part_bits, parts_with
 from shardplan.costmodel.runtime import Runtime
 from shardplan.hw_profiles.machine import Gpu
 from shardplan.hw_profiles.topology import TierTable
@@ -133,8 +133,10 @@ def _block_cost(
     )
     exchanging = bool(np.any(shapes.cp > 1))
     dispatched = any(op.experts is not None for op, _ in ops)
+    has_experts, can = any(op.name == "router" for op, _ in ops), runtime.abilities
+    elsewhere = part_bits(can.recompute_parts_of_dense_layers if has_experts else can.recompute_parts_of_expert_layers)
     for op, seconds in ops:
-        selected = _selected(op.name, shapes, runtime)
+        selected = _selected(op.name, shapes, runtime, elsewhere)
         for name, value in _op_totals(op, seconds, selected, precision, runtime).items():
             total[name] += value
         if op.context is not None and exchanging:
@@ -241,12 +243,12 @@ def _add_collectives(found: Sequence[_OpSeconds], ops: Sequence[Op], shapes: Sha
             seconds.append(one)
 
 
-def _selected(name: str, shapes: Shapes, runtime: Runtime) -> FloatArray:
-    """Share of operator `name` that `selective` runs again, (K,): by the parts asked for, else by the runtime."""
+def _selected(name: str, shapes: Shapes, runtime: Runtime, elsewhere: int) -> FloatArray:
+    """Share of operator `name` that `selective` runs again, (K,): by the parts asked for but those `elsewhere`, else by the runtime."""
     parts = np.broadcast_to(np.asarray(shapes.recompute_parts), shapes.tokens.shape)
     stops = runtime.activations.full_stops_early and name in LAST_OPERATORS
     with_core = name == "attention_output" and runtime.activations.core_output_again
-    asked = (parts & (0 if stops else parts_with("attention" if with_core else name))) > 0
+    asked = (parts & (0 if stops else parts_with("attention" if with_core else name)) & ~elsewhere) > 0
     return np.where(parts > 0, asked, runtime.activations.selective.get(name, 0.0))
 
 

@@ -152,7 +152,7 @@ def _each_micro_batch(
     return {
         **_exchange_host(job, cluster.gpu, layouts, runtime, micro_batches),
         "accumulating": _accumulating(layouts, runtime, micro_batches),
-        "showing": _tensor_showing(layouts, runtime, cluster.node.gpus),
+        "showing": _tensor_showing(layouts, runtime, cluster),
     }
 
 
@@ -192,11 +192,14 @@ def _accumulating(layouts: LayoutTable, runtime: Runtime, micro_batches: FloatAr
     return share * (1.0 - 1.0 / micro_batches)
 
 
-def _tensor_showing(layouts: LayoutTable, runtime: Runtime, node_gpus: int) -> FloatArray:
+def _tensor_showing(layouts: LayoutTable, runtime: Runtime, cluster: Cluster) -> FloatArray:
     """Share of tensor-parallel communication that nothing hides, (N,): async tensor parallelism cuts the gathers and reductions of
     sequence parallelism into pieces between those of the products, over the links of one node."""
-    cut = (layouts.sequence_parallel == 1) & (layouts.tp * layouts.stride("tp") <= node_gpus)
     communication = runtime.communication
+    cut = (layouts.sequence_parallel == 1) & (layouts.tp * layouts.stride("tp") <= cluster.node.gpus)
+    if cluster.gpu.architecture in communication.one_queue_architectures:
+        states = gathered_ahead(layouts, communication) | reduces_often(layouts, communication)
+        cut = cut & ~states & ~(layouts.dispatches & runtime.expert_parallel.joins_passes)
     return (1.0 - communication.tensor_overlap) * np.where(cut, 1.0 - communication.async_tensor_overlap, 1.0)
 
 

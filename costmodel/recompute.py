@@ -99,3 +99,8 @@ def stored_recompute(at: Mapping[str, int], depths: Sequence[tuple[int, ...]]) -
 def parts_with(operator: str) -> int:
     """Sum of the bits of the parts that hold `operator`."""
     return sum(PART_BITS[part] for part, operators in PARTS.items() if operator in operators)
+
+
+def part_bits(parts: Sequence[str]) -> int:
+    """Sum of the bits of these parts."""
+    return sum(PART_BITS[part] for part in parts)

@@ -6,7 +6,7 @@ import numpy as np
 
 from shardplan.costmodel.keys import one_of
 from shardplan.costmodel.layout import Layout, LayoutTable
-from shardplan.costmodel.recompute import RECOMPUTE
+from shardplan.costmodel.recompute import RECOMPUTE, part_bits
 from shardplan.costmodel.rule import BoolArray, Rule, Setting
 from shardplan.costmodel.rule_parts import codes
 
@@ -25,7 +25,31 @@ def _without(setting: Setting, _: Layout) -> str:
     return f"use tp=1, or recompute={words.replace(BY_PARTS, 'selective:PART+PART')}"
 
 
+def usable_parts(setting: Setting) -> tuple[str, ...]:
+    """Parts that the runtime runs again in some layer of the model, in its order."""
+    can, idle = setting.runtime.abilities, _idle_parts(setting)
+    latents = any(kind.kv_lora_rank for kind in setting.kinds)
+    return tuple(part for part in can.recompute_parts if part not in idle and (latents or part != "mla_up_proj"))
+
+
+def _idle_parts(setting: Setting) -> tuple[str, ...]:
+    """Parts that the runtime only runs again in layers that the model does not have."""
+    can, experts = setting.runtime.abilities, [bool(kind.experts) for kind in setting.kinds]
+    of_dense = can.recompute_parts_of_dense_layers if all(experts) else ()
+    return of_dense + (() if any(experts) else can.recompute_parts_of_expert_layers)
+
+
 RECOMPUTE_RULES: tuple[Rule, ...] = (
+    Rule(
+        id="recompute-part-of-no-layer",
+        broken=lambda s, t: (t.recompute_parts & part_bits(_idle_parts(s))) > 0,
+        detail=lambda s, x: (
+            f"recompute={x.recompute}: {s.runtime.name!r} runs {' and '.join(_idle_parts(s))} again only in layers "
+            f"{'without' if all(kind.experts for kind in s.kinds) else 'with'} experts, which {s.model.name} does not have"
+        ),
+        remedy=lambda s, x: f"choose from {'+'.join(usable_parts(s))}",
+        evidence="megatron/core/transformer/transformer_config.py: recompute_modules mlp (dense MLP) and moe_act",
+    ),
     Rule(
         id="recompute-tensor-parallel",
         broken=_refused_beside_tensor_parallelism,

@@ -76,6 +76,10 @@ class Abilities(_FromFile):
     """`full:4,2,0`: another number of layers on each stage."""
     recompute_parts: tuple[Part, ...] = ()
     """Parts of `recompute.PARTS` that `selective:PART+PART` may name."""
+    recompute_parts_of_dense_layers: tuple[Part, ...] = ()
+    """Those that run nothing again in layers with experts."""
+    recompute_parts_of_expert_layers: tuple[Part, ...] = ()
+    """Those that run nothing again in layers without."""
     tensor_parallel_recompute: tuple[str, ...] = ("none", "selective", "parts", "full")
     """Words of `recompute` that go with tensor parallelism; parts: `selective:PART+PART`."""
     attention: tuple[str, ...]
@@ -223,6 +227,9 @@ class Communication(_FromFile):
     """Boundary tensors are split over tp even without sequence parallelism."""
     async_tensor_overlap: float = 0.0
     """Share of the rest that async tensor parallelism hides where sequence parallelism stays inside a node."""
+    one_queue_architectures: tuple[str, ...] = ()
+    """Of GPUs on which that needs all kernels in one queue: beside what needs several, exchanges of states for every micro-batch or
+    joined passes (`ExpertParallel.joins_passes`), it hides nothing there."""
     reuse_distance: float = float("inf")
     """ZeRO-3: matrices of a layer with at least so many parameters between their use in its recomputation and in its backward are
     released and gathered once more."""

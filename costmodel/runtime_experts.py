@@ -35,3 +35,6 @@ class ExpertParallel:
     """Traffic of adding the biases of experts, weighed like their outputs, relative to one tensor of those; forward and backward alike."""
     overlap: float = 0.0
     """Share of the exchange of tokens that the compute of another micro-batch can hide."""
+    joins_passes: bool = False
+    """It hides behind the other pass of another micro-batch, joined operator by operator (Megatron-Core's combined_1f1b.py): only where
+    tokens are dispatched, stages of a pipeline have several chunks, and no layer is recomputed in full."""

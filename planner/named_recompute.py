@@ -18,6 +18,7 @@ from shardplan.costmodel.estimates import Estimates
 from shardplan.costmodel.layout import LayoutTable
 from shardplan.costmodel.layout_join import stacked
 from shardplan.costmodel.recompute import PART_BITS, RECOMPUTE
+from shardplan.costmodel.recompute_rules import usable_parts
 from shardplan.costmodel.rule import Setting
 from shardplan.planner.at_setting import estimated, fitting, unbroken
 from shardplan.planner.placement import least_step_s, may_take_less
@@ -33,8 +34,7 @@ MOST_ROWS = 300_000
 
 def named_sets(setting: Setting) -> tuple[int, ...]:
     """Every set of parts, as the sum of its PART_BITS, that the runtime can run again and the model has; the smallest first."""
-    latents = any(kind.kv_lora_rank for kind in setting.kinds)
-    bits = [PART_BITS[part] for part in setting.runtime.abilities.recompute_parts if latents or part != "mla_up_proj"]
+    bits = [PART_BITS[part] for part in usable_parts(setting)]
     sets = [sum(bit for n, bit in enumerate(bits) if some >> n & 1) for some in range(1, 1 << len(bits))]
     return tuple(sorted(sets, key=int.bit_count))
 

@@ -46,3 +46,20 @@ def test_a_second_copy_goes_with_whole_experts():
 def test_spread_experts_go_with_the_rest():
     assert refused("dp=64 ep=8 zero=3") == {}
     assert refused("dp=8 tp=4 pp=2 ep=8 zero=1 sequence_parallel=true recompute=full") == {}
+
+
+@pytest.mark.parametrize(
+    ("rule", "words", "remedy"),
+    [
+        ("joined-passes-dispatch", "dp=64", "use ep > 1"),
+        ("joined-passes-chunks", "dp=16 pp=4 ep=8", "virtual_stages=2"),
+        ("joined-passes-full-recompute", "dp=64 ep=8 recompute=full", "recompute=none"),
+        ("joined-passes-full-recompute", "dp=64 ep=8 recompute=full:2", "recompute=none"),
+    ],
+)
+def test_exchanges_hide_behind_another_micro_batch_only_where_passes_can_be_joined(rule, words, remedy):
+    joined = "megatron+a2a_overlap"
+    assert remedy in refused(words, runtime=joined)[rule]
+    assert refused(words, runtime="megatron") == {}
+    assert refused("dp=64 ep=8 recompute=selective:act", runtime=joined) == {}
+    assert refused("dp=16 pp=4 ep=8 schedule=interleaved virtual_stages=2", runtime=joined) == {}

@@ -12,6 +12,10 @@ from shardplan.hw_profiles.load import load_cluster
 
 SHARED = "zero=3 sequence_parallel=true recompute=full"
 MOE = "pp=8 micro_batch=1 zero=1 sequence_parallel=true schedule=interleaved virtual_stages=4"
+DEEP = (
+    "dp=4 tp=2 ep=8 pp=32 micro_batch=1 zero=1 sequence_parallel=true schedule=interleaved virtual_stages=3 "
+    "stage_layers=0,1*94,0 recompute=selective:layernorm+act"
+)
 PAIRS = {  # name: (model, cluster, precision, seq, runtime, (faster, slower) as (GPUs, batch, layout, runtime switches))
     "NVIDIA/Megatron-LM#1031": (
         ("llama-2-70b", "h100-ib", "bf16", 4096, "megatron"),
@@ -32,6 +36,31 @@ PAIRS = {  # name: (model, cluster, precision, seq, runtime, (faster, slower) as
         ("qwen3-235b-a22b", "h100-ib", "bf16", 4096, "megatron+permute_fusion+deepep"),
         (256, 2048, f"dp=16 tp=2 ep=32 {MOE} recompute=selective:layernorm", ""),
         (256, 2048, f"dp=8 tp=4 ep=8 {MOE}", ""),
+    ),
+    "Megatron-MoE-ModelZoo, wide expert parallelism against a deep pipeline": (
+        ("qwen3-235b-a22b", "h100-ib", "bf16", 4096, "megatron+permute_fusion"),
+        (256, 2048, f"dp=16 tp=2 ep=32 {MOE} recompute=selective:layernorm+act", "+deepep"),
+        (256, 2048, DEEP, ""),
+    ),
+    "Megatron-MoE-ModelZoo, a deep pipeline against tensor parallelism": (
+        ("qwen3-235b-a22b", "h100-ib", "bf16", 4096, "megatron+permute_fusion"),
+        (256, 2048, DEEP, ""),
+        (256, 2048, f"dp=8 tp=4 ep=8 {MOE}", "+deepep"),
+    ),
+    "NVIDIA/Megatron-LM#258, many micro-batches in one node": (  # BERT models of 8 to 10 B there
+        ("megatron-7.5b", "selene", "fp16", 512, "megatron-2021"),
+        (8, 512, "pp=8 micro_batch=4", ""),
+        (8, 512, "tp=8 micro_batch=4", ""),
+    ),
+    "deepspeedai/DeepSpeed#5047, one gather a layer against one a matrix": (
+        ("tinyllama-1.1b", "selene", "bf16", 2048, ""),
+        (8, 32, "dp=8 zero=3 micro_batch=4", "fsdp1"),
+        (8, 32, "dp=8 zero=3 micro_batch=4", "deepspeed"),
+    ),
+    "DeepSpeed autotuning, GPT-2 large": (
+        ("gpt2-large", "dgx2-edr", "fp16", 1024, "deepspeed"),
+        (16, 48, "dp=16 zero=1 micro_batch=3", ""),
+        (16, 32, "dp=16 zero=1 micro_batch=2", ""),
     ),
 }
 RATIOS = {"NVIDIA/Megatron-LM#1031": 420.5 / 296.5, "torchtitan docs/performance, interleaved against 1F1B": 128 / 100}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from shardplan.costmodel.job import Job
 from shardplan.costmodel.layout import parse_layout
 from shardplan.costmodel.model_config import load_model
@@ -10,11 +12,10 @@ from shardplan.hw_profiles.load import load_cluster
 from shardplan.planner.search import judge
 
 
-def answer(recompute: str) -> dict:
-    layout = parse_layout(f"dp=2 tp=8 pp=4 attention=unfused sequence_parallel=true recompute={recompute}")
+def answer(recompute: str, model: str = "llama-3-70b", layout: str = "dp=2 tp=8 pp=4 attention=unfused") -> dict:
     verdict = judge(
-        layout,
-        model=load_model("llama-3-70b"),
+        parse_layout(f"{layout} sequence_parallel=true recompute={recompute}"),
+        model=load_model(model),
         job=Job(seq=4096, global_batch=256),
         cluster=load_cluster("h100-ib", gpus=64),
         runtime=load_runtime("megatron"),
@@ -48,3 +49,23 @@ def test_each_part_more_keeps_less_and_takes_longer() -> None:
 def test_parts_that_the_runtime_lacks_are_refused() -> None:
     refused = {rejection["rule"]: rejection["remedy"] for rejection in answer("selective:qkv+core_attn")["rejections"]}
     assert "core_attn+layernorm+act+mlp" in refused["runtime-recompute-parts"]
+
+
+def test_megatron_recomputes_dense_mlps_and_the_activation_of_experts() -> None:
+    """`--recompute-modules mlp` leaves layers with experts as they are, `moe_act` those without."""
+
+    def deepseek(recompute: str) -> tuple[float, float]:
+        got = answer(recompute, "deepseek-v3", "dp=4 tp=2 pp=8 ep=8")
+        return got["time"]["recompute_s"], got["memory"]["stages"][1]["activations_bytes"]
+
+    none, dense, experts = map(deepseek, ("none", "selective:mlp", "selective:act"))
+    assert none[0] == dense[0] == 0.0  # the slowest stage has only layers with experts, and so has the second
+    assert dense[1] == none[1]
+    assert experts[0] > 0.0
+    assert experts[1] < none[1]
+
+
+@pytest.mark.parametrize(("model", "part", "others"), [("llama-3-70b", "act", "mlp"), ("mixtral-8x7b", "mlp", "act")])
+def test_parts_that_no_layer_of_the_model_runs_again_are_refused(model: str, part: str, others: str) -> None:
+    refused = {one["rule"]: one["remedy"] for one in answer(f"selective:{part}", model)["rejections"]}
+    assert refused["recompute-part-of-no-layer"] == f"choose from core_attn+layernorm+{others}"
