@@ -39,6 +39,8 @@ class Wanted:
     """Layers may be recomputed where a layout without recompute does not fit."""
     by_stage: bool
     """As many as each stage needs; else the same number of every stage."""
+    some_recomputed: bool = False
+    """One layer at least, also where a layout without recompute fits: the user forbids that."""
     most_cuts: int = 16
     """Of one layout."""
 

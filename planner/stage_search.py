@@ -30,9 +30,9 @@ from shardplan.planner.at_setting import estimated, unbroken
 from shardplan.planner.cut_bounds import over_mean_s, recomputing_mean_s
 from shardplan.planner.knobs import Knob, knobs_of, least_s_with, named_recompute, variants_of
 from shardplan.planner.named_recompute import with_needed_parts
-from shardplan.planner.partial_recompute import recomputes_layers
+from shardplan.planner.partial_recompute import only_stands_for_others, recomputes_layers, standing_for_others
 from shardplan.planner.placement import as_innermost, in_other_orders, movable, only_outer, open_orders
-from shardplan.planner.space import Wishes, asked
+from shardplan.planner.space import Wishes, allowed, asked
 from shardplan.planner.stage_options import Part, Wanted
 from shardplan.planner.stages import Cuttable, can_cut
 
@@ -141,6 +141,7 @@ def wanted_of(setting: Setting, wishes: Wishes, headroom: float) -> Wanted:
         headroom=headroom,
         partial_recompute=recomputes_layers(setting, wishes),
         by_stage=setting.runtime.abilities.recompute_by_stage,
+        some_recomputed=("recompute", "none") in wishes.forbidden,
     )
 
 
@@ -149,12 +150,17 @@ def _pipelines(setting: Setting, layouts: LayoutTable, wishes: Wishes) -> Layout
     piped = (layouts.pp > 1) & (layouts.split == 0)
     if "schedule" not in wishes.fixed_words and "1f1b" in setting.runtime.abilities.schedules:
         piped &= layouts.schedule != SCHEDULES.index("gpipe")  # as fast as 1f1b, with more in flight
-    return layouts.take(np.flatnonzero(piped))
+    layouts = layouts.take(np.flatnonzero(piped))
+    standing = standing_for_others(layouts, wishes)
+    return stacked([layouts, standing]) if len(standing) else layouts
 
 
 def _plain(state: _State, bounds: Estimates) -> BoolArray:
     """Rows that are cut as they are: a layout without recompute stands for any number of recomputed layers."""
-    rows = bounds.layouts.recompute != FULL if state.wanted.partial_recompute else np.ones(len(bounds), dtype=bool)
+    layouts = bounds.layouts
+    rows = (
+        layouts.recompute != FULL if state.wanted.partial_recompute else ~only_stands_for_others(layouts, state.wishes)
+    )
     return _could_win(state, bounds, bounds.step_s, rows)
 
 
@@ -276,8 +282,8 @@ def _with_knobs(state: _State, bounds: Estimates, turned: Sequence[Knob]) -> lis
     for at, knob in enumerate(turned):
         for batch in (bounds, *made):
             useful = knob.rows(batch.layouts)
-            if state.wanted.partial_recompute and not knob.saves_memory:  # see `_plain`
-                useful = useful & ((batch.layouts.recompute != FULL) | (batch.layouts.offload_activations > 0))
+            if state.wanted.partial_recompute:  # see `_plain`
+                useful = useful & (batch.layouts.recompute != FULL)
             useful = _could_win_elsewhere(state, batch, turned[at:], useful)
             rows = np.flatnonzero(useful)
             if len(rows) and not knob.saves_memory:
@@ -289,7 +295,7 @@ def _with_knobs(state: _State, bounds: Estimates, turned: Sequence[Knob]) -> lis
                 state.proved = False
                 least_s = least_s_with(setting, batch, wishes, turned[at:], even=True)
                 rows = rows[np.argsort(least_s[rows], kind="stable")][:most]
-            table = variants_of(setting, batch.layouts.take(rows), knob.variants)
+            table = variants_of(setting, batch.layouts.take(rows), knob.variants, wishes)
             if table is None:
                 continue
             its = on_mean_stage(setting, table)
@@ -365,7 +371,7 @@ def _keep(state: _State, cut: Sequence[Layout]) -> None:
     if not cut:
         return
     its, table = state.setting, layout_table(cut)
-    table = table.take(unbroken(its, table))
+    table = table.take(unbroken(its, table) & allowed(table, state.wishes.forbidden))
     state.looked_at += len(table)
     if not len(table):
         return
