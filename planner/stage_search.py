@@ -76,6 +76,8 @@ class _State:
     looked_at: int = 0
     cut: int = 0
     proved: bool = True
+    uncut_s: float = np.inf
+    """The least bound of what kept the runtime's rule because it cannot be cut exactly (`stages.can_cut`)."""
 
 
 def search_stages(
@@ -109,7 +111,8 @@ def search_stages(
         if np.isfinite(state.fastest):
             _best_first(state, *_with_other_words(state, bounds, turned))
     found = joined(state.kept, stacked([one.layouts for one in state.kept])) if state.kept else None
-    return CutStages(found=found, looked_at=state.looked_at, proved=state.proved)
+    proved = state.proved and state.uncut_s >= state.fastest
+    return CutStages(found=found, looked_at=state.looked_at, proved=proved)
 
 
 def least_cut_bytes(setting: Setting, layouts: LayoutTable, wishes: Wishes, headroom: float) -> float:
@@ -336,6 +339,9 @@ def _cut_some(state: _State, layouts: LayoutTable, bounds: FloatArray) -> None:
     of, place, least_s = np.zeros(len(layouts), dtype=np.int64), np.zeros(len(layouts), dtype=np.int64), bounds + np.inf
     longer = _waiting(peak_weight(state.setting, layouts))
     for rows, part in _alike(state.setting, layouts):
+        if part is None:
+            state.uncut_s = min(state.uncut_s, float(bounds[rows].min()))
+            continue
         found = Cuttable.of([part], state.wanted, (state.fastest - bounds[rows]) * longer[rows])
         if found is not None:
             of[rows], place[rows] = len(ready), np.arange(len(rows))
@@ -356,14 +362,14 @@ def _cut_some(state: _State, layouts: LayoutTable, bounds: FloatArray) -> None:
         state.told(state.looked_at)
 
 
-def _alike(setting: Setting, layouts: LayoutTable) -> Iterator[tuple[NDArray[np.intp], Part]]:
-    """Rows whose stages are cut together, group by group."""
+def _alike(setting: Setting, layouts: LayoutTable) -> Iterator[tuple[NDArray[np.intp], Part | None]]:
+    """Rows whose stages are cut together, group by group; without a part where they cannot be."""
     trials = StageTrials.of(setting, layouts)
     first, group_of = unique_keys(*(getattr(layouts, name) for name in STRUCTURE))
     for group, row in enumerate(first.tolist()):
-        if can_cut(setting.model, layouts.row(row)):
-            at = np.flatnonzero(group_of == group)
-            yield at, Part(setting=setting, trials=trials.take(at), stages=int(layouts.pp[row]))
+        at = np.flatnonzero(group_of == group)
+        cuttable = can_cut(setting.model, layouts.row(row))
+        yield at, Part(setting=setting, trials=trials.take(at), stages=int(layouts.pp[row])) if cuttable else None
 
 
 def _keep(state: _State, cut: Sequence[Layout]) -> None:
