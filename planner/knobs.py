@@ -272,7 +272,7 @@ def _recompute_some(setting: Setting, estimates: Estimates, wishes: Wishes, head
     at = np.flatnonzero(quick & by_layers[there])
     more, tried = partly_recomputed(setting, some.take(at), least_bytes[there[at]], headroom)
     _keep(setting, more, tried, wishes, headroom, state)
-    at = np.flatnonzero(quick & by_parts[there] & (some.layouts.offload_activations == 0))
+    at = np.flatnonzero(quick & by_parts[there])
     more, tried, complete = parts_recomputed(setting, some.take(at), wishes, headroom, best_s=state.best_s)
     _keep(setting, more, tried, wishes, headroom, state)
     state.complete &= complete
@@ -284,7 +284,9 @@ def _room(
     """(layouts without recompute that GPUs hold with all layers recomputed, with all parts, bytes on the device of the first), each (N,).
     Of most it is neither, which settles them before anything is timed."""
     by_layers, least_bytes = with_all_recomputed(setting, layouts, wishes, headroom)
-    return by_layers, with_all_parts(setting, layouts, wishes, headroom), least_bytes
+    by_parts, whole = np.zeros(len(layouts), dtype=bool), np.flatnonzero(layouts.offload_activations == 0)
+    by_parts[whole] = with_all_parts(setting, layouts.take(whole), wishes, headroom)
+    return by_layers, by_parts, least_bytes
 
 
 def _keep(
