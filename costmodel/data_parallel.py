@@ -55,13 +55,15 @@ def one_exchange_s(
     parameter_bytes: int,
     gpu: Gpu,
     experts: FloatArray | None = None,
+    at_least: bool = False,
 ) -> Exchange:
     """One reduction and one gather of all states of a rank that owns `parameters` parameters in `units` equal groups (layers), of which
     it has `trained`: only those are reduced, and gathered after an update; all are gathered ahead of their layers. `experts` of them lie
-    in experts that tokens are dispatched to, and are exchanged among the fewer ranks that hold the same ones."""
+    in experts that tokens are dispatched to, and are exchanged among the fewer ranks that hold the same ones. With `at_least` as much
+    hides as of any number of parameters from there up: one bucket more leaves a smaller last one."""
     parameters = np.where(gathered_ahead(layouts, communication), parameters, trained)
     size = {"gradient_bytes": gradient_bytes, "parameter_bytes": parameter_bytes}
-    sent = (tiers, gpu, layouts, communication)
+    sent = (tiers, gpu, layouts, communication, at_least)
     everywhere = dense_groups(layouts)
     if experts is None:
         return _group_exchange_s(*sent, everywhere, parameters, trained, units, **size)
@@ -98,6 +100,7 @@ def _group_exchange_s(
     gpu: Gpu,
     layouts: LayoutTable,
     communication: Communication,
+    at_least: bool,
     group: StateGroups,
     parameters: FloatArray,
     trained: FloatArray,
@@ -127,16 +130,30 @@ def _group_exchange_s(
             element_bytes=parameter_bytes,
             plain_s=gather,
         )
+    bucket = _bucket(communication, group.ranks)
+
+    def last_share(messages: FloatArray, held: FloatArray) -> FloatArray:
+        """Of the exchange, what its last message takes."""
+        if not at_least or not communication.bucket_parameters:
+            return 1.0 / messages
+        after_one_more = bucket * messages / (messages + 1.0)
+        return np.minimum(1.0 / messages, np.divide(after_one_more, held, out=np.ones_like(held), where=held > 0))
+
     hiding = np.where(
         gathered_ahead(layouts, communication), communication.prefetch_overlap, communication.gather_overlap
     )
     return Exchange(
         reduce_s=reduce,
         gather_s=gather,
-        reduce_share=communication.reduce_overlap * (1.0 - 1.0 / reduced),
-        gather_share=hiding * (1.0 - 1.0 / gathered),
+        reduce_share=communication.reduce_overlap * (1.0 - last_share(reduced, trained)),
+        gather_share=hiding * (1.0 - last_share(gathered, parameters)),
         replicate_s=replicate,
     )
+
+
+def _bucket(communication: Communication, ranks: FloatArray) -> FloatArray:
+    """Parameters that are exchanged together; 0 where that is by layer."""
+    return np.maximum(communication.bucket_parameters, communication.bucket_parameters_per_rank * ranks)
 
 
 def _messages(
@@ -151,7 +168,7 @@ def _messages(
     reduced, gathered = units * communication.reduce_messages, units * communication.gather_messages
     if not communication.bucket_parameters:
         return reduced, gathered
-    bucket = np.maximum(communication.bucket_parameters, communication.bucket_parameters_per_rank * ranks)
+    bucket = _bucket(communication, ranks)
     reduced, buckets = (np.maximum(np.ceil(count / bucket), 1.0) for count in (trained, parameters))
     return reduced, np.where(gathered_ahead(layouts, communication), gathered, buckets)
 

@@ -227,7 +227,8 @@ def _estimate_rows(
     parameters = stage_parameters(model, job, keys.contents, runtime, held, of_one_kind=mean)
     parts, hidden, flop = dict[str, FloatArray](), LazyColumns[FloatArray]({}), np.zeros(len(keys.work))
     if asked != "memory":
-        time = _step_time(setting, keys, tiers, blocks, stages, heaviest_owner(parameters, held, job, runtime))
+        owner = heaviest_owner(parameters, held, job, runtime)
+        time = _step_time(setting, keys, tiers, blocks, stages, owner, at_least=mean)
         hides_s = np.full(len(keys.work_of_pace), np.inf) if mean else None
         if chosen == "mean":
             hides_s = time.hides_at_most_s(
@@ -319,8 +320,10 @@ def _step_time(
     blocks: BlockRows,
     stages: StageRows,
     owner: Owner,
+    *,
+    at_least: bool,
 ) -> StepTime:
-    """Times on the keys of pace and states.
+    """Times on the keys of pace and states; `at_least` as in `data_parallel.one_exchange_s`.
 
     `blocks` and `stages` are over the keys of the work, `owner` over those of the stage contents.
     """
@@ -348,7 +351,7 @@ def _step_time(
         keys.pace, runtime, pace, transfers_s.take(of), owner.take(keys.contents_of_work.take(of)), batches, copies
     )
     owner = owner.take(keys.contents_of_work.take(keys.work_of_states))
-    held = held_times(model, job, cluster, keys.states, runtime, tiers, owner)
+    held = held_times(model, job, cluster, keys.states, runtime, tiers, owner, at_least=at_least)
     return StepTime(
         job=job,
         cluster=cluster,

@@ -16,6 +16,7 @@ from shardplan.costmodel.recompute import RECOMPUTE
 from shardplan.costmodel.runtime import Runtime
 from shardplan.costmodel.runtime_states import BytesPerParameter
 from shardplan.costmodel.zeropp import secondary_bytes
+from shardplan.hw_profiles.machine import Node
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -376,3 +377,10 @@ def activation_bytes(
     rebuilt = np.where(full_layers > 0, (kept - entering)[:, None], rebuilt)
     stored = (layers - full_layers) * per_layer + full_layers * entering[:, None]
     return flying * stored, np.where(layers > 0, rebuilt, 0.0)
+
+
+def paging_s(job: Job, node: Node, updated: FloatArray) -> FloatArray | float:
+    """Seconds that moments of a paged optimizer take from the host and back, (K,): all of them each step, as when memory is short."""
+    if not job.optimizer.startswith(PAGED):
+        return 0.0
+    return 2.0 * MOMENT_BYTES[job.optimizer] * updated / node.host.pcie_bytes_per_s

@@ -220,6 +220,13 @@ def stage_table(
     )
 
 
+def layers_of_ranks(split: Sequence[int], pp: int, virtual_stages: int, *, v_placed: bool) -> IntArray:
+    """Layers of each rank, (pp,), of a pipeline whose chunks in model order hold `split`."""
+    held = np.zeros(pp, dtype=np.int64)
+    np.add.at(held, _chunk_ranks(pp, virtual_stages, v_placed=v_placed), split)
+    return held
+
+
 def _relative_work(model: Model) -> FloatArray:
     """Matrix products and attention of one layer of each run, all together a hundredth of a layer: ranks stages that have as many."""
     seq = model.max_positions or 0

@@ -37,6 +37,7 @@ from shardplan.costmodel.rule_parts import (
     not_in,
     options,
     other_runtime,
+    recomputes_more_than_there_is,
     round_up,
     runtime_lacks,
     split_is_wrong,
@@ -116,9 +117,9 @@ STRUCTURE: tuple[Rule, ...] = (
     ),
     Rule(
         id="recompute-layers",
-        broken=lambda s, t: (t.recompute_layers != ALL_LAYERS) & (t.recompute_layers * t.pp > s.model.layer_count),
+        broken=recomputes_more_than_there_is,
         detail=lambda s, x: (
-            f"recompute={x.recompute} names more layers than a stage of {s.model.layer_count}/{x.pp} has"
+            f"recompute={x.recompute} names more layers than any stage of {s.model.layer_count}/{x.pp} has"
         ),
         remedy=lambda s, x: "use recompute=full, or fewer layers",
         structural=True,

@@ -15,7 +15,12 @@ from shardplan.costmodel.pace import stage_seconds
 from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.rule_parts import micro_batches
 from shardplan.costmodel.stage_cost import BlockRows, StageRows, block_rows, mean_stage_rows, stage_parameters
-from shardplan.costmodel.step_memory import held_bytes, micro_batches_in_flight, stage_activations
+from shardplan.costmodel.step_memory import (
+    checkpoint_bytes,
+    held_bytes,
+    micro_batches_in_flight,
+    stage_activations,
+)
 from shardplan.costmodel.sustained import prepared
 
 FloatArray = NDArray[np.float64]
@@ -87,7 +92,8 @@ class StageTrials:
         return self._seconds(stages)[:, 0]
 
     def mean_saving_bytes(self) -> FloatArray:
-        """Bytes on the device, (N,), that recomputing every layer saves at most on such a stage, what it rebuilds not counted."""
+        """Bytes on the device, (N,), that recomputing every layer saves at most on such a stage, what it rebuilds not counted and its
+        inputs wherever the layout keeps them."""
         ready, stages = self.setting, mean_stage_rows(self.setting.model, self.layouts)
         flying = micro_batches_in_flight(self.layouts, stages, self._batches)
 
@@ -95,7 +101,12 @@ class StageTrials:
             rows = replace(stages, recomputed=share * stages.layers.sum(axis=2))
             return stage_activations(ready.model, self._blocks, rows, self.layouts, flying, frees_loss=False)[:, 0]
 
-        return 2.0 * (activations(0.5) - activations(1.0)) * (1.0 + ready.runtime.allocator_slack_fraction)
+        every = replace(stages, recomputed=stages.layers.sum(axis=2))
+        inputs = (flying * checkpoint_bytes(ready.model, self._blocks, every))[:, 0]
+        saved = 2.0 * (activations(0.5) - activations(1.0)) + np.where(
+            self.layouts.offload_activations > 0, inputs, 0.0
+        )
+        return saved * (1.0 + ready.runtime.allocator_slack_fraction)
 
     def parameters(self, trials: Trials) -> FloatArray:
         """Parameters a rank holds, (N, S)."""

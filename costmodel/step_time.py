@@ -25,15 +25,15 @@ from shardplan.costmodel.data_parallel import (
     one_exchange_s,
     reduces_often,
 )
-from shardplan.costmodel.job import BYTES_OF, PAGED, Job
+from shardplan.costmodel.job import BYTES_OF, Job
 from shardplan.costmodel.kernels_time import state_pass_s
 from shardplan.costmodel.keys import ROWS_IN_CACHE, LazyColumns
 from shardplan.costmodel.layout import LayoutTable
 from shardplan.costmodel.memory import (
-    MOMENT_BYTES,
     exchanges_alone,
     frozen_element_bytes,
     gradient_bytes,
+    paging_s,
     parameter_bytes,
     tied_table_bytes,
     unscaling_bytes,
@@ -50,7 +50,7 @@ from shardplan.costmodel.offload import (
 from shardplan.costmodel.pace import LEAST_PEAK_WEIGHT
 from shardplan.costmodel.runtime import Runtime
 from shardplan.costmodel.stage_cost import StageParameters, StageRows
-from shardplan.hw_profiles.machine import Cluster, Node
+from shardplan.hw_profiles.machine import Cluster
 from shardplan.hw_profiles.topology import TierTable
 
 FloatArray = NDArray[np.float64]
@@ -214,17 +214,18 @@ class HeldTimes:
     """Of states outside the GPU; None where no key has any."""
 
 
-def paging_s(job: Job, node: Node, updated: FloatArray) -> FloatArray | float:
-    """Seconds that moments of a paged optimizer take from the host and back, (K,): all of them each step, as when memory is short."""
-    if not job.optimizer.startswith(PAGED):
-        return 0.0
-    return 2.0 * MOMENT_BYTES[job.optimizer] * updated / node.host.pcie_bytes_per_s
-
-
 def held_times(
-    model: Model, job: Job, cluster: Cluster, layouts: LayoutTable, runtime: Runtime, tiers: TierTable, owner: Owner
+    model: Model,
+    job: Job,
+    cluster: Cluster,
+    layouts: LayoutTable,
+    runtime: Runtime,
+    tiers: TierTable,
+    owner: Owner,
+    *,
+    at_least: bool = False,
 ) -> HeldTimes:
-    """Exchange and update of the states of each key."""
+    """Exchange and update of the states of each key; `at_least` as in `one_exchange_s`."""
     element = gradient_bytes(runtime, job)
     updated, share = owner.trained / layouts.zero_ranks, optimizer_share(layouts)
     if owner.experts is not None:
@@ -255,6 +256,7 @@ def held_times(
             gradient_bytes=element,
             parameter_bytes=parameter_bytes(runtime, job, sent=True),
             gpu=cluster.gpu,
+            at_least=at_least,
         ),
         tied_s=tied,
         optimizer_s=update_s,
@@ -309,8 +311,7 @@ class StepTime:
             host = paced.host_s.take(at)
             if self.cluster.gpu.device != "cpu":  # while a GPU waits for its links, the host launches ahead
                 host = np.maximum(host - exposed - offload, 0.0)
-            host += self.held.launching_s.take(of)
-            host += self.runtime.execution.step_overhead_s
+            host += self.held.launching_s.take(of) + self.runtime.execution.step_overhead_s
             step = together.take(at) + exposed + offload + self.held.optimizer_s.take(of) + host
             for name, column in zip(own, (exposed, offload, host, step), strict=True):
                 time[name][some] = column

@@ -26,7 +26,14 @@ from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.rule_parts import divisors
 from shardplan.planner.at_setting import estimated, unbroken
 from shardplan.planner.named_recompute import named_sets, parts_recomputed, with_all_parts
-from shardplan.planner.partial_recompute import partly_recomputed, recomputes_layers, with_all_recomputed
+from shardplan.planner.partial_recompute import (
+    as_meant,
+    only_stands_for_others,
+    partly_recomputed,
+    recomputes_layers,
+    standing_for_others,
+    with_all_recomputed,
+)
 from shardplan.planner.placement import least_step_s, may_take_less
 from shardplan.planner.space import Wishes, allowed, asked
 
@@ -75,14 +82,14 @@ class Turned:
 def knobs_of(setting: Setting, wishes: Wishes) -> tuple[Knob, ...]:
     """Those that the runtime has and the user leaves open, in the order they are turned; recompute not among them."""
     runtime = setting.runtime
-    whole = runtime.offload.ratio_zero
+    whole, partial = runtime.offload.ratio_zero, recomputes_layers(setting, wishes)
     every = (
         Knob(
             words=("offload_activations",),
             variants=tuple(
                 {"offload_activations": OFFLOAD.index(tier)} for tier in runtime.offload.activations if tier != "none"
             ),
-            rows=lambda t: (t.recompute == FULL) & (t.offload_activations == 0),
+            rows=lambda t: (t.offload_activations == 0) & ((t.recompute == FULL) | (partial & (t.recompute == NONE))),
             saves_memory=True,
         ),
         Knob(
@@ -122,8 +129,12 @@ def named_recompute(setting: Setting, wishes: Wishes) -> tuple[Knob, ...]:
     sets = () if asked(wishes, "recompute", "selective") else named_sets(setting)
     variants = tuple({"recompute": SELECTIVE, "recompute_parts": parts} for parts in sets)
     saving = not recomputes_layers(setting, wishes)
-    knob = Knob(words=("recompute",), variants=variants, rows=lambda t: t.recompute == NONE, saves_memory=saving)
+    knob = Knob(words=("recompute",), variants=variants, rows=_recompute_nothing, saves_memory=saving)
     return tuple(one for one in (_without_forbidden(knob, wishes),) if one.variants)
+
+
+def _recompute_nothing(layouts: LayoutTable) -> BoolArray:
+    return (layouts.recompute == NONE) & (layouts.offload_activations == 0)
 
 
 def _zeropp(setting: Setting, wishes: Wishes) -> tuple[Variant, ...]:
@@ -148,6 +159,8 @@ def turn_knobs(
     fits, or with `least_memory` the leanest."""
     steps = (float(np.min(one.step_s, where=one.fits(headroom), initial=np.inf)) for one in space)
     state = Turned(best_s=min(fastest, *steps))
+    standing = [standing_for_others(batch.layouts, wishes) for batch in space]
+    space = [*space, *(estimated(setting, layouts) for layouts in standing if len(layouts))]
     for batch in space:
         _recompute_some(setting, batch, wishes, headroom, state)
     turned, made = knobs_of(setting, wishes), list[Estimates]()
@@ -160,7 +173,7 @@ def turn_knobs(
         if more:
             made.append(joined(more, stacked([one.layouts for one in more])))
     for batch in made:
-        fits = batch.fits(headroom)
+        fits = batch.fits(headroom) & ~only_stands_for_others(batch.layouts, wishes)
         state.found.append(batch.take(np.flatnonzero(fits)))
         _recompute_some(setting, batch, wishes, headroom, state)
     state.found = [one for one in state.found if len(one)]
@@ -197,7 +210,9 @@ def _turn(
     everything = least_memory and knob.saves_memory
     least_s = least_s_with(setting, estimates, wishes, turned)
     usable = knob.rows(estimates.layouts)
-    if not knob.changes and not everything:  # it only costs time, but room for what others add
+    if everything:  # most is saved where every layer is recomputed
+        usable &= estimates.layouts.recompute == FULL
+    elif not knob.changes:  # it only costs time, but room for what others add
         room = [np.zeros(len(usable), dtype=bool), *(one.rows(estimates.layouts) for one in later)]
         usable = usable & (~estimates.fits(headroom) | np.any(room, axis=0))
     rows = np.flatnonzero(usable & ((least_s < state.best_s) | everything))
@@ -211,11 +226,11 @@ def _turn(
         if spent + len(some) * len(knob.variants) > MOST_ROWS:
             state.complete = False
             break
-        found = _variants(setting, estimates.layouts.take(some), knob.variants)
+        found = _variants(setting, estimates.layouts.take(some), knob.variants, wishes, headroom)
         spent += len(some) * len(knob.variants)
         if found is None:
             continue
-        fits = found.fits(headroom)
+        fits = found.fits(headroom) & ~only_stands_for_others(found.layouts, wishes)
         state.best_s = min(state.best_s, float(np.min(found.step_s, where=fits, initial=np.inf)))
         roomy = fits | (found.layouts.recompute == NONE) | (found.device_peak_bytes <= found.capacity_bytes)
         hopeful = roomy & (least_s_with(setting, found, wishes, later) <= state.best_s)
@@ -238,13 +253,15 @@ def _may_fit(
 
 
 def _recompute_some(setting: Setting, estimates: Estimates, wishes: Wishes, headroom: float, state: Turned) -> None:
-    """Where nothing is recomputed and the layout does not fit: the fewest layers, and the quickest set of named parts, that make it.
+    """Where nothing is recomputed and the layout does not fit, or only stands for others: the fewest layers, and the quickest set of named
+    parts, that make it.
 
     Recompute only adds time, so what takes longer than the best without it, in whatever order of axes, is left.
     """
     may_win = least_step_s(setting, estimates, wishes) < state.best_s
     open_rows = may_win & (estimates.layouts.recompute == NONE) & estimates.fits_below_gpu(headroom)
-    rows = np.flatnonzero(open_rows & ~estimates.fits_gpu(headroom))
+    has_to = only_stands_for_others(estimates.layouts, wishes)
+    rows = np.flatnonzero(open_rows & (has_to | ~estimates.fits_gpu(headroom)))
     if not len(rows):
         return
     by_layers, by_parts, least_bytes = _room(setting, estimates.layouts.take(rows), wishes, headroom)
@@ -267,7 +284,9 @@ def _room(
     """(layouts without recompute that GPUs hold with all layers recomputed, with all parts, bytes on the device of the first), each (N,).
     Of most it is neither, which settles them before anything is timed."""
     by_layers, least_bytes = with_all_recomputed(setting, layouts, wishes, headroom)
-    return by_layers, with_all_parts(setting, layouts, wishes, headroom), least_bytes
+    by_parts, whole = np.zeros(len(layouts), dtype=bool), np.flatnonzero(layouts.offload_activations == 0)
+    by_parts[whole] = with_all_parts(setting, layouts.take(whole), wishes, headroom)
+    return by_layers, by_parts, least_bytes
 
 
 def _keep(
@@ -283,19 +302,30 @@ def _keep(
         state.best_s = min(state.best_s, float(np.min(state.found[-1].step_s, initial=np.inf)))
 
 
-def _variants(setting: Setting, layouts: LayoutTable, variants: Sequence[Variant]) -> Estimates | None:
-    """Estimates of `variants_of` the layouts."""
-    good = variants_of(setting, layouts, variants)
-    return None if good is None else estimated(setting, good)
+def _variants(
+    setting: Setting, layouts: LayoutTable, variants: Sequence[Variant], wishes: Wishes, headroom: float
+) -> Estimates | None:
+    """Estimates of `variants_of` the layouts; of those that only stand for others, of what has room with every layer recomputed."""
+    good = variants_of(setting, layouts, variants, wishes)
+    if good is None:
+        return None
+    stand = np.flatnonzero(only_stands_for_others(good, wishes) & (good.offload_activations > 0))
+    if len(stand):
+        keep = np.ones(len(good), dtype=bool)
+        keep[stand] = with_all_recomputed(setting, good.take(stand), wishes, headroom)[0]
+        good = good.take(np.flatnonzero(keep))
+    return estimated(setting, good) if len(good) else None
 
 
-def variants_of(setting: Setting, layouts: LayoutTable, variants: Sequence[Variant]) -> LayoutTable | None:
-    """Every variant of every layout that breaks no rule; None where there is none."""
+def variants_of(
+    setting: Setting, layouts: LayoutTable, variants: Sequence[Variant], wishes: Wishes
+) -> LayoutTable | None:
+    """Every variant of every layout that breaks no rule, `as_meant`; None where there is none."""
     count = len(layouts)
     if not count:
         return None
     whole = layouts.take(np.tile(np.arange(count), len(variants)))
     names = {name for variant in variants for name in variant}
     table = replace(whole, **{name: np.repeat([variant[name] for variant in variants], count) for name in names})
-    good = table.take(np.flatnonzero(unbroken(setting, table)))
+    good = table.take(np.flatnonzero(unbroken(setting, as_meant(table, wishes))))
     return good if len(good) else None

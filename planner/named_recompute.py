@@ -68,9 +68,10 @@ def parts_recomputed(
             break
         its = layouts.take(some)
         needed = _needed(setting, its, sets, headroom)
+        some_part = (needed > 0) | (("recompute", "none") not in wishes.forbidden)
         with_needed = estimated(setting, _with(its, needed))
         quick = may_take_less(setting, with_needed, wishes, best_s)
-        enough = with_needed.fits(headroom) & unbroken(setting, with_needed.layouts)
+        enough = some_part & with_needed.fits(headroom) & unbroken(setting, with_needed.layouts)
         tried += len(some) * (sets[-1].bit_count() + 1)
         candidates = [with_needed.take(np.flatnonzero(quick & enough))]
         at, which = np.nonzero((np.asarray(sets)[None, :] & needed[:, None]) == needed[:, None])

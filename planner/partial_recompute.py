@@ -1,4 +1,8 @@
-"""As few layers under full recompute as make a layout fit: `full:N` found between too few and enough instead of being enumerated."""
+"""As few layers under full recompute as make a layout fit: `full:N` found between too few and enough instead of being enumerated.
+
+A row that recomputes nothing stands for one with as few recomputed layers as make it fit. Where it must not stay as it is, because its
+activations are off the GPU (inputs of recomputed layers) or the user forbids `recompute=none`, it only stands for others.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +22,33 @@ from shardplan.planner.space import Wishes, asked
 BoolArray = NDArray[np.bool_]
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
-NONE, FULL = RECOMPUTE.index("none"), RECOMPUTE.index("full")
+NONE, SELECTIVE, FULL = (RECOMPUTE.index(word) for word in ("none", "selective", "full"))
 
 
 def recomputes_layers(setting: Setting, wishes: Wishes) -> bool:
     """Whether any number of layers may be recomputed: the runtime can, and the user has not said otherwise."""
     return setting.runtime.abilities.partial_recompute and not asked(wishes, "recompute", "full")
+
+
+def only_stands_for_others(layouts: LayoutTable, wishes: Wishes) -> BoolArray:
+    """Rows, (N,), that recompute nothing but have to."""
+    forbidden = ("recompute", "none") in wishes.forbidden
+    return (layouts.recompute == NONE) & ((layouts.offload_activations > 0) | forbidden)
+
+
+def as_meant(layouts: LayoutTable, wishes: Wishes) -> LayoutTable:
+    """The rows as rules are to be asked of them: those that `only_stands_for_others` under full recompute."""
+    stand = only_stands_for_others(layouts, wishes)
+    return replace(layouts, recompute=np.where(stand, FULL, layouts.recompute)) if stand.any() else layouts
+
+
+def standing_for_others(layouts: LayoutTable, wishes: Wishes) -> LayoutTable:
+    """Rows without recompute to start from where the user forbids them: one for each way to compute that is left; else no rows."""
+    kinds = [kind for kind in (FULL, SELECTIVE) if (layouts.recompute == kind).any()]
+    if ("recompute", "none") not in wishes.forbidden or not kinds or "recompute" in wishes.fixed_words:
+        return layouts.slice(0, 0)
+    some = layouts.take(np.flatnonzero(layouts.recompute == kinds[0]))
+    return replace(some, recompute=np.full(len(some), NONE))
 
 
 def with_all_recomputed(
@@ -34,7 +59,7 @@ def with_all_recomputed(
     held, peak_bytes = np.zeros(len(layouts), dtype=bool), np.full(len(layouts), np.inf)
     if not recomputes_layers(setting, wishes):
         return held, peak_bytes
-    deep = np.flatnonzero(layouts.pp * 2 <= setting.model.layer_count)
+    deep = np.flatnonzero(layouts.pp < setting.model.layer_count)
     if len(deep):
         rows = layouts.take(deep)
         found = memory_alone(setting, _recomputing(rows, setting.model.layer_count // rows.pp))
@@ -48,7 +73,8 @@ def partly_recomputed(
     """(the layouts with the least number of recomputed layers of each stage with which they fit, as far as no rule refuses it; layouts
     estimated for it).
 
-    `hopeful` are layouts that do not fit without recompute; GPUs hold them, with `least_bytes`, `with_all_recomputed`.
+    `hopeful` are layouts that do not fit without recompute, or must have some; GPUs hold them, with `least_bytes`,
+    `with_all_recomputed`.
     """
     if not len(hopeful):
         return None, 0

@@ -10,9 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.costmodel.error_band import memory_band
-from shardplan.costmodel.layout import V_PLACED, Layout
+from shardplan.costmodel.layout import V_PLACED, Layout, LayoutTable
 from shardplan.costmodel.model import layer_order
+from shardplan.costmodel.recompute import RECOMPUTE
 from shardplan.costmodel.rule import Setting
+from shardplan.costmodel.rules import RULES
 from shardplan.costmodel.stage_trials import StageTrials, Trials
 
 FloatArray = NDArray[np.float64]
@@ -39,6 +41,8 @@ class Wanted:
     """Layers may be recomputed where a layout without recompute does not fit."""
     by_stage: bool
     """As many as each stage needs; else the same number of every stage."""
+    some_recomputed: bool = False
+    """One layer at least, also where a layout without recompute fits: the user forbids that."""
     most_cuts: int = 16
     """Of one layout."""
 
@@ -191,6 +195,8 @@ class Options:
             if partly:
                 full[:, some] = tried.seconds(replace(own, recomputed=layers[some]))
             fewest[:, some] = _fewest(tried, own, layers[some] if partly else own.recomputed, usable)
+        if partly:
+            fewest[(fewest > 0) & ~may_recompute(parts[0].setting, on_parts[0].layouts)[:, None]] = -1
         inner = (stage != 0) & (stage != chain.pp - 1)
         fewest[:, inner & (contents[which].sum(axis=1) < chain.chunks)] = -1
         repeating = (full - plain) / np.maximum(layers, 1)
@@ -230,6 +236,13 @@ class Options:
         most = np.where(good, own, -none).max(axis=2).sum(axis=1)
         least = np.where(good, own, none).min(axis=2).sum(axis=1)
         return (most >= len(chain.kinds)) & (least <= len(chain.kinds))
+
+
+def may_recompute(setting: Setting, layouts: LayoutTable) -> NDArray[np.bool_]:
+    """Layouts, (N,), of which no rule about recompute refuses full recompute: some do beside tensor parallelism or some schedules."""
+    full = replace(layouts, recompute=np.full(len(layouts), RECOMPUTE.index("full")))
+    broken = [rule.broken(setting, full) for rule in RULES if "recompute" in rule.id]
+    return ~np.any([np.zeros(len(full), dtype=bool), *broken], axis=0)
 
 
 def _fewest(tried: StageTrials, trials: Trials, most: IntArray, usable_bytes: float) -> IntArray:

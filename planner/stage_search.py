@@ -30,9 +30,9 @@ from shardplan.planner.at_setting import estimated, unbroken
 from shardplan.planner.cut_bounds import over_mean_s, recomputing_mean_s
 from shardplan.planner.knobs import Knob, knobs_of, least_s_with, named_recompute, variants_of
 from shardplan.planner.named_recompute import with_needed_parts
-from shardplan.planner.partial_recompute import recomputes_layers
+from shardplan.planner.partial_recompute import only_stands_for_others, recomputes_layers, standing_for_others
 from shardplan.planner.placement import as_innermost, in_other_orders, movable, only_outer, open_orders
-from shardplan.planner.space import Wishes, asked
+from shardplan.planner.space import Wishes, allowed, asked
 from shardplan.planner.stage_options import Part, Wanted
 from shardplan.planner.stages import Cuttable, can_cut
 
@@ -76,6 +76,8 @@ class _State:
     looked_at: int = 0
     cut: int = 0
     proved: bool = True
+    uncut_s: float = np.inf
+    """The least bound of what kept the runtime's rule because it cannot be cut exactly (`stages.can_cut`)."""
 
 
 def search_stages(
@@ -97,7 +99,7 @@ def search_stages(
         setting=setting, wishes=wishes, wanted=wanted_of(setting, wishes, headroom), fastest=fastest, told=told
     )
     turned = (*knobs_of(setting, wishes), *named_recompute(setting, wishes))
-    piped = _pipelines(layouts)
+    piped = _pipelines(layouts, wishes)
     piped = piped.take(np.flatnonzero(_may_have_room(state, piped, turned)))
     if len(piped):
         bounds = on_mean_stage(setting, piped)
@@ -109,12 +111,13 @@ def search_stages(
         if np.isfinite(state.fastest):
             _best_first(state, *_with_other_words(state, bounds, turned))
     found = joined(state.kept, stacked([one.layouts for one in state.kept])) if state.kept else None
-    return CutStages(found=found, looked_at=state.looked_at, proved=state.proved)
+    proved = state.proved and state.uncut_s >= state.fastest
+    return CutStages(found=found, looked_at=state.looked_at, proved=proved)
 
 
 def least_cut_bytes(setting: Setting, layouts: LayoutTable, wishes: Wishes, headroom: float) -> float:
     """Bytes on the device below which no cut of a layout of the space gets, with whatever words beside; infinite where none is cut."""
-    piped = _pipelines(layouts)
+    piped = _pipelines(layouts, wishes)
     if not len(piped) or not leaves_stages_open(setting, wishes):
         return np.inf
     state = _State(
@@ -141,17 +144,23 @@ def wanted_of(setting: Setting, wishes: Wishes, headroom: float) -> Wanted:
         headroom=headroom,
         partial_recompute=recomputes_layers(setting, wishes),
         by_stage=setting.runtime.abilities.recompute_by_stage,
+        some_recomputed=("recompute", "none") in wishes.forbidden,
     )
 
 
-def _pipelines(layouts: LayoutTable) -> LayoutTable:
+def _pipelines(layouts: LayoutTable, wishes: Wishes) -> LayoutTable:
     """Rows that have stages to cut."""
-    return layouts.take(np.flatnonzero((layouts.pp > 1) & (layouts.split == 0)))
+    piped = layouts.take(np.flatnonzero((layouts.pp > 1) & (layouts.split == 0)))
+    standing = standing_for_others(piped, wishes)
+    return stacked([piped, standing]) if len(standing) else piped
 
 
 def _plain(state: _State, bounds: Estimates) -> BoolArray:
     """Rows that are cut as they are: a layout without recompute stands for any number of recomputed layers."""
-    rows = bounds.layouts.recompute != FULL if state.wanted.partial_recompute else np.ones(len(bounds), dtype=bool)
+    layouts = bounds.layouts
+    rows = (
+        layouts.recompute != FULL if state.wanted.partial_recompute else ~only_stands_for_others(layouts, state.wishes)
+    )
     return _could_win(state, bounds, bounds.step_s, rows)
 
 
@@ -273,8 +282,8 @@ def _with_knobs(state: _State, bounds: Estimates, turned: Sequence[Knob]) -> lis
     for at, knob in enumerate(turned):
         for batch in (bounds, *made):
             useful = knob.rows(batch.layouts)
-            if state.wanted.partial_recompute and not knob.saves_memory:  # see `_plain`
-                useful = useful & ((batch.layouts.recompute != FULL) | (batch.layouts.offload_activations > 0))
+            if state.wanted.partial_recompute:  # see `_plain`
+                useful = useful & (batch.layouts.recompute != FULL)
             useful = _could_win_elsewhere(state, batch, turned[at:], useful)
             rows = np.flatnonzero(useful)
             if len(rows) and not knob.saves_memory:
@@ -286,7 +295,7 @@ def _with_knobs(state: _State, bounds: Estimates, turned: Sequence[Knob]) -> lis
                 state.proved = False
                 least_s = least_s_with(setting, batch, wishes, turned[at:], even=True)
                 rows = rows[np.argsort(least_s[rows], kind="stable")][:most]
-            table = variants_of(setting, batch.layouts.take(rows), knob.variants)
+            table = variants_of(setting, batch.layouts.take(rows), knob.variants, wishes)
             if table is None:
                 continue
             its = on_mean_stage(setting, table)
@@ -327,6 +336,9 @@ def _cut_some(state: _State, layouts: LayoutTable, bounds: FloatArray) -> None:
     of, place, least_s = np.zeros(len(layouts), dtype=np.int64), np.zeros(len(layouts), dtype=np.int64), bounds + np.inf
     longer = _waiting(peak_weight(state.setting, layouts))
     for rows, part in _alike(state.setting, layouts):
+        if part is None:
+            state.uncut_s = min(state.uncut_s, float(bounds[rows].min()))
+            continue
         found = Cuttable.of([part], state.wanted, (state.fastest - bounds[rows]) * longer[rows])
         if found is not None:
             of[rows], place[rows] = len(ready), np.arange(len(rows))
@@ -347,14 +359,14 @@ def _cut_some(state: _State, layouts: LayoutTable, bounds: FloatArray) -> None:
         state.told(state.looked_at)
 
 
-def _alike(setting: Setting, layouts: LayoutTable) -> Iterator[tuple[NDArray[np.intp], Part]]:
-    """Rows whose stages are cut together, group by group."""
+def _alike(setting: Setting, layouts: LayoutTable) -> Iterator[tuple[NDArray[np.intp], Part | None]]:
+    """Rows whose stages are cut together, group by group; without a part where they cannot be."""
     trials = StageTrials.of(setting, layouts)
     first, group_of = unique_keys(*(getattr(layouts, name) for name in STRUCTURE))
     for group, row in enumerate(first.tolist()):
-        if can_cut(setting.model, layouts.row(row)):
-            at = np.flatnonzero(group_of == group)
-            yield at, Part(setting=setting, trials=trials.take(at), stages=int(layouts.pp[row]))
+        at = np.flatnonzero(group_of == group)
+        cuttable = can_cut(setting.model, layouts.row(row))
+        yield at, Part(setting=setting, trials=trials.take(at), stages=int(layouts.pp[row])) if cuttable else None
 
 
 def _keep(state: _State, cut: Sequence[Layout]) -> None:
@@ -362,7 +374,7 @@ def _keep(state: _State, cut: Sequence[Layout]) -> None:
     if not cut:
         return
     its, table = state.setting, layout_table(cut)
-    table = table.take(unbroken(its, table))
+    table = table.take(unbroken(its, table) & allowed(table, state.wishes.forbidden))
     state.looked_at += len(table)
     if not len(table):
         return

@@ -123,15 +123,19 @@ def _cuts(
 ) -> list[Layout]:
     """The layout with its best cuts, the pipeline of each at most `most_s`: the fastest first, then with ever fewer parameters."""
     found, fewer = list[Layout](), np.inf
-    uniform = not wanted.by_stage and options.fewest[row].max() > 0
-    depths = range(int(options.fewest[row].max()) + 1) if uniform else (-1,)
+    least = int(wanted.some_recomputed and layout.recompute == "none")
+    most = max(int(options.fewest[row].max()), least)
+    uniform = (not wanted.by_stage or chain.chunks > 1) and most > 0
+    depths = range(least, most + 1) if uniform else (-1,)
     while len(found) < wanted.most_cuts:
         best, chosen, holds = np.inf, None, 0.0
         for depth in depths:
             cut = _fastest(chain, segments, options, row, depth, fewer, weights, most_s)
             if cut is not None and cut.seconds < best:
-                best, holds = cut.seconds, cut.parameters
-                chosen = _with_stages(layout, chain, cut.counts, cut.repeated, depth, setting)
+                best, holds, repeated = cut.seconds, cut.parameters, cut.repeated
+                if least and not any(repeated):  # the first stage that has a layer
+                    repeated[next(stage for stage, held in enumerate(cut.counts) if held)] = 1
+                chosen = _with_stages(layout, chain, cut.counts, repeated, depth, setting)
         if chosen is None:
             break
         found.append(chosen)

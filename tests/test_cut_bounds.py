@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shardplan.costmodel.data_parallel import one_exchange_s
 from shardplan.costmodel.estimate import estimate, memory_alone, on_mean_stage
 from shardplan.costmodel.job import Job
 from shardplan.costmodel.layout import COLUMNS, LayoutTable, layout_table, parse_layout
@@ -21,6 +22,7 @@ from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.rules import RULES, broken_rules, rejections
 from shardplan.costmodel.runtime import load_runtime
 from shardplan.hw_profiles.load import load_cluster
+from shardplan.hw_profiles.topology import tier_table
 from shardplan.planner.cut_bounds import least_peak_s, over_mean_s, recomputing_mean_s
 from shardplan.planner.search import search
 from shardplan.planner.sift import Sifted, outdone, sift, sift_space
@@ -71,6 +73,35 @@ def test_no_cut_is_below_the_bounds(pp: int) -> None:
         longer = float(recomputing_mean_s(at, plain, mean.device_peak_bytes, share * peak)[0])
         if fits.any():
             assert float((found.step_s[fits] - mean.step_s[0]).min()) >= (batches - 1) * longer * 0.99
+
+
+@pytest.mark.parametrize("runtime", ["megatron", "deepspeed"])
+def test_as_much_hides_in_the_bound_as_of_any_more_parameters(runtime: str) -> None:
+    """One bucket more leaves a smaller last one: a fuller stage may wait less for its exchanges."""
+    at = setting(runtime=runtime)
+    held = np.linspace(1e7, 4e9, 400)
+    rows = layout_table([parse_layout("dp=4 pp=2 zero=1 micro_batch=1")] * len(held))
+
+    def exposed_s(*, at_least: bool) -> np.ndarray:
+        one = one_exchange_s(
+            tier_table(at.cluster),
+            rows,
+            at.runtime.communication,
+            parameters=held,
+            trained=held,
+            units=np.full(len(held), 16.0),
+            gradient_bytes=4,
+            parameter_bytes=2,
+            gpu=at.cluster.gpu,
+            at_least=at_least,
+        )
+        return one.reduce_s * (1.0 - one.reduce_share) + one.gather_s * (1.0 - one.gather_share)
+
+    plain, least = exposed_s(at_least=False), exposed_s(at_least=True)
+    of_more = np.minimum.accumulate(plain[::-1])[::-1]
+    assert (plain > of_more * 1.01).any()
+    assert (least <= of_more * (1 + 1e-9)).all()
+    assert (least >= 0.5 * of_more).all()
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def searched(at: Setting, wishes: Wishes | None = None):
 
 
 def every_number(at: Setting) -> tuple[float, str]:
-    """(step time, words) of the best of the whole space with every N of full:N written out."""
+    """(step time, words) of the best of the whole space with every N of full:N written out, and with activations in host memory."""
     space = layout_space(
         at.model,
         at.job,
@@ -51,6 +51,9 @@ def every_number(at: Setting) -> tuple[float, str]:
         some = plain.take(plain.pp * layers <= at.model.layer_count)
         rows = len(some)
         pieces.append(dataclasses.replace(some, recompute=np.full(rows, FULL), recompute_layers=np.full(rows, layers)))
+    if "cpu" in at.runtime.offload.activations:
+        full = [piece.take(piece.recompute == FULL) for piece in pieces]
+        pieces += [dataclasses.replace(one, offload_activations=np.ones(len(one), dtype=np.int64)) for one in full]
     columns = {name: np.concatenate([piece.columns()[name] for piece in pieces]) for name in space.columns()}
     table = LayoutTable(**columns, splits=space.splits)
     table = table.take(~np.any([np.zeros(len(table), dtype=bool), *broken_rules(at, table).values()], axis=0))

@@ -1,0 +1,218 @@
+"""Stage cuts chosen together with recompute, against every cut with every number of recomputed layers, on models of a few layers in
+memory so short that layers of one stage, or of all, have to be recomputed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import combinations, product
+
+import numpy as np
+import pytest
+
+from shardplan.costmodel.estimate import estimate
+from shardplan.costmodel.job import Job
+from shardplan.costmodel.layout import LayoutTable, parse_layout
+from shardplan.costmodel.layout_join import stacked
+from shardplan.costmodel.model_config import load_model
+from shardplan.costmodel.recompute import BY_STAGE, RECOMPUTE
+from shardplan.costmodel.rule import Setting
+from shardplan.costmodel.rules import broken_rules, rejections
+from shardplan.costmodel.runtime import load_runtime
+from shardplan.hw_profiles.load import load_cluster
+from shardplan.planner.search import search
+from shardplan.planner.space import Wishes, allowed, layout_space, parse_wishes
+from shardplan.planner.sweep import with_network_rate
+
+NONE, FULL = RECOMPUTE.index("none"), RECOMPUTE.index("full")
+NOT_WRITTEN_OUT = (
+    "order",
+    "hsdp",
+    "offload_ratio",
+    "offload_optimizer",
+    "offload_params",
+    "recompute=selective",
+    "hpz",
+)
+"""Forbidden: other tests compare these words with writing them out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A job on a few small GPUs; `forbid` beside NOT_WRITTEN_OUT."""
+
+    runtime: str
+    model: str
+    layers: int
+    cluster: str
+    gpus: int
+    gib: float
+    batch: int
+    fix: str
+    seq: int = 1024
+    gbps: float | None = None
+    forbid: tuple[str, ...] = ()
+
+    def setting(self) -> Setting:
+        """With GPUs of `gib` GiB."""
+        model, cluster = load_model(self.model), load_cluster(self.cluster, gpus=self.gpus)
+        gpu = replace(cluster.node.gpu, memory_bytes=self.gib * 2**30)
+        cluster = replace(cluster, node_runs=((replace(cluster.node, gpu=gpu), cluster.nodes),))
+        return Setting(
+            model=replace(model, layers=((model.layers[0][0], self.layers),)),
+            job=Job(seq=self.seq, global_batch=self.batch, precision="bf16"),
+            cluster=cluster if self.gbps is None else with_network_rate(cluster, self.gbps),
+            runtime=load_runtime(self.runtime),
+        )
+
+
+def changed(table: LayoutTable, **columns: int) -> LayoutTable:
+    return replace(table, **{name: np.full(len(table), value) for name, value in columns.items()})
+
+
+def every_cut(layers: int, chunks: int, *, bare_ends: bool) -> list[tuple[int, ...]]:
+    """Layers of each chunk; with `bare_ends` the first and the last may have none."""
+    ends = combinations(range(1 - bare_ends, layers + bare_ends), chunks - 1)
+    return [tuple(np.diff((0, *some, layers)).tolist()) for some in ends]
+
+
+def written_out(at: Setting, wishes: Wishes) -> LayoutTable:
+    """All cuts, numbers of recomputed layers (of all stages, or of each where the runtime can) and places of their inputs."""
+    can, layers = at.runtime.abilities, at.model.layer_count
+    bare = can.ends_without_layers
+    space = layout_space(at.model, at.job, at.cluster.gpus, wishes, cp_kinds=(), bare_ends=bare)
+    full = space.take(space.recompute == FULL)
+    rows = [space]
+    if can.partial_recompute:
+        rows += [changed(full, recompute_layers=count) for count in range(1, layers + 1)]
+    pieces = list(rows)
+    for pp, chunks in sorted(set(zip(space.pp.tolist(), (space.pp * space.virtual_stages).tolist(), strict=True))):
+        splits = (None, *every_cut(layers, chunks, bare_ends=bare))
+        mine = [one.take((one.pp == pp) & (one.pp * one.virtual_stages == chunks)) for one in rows]
+        pieces += [replace(changed(one, split=code), splits=splits) for one in mine for code in range(1, len(splits))]
+        if can.recompute_by_stage and pp == chunks:
+            pieces += by_stage(full.take((full.pp == pp) & (full.virtual_stages == 1)), splits)
+    for tier in at.runtime.offload.activations[1:]:
+        assert tier == "cpu"
+        pieces += [changed(one.take(one.recompute == FULL), offload_activations=1) for one in list(pieces)]
+    whole = stacked([one for one in pieces if len(one)])
+    broken = np.any(list(broken_rules(at, whole).values()), axis=0)
+    return whole.take(np.flatnonzero(~broken & allowed(whole, wishes.forbidden)))
+
+
+def by_stage(full: LayoutTable, splits: tuple[tuple[int, ...] | None, ...]) -> Iterator[LayoutTable]:
+    """The rows with every number of recomputed layers of each stage of every split."""
+    for code, split in enumerate(splits):
+        depths = tuple(depth for depth in product(*(range(held + 1) for held in split or ())) if any(depth))
+        for index in range(len(depths)):
+            rows = changed(full, split=code, recompute_layers=BY_STAGE - index)
+            yield replace(rows, splits=splits, depths=depths)
+
+
+CASES = (
+    # more recomputed layers than an equal stage has, on a rank that holds most of an interleaved pipeline
+    Case(
+        runtime="megatron",
+        model="gpt2",
+        layers=8,
+        cluster="selene",
+        gpus=2,
+        gib=3.905,
+        batch=32,
+        fix="pp=2 micro_batch=2 zero=1 schedule=interleaved",
+    ),
+    # stages of several chunks recompute the same number of layers each, also where single chunks may differ
+    Case(
+        runtime="shardplan",
+        model="gpt2",
+        layers=9,
+        cluster="h100-ib",
+        gpus=4,
+        gib=3.874,
+        batch=4,
+        seq=512,
+        gbps=50.0,
+        fix="pp=2 micro_batch=1 zero=1 tp=1",
+    ),
+    Case(
+        runtime="shardplan",
+        model="gpt2",
+        layers=6,
+        cluster="h100-ib",
+        gpus=4,
+        gib=4.025,
+        batch=4,
+        fix="pp=2 micro_batch=1 zero=1 schedule=interleaved",
+    ),
+    # inputs of a few recomputed layers in host memory
+    Case(
+        runtime="fsdp2",
+        model="llama-2-7b",
+        layers=5,
+        cluster="h100-ib",
+        gpus=4,
+        gib=15.78,
+        batch=32,
+        seq=4096,
+        gbps=50.0,
+        fix="pp=2 micro_batch=1 zero=2 tp=1",
+    ),
+    Case(
+        runtime="megatron-deepspeed",
+        model="llama-2-7b",
+        layers=6,
+        cluster="h100-ib",
+        gpus=4,
+        gib=24.042,
+        batch=8,
+        seq=4096,
+        fix="pp=4 micro_batch=1 zero=1 tp=1",
+    ),
+    # layouts that recompute nothing forbidden: one layer is enough
+    Case(
+        runtime="megatron-deepspeed",
+        model="llama-2-7b",
+        layers=7,
+        cluster="h100-ib",
+        gpus=2,
+        gib=35.26,
+        batch=4,
+        fix="pp=2 micro_batch=2 zero=0 tp=1",
+        forbid=("recompute=none",),
+    ),
+    Case(
+        runtime="megatron",
+        model="llama-3-8b",
+        layers=8,
+        cluster="h100-ib",
+        gpus=4,
+        gib=20.252,
+        batch=8,
+        fix="pp=2 micro_batch=4 zero=0",
+        forbid=("recompute=none",),
+    ),
+)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.runtime}-{case.model}-{case.layers}")
+def test_no_cut_with_any_recompute_is_better(case: Case) -> None:
+    at, wishes = case.setting(), parse_wishes(f"{case.fix} cp=1", [*NOT_WRITTEN_OUT, *case.forbid])
+    layouts = written_out(at, wishes)
+    every = estimate(model=at.model, job=at.job, cluster=at.cluster, layouts=layouts, runtime=at.runtime)
+    fits = every.fits()
+    assert fits.any()
+    assert not fits.all()
+    found = search(model=at.model, job=at.job, cluster=at.cluster, runtime=at.runtime, wishes=wishes)
+    best = int(np.flatnonzero(fits)[every.step_s[fits].argmin()])
+    assert found.ranked is not None
+    assert found.proved
+    assert found.complete
+    words = layouts.row(best).words(), found.ranked.layouts.row(0).words()
+    assert float(found.ranked.step_s[0]) == pytest.approx(float(every.step_s[best]), rel=1e-6), words
+
+
+def test_as_many_layers_of_a_stage_may_be_recomputed_as_the_fullest_has() -> None:
+    at = CASES[0].setting()
+    words = "pp=2 micro_batch=2 zero=1 schedule=interleaved virtual_stages=2 stage_layers=0,1,6,1"
+    known = {count: rejections(at, parse_layout(f"{words} recompute=full:{count}"))[0] for count in (5, 6, 7)}
+    assert [[one.rule for one in broken] for broken in known.values()] == [[], [], ["recompute-layers"]]
