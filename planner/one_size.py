@@ -32,7 +32,7 @@ from shardplan.planner.watch import Watch
 
 
 @dataclass(kw_only=True)
-class _State:
+class State:
     """What is known so far."""
 
     sifted: Sifted = field(default_factory=Sifted)
@@ -44,6 +44,10 @@ class _State:
     """What knobs added, all of it fits."""
     slower: int = 0
     """Layouts of the space that were not written out, their least time is too long."""
+    known: Estimates | None = None
+    """Layouts from elsewhere that fit here too, ranked with the others."""
+    below_s: float = np.inf
+    """Seconds that a step of interest stays below: what takes longer may be left out."""
     ranked: Estimates | None = None
     placement: Placement | None = None
     proved: bool = True
@@ -68,23 +72,10 @@ def search_one_size(
 ) -> SearchResult:
     """Rank every layout on all GPUs of the setting's cluster."""
     start = time.perf_counter()
-    state = _State()
-    with state.phase(watch):
-        sift_space(setting, wishes, state.sifted, watch, headroom=headroom)
-    with state.phase(watch):
-        _estimate_space(setting, wishes, state, watch)
-    with state.phase(watch):
-        _refine(setting, wishes, objective, headroom, state, state.space, watch, 0.8)
-    with state.phase(watch):
-        _write_out(setting, wishes, objective, headroom, state, watch)
-    if state.space:
-        with state.phase(watch):
-            _rank(setting, wishes, objective, headroom, state, watch)
-        if state.partial and state.ranked is None:  # stopped while it was placed: once more without
-            _rank(setting, wishes, objective, headroom, state, watch)
+    state = State()
+    look(setting, wishes, headroom, state, watch)
+    settle(setting, wishes, objective, headroom, state, watch)
     if state.space and not state.partial:
-        with state.phase(watch):
-            _cut_stages(setting, wishes, objective, headroom, state, watch)
         with state.phase(watch):
             _refine_runners_up(setting, wishes, objective, headroom, state)
     closest = _closest(setting, state) if state.ranked is None else None
@@ -108,7 +99,50 @@ def search_one_size(
     )
 
 
-def _closest(setting: Setting, state: _State) -> Estimates | None:
+def quickest_s(setting: Setting, wishes: Wishes, headroom: float, below_s: float, watch: Watch) -> float:
+    """Seconds of the shortest step of all layouts on all GPUs of the setting's cluster; infinite where none that fits is below
+    `below_s`: what cannot be is left out, which makes it quick."""
+    state = State(below_s=below_s)
+    look(setting, wishes, headroom, state, watch)
+    settle(setting, wishes, "throughput", headroom, state, watch)
+    found = np.inf if state.ranked is None else float(state.ranked.step_s.min())
+    return found if found < below_s else np.inf
+
+
+def look(setting: Setting, wishes: Wishes, headroom: float, state: State, watch: Watch) -> None:
+    """Estimate the layouts of the space that no rule refuses, but for those with context parallelism."""
+    with state.phase(watch):
+        sift_space(setting, wishes, state.sifted, watch, headroom=headroom)
+    with state.phase(watch):
+        _estimate_space(setting, wishes, state, watch)
+
+
+def settle(setting: Setting, wishes: Wishes, objective: Objective, headroom: float, state: State, watch: Watch) -> None:
+    """Find the best layout: knobs turned, what waits written out, axes placed, stages cut."""
+    with state.phase(watch):
+        _refine(setting, wishes, objective, headroom, state, state.space, watch, 0.8)
+    with state.phase(watch):
+        _write_out(setting, wishes, objective, headroom, state, watch)
+    if state.space:
+        with state.phase(watch):
+            _rank(setting, wishes, objective, headroom, state, watch)
+        if state.partial and state.ranked is None:  # stopped while it was placed: once more without
+            _rank(setting, wishes, objective, headroom, state, watch)
+    if state.known is not None:
+        state.ranked = _merged(state.ranked, state.known, objective)
+    if state.space and not state.partial:
+        with state.phase(watch):
+            _cut_stages(setting, wishes, objective, headroom, state, watch)
+
+
+def _merged(ranked: Estimates | None, more: Estimates, objective: Objective) -> Estimates:
+    """One ranking of both."""
+    every = [more] if ranked is None else [ranked, more]
+    whole = joined(every, stacked([one.layouts for one in every]))
+    return whole.take(_once(whole.layouts, order_of(whole, np.arange(len(whole)), objective)))
+
+
+def _closest(setting: Setting, state: State) -> Estimates | None:
     """The layout that needs least device memory; None where no rule leaves any. Stopped, of those looked at by then."""
     every = [one.take(_leanest(one)) for one in state.space]
     for factors in () if state.partial else state.sifted.too_large:
@@ -122,7 +156,7 @@ def _leanest(estimates: Estimates) -> NDArray[np.intp]:
     return np.asarray([int(estimates.device_peak_bytes.argmin())])
 
 
-def _estimate_space(setting: Setting, wishes: Wishes, state: _State, watch: Watch) -> None:
+def _estimate_space(setting: Setting, wishes: Wishes, state: State, watch: Watch) -> None:
     """Estimate the layouts that the rules left, in batches."""
     valid = state.sifted.valid(wishes)
     rows = len(valid)
@@ -137,7 +171,7 @@ def _refine(
     wishes: Wishes,
     objective: Objective,
     headroom: float,
-    state: _State,
+    state: State,
     batches: Sequence[Estimates],
     watch: Watch,
     done: float,
@@ -158,7 +192,7 @@ def _refine(
 
 
 def _write_out(
-    setting: Setting, wishes: Wishes, objective: Objective, headroom: float, state: _State, watch: Watch
+    setting: Setting, wishes: Wishes, objective: Objective, headroom: float, state: State, watch: Watch
 ) -> None:
     """Add layouts with context parallelism as far as they may be near the best, and what knobs make of them."""
     if state.partial:
@@ -174,13 +208,14 @@ def _write_out(
     _refine(setting, wishes, objective, headroom, state, state.space[before:], watch, 0.9)
 
 
-def _fastest_s(state: _State, headroom: float) -> float:
-    """The quickest step known that fits."""
-    every = (float(np.min(one.step_s, where=one.fits(headroom), initial=np.inf)) for one in (*state.space, *state.more))
-    return min(every, default=np.inf)
+def _fastest_s(state: State, headroom: float) -> float:
+    """The quickest step known that fits, or the longest of interest."""
+    batches = [*state.space, *state.more, *([] if state.known is None else [state.known])]
+    every = (float(np.min(one.step_s, where=one.fits(headroom), initial=np.inf)) for one in batches)
+    return min((state.below_s, *every))
 
 
-def _rank(setting: Setting, wishes: Wishes, objective: Objective, headroom: float, state: _State, watch: Watch) -> None:
+def _rank(setting: Setting, wishes: Wishes, objective: Objective, headroom: float, state: State, watch: Watch) -> None:
     """Rank what fits of all batches, each layout in its best order of axes."""
     batches = [*state.space, *state.more]
     fitting = [batch.layouts.take(batch.fits(headroom)) for batch in batches]
@@ -197,7 +232,7 @@ def _rank(setting: Setting, wishes: Wishes, objective: Objective, headroom: floa
 
 
 def _cut_stages(
-    setting: Setting, wishes: Wishes, objective: Objective, headroom: float, state: _State, watch: Watch
+    setting: Setting, wishes: Wishes, objective: Objective, headroom: float, state: State, watch: Watch
 ) -> None:
     """Add layouts whose stages are cut so that they could be the fastest, and rank them with the others."""
     valid = stacked([one.layouts for one in state.space])
@@ -209,13 +244,11 @@ def _cut_stages(
         valid,
         wishes,
         headroom,
-        fastest=np.inf if ranked is None else float(ranked.step_s.min()),
+        fastest=state.below_s if ranked is None else min(state.below_s, float(ranked.step_s.min())),
         told=lambda cut: watch.phase("cutting", 0.97, looked_at + cut),
     )
     if found.found is not None:
-        every = [found.found] if ranked is None else [ranked, found.found]
-        whole = joined(every, stacked([one.layouts for one in every]))
-        ranked = whole.take(_once(whole.layouts, order_of(whole, np.arange(len(whole)), objective)))
+        ranked = _merged(ranked, found.found, objective)
     if objective == "memory" and ranked is not None:  # cuts are chosen for time
         least_bytes = least_cut_bytes(setting, valid, wishes, headroom)
         state.proved = least_bytes >= float(ranked.device_peak_bytes[0])
@@ -224,7 +257,7 @@ def _cut_stages(
     state.ranked, state.tried = ranked, state.tried + found.looked_at
 
 
-def _refine_runners_up(setting: Setting, wishes: Wishes, objective: Objective, headroom: float, state: _State) -> None:
+def _refine_runners_up(setting: Setting, wishes: Wishes, objective: Objective, headroom: float, state: State) -> None:
     """Add what knobs make of the next best ideas, each for itself: what cannot be the best of all was left as it was."""
     ranked = state.ranked
     if ranked is None or objective == "memory":
@@ -242,8 +275,7 @@ def _refine_runners_up(setting: Setting, wishes: Wishes, objective: Objective, h
             state.tried += turned.tried
     if found:
         placed, _ = place(setting, joined(found, stacked([one.layouts for one in found])), wishes)
-        whole = joined([ranked, placed], stacked([ranked.layouts, placed.layouts]))
-        state.ranked = whole.take(_once(whole.layouts, order_of(whole, np.arange(len(whole)), objective)))
+        state.ranked = _merged(ranked, placed, objective)
 
 
 def _once(layouts: LayoutTable, ordered: NDArray[np.intp]) -> NDArray[np.intp]:

@@ -46,6 +46,25 @@ class SearchResult:
     seconds: float
 
 
+def nothing_yet(cluster: Cluster) -> SearchResult:
+    """Of a search that was interrupted before it found anything."""
+    return SearchResult(
+        cluster=cluster,
+        ranked=None,
+        closest=None,
+        looked_at=0,
+        refused=(),
+        slower=0,
+        does_not_fit=0,
+        refined=0,
+        placement=None,
+        proved=False,
+        complete=False,
+        partial=True,
+        seconds=0.0,
+    )
+
+
 def order_of(estimates: Estimates, rows: NDArray[np.intp], objective: Objective) -> NDArray[np.intp]:
     """`rows` best first; ties break by the other figure, then by less context parallelism, then by the layout's columns."""
     first, second = estimates.step_s[rows], estimates.device_peak_bytes[rows]

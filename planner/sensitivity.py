@@ -15,9 +15,9 @@ from shardplan.costmodel.model import Model
 from shardplan.costmodel.runtime import Runtime
 from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.machine import Cluster, Gpu, Node
+from shardplan.planner.machines import network_gbps_per_gpu, with_network_rate
 from shardplan.planner.search import SearchResult, search
 from shardplan.planner.space import Wishes
-from shardplan.planner.sweep import network_gbps_per_gpu, with_network_rate
 
 MORE = 1.1
 ROWS_FOR_RATES = 5000

@@ -16,8 +16,9 @@ from shardplan.costmodel.result import cost_document, result_document
 from shardplan.costmodel.runtime import Runtime
 from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.machine import Cluster
-from shardplan.planner.deadline import narrowed
-from shardplan.planner.search import SearchResult, gpu_counts, search
+from shardplan.planner.machines import network_gbps_per_gpu, with_network_rate
+from shardplan.planner.search import SearchResult, search
+from shardplan.planner.sizes import gpu_counts
 from shardplan.planner.space import Wishes
 
 COLUMNS = (
@@ -76,8 +77,8 @@ class Sweep:
     def rows(self, grid: Grid, days: float | None = None) -> Iterator[dict[str, Any]]:
         """One row of COLUMNS a point, made as it is asked for; what has no answer there is None, `reason` says why nothing fits.
 
-        With a deadline of `days` for the jobs' token budget, more sizes are tried between the last that misses it and the first that
-        meets it. `mark_front` fills the column `pareto`.
+        With a deadline of `days` for the jobs' token budget, the fewest GPUs that meet it come last, where they are no size of the grid.
+        `mark_front` fills the column `pareto`.
         """
         for machine, job in grid.lines():
             tried: list[dict[str, Any]] = []
@@ -90,19 +91,19 @@ class Sweep:
     def _fewest(
         self, machine: Cluster, job: Job, tried: Sequence[Mapping[str, Any]], days: float
     ) -> Iterator[dict[str, Any]]:
-        """Rows of sizes between the last that misses the deadline and the first that meets it, until the fewest GPUs are known."""
-        met = sorted(row["gpus"] for row in tried if _in_time(row, days))
-        if not met:
-            return
-        found: list[dict[str, Any]] = []
-
-        def in_time(gpus: int) -> bool:
-            found.append(self.row(machine, gpus, job))
-            return _in_time(found[-1], days)
-
-        missed = max((row["gpus"] for row in tried if row["gpus"] < met[0]), default=0)
-        narrowed(missed, met[0], machine.node.gpus, in_time)
-        yield from found
+        """The row of the fewest GPUs that meet the deadline, where it is not among those tried."""
+        found = search(
+            model=self.model,
+            job=job,
+            cluster=machine,
+            runtime=self.runtime,
+            wishes=self.wishes,
+            objective="deadline",
+            headroom=self.headroom,
+            days=days,
+        )
+        if found.ranked is not None and found.cluster.gpus not in {row["gpus"] for row in tried}:
+            yield self.row(machine, found.cluster.gpus, job)
 
     def row(self, cluster: Cluster, gpus: int, job: Job) -> dict[str, Any]:
         """The best plan of one point."""
@@ -161,33 +162,6 @@ def answers(rows: Sequence[Mapping[str, Any]], days: float | None) -> dict[str, 
     if days is not None:
         found["fewest"] = min(within, key=lambda row: (row["gpus"], row["step_s"]), default=None)
     return found
-
-
-def with_network_rate(cluster: Cluster, gbps_per_gpu: float) -> Cluster:
-    """The cluster with NICs that give each GPU of a node this many Gbit/s, one direction. Raises InputError without a network."""
-    network = cluster.network
-    if not 0.0 < gbps_per_gpu < float("inf"):
-        raise InputError(
-            f"{gbps_per_gpu:g} is not a positive rate", place="--network-gbps", remedy="give Gbit/s per GPU"
-        )
-    if not network.nics_per_node:
-        raise InputError(
-            f"cluster {cluster.name!r} has no network between nodes", place="--network-gbps", remedy="leave it out"
-        )
-    rate = gbps_per_gpu * 1e9 / 8.0 * cluster.node.gpus / network.nics_per_node
-    return replace(cluster, network=network.at_rate(rate))
-
-
-def network_gbps_per_gpu(cluster: Cluster) -> float | None:
-    """Gbit/s between full nodes, one direction; None without a network."""
-    network = cluster.network
-    if not network.nics_per_node:
-        return None
-    return round(8.0 * network.nics_per_node * network.nic_bytes_per_s / cluster.node.gpus / 1e9, 6)
-
-
-def _in_time(row: Mapping[str, Any], days: float) -> bool:
-    return bool(row["fits"]) and (days_of(row) or 0.0) <= days
 
 
 FRONT = ("gpus", "device_peak_gib", "usd_per_million_tokens")

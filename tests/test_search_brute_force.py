@@ -22,10 +22,10 @@ from shardplan.costmodel.runtime import load_runtime
 from shardplan.hw_profiles.load import load_cluster
 from shardplan.hw_profiles.machine import Cluster
 from shardplan.planner.knobs import RATIOS
+from shardplan.planner.machines import with_network_rate
 from shardplan.planner.ranking import Objective
 from shardplan.planner.search import search
 from shardplan.planner.space import Wishes, layout_space, parse_wishes
-from shardplan.planner.sweep import with_network_rate
 
 NONE, SELECTIVE, FULL = range(len(RECOMPUTE))
 
@@ -204,26 +204,6 @@ def test_no_cut_with_whatever_words_is_better(
         best,
         found.ranked.layouts.row(0).words(),
     )
-
-
-@pytest.mark.parametrize("runtime", ["megatron", "deepspeed"])
-def test_sizes_against_trying_each(runtime: str) -> None:
-    """Fewest GPUs, least money and a deadline, against the search on every size that is tried."""
-    model, job = load_model("llama-3-8b"), Job(seq=4096, global_batch=96, precision="bf16", tokens=1e11)
-    cluster, asked = load_cluster("h100-ib", gpus=32), {"model": model, "job": job, "runtime": runtime}
-    each = {g: search(**asked, cluster=cluster.with_gpus(g)) for g in (1, 2, 4, 8, 16, 24, 32)}
-    fitting = {g: float(one.ranked.step_s[0]) for g, one in each.items() if one.ranked is not None}
-    assert search(**asked, cluster=cluster, objective="gpus").cluster.gpus == min(fitting)
-    cheapest = search(**asked, cluster=cluster, objective="cost")
-    price = {g: step * each[g].cluster.nodes for g, step in fitting.items() if g != 24}
-    assert price[cheapest.cluster.gpus] == min(price.values())
-    days = {g: step * job.tokens / (job.seq * job.global_batch) / 86400 for g, step in fitting.items()}
-    late = 1.02 * days[24]  # failures on so few GPUs cost less than 2 %
-    met = search(**asked, cluster=cluster, objective="deadline", days=late)
-    assert met.cluster.gpus == min(g for g in days if days[g] <= late)
-    never = search(**asked, cluster=cluster, objective="deadline", days=0.01)
-    assert never.ranked is None
-    assert never.refused[0].rule == "deadline"
 
 
 def test_what_changes_results_is_only_looked_at_when_allowed() -> None:

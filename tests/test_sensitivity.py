@@ -14,10 +14,10 @@ from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.runtime import load_runtime
 from shardplan.hw_profiles.load import load_cluster
 from shardplan.planner.explain import what_binds
+from shardplan.planner.machines import with_network_rate
 from shardplan.planner.search import judge
 from shardplan.planner.sensitivity import NEAR, RATES, Question, network_needed, one_change
 from shardplan.planner.space import Wishes, parse_wishes
-from shardplan.planner.sweep import with_network_rate
 
 
 def question(gpus: int = 32, *, model: str = "llama-3-8b", wishes: Wishes | None = None) -> Question:

@@ -31,8 +31,8 @@ def plan(
         str,
         typer.Option(
             "--objective",
-            help="throughput, cost (of any part of the GPUs), gpus (fewest that fit), memory, or deadline (fewest GPUs that train "
-            "--tokens in --days).",
+            help="throughput, cost (least per token, on any number of the GPUs), gpus (fewest that fit), memory, or deadline (fewest "
+            "GPUs that train --tokens in --days).",
         ),
     ] = "throughput",
     runtime: options.RuntimeOption = "shardplan",
