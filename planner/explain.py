@@ -21,8 +21,9 @@ from shardplan.planner.deadline import DEADLINE
 from shardplan.planner.explain_stages import stage_lines
 from shardplan.planner.placement import placement_document
 from shardplan.planner.plan import Plan, digest
+from shardplan.planner.ranking import OBJECTIVES, Objective
 from shardplan.planner.search import SearchResult, judge, search, search_document
-from shardplan.planner.sensitivity import Question, network_needed, one_change
+from shardplan.planner.sensitivity import Question, figure_of, network_needed, one_change
 from shardplan.planner.shortlist import RUNNERS_UP
 from shardplan.planner.space import Wishes, parse_wishes
 
@@ -56,18 +57,26 @@ def explain_plan(plan: Plan) -> dict[str, Any]:
             str(plan.search.get("fix", "")), plan.search.get("forbid", ()), plan.search.get("allow", ())
         ),
         headroom=headroom,
+        objective=_objective(plan),
     )
     return {
         **prediction,
         "subject": {"model": plan.model.name, "cluster": cluster.name, "job": dataclasses.asdict(plan.job)},
         "binds": what_binds(prediction, setting, headroom),
         "placement": placement_document(setting, plan.layout),
-        "one_change": [] if cluster.parts else one_change(question),
-        "network_needed": None if cluster.parts else network_needed(question, plan.layout),
+        "one_change": one_change(question),
+        "one_change_of": figure_of(question).words,
+        "network_needed": network_needed(question, plan.layout),
         "runners_up": [row for row in compared if row],
         "search": dict(plan.search),
         "notes": notes,
     }
+
+
+def _objective(plan: Plan) -> Objective:
+    """What the plan was made for; files from before it was written say nothing."""
+    known: list[Objective] = [one for one in OBJECTIVES if one == plan.search.get("objective")]
+    return known[0] if known else "throughput"
 
 
 def explain_layout(
@@ -92,7 +101,8 @@ def explain_layout(
         "binds": what_binds(answer, setting, headroom) if answer["time"] else [],
         "placement": placement_document(setting, own) if answer["time"] else None,
         "one_change": [],
-        "network_needed": network_needed(question, own) if answer["time"] and not cluster.parts else None,
+        "one_change_of": figure_of(question).words,
+        "network_needed": network_needed(question, own) if answer["time"] else None,
         "runners_up": [],
         "search": search_document(result, 5),
         "notes": [],

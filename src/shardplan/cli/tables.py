@@ -297,14 +297,17 @@ def _print_changes(console: Console, document: Mapping[str, Any]) -> None:
     """What one change would do, and how much network the layout needs."""
     if document["one_change"]:
         console.print()
+        figure = document["one_change_of"]
         table = new_table(
-            "One change, planned again",
+            f"One change, planned again: {figure}",
             ("", "left"),
-            ("tokens/s/GPU", "right"),
+            ("gain", "right"),
+            (figure, "right"),
             ("layout, where another is best", "left"),
         )
         for row in document["one_change"]:
-            table.add_row(row["change"], f"{row['gain_fraction']:+.1%}", escape(row["layout"] or ""))
+            gain = f"{row['gain_fraction']:+.1%}"
+            table.add_row(row["change"], gain, row["becomes"], escape(row["layout"] or ""))
         console.print(table)
     need = document["network_needed"]
     if need:
