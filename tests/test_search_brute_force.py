@@ -21,6 +21,7 @@ from shardplan.costmodel.rules import broken_rules
 from shardplan.costmodel.runtime import load_runtime
 from shardplan.hw_profiles.load import load_cluster
 from shardplan.hw_profiles.machine import Cluster
+from shardplan.planner.front import FRONT_SAVING, memory_points
 from shardplan.planner.knobs import RATIOS
 from shardplan.planner.machines import with_network_rate
 from shardplan.planner.ranking import Objective
@@ -141,6 +142,35 @@ def test_nothing_better_exists(
         best_s = found.ranked.step_s[0] if objective == "throughput" else found.ranked.device_peak_bytes[0]
         its = free.ranked.step_s[0] if objective == "throughput" else free.ranked.device_peak_bytes[0]
         assert its <= best_s * (1.0 + 1e-12)
+
+
+FRONT_CASES = [CASES[1], CASES[3], CASES[7]]
+
+
+@pytest.mark.parametrize(("model", "cluster", "gpus", "gbps", "gib", "runtime", "seq", "batch"), FRONT_CASES)
+def test_nothing_on_the_front_is_slower_than_it_need_be(
+    model: str, cluster: str, gpus: int, gbps: float | None, gib: float, runtime: str, seq: int, batch: int
+) -> None:
+    machine = short_of_memory(load_cluster(cluster, gpus=gpus), gib)
+    at = Setting(
+        model=load_model(model),
+        job=Job(seq=seq, global_batch=batch, precision="bf16"),
+        cluster=machine if gbps is None else with_network_rate(machine, gbps),
+        runtime=load_runtime(runtime),
+    )
+    forbidden = ONE_KIND if runtime == "shardplan" else []
+    everything = estimated(at, every_layout(at, parse_wishes(forbid=forbidden)))
+    fits, peak = everything.fits(), everything.device_peak_bytes
+    points = list(memory_points(at, parse_wishes(forbid=["stage_layers", *forbidden]), 0.05))
+    most = np.inf
+    for point in points:
+        under = fits & (peak <= most)
+        assert point.complete
+        assert point.peak_bytes <= most * (1.0 + 1e-12)
+        assert point.step_s == pytest.approx(float(everything.step_s[under].min()), rel=1e-9)
+        most = (1.0 - FRONT_SAVING) * point.peak_bytes
+    assert len(points) > 3
+    assert not (fits & (peak <= most)).any()  # nothing is leaner than the last
 
 
 def all_cuts(layers: int, stages: int, *, bare_ends: bool) -> list[tuple[int, ...]]:

@@ -50,6 +50,13 @@ def plan(
     ] = None,
     days: Annotated[float | None, typer.Option("--days", help="With --objective deadline: days for --tokens.")] = None,
     headroom: options.HeadroomOption = 0.05,
+    front: Annotated[
+        bool,
+        typer.Option(
+            "--front",
+            help="Also search what less memory costs: the fastest layout, that with 10 % less memory, and so on (a search each).",
+        ),
+    ] = False,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Write the best plan to this file.")] = None,
     top: Annotated[int, typer.Option("--top", min=1, help="Layouts to list.")] = 10,
     precision: options.PrecisionOption = None,
@@ -109,6 +116,8 @@ def plan(
     if len(answers) > 1:
         asked["forms"] = [one.row() for one in answers]
     best = _best_plan(inputs, replace(result, partial=stopped), chosen.form.runtime_name, top, headroom, asked)
+    if front and not stopped:
+        best, stopped = _with_front(best, replace(inputs, cluster=result.cluster), asked, headroom)
     if output:
         best.write(output)
     if as_json:
@@ -176,6 +185,24 @@ def _search(
     finally:
         watch.close()
     return answers, best_answer(answers, chosen)
+
+
+def _with_front(best: Plan, inputs: options.Inputs, asked: dict[str, Any], headroom: float) -> tuple[Plan, bool]:
+    """(the plan with the front over time and memory on its GPUs, whether it was stopped before its end)."""
+    from shardplan.cli.progress import TerminalWatch
+    from shardplan.costmodel.rule import Setting
+    from shardplan.planner.front import searched_front
+    from shardplan.planner.space import parse_wishes
+
+    setting = Setting(model=inputs.model, job=inputs.job, cluster=inputs.cluster, runtime=inputs.runtime)
+    wishes, watch = parse_wishes(asked["fix"], asked["forbid"], asked["allow"]), TerminalWatch()
+    try:
+        rows, stopped = searched_front(setting, wishes, headroom, watch)
+    finally:
+        watch.close()
+    if stopped:
+        typer.echo("shardplan: stopped; the plan is whole, its front ends where it was", err=True)
+    return replace(best, search={**best.search, "front": rows}), stopped
 
 
 def _best_plan(
