@@ -247,7 +247,8 @@ def print_account(console: Console, search: Mapping[str, Any]) -> None:
 def print_assumptions(console: Console, lines: Sequence[str]) -> None:
     """What the numbers rest on."""
     for line in lines:
-        console.print(f"[dim]· {escape(line)}[/dim]")
+        style = "yellow" if line.startswith("warning: ") else "dim"
+        console.print(f"[{style}]· {escape(line)}[/{style}]")
 
 
 def print_answer(answer: Mapping[str, Any]) -> None:
