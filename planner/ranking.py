@@ -25,7 +25,7 @@ class SearchResult:
     ranked: Estimates | None
     """Best first; None when nothing fits."""
     closest: Estimates | None
-    """The valid layout that needs least device memory, when nothing fits."""
+    """The layout of the space that needs least device memory, when nothing fits; `closest.py` looks for a nearer one."""
     looked_at: int
     refused: tuple[Refusal, ...]
     """Largest first; a layout that breaks several rules counts for the first in the list of rules."""

@@ -23,7 +23,8 @@ from shardplan.costmodel.runtime import load_runtime
 from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.load import cluster_document, load_cluster
 from shardplan.planner.choose import make_plan
-from shardplan.planner.explain import explain_layout, explain_plan, what_would_fit
+from shardplan.planner.explain import explain_layout, explain_plan
+from shardplan.planner.nothing_fits import what_would_fit
 from shardplan.planner.plan import Plan
 from shardplan.planner.search import gpu_counts, judge, search
 from shardplan.planner.space import Wishes, layout_space, parse_wishes

@@ -21,6 +21,7 @@ from shardplan.costmodel.rules import broken_rules
 from shardplan.costmodel.runtime import load_runtime
 from shardplan.hw_profiles.load import load_cluster
 from shardplan.hw_profiles.machine import Cluster
+from shardplan.planner.closest import LEAST_STEP, closest_layout, needed_share
 from shardplan.planner.front import FRONT_SAVING, memory_points
 from shardplan.planner.knobs import RATIOS
 from shardplan.planner.machines import with_network_rate
@@ -171,6 +172,30 @@ def test_nothing_on_the_front_is_slower_than_it_need_be(
         most = (1.0 - FRONT_SAVING) * point.peak_bytes
     assert len(points) > 3
     assert not (fits & (peak <= most)).any()  # nothing is leaner than the last
+
+
+@pytest.mark.parametrize(("model", "cluster", "gpus", "gbps", "gib", "runtime", "seq", "batch"), [CASES[1], CASES[5]])
+def test_where_nothing_fits_nothing_is_nearer_than_the_closest(
+    model: str, cluster: str, gpus: int, gbps: float | None, gib: float, runtime: str, seq: int, batch: int
+) -> None:
+    at = Setting(
+        model=load_model(model),
+        job=Job(seq=seq, global_batch=batch, precision="bf16"),
+        cluster=short_of_memory(load_cluster(cluster, gpus=gpus), 0.1 * gib),
+        runtime=load_runtime(runtime),
+    )
+    asked = {"model": at.model, "job": at.job, "cluster": at.cluster, "runtime": at.runtime}
+    even = parse_wishes(forbid=["stage_layers"])
+    found = search(**asked, wishes=even)
+    assert found.ranked is None
+    assert found.closest is not None
+    least = float(needed_share(estimated(at, every_layout(at)), 0.05).min())
+    assert least > 1.0
+    nearest = float(needed_share(closest_layout(at, even, 0.05, found.closest), 0.05)[0])
+    assert least <= nearest * (1.0 + 1e-9)
+    assert nearest * (1.0 - LEAST_STEP) <= least
+    free = float(needed_share(closest_layout(at, Wishes(), 0.05, found.closest), 0.05)[0])  # stages cut otherwise too
+    assert free * (1.0 - LEAST_STEP) <= nearest
 
 
 def all_cuts(layers: int, stages: int, *, bare_ends: bool) -> list[tuple[int, ...]]:

@@ -229,7 +229,7 @@ def _nothing_fits(
     inputs: options.Inputs, result: SearchResult, fix: str, forbid: list[str], headroom: float, *, as_json: bool
 ) -> None:
     """Say what was looked at, how far the closest layout is off and what would have to change."""
-    from shardplan.planner.explain import what_would_fit
+    from shardplan.planner.nothing_fits import what_would_fit
     from shardplan.planner.space import parse_wishes
 
     document: dict[str, Any] = what_would_fit(
