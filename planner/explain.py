@@ -14,6 +14,7 @@ from shardplan.costmodel.remedies import GIB, first_knob, memory_remedy
 from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.runtime import Runtime, load_runtime
 from shardplan.costmodel.step_time import TIME_PARTS
+from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.load import cluster_from_document
 from shardplan.hw_profiles.machine import Cluster
 from shardplan.planner.explain_stages import stage_lines
@@ -31,15 +32,22 @@ def explain_plan(plan: Plan) -> dict[str, Any]:
     runtime = load_runtime(plan.runtime)
     cluster = cluster_from_document(dict(plan.cluster)).with_gpus(plan.gpus)
     headroom = float(plan.search.get("headroom", DEFAULT_HEADROOM))
-    now = judge(plan.layout, model=plan.model, job=plan.job, cluster=cluster, runtime=runtime, headroom=headroom)
-    prediction: dict[str, Any] = now if isinstance(now, dict) else dict(plan.prediction)
+    prediction = judge(plan.layout, model=plan.model, job=plan.job, cluster=cluster, runtime=runtime, headroom=headroom)
+    if not isinstance(prediction, dict):
+        raise InputError(
+            f"its layout has no meaning here: {prediction[0].rule}: {prediction[0].detail}",
+            place="layout",
+            remedy="make the plan again with `shardplan plan`",
+        )
     runners = [row for row in plan.search.get("ranked", []) if row["layout"] != plan.layout.words()][:RUNNERS_UP]
     notes: list[str] = []
     if digest(dataclasses.asdict(runtime)) != plan.digests.get("runtime"):
         notes.append(f"the runtime file {plan.runtime!r} has changed since the plan was made")
     planned = float(plan.prediction["time"]["step_s"])
-    if isinstance(now, dict) and abs(now["time"]["step_s"] / planned - 1.0) > 1e-3:
-        notes.append(f"the cost model now says {now['time']['step_s']:.3g} s a step, the plan said {planned:.3g} s")
+    if abs(prediction["time"]["step_s"] / planned - 1.0) > 1e-3:
+        notes.append(
+            f"the cost model now says {prediction['time']['step_s']:.3g} s a step, the plan said {planned:.3g} s"
+        )
     compared = [
         _compared(row["layout"], prediction, plan.model, plan.job, cluster, runtime, headroom) for row in runners
     ]

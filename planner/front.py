@@ -19,6 +19,7 @@ from shardplan.costmodel.estimates import Estimates
 from shardplan.costmodel.result import cost_document
 from shardplan.costmodel.rule import Setting
 from shardplan.hw_profiles.errors import InputError
+from shardplan.hw_profiles.machine import Cluster
 from shardplan.planner.machines import with_gpu_memory
 from shardplan.planner.one_size import State, look, settle
 from shardplan.planner.space import Wishes
@@ -66,14 +67,19 @@ def searched_front(
     return rows, False
 
 
-def memory_points(setting: Setting, wishes: Wishes, headroom: float) -> Iterator[Point]:
-    """The fastest layout on all GPUs of the setting, then those that need less and less memory. InputError for a mixed cluster."""
-    if setting.cluster.parts:
+def check_one_kind(cluster: Cluster) -> None:
+    """InputError for a mixed cluster."""
+    if cluster.parts:
         raise InputError(
-            f"the front is searched on nodes of one kind, and {setting.cluster.name!r} mixes them",
+            f"the front is searched on nodes of one kind, and {cluster.name!r} mixes them",
             place="--front",
             remedy="leave it out: the plan lists what was found with less memory",
         )
+
+
+def memory_points(setting: Setting, wishes: Wishes, headroom: float) -> Iterator[Point]:
+    """The fastest layout on all GPUs of the setting, then those that need less and less memory. InputError for a mixed cluster."""
+    check_one_kind(setting.cluster)
     first = State()
     look(setting, wishes, headroom, first, Watch())
     known: Estimates | None = None

@@ -74,7 +74,9 @@ def _check_objective(objective: Objective, job: Job, cluster: Cluster, days: flo
         )
     if objective == "cost" and not cluster.parts and cluster.node.usd_per_hour is None:
         raise InputError(
-            f"cluster {cluster.name!r} has no price", place="--objective", remedy="set node.usd_per_hour in its profile"
+            f"cluster {cluster.name!r} has no price",
+            place="--objective",
+            remedy="give --price, or set node.usd_per_hour in its profile",
         )
     if (objective == "deadline") != (days is not None):
         raise InputError(

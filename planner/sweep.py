@@ -57,7 +57,7 @@ class Grid:
     global_batches: Sequence[int]
     seqs: Sequence[int]
     gpus: Sequence[int] = ()
-    """Empty: parts of a node, doubling nodes, the whole cluster."""
+    """Empty: parts of a node, doubling nodes, the whole cluster; a mixed cluster whole."""
     network_gbps_per_gpu: Sequence[float] = ()
 
     def lines(self) -> Iterator[tuple[Cluster, Job]]:
@@ -88,12 +88,12 @@ class Sweep:
         """
         for machine, job in grid.lines():
             tried: list[dict[str, Any]] = []
-            for gpus in grid.gpus or gpu_counts(machine):
+            for gpus in grid.gpus or ((machine.gpus,) if machine.parts else gpu_counts(machine)):
                 tried.append(self.row(machine, gpus, job))
                 yield tried[-1]
                 if self.front and tried[-1]["fits"]:
                     yield from self._leaner(machine, gpus, job)
-            if days is not None:
+            if days is not None and not machine.parts:
                 yield from self._fewest(machine, job, tried, days)
 
     def _fewest(
@@ -144,7 +144,7 @@ class Sweep:
         return {
             **dict.fromkeys(COLUMNS),
             "cluster": cluster.name,
-            "gpu": cluster.gpu.name,
+            "gpu": " + ".join(dict.fromkeys(node.gpu.name for node, _ in cluster.node_runs)),
             "gpus": gpus,
             "fits": False,
             "global_batch": job.global_batch,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -102,6 +103,11 @@ def plan(
         price=price,
         gpu_hours_per_failure=gpu_hours_per_failure,
     )
+    options.check_writable(Path(output) if output else None)
+    if front:
+        from shardplan.planner.front import check_one_kind
+
+        check_one_kind(inputs.cluster)
     words = [word.lower() for item in allow or [] for word in item.replace(",", " ").split()]
     asked: dict[str, Any] = {"fix": fix, "forbid": forbid or [], "allow": words, "objective": objective.lower()}
     answers, chosen = _search(inputs, runtime, batches, asked, days, headroom)
