@@ -10,6 +10,7 @@ from shardplan.costmodel.job import Job
 from shardplan.costmodel.model_config import load_model
 from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.runtime import load_runtime
+from shardplan.hw_profiles.document import part_names
 from shardplan.hw_profiles.load import load_cluster
 from shardplan.planner.deadline import days_needed
 from shardplan.planner.one_size import quickest_s
@@ -19,6 +20,7 @@ from shardplan.planner.space import Wishes
 from shardplan.planner.watch import Watch
 
 CLUSTER = load_cluster("h100-ib", gpus=48)
+CATALOG = [name for name in part_names("clusters") if not load_cluster(name).parts]
 CASES = [("llama-3-8b", "megatron", 96), ("llama-3-8b", "deepspeed", 96), ("llama-2-7b", "fsdp2", 60)]
 
 
@@ -43,6 +45,16 @@ def test_sizes_of_a_cluster() -> None:
         300,
     ]
     assert set(gpu_counts(load_cluster("h100-ib", gpus=8 * 300))) <= set(large)
+
+
+@pytest.mark.parametrize("name", CATALOG)
+def test_every_size_is_a_size_of_the_cluster(name: str) -> None:
+    cluster = load_cluster(name)
+    sizes = every_size(cluster)
+    assert list(sizes) == sorted(set(sizes))
+    assert sizes[-1] == cluster.gpus
+    assert [cluster.with_gpus(gpus).gpus for gpus in sizes] == list(sizes)
+    assert set(gpu_counts(cluster)) <= set(sizes)
 
 
 @pytest.mark.parametrize(("model", "runtime", "batch"), CASES)

@@ -55,7 +55,8 @@ def plan(
         bool,
         typer.Option(
             "--front",
-            help="Also search what less memory costs: the fastest layout, that with 10 % less memory, and so on (a search each).",
+            help="Also search what less memory costs: the fastest layout, that with 10 % less memory, and so on, a search each "
+            "(money and GPUs too: sweep --front).",
         ),
     ] = False,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Write the best plan to this file.")] = None,
