@@ -9,26 +9,22 @@ number of GPUs money goes with time; `sweep.py` puts the fronts of several numbe
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from shardplan.costmodel.error_band import memory_band
 from shardplan.costmodel.estimates import Estimates
 from shardplan.costmodel.result import cost_document
 from shardplan.costmodel.rule import Setting
 from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.machine import Cluster
-from shardplan.planner.machines import with_gpu_memory
-from shardplan.planner.one_size import State, look, settle
+from shardplan.planner.one_size import State, look, memory_for, on_less_memory, settle
 from shardplan.planner.space import Wishes
 from shardplan.planner.watch import Watch
 
 FRONT_SAVING = 0.1
 """Of device memory, from one point to the next."""
-CARRIED = 256
-"""Layouts of one search, the fastest that fit the next, which that is held against."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,12 +81,7 @@ def memory_points(setting: Setting, wishes: Wishes, headroom: float) -> Iterator
     known: Estimates | None = None
     memory_bytes = setting.cluster.gpu.memory_bytes
     while True:
-        at = replace(setting, cluster=with_gpu_memory(setting.cluster, memory_bytes))
-        state = State(
-            sifted=replace(first.sifted, refused=dict(first.sifted.refused)),
-            space=[replace(one, capacity_bytes=memory_bytes) for one in first.space],
-            known=_that_fit(known, memory_bytes, headroom),
-        )
+        at, state = on_less_memory(setting, first, memory_bytes, headroom, known)
         settle(at, wishes, "throughput", headroom, state, Watch())
         known = state.ranked
         if known is None:
@@ -98,17 +89,7 @@ def memory_points(setting: Setting, wishes: Wishes, headroom: float) -> Iterator
         complete = state.complete and state.proved and (state.placement is None or state.placement.complete)
         point = Point(found=known.take(np.asarray([0])), complete=complete)
         yield point
-        most_bytes = (1.0 - FRONT_SAVING) * point.peak_bytes
-        memory_bytes = most_bytes * (1.0 + memory_band(setting.cluster)) / (1.0 - headroom)
-
-
-def _that_fit(known: Estimates | None, memory_bytes: float, headroom: float) -> Estimates | None:
-    """The fastest of a ranking that fit GPUs with less memory."""
-    if known is None:
-        return None
-    smaller = replace(known, capacity_bytes=memory_bytes)
-    rows = np.flatnonzero(smaller.fits(headroom))[:CARRIED]
-    return smaller.take(rows) if len(rows) else None
+        memory_bytes = memory_for(setting, (1.0 - FRONT_SAVING) * point.peak_bytes, headroom)
 
 
 def front_row(point: Point, setting: Setting) -> dict[str, Any]:

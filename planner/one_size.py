@@ -9,11 +9,12 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from shardplan.costmodel.error_band import memory_band
 from shardplan.costmodel.estimate import ROWS_AT_ONCE, memory_alone
 from shardplan.costmodel.estimates import Estimates, joined
 from shardplan.costmodel.layout import COLUMNS, LayoutTable
@@ -22,6 +23,7 @@ from shardplan.costmodel.rule import Setting
 from shardplan.planner.at_setting import estimated
 from shardplan.planner.context_search import Written, write_out
 from shardplan.planner.knobs import turn_knobs
+from shardplan.planner.machines import with_gpu_memory
 from shardplan.planner.placement import Placement, place
 from shardplan.planner.ranking import Objective, SearchResult, order_of
 from shardplan.planner.shortlist import RUNNERS_UP, distinct, of_idea, worth_telling
@@ -29,6 +31,11 @@ from shardplan.planner.sift import Sifted, sift, sift_space
 from shardplan.planner.space import Wishes, join_tables
 from shardplan.planner.stage_search import least_cut_bytes, search_stages
 from shardplan.planner.watch import Watch
+
+CARRIED = 256
+"""Layouts of a ranking that a search on less memory is held against."""
+LEAN_STEP = 0.01
+"""Of device memory: with the objective `memory`, no cut that needs so much less is left."""
 
 
 @dataclass(kw_only=True)
@@ -78,6 +85,9 @@ def search_one_size(
     if state.space and not state.partial:
         with state.phase(watch):
             _refine_runners_up(setting, wishes, objective, headroom, state)
+    if objective == "memory" and not state.partial:
+        with state.phase(watch):
+            _cut_leaner(setting, wishes, headroom, state)
     closest = _closest(setting, state) if state.ranked is None else None
     looked_at, refused = state.sifted.looked_at, state.sifted.account()
     fitting = sum(int(one.fits(headroom).sum()) for one in state.space)
@@ -140,6 +150,45 @@ def _merged(ranked: Estimates | None, more: Estimates, objective: Objective) -> 
     every = [more] if ranked is None else [ranked, more]
     whole = joined(every, stacked([one.layouts for one in every]))
     return whole.take(_once(whole.layouts, order_of(whole, np.arange(len(whole)), objective)))
+
+
+def on_less_memory(
+    setting: Setting, state: State, memory_bytes: float, headroom: float, known: Estimates | None
+) -> tuple[Setting, State]:
+    """(the setting with so much memory on every GPU, what is known there before it is settled: the space of `state`, and the best of the
+    ranking `known` that fit)."""
+    carried = None
+    if known is not None:
+        smaller = replace(known, capacity_bytes=memory_bytes)
+        rows = np.flatnonzero(smaller.fits(headroom))[:CARRIED]
+        carried = smaller.take(rows) if len(rows) else None
+    return replace(setting, cluster=with_gpu_memory(setting.cluster, memory_bytes)), State(
+        sifted=replace(state.sifted, refused=dict(state.sifted.refused)),
+        space=[replace(one, capacity_bytes=memory_bytes) for one in state.space],
+        known=carried,
+    )
+
+
+def memory_for(setting: Setting, peak_bytes: float, headroom: float) -> float:
+    """Memory of the smallest GPU that holds layouts with this peak, and none with a higher one."""
+    return peak_bytes * (1.0 + memory_band(setting.cluster)) / (1.0 - headroom)
+
+
+def _cut_leaner(setting: Setting, wishes: Wishes, headroom: float, state: State) -> None:
+    """Add layouts whose stages are cut so that they need less memory than the leanest, until none needs LEAN_STEP less: cuts are made for
+    time, on GPUs with that much less memory."""
+    while state.ranked is not None:
+        peak_bytes = (1.0 - LEAN_STEP) * float(state.ranked.device_peak_bytes[0])
+        at, level = on_less_memory(setting, state, memory_for(setting, peak_bytes, headroom), headroom, None)
+        level.sifted.waiting = []  # all of it was written out
+        settle(at, wishes, "throughput", headroom, level, Watch())
+        state.tried += level.tried
+        if level.ranked is None:
+            return
+        found = replace(level.ranked, capacity_bytes=setting.cluster.gpu.memory_bytes)
+        state.ranked = _merged(state.ranked, found, "memory")
+        least_bytes = least_cut_bytes(setting, stacked([one.layouts for one in state.space]), wishes, headroom)
+        state.proved = least_bytes >= float(state.ranked.device_peak_bytes[0])
 
 
 def _closest(setting: Setting, state: State) -> Estimates | None:

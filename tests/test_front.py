@@ -13,7 +13,6 @@ from typer.testing import CliRunner
 
 from shardplan.cli import app
 from shardplan.cli.sweep_table import SHOWN_SAVING, thinned
-from shardplan.costmodel.error_band import memory_band
 from shardplan.costmodel.job import Job
 from shardplan.costmodel.model_config import load_model
 from shardplan.costmodel.rule import Setting
@@ -22,6 +21,7 @@ from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.load import load_cluster
 from shardplan.planner.front import FRONT_SAVING, memory_points, searched_front
 from shardplan.planner.machines import with_gpu_memory
+from shardplan.planner.one_size import LEAN_STEP, memory_for
 from shardplan.planner.search import search
 from shardplan.planner.space import Wishes
 from shardplan.planner.sweep import COLUMNS, Grid, Sweep, fastest_of_points, mark_front
@@ -52,8 +52,7 @@ def test_every_point_is_the_best_of_a_search_on_gpus_with_that_much_memory(runti
         found = search(model=at.model, job=at.job, cluster=cluster, runtime=at.runtime).ranked
         assert found is not None
         assert point.step_s == pytest.approx(float(found.step_s[0]), rel=1e-9)
-        least_bytes = (1.0 - FRONT_SAVING) * point.peak_bytes
-        memory_bytes = least_bytes * (1.0 + memory_band(at.cluster)) / (1.0 - HEADROOM)
+        memory_bytes = memory_for(at, (1.0 - FRONT_SAVING) * point.peak_bytes, HEADROOM)
     cluster = with_gpu_memory(at.cluster, memory_bytes)
     assert search(model=at.model, job=at.job, cluster=cluster, runtime=at.runtime).ranked is None
 
@@ -63,6 +62,24 @@ def test_a_front_never_gets_faster_and_always_leaner() -> None:
     for one, other in pairwise(points):
         assert other.step_s >= one.step_s
         assert other.peak_bytes <= (1.0 - FRONT_SAVING) * one.peak_bytes * (1.0 + 1e-12)
+
+
+def test_the_leanest_layout_has_its_stages_cut() -> None:
+    asked = {
+        "model": load_model("llama-3-8b"),
+        "job": Job(seq=8192, global_batch=64, precision="bf16"),
+        "runtime": "megatron",
+    }
+    cluster = load_cluster("h100-ib", gpus=16)
+    leanest = search(**asked, cluster=cluster, objective="memory").ranked
+    assert leanest is not None
+    assert leanest.layouts.row(0).stage_layers is not None
+    peak_bytes = float(leanest.device_peak_bytes[0])
+    at = Setting(**{**asked, "runtime": load_runtime("megatron")}, cluster=cluster)
+    less = with_gpu_memory(cluster, memory_for(at, (1.0 - LEAN_STEP) * peak_bytes, HEADROOM))
+    assert search(**asked, cluster=less).ranked is None
+    same = with_gpu_memory(cluster, memory_for(at, (1.0 + 1e-9) * peak_bytes, HEADROOM))
+    assert search(**asked, cluster=same).ranked is not None
 
 
 def test_mixed_nodes_have_no_searched_front() -> None:
