@@ -29,7 +29,7 @@ from shardplan.planner.ranking import Objective, SearchResult, order_of
 from shardplan.planner.shortlist import RUNNERS_UP, distinct, of_idea, worth_telling
 from shardplan.planner.sift import Sifted, sift, sift_space
 from shardplan.planner.space import Wishes, join_tables
-from shardplan.planner.stage_search import least_cut_bytes, search_stages
+from shardplan.planner.stage_search import least_cut_bytes, leaves_stages_open, search_stages
 from shardplan.planner.watch import Watch
 
 CARRIED = 256
@@ -177,7 +177,7 @@ def memory_for(setting: Setting, peak_bytes: float, headroom: float) -> float:
 def _cut_leaner(setting: Setting, wishes: Wishes, headroom: float, state: State) -> None:
     """Add layouts whose stages are cut so that they need less memory than the leanest, until none needs LEAN_STEP less: cuts are made for
     time, on GPUs with that much less memory."""
-    while state.ranked is not None:
+    while leaves_stages_open(setting, wishes) and state.ranked is not None:
         peak_bytes = (1.0 - LEAN_STEP) * float(state.ranked.device_peak_bytes[0])
         at, level = on_less_memory(setting, state, memory_for(setting, peak_bytes, headroom), headroom, None)
         level.sifted.waiting = []  # all of it was written out
