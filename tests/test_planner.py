@@ -236,7 +236,6 @@ def test_objectives() -> None:
     assert lean is not None
     assert few.ranked is not None
     assert lean.device_peak_bytes[0] <= fast.device_peak_bytes.min()  # stages are cut for memory: tests/test_front.py
-    assert lean.device_peak_bytes[0] == lean.device_peak_bytes.min()
     assert few.cluster.gpus == next(
         g
         for g in gpu_counts(at.cluster)
