@@ -291,4 +291,4 @@ def assumptions(
     guesses = cluster.guesses()
     if guesses:
         lines.append(f"guessed hardware figures: {', '.join(guesses)}")
-    return lines + cost_assumptions(job, cluster)
+    return [*runtime.warnings_of(layout), *lines, *cost_assumptions(job, cluster)]

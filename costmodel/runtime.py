@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_type_hints
 
 from shardplan.costmodel.axis_order import DEFAULT_ORDER, ORDERS
+from shardplan.costmodel.layout import Layout
 from shardplan.costmodel.model import PART_NAMES, LayerPart
 from shardplan.costmodel.recompute import Part
 from shardplan.costmodel.runtime_document import check_values, runtime_document, runtime_file, state_row, switched
@@ -271,10 +272,18 @@ class Runtime(_FromFile):
     offload: Offloading = field(default_factory=Offloading)
     expert_parallel: ExpertParallel = field(default_factory=ExpertParallel)
     tuning: Tuning = field(default_factory=Tuning)
+    warnings: Mapping[str, str] = field(default_factory=dict[str, str])
+    """What users reported of a layout's word that the runtime has: told with every layout that uses it, refused by nothing."""
     switched: Mapping[str, float] = field(default_factory=dict[str, float])
     """Numbers that switches changed, relative to before; fitted constants are changed alike."""
     fitted_as: str = ""
     """The runtime whose fitted constants hold for this one; "" = its own."""
+
+    def warnings_of(self, layout: Layout) -> list[str]:
+        """Sentences on the words that a layout uses."""
+        plain = Layout()
+        used = {word: getattr(layout, word) for word in self.warnings if getattr(layout, word) != getattr(plain, word)}
+        return [f"warning: {word}={value} in {self.name}: {self.warnings[word]}" for word, value in used.items()]
 
     @property
     def fitted_entry(self) -> str:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from importlib import resources
 from pathlib import Path
 from typing import Any, cast
 
 from shardplan.costmodel.job import PRECISIONS
-from shardplan.costmodel.layout import SCHEDULES
+from shardplan.costmodel.layout import SCHEDULES, Layout
 from shardplan.hw_profiles.errors import InputError, nearest
+
+LAYOUT_WORDS = tuple(one.name for one in fields(Layout))
 
 
 def runtime_names() -> tuple[str, ...]:
@@ -119,6 +122,11 @@ def check_values(document: Mapping[str, Any], place: str) -> None:
         if name.endswith("_rate") and value == 0.0:  # work is divided by it
             raise InputError(
                 f"{name}=0 is out of range", place=place, remedy="use a number above 0; 1 leaves it as it is"
+            )
+    for word in document.get("warnings", {}):
+        if word not in LAYOUT_WORDS:
+            raise InputError(
+                f"warnings.{word} is no word of a layout", place=place, remedy=nearest(str(word), LAYOUT_WORDS)
             )
     abilities: dict[str, Any] = document.get("abilities", {})
     for name, known in (("schedules", SCHEDULES), ("zero", range(4)), ("precisions", PRECISIONS)):

@@ -1,8 +1,8 @@
-"""A deadline for a token budget: the fewest GPUs whose best layout trains the tokens in time."""
+"""A deadline for a token budget: days that a plan takes, and what is said where none is in time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 from shardplan.costmodel.job import Job
@@ -14,6 +14,8 @@ from shardplan.planner.sift import Refusal
 
 DEADLINE = "deadline"
 """Stands where a rule's name does: the layouts fit, none is in time."""
+
+
 SIZES_BETWEEN = 7
 """Sizes of whole nodes tried at once between the last that misses the deadline and the first that meets it."""
 
@@ -44,8 +46,8 @@ def between(missed: int, met: int, node_gpus: int) -> list[int]:
 
 
 def narrowed(missed: int, met: int, node_gpus: int, in_time: Callable[[int], bool]) -> int:
-    """The fewest GPUs in time, where one node less than that is not: sizes between one that misses the deadline and one that meets it
-    are tried evenly, then those before the first that meets it, until two neighbours are left."""
+    """A number of GPUs in time where one node less is not: sizes between one that misses the deadline and one that meets it are tried
+    evenly, then those before the first that meets it, until two neighbours are left."""
     while sizes := between(missed, met, node_gpus):
         for gpus in sizes:
             if in_time(gpus):
@@ -55,45 +57,12 @@ def narrowed(missed: int, met: int, node_gpus: int, in_time: Callable[[int], boo
     return met
 
 
-def within_deadline(
-    sizes: Sequence[int],
-    node_gpus: int,
-    on: Callable[[int], SearchResult],
-    days_of: Callable[[SearchResult], float],
-    days: float,
-) -> SearchResult:
-    """The result on the fewest GPUs in time: the first of `sizes` (ascending), `narrowed` to whole nodes; nothing ranked where none is.
-
-    An interrupt leaves the smallest found in time by then, else the fastest, both as partial."""
-    found: dict[int, SearchResult] = {}
-
-    def in_time(gpus: int) -> bool:
-        found[gpus] = on(gpus)
-        if found[gpus].partial:
-            raise _StoppedError
-        return days_of(found[gpus]) <= days
-
-    missed = 0
-    try:
-        for gpus in sizes:
-            if in_time(gpus):
-                return found[narrowed(missed, gpus, node_gpus, in_time)]
-            missed = gpus
-    except _StoppedError:
-        done = [one for one in found.values() if days_of(one) <= days]
-        best = min(done, key=lambda one: one.cluster.gpus) if done else min(found.values(), key=days_of)
-        return replace(best, partial=True, complete=False)
-    fastest = min(found.values(), key=days_of)
-    if fastest.ranked is None:
-        return fastest
+def late(fastest: SearchResult, needed: float, days: float) -> SearchResult:
+    """A result that takes `needed` days instead of `days`, as one with nothing ranked: its layouts are refused by the deadline."""
     refused = sum(one.count for one in fastest.refused)
-    late = Refusal(
+    refusal = Refusal(
         rule=DEADLINE,
         count=fastest.looked_at - refused - fastest.slower - fastest.does_not_fit,
-        example=f"the fastest, on {fastest.cluster.gpus} GPUs, takes {days_of(fastest):.3g} days, the deadline is {days:g}",
+        example=f"the fastest, on {fastest.cluster.gpus} GPUs, takes {needed:.3g} days, the deadline is {days:g}",
     )
-    return replace(fastest, ranked=None, refused=(late, *fastest.refused))
-
-
-class _StoppedError(Exception):
-    """A search was interrupted."""
+    return replace(fastest, ranked=None, refused=(refusal, *fastest.refused))

@@ -1,13 +1,13 @@
-"""Why: what binds a plan, how its runners-up differ term by term, and what would have to change when nothing fits."""
+"""Why: what binds a plan, and how its runners-up differ term by term."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from shardplan.costmodel.estimates import DEFAULT_HEADROOM
-from shardplan.costmodel.job import PRECISIONS, Job
+from shardplan.costmodel.job import Job
 from shardplan.costmodel.layout import layout_from_document, parse_layout
 from shardplan.costmodel.model import Model
 from shardplan.costmodel.remedies import GIB, first_knob, memory_remedy
@@ -17,16 +17,14 @@ from shardplan.costmodel.step_time import TIME_PARTS
 from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.load import cluster_from_document
 from shardplan.hw_profiles.machine import Cluster
-from shardplan.planner.deadline import DEADLINE
 from shardplan.planner.explain_stages import stage_lines
 from shardplan.planner.placement import placement_document
 from shardplan.planner.plan import Plan, digest
-from shardplan.planner.search import SearchResult, judge, search, search_document
-from shardplan.planner.sensitivity import Question, network_needed, one_change
+from shardplan.planner.ranking import OBJECTIVES, Objective
+from shardplan.planner.search import judge, search_document
+from shardplan.planner.sensitivity import Question, figure_of, network_needed, one_change
 from shardplan.planner.shortlist import RUNNERS_UP
 from shardplan.planner.space import Wishes, parse_wishes
-
-MOST_DOUBLINGS = 6
 
 
 def explain_plan(plan: Plan) -> dict[str, Any]:
@@ -34,15 +32,22 @@ def explain_plan(plan: Plan) -> dict[str, Any]:
     runtime = load_runtime(plan.runtime)
     cluster = cluster_from_document(dict(plan.cluster)).with_gpus(plan.gpus)
     headroom = float(plan.search.get("headroom", DEFAULT_HEADROOM))
-    now = judge(plan.layout, model=plan.model, job=plan.job, cluster=cluster, runtime=runtime, headroom=headroom)
-    prediction: dict[str, Any] = now if isinstance(now, dict) else dict(plan.prediction)
+    prediction = judge(plan.layout, model=plan.model, job=plan.job, cluster=cluster, runtime=runtime, headroom=headroom)
+    if not isinstance(prediction, dict):
+        raise InputError(
+            f"its layout has no meaning here: {prediction[0].rule}: {prediction[0].detail}",
+            place="layout",
+            remedy="make the plan again with `shardplan plan`",
+        )
     runners = [row for row in plan.search.get("ranked", []) if row["layout"] != plan.layout.words()][:RUNNERS_UP]
     notes: list[str] = []
     if digest(dataclasses.asdict(runtime)) != plan.digests.get("runtime"):
         notes.append(f"the runtime file {plan.runtime!r} has changed since the plan was made")
     planned = float(plan.prediction["time"]["step_s"])
-    if isinstance(now, dict) and abs(now["time"]["step_s"] / planned - 1.0) > 1e-3:
-        notes.append(f"the cost model now says {now['time']['step_s']:.3g} s a step, the plan said {planned:.3g} s")
+    if abs(prediction["time"]["step_s"] / planned - 1.0) > 1e-3:
+        notes.append(
+            f"the cost model now says {prediction['time']['step_s']:.3g} s a step, the plan said {planned:.3g} s"
+        )
     compared = [
         _compared(row["layout"], prediction, plan.model, plan.job, cluster, runtime, headroom) for row in runners
     ]
@@ -56,18 +61,26 @@ def explain_plan(plan: Plan) -> dict[str, Any]:
             str(plan.search.get("fix", "")), plan.search.get("forbid", ()), plan.search.get("allow", ())
         ),
         headroom=headroom,
+        objective=_objective(plan),
     )
     return {
         **prediction,
         "subject": {"model": plan.model.name, "cluster": cluster.name, "job": dataclasses.asdict(plan.job)},
         "binds": what_binds(prediction, setting, headroom),
         "placement": placement_document(setting, plan.layout),
-        "one_change": [] if cluster.parts else one_change(question),
-        "network_needed": None if cluster.parts else network_needed(question, plan.layout),
+        "one_change": one_change(question),
+        "one_change_of": figure_of(question).words,
+        "network_needed": network_needed(question, plan.layout),
         "runners_up": [row for row in compared if row],
         "search": dict(plan.search),
         "notes": notes,
     }
+
+
+def _objective(plan: Plan) -> Objective:
+    """What the plan was made for; files from before it was written say nothing."""
+    known: list[Objective] = [one for one in OBJECTIVES if one == plan.search.get("objective")]
+    return known[0] if known else "throughput"
 
 
 def explain_layout(
@@ -92,7 +105,8 @@ def explain_layout(
         "binds": what_binds(answer, setting, headroom) if answer["time"] else [],
         "placement": placement_document(setting, own) if answer["time"] else None,
         "one_change": [],
-        "network_needed": network_needed(question, own) if answer["time"] and not cluster.parts else None,
+        "one_change_of": figure_of(question).words,
+        "network_needed": network_needed(question, own) if answer["time"] else None,
         "runners_up": [],
         "search": search_document(result, 5),
         "notes": [],
@@ -187,109 +201,3 @@ TIME_WORDS = {
     "optimizer_s": "the optimizer",
     "host_s": "host and launch overhead",
 }
-
-
-def what_would_fit(
-    result: SearchResult,
-    *,
-    model: Model,
-    job: Job,
-    cluster: Cluster,
-    runtime: Runtime,
-    wishes: Wishes,
-    headroom: float,
-) -> dict[str, Any]:
-    """The account of a search that found nothing: the closest layout, its rejections, and changes that would fit."""
-    document: dict[str, Any] = {"fits": False, "rejections": [], "search": search_document(result, 0), "closest": None}
-    if result.refused and result.refused[0].rule == DEADLINE:
-        late = result.refused[0].example
-        document["rejections"] = [{"rule": DEADLINE, "detail": late, "remedy": "give more days or more GPUs"}]
-        document["would_fit"] = []
-        return document
-    if result.closest is not None:
-        closest = result.closest.layouts.row(0)
-        judged = judge(closest, model=model, job=job, cluster=cluster, runtime=runtime, headroom=headroom)
-        if isinstance(judged, dict):
-            document["closest"], document["rejections"] = judged, judged["rejections"]
-    else:
-        document["rejections"] = [
-            {"rule": r.rule, "detail": f"{r.count} layouts: {r.example}", "remedy": ""} for r in result.refused
-        ] or [_no_factorisation(job, cluster, wishes)]
-    document["would_fit"] = list(_changes(model, job, cluster, runtime, wishes, headroom))
-    return document
-
-
-def _no_factorisation(job: Job, cluster: Cluster, wishes: Wishes) -> dict[str, str]:
-    for word in ("dp", "tp", "pp", "cp"):
-        degree = getattr(wishes.fixed, word)
-        if word in wishes.fixed_words and cluster.gpus % degree:
-            return {
-                "rule": "gpus-product",
-                "detail": f"{word}={degree} does not divide the {cluster.gpus} GPUs",
-                "remedy": f"fix a {word} that does, or change --gpus",
-            }
-    product = (
-        wishes.fixed.tp * wishes.fixed.pp * wishes.fixed.cp * (wishes.fixed.dp if "dp" in wishes.fixed_words else 1)
-    )
-    if cluster.gpus % product:
-        words = " ".join(
-            f"{word}={getattr(wishes.fixed, word)}" for word in ("dp", "tp", "pp", "cp") if word in wishes.fixed_words
-        )
-        return {
-            "rule": "gpus-product",
-            "detail": f"{words} make groups of {product} GPUs, which do not divide the {cluster.gpus} GPUs",
-            "remedy": "fix fewer of them or smaller ones, or change --gpus",
-        }
-    return {
-        "rule": "batch-divisible",
-        "detail": f"no dp*tp*pp = {cluster.gpus} within the wishes has a dp that divides global_batch={job.global_batch}",
-        "remedy": "change the global batch, the GPUs or what is fixed",
-    }
-
-
-def _changes(model: Model, job: Job, cluster: Cluster, runtime: Runtime, wishes: Wishes, headroom: float) -> list[str]:
-    """One change each that makes something fit, tried by searching."""
-
-    def fits(**changed: Any) -> bool:
-        inputs: dict[str, Any] = {
-            "model": model,
-            "job": job,
-            "cluster": cluster,
-            "runtime": runtime,
-            "wishes": wishes,
-            "headroom": headroom,
-        }
-        return search(**{**inputs, **changed}).ranked is not None
-
-    told: list[str] = []
-    if (wishes.fixed_words or wishes.forbidden) and fits(wishes=Wishes()):
-        words = [word for word, given in (("--fix", wishes.fixed_words), ("--forbid", wishes.forbidden)) if given]
-        told.append(f"dropping {' and '.join(words)}")
-    for more in _doubled(cluster):
-        if fits(cluster=more):
-            told.append(f"{more.gpus} GPUs of the same kind (tried by doubling)")
-            break
-    shorter = job.seq // 2
-    while shorter >= 256 and job.seq // shorter <= 16:
-        if fits(job=dataclasses.replace(job, seq=shorter)):
-            told.append(f"sequences of {shorter} tokens (tried by halving)")
-            break
-        shorter //= 2
-    if job.global_batch < cluster.gpus and fits(job=dataclasses.replace(job, global_batch=cluster.gpus)):
-        told.append(f"a global batch of {cluster.gpus}")
-    for word in PRECISIONS:
-        if word != job.precision and fits(job=dataclasses.replace(job, precision=word)):
-            told.append(f"--precision {word}")
-    for name in ("megatron", "fsdp2", "deepspeed"):
-        if name != runtime.name and fits(runtime=name):
-            told.append(f"--runtime {name}")
-    return told
-
-
-def _doubled(cluster: Cluster) -> Iterator[Cluster]:
-    """The same cluster with 2, 4, 8 … times the GPUs, as far as its network goes."""
-    for times in range(1, MOST_DOUBLINGS + 1):
-        try:
-            yield cluster.with_gpus(cluster.gpus * 2**times)
-        except InputError:
-            return

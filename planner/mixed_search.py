@@ -197,9 +197,8 @@ def _staged(setting: Setting, table: LayoutTable) -> NDArray[np.bool_]:
     return behind & np.all([part.gpus % ranks == 0 for part in setting.cluster.parts], axis=0)
 
 
-def _on(setting: Setting, table: LayoutTable, wishes: Wishes, headroom: float, so_far: float) -> tuple[Estimates, bool]:
-    """(estimates of all layouts on the parts in their order, and of those with cut stages that could be faster than `so_far`; whether none
-    of these was left out)."""
+def estimated_on_parts(setting: Setting, table: LayoutTable) -> Estimates:
+    """Estimates of all layouts on the parts in their order, those with stages on several parts first, then by pp."""
     staged = _staged(setting, table)
     found: list[Estimates] = []
     if not staged.all():
@@ -207,13 +206,19 @@ def _on(setting: Setting, table: LayoutTable, wishes: Wishes, headroom: float, s
     plain = table.take(staged)
     for rows in _alike(plain, ("pp",)):
         found.append(_on_parts(setting, plain.take(rows)))
-    known = _together(found)
+    return _together(found)
+
+
+def _on(setting: Setting, table: LayoutTable, wishes: Wishes, headroom: float, so_far: float) -> tuple[Estimates, bool]:
+    """(estimates of all layouts on the parts in their order, and of those with cut stages that could be faster than `so_far`; whether none
+    of these was left out)."""
+    known = estimated_on_parts(setting, table)
     fits = known.fits(headroom)
     fastest = min(so_far, float(known.step_s[fits].min()) if fits.any() else np.inf)
     if not leaves_stages_open(setting, wishes):
         return known, True
     wanted = replace(wanted_of(setting, wishes, headroom), most_cuts=MOST_CUTS)
-    cut, every = _cut_ones(setting, plain, wanted, fastest)
+    cut, every = _cut_ones(setting, table.take(_staged(setting, table)), wanted, fastest)
     return _together([known, *cut]), every
 
 

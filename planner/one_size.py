@@ -9,11 +9,12 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from shardplan.costmodel.error_band import memory_band
 from shardplan.costmodel.estimate import ROWS_AT_ONCE, memory_alone
 from shardplan.costmodel.estimates import Estimates, joined
 from shardplan.costmodel.layout import COLUMNS, LayoutTable
@@ -22,17 +23,23 @@ from shardplan.costmodel.rule import Setting
 from shardplan.planner.at_setting import estimated
 from shardplan.planner.context_search import Written, write_out
 from shardplan.planner.knobs import turn_knobs
+from shardplan.planner.machines import with_gpu_memory
 from shardplan.planner.placement import Placement, place
 from shardplan.planner.ranking import Objective, SearchResult, order_of
 from shardplan.planner.shortlist import RUNNERS_UP, distinct, of_idea, worth_telling
 from shardplan.planner.sift import Sifted, sift, sift_space
 from shardplan.planner.space import Wishes, join_tables
-from shardplan.planner.stage_search import least_cut_bytes, search_stages
+from shardplan.planner.stage_search import least_cut_bytes, leaves_stages_open, search_stages
 from shardplan.planner.watch import Watch
+
+CARRIED = 256
+"""Layouts of a ranking that a search on less memory is held against."""
+LEAN_STEP = 0.01
+"""Of device memory: with the objective `memory`, no cut that needs so much less is left."""
 
 
 @dataclass(kw_only=True)
-class _State:
+class State:
     """What is known so far."""
 
     sifted: Sifted = field(default_factory=Sifted)
@@ -44,6 +51,10 @@ class _State:
     """What knobs added, all of it fits."""
     slower: int = 0
     """Layouts of the space that were not written out: their least time is too long, or another takes as long with less memory."""
+    known: Estimates | None = None
+    """Layouts from elsewhere that fit here too, ranked with the others."""
+    below_s: float = np.inf
+    """Seconds that a step of interest stays below: what takes longer may be left out."""
     ranked: Estimates | None = None
     placement: Placement | None = None
     proved: bool = True
@@ -68,26 +79,15 @@ def search_one_size(
 ) -> SearchResult:
     """Rank every layout on all GPUs of the setting's cluster."""
     start = time.perf_counter()
-    state = _State()
-    with state.phase(watch):
-        sift_space(setting, wishes, state.sifted, watch, headroom=headroom)
-    state.slower = state.sifted.outdone
-    with state.phase(watch):
-        _estimate_space(setting, wishes, state, watch)
-    with state.phase(watch):
-        _refine(setting, wishes, objective, headroom, state, state.space, watch, 0.8)
-    with state.phase(watch):
-        _write_out(setting, wishes, objective, headroom, state, watch)
-    if state.space:
-        with state.phase(watch):
-            _rank(setting, wishes, objective, headroom, state, watch)
-        if state.partial and state.ranked is None:  # stopped while it was placed: once more without
-            _rank(setting, wishes, objective, headroom, state, watch)
+    state = State()
+    look(setting, wishes, headroom, state, watch)
+    settle(setting, wishes, objective, headroom, state, watch)
     if state.space and not state.partial:
         with state.phase(watch):
-            _cut_stages(setting, wishes, objective, headroom, state, watch)
-        with state.phase(watch):
             _refine_runners_up(setting, wishes, objective, headroom, state)
+    if objective == "memory" and not state.partial:
+        with state.phase(watch):
+            _cut_leaner(setting, wishes, headroom, state)
     closest = _closest(setting, state) if state.ranked is None else None
     looked_at, refused = state.sifted.looked_at, state.sifted.account()
     fitting = sum(int(one.fits(headroom).sum()) for one in state.space)
@@ -109,7 +109,90 @@ def search_one_size(
     )
 
 
-def _closest(setting: Setting, state: _State) -> Estimates | None:
+def quickest_s(setting: Setting, wishes: Wishes, headroom: float, below_s: float, watch: Watch) -> float:
+    """Seconds of the shortest step of all layouts on all GPUs of the setting's cluster; infinite where none that fits is below
+    `below_s`: what cannot be is left out, which makes it quick."""
+    state = State(below_s=below_s)
+    look(setting, wishes, headroom, state, watch)
+    settle(setting, wishes, "throughput", headroom, state, watch)
+    found = np.inf if state.ranked is None else float(state.ranked.step_s.min())
+    return found if found < below_s else np.inf
+
+
+def look(setting: Setting, wishes: Wishes, headroom: float, state: State, watch: Watch) -> None:
+    """Estimate the layouts of the space that no rule refuses, but for those with context parallelism."""
+    with state.phase(watch):
+        sift_space(setting, wishes, state.sifted, watch, headroom=headroom)
+    state.slower = state.sifted.outdone
+    with state.phase(watch):
+        _estimate_space(setting, wishes, state, watch)
+
+
+def settle(setting: Setting, wishes: Wishes, objective: Objective, headroom: float, state: State, watch: Watch) -> None:
+    """Find the best layout: knobs turned, what waits written out, axes placed, stages cut."""
+    with state.phase(watch):
+        _refine(setting, wishes, objective, headroom, state, state.space, watch, 0.8)
+    with state.phase(watch):
+        _write_out(setting, wishes, objective, headroom, state, watch)
+    if state.space:
+        with state.phase(watch):
+            _rank(setting, wishes, objective, headroom, state, watch)
+        if state.partial and state.ranked is None:  # stopped while it was placed: once more without
+            _rank(setting, wishes, objective, headroom, state, watch)
+    if state.known is not None:
+        state.ranked = _merged(state.ranked, state.known, objective)
+    if state.space and not state.partial:
+        with state.phase(watch):
+            _cut_stages(setting, wishes, objective, headroom, state, watch)
+
+
+def _merged(ranked: Estimates | None, more: Estimates, objective: Objective) -> Estimates:
+    """One ranking of both."""
+    every = [more] if ranked is None else [ranked, more]
+    whole = joined(every, stacked([one.layouts for one in every]))
+    return whole.take(_once(whole.layouts, order_of(whole, np.arange(len(whole)), objective)))
+
+
+def on_less_memory(
+    setting: Setting, state: State, memory_bytes: float, headroom: float, known: Estimates | None
+) -> tuple[Setting, State]:
+    """(the setting with so much memory on every GPU, what is known there before it is settled: the space of `state`, and the best of the
+    ranking `known` that fit)."""
+    carried = None
+    if known is not None:
+        smaller = replace(known, capacity_bytes=memory_bytes)
+        rows = np.flatnonzero(smaller.fits(headroom))[:CARRIED]
+        carried = smaller.take(rows) if len(rows) else None
+    return replace(setting, cluster=with_gpu_memory(setting.cluster, memory_bytes)), State(
+        sifted=replace(state.sifted, refused=dict(state.sifted.refused)),
+        space=[replace(one, capacity_bytes=memory_bytes) for one in state.space],
+        known=carried,
+    )
+
+
+def memory_for(setting: Setting, peak_bytes: float, headroom: float) -> float:
+    """Memory of the smallest GPU that holds layouts with this peak, and none with a higher one."""
+    return peak_bytes * (1.0 + memory_band(setting.cluster)) / (1.0 - headroom)
+
+
+def _cut_leaner(setting: Setting, wishes: Wishes, headroom: float, state: State) -> None:
+    """Add layouts whose stages are cut so that they need less memory than the leanest, until none needs LEAN_STEP less: cuts are made for
+    time, on GPUs with that much less memory."""
+    while leaves_stages_open(setting, wishes) and state.ranked is not None:
+        peak_bytes = (1.0 - LEAN_STEP) * float(state.ranked.device_peak_bytes[0])
+        at, level = on_less_memory(setting, state, memory_for(setting, peak_bytes, headroom), headroom, None)
+        level.sifted.waiting = []  # all of it was written out
+        settle(at, wishes, "throughput", headroom, level, Watch())
+        state.tried += level.tried
+        if level.ranked is None:
+            return
+        found = replace(level.ranked, capacity_bytes=setting.cluster.gpu.memory_bytes)
+        state.ranked = _merged(state.ranked, found, "memory")
+        least_bytes = least_cut_bytes(setting, stacked([one.layouts for one in state.space]), wishes, headroom)
+        state.proved = least_bytes >= float(state.ranked.device_peak_bytes[0])
+
+
+def _closest(setting: Setting, state: State) -> Estimates | None:
     """The layout that needs least device memory; None where no rule leaves any. Stopped, of those looked at by then."""
     every = [one.take(_leanest(one)) for one in state.space]
     for factors in () if state.partial else state.sifted.too_large:
@@ -123,7 +206,7 @@ def _leanest(estimates: Estimates) -> NDArray[np.intp]:
     return np.asarray([int(estimates.device_peak_bytes.argmin())])
 
 
-def _estimate_space(setting: Setting, wishes: Wishes, state: _State, watch: Watch) -> None:
+def _estimate_space(setting: Setting, wishes: Wishes, state: State, watch: Watch) -> None:
     """Estimate the layouts that the rules left, in batches."""
     valid = state.sifted.valid(wishes)
     rows = len(valid)
@@ -138,7 +221,7 @@ def _refine(
     wishes: Wishes,
     objective: Objective,
     headroom: float,
-    state: _State,
+    state: State,
     batches: Sequence[Estimates],
     watch: Watch,
     done: float,
@@ -159,7 +242,7 @@ def _refine(
 
 
 def _write_out(
-    setting: Setting, wishes: Wishes, objective: Objective, headroom: float, state: _State, watch: Watch
+    setting: Setting, wishes: Wishes, objective: Objective, headroom: float, state: State, watch: Watch
 ) -> None:
     """Add layouts with context parallelism as far as they may be near the best, and what knobs make of them."""
     if state.partial:
@@ -176,13 +259,14 @@ def _write_out(
     _refine(setting, wishes, objective, headroom, state, state.space[before:], watch, 0.9)
 
 
-def _fastest_s(state: _State, headroom: float) -> float:
-    """The quickest step known that fits."""
-    every = (float(np.min(one.step_s, where=one.fits(headroom), initial=np.inf)) for one in (*state.space, *state.more))
-    return min(every, default=np.inf)
+def _fastest_s(state: State, headroom: float) -> float:
+    """The quickest step known that fits, or the longest of interest."""
+    batches = [*state.space, *state.more, *([] if state.known is None else [state.known])]
+    every = (float(np.min(one.step_s, where=one.fits(headroom), initial=np.inf)) for one in batches)
+    return min((state.below_s, *every))
 
 
-def _rank(setting: Setting, wishes: Wishes, objective: Objective, headroom: float, state: _State, watch: Watch) -> None:
+def _rank(setting: Setting, wishes: Wishes, objective: Objective, headroom: float, state: State, watch: Watch) -> None:
     """Rank what fits of all batches, each layout in its best order of axes."""
     batches = [*state.space, *state.more]
     fitting = [batch.layouts.take(batch.fits(headroom)) for batch in batches]
@@ -199,7 +283,7 @@ def _rank(setting: Setting, wishes: Wishes, objective: Objective, headroom: floa
 
 
 def _cut_stages(
-    setting: Setting, wishes: Wishes, objective: Objective, headroom: float, state: _State, watch: Watch
+    setting: Setting, wishes: Wishes, objective: Objective, headroom: float, state: State, watch: Watch
 ) -> None:
     """Add layouts whose stages are cut so that they could be the fastest, and rank them with the others."""
     valid = stacked([one.layouts for one in state.space])
@@ -211,13 +295,11 @@ def _cut_stages(
         valid,
         wishes,
         headroom,
-        fastest=np.inf if ranked is None else float(ranked.step_s.min()),
+        fastest=state.below_s if ranked is None else min(state.below_s, float(ranked.step_s.min())),
         told=lambda cut: watch.phase("cutting", 0.97, looked_at + cut),
     )
     if found.found is not None:
-        every = [found.found] if ranked is None else [ranked, found.found]
-        whole = joined(every, stacked([one.layouts for one in every]))
-        ranked = whole.take(_once(whole.layouts, order_of(whole, np.arange(len(whole)), objective)))
+        ranked = _merged(ranked, found.found, objective)
     if objective == "memory" and ranked is not None:  # cuts are chosen for time
         least_bytes = least_cut_bytes(setting, valid, wishes, headroom)
         state.proved = least_bytes >= float(ranked.device_peak_bytes[0])
@@ -226,7 +308,7 @@ def _cut_stages(
     state.ranked, state.tried = ranked, state.tried + found.looked_at
 
 
-def _refine_runners_up(setting: Setting, wishes: Wishes, objective: Objective, headroom: float, state: _State) -> None:
+def _refine_runners_up(setting: Setting, wishes: Wishes, objective: Objective, headroom: float, state: State) -> None:
     """Add what knobs make of the next best ideas, each for itself: what cannot be the best of all was left as it was."""
     ranked = state.ranked
     if ranked is None or objective == "memory":
@@ -244,8 +326,7 @@ def _refine_runners_up(setting: Setting, wishes: Wishes, objective: Objective, h
             state.tried += turned.tried
     if found:
         placed, _ = place(setting, joined(found, stacked([one.layouts for one in found])), wishes)
-        whole = joined([ranked, placed], stacked([ranked.layouts, placed.layouts]))
-        state.ranked = whole.take(_once(whole.layouts, order_of(whole, np.arange(len(whole)), objective)))
+        state.ranked = _merged(ranked, placed, objective)
 
 
 def _once(layouts: LayoutTable, ordered: NDArray[np.intp]) -> NDArray[np.intp]:

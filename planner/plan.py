@@ -154,6 +154,9 @@ def _check_parts(document: Mapping[str, Any]) -> None:
             raise TypeError(f"{name} is not an object")
     if type(document["gpus"]) is not int:
         raise TypeError(f"gpus={document['gpus']!r} is not a whole number")
+    headroom = document["search"].get("headroom", 0.0)
+    if not isinstance(headroom, int | float) or not 0.0 <= headroom < 1.0:
+        raise TypeError(f"search.headroom={headroom!r} is not a fraction")
     for name in ("memory", "time", "throughput"):
         if not isinstance(document["prediction"].get(name), dict):
             raise TypeError(f"prediction.{name} is missing or not an object")

@@ -25,7 +25,7 @@ class SearchResult:
     ranked: Estimates | None
     """Best first; None when nothing fits."""
     closest: Estimates | None
-    """The valid layout that needs least device memory, when nothing fits."""
+    """The layout of the space that needs least device memory, when nothing fits; `closest.py` looks for a nearer one."""
     looked_at: int
     refused: tuple[Refusal, ...]
     """Largest first; a layout that breaks several rules counts for the first in the list of rules."""
@@ -45,6 +45,25 @@ class SearchResult:
     partial: bool = False
     """It was interrupted: the best of what was looked at by then."""
     seconds: float
+
+
+def nothing_yet(cluster: Cluster) -> SearchResult:
+    """Of a search that was interrupted before it found anything."""
+    return SearchResult(
+        cluster=cluster,
+        ranked=None,
+        closest=None,
+        looked_at=0,
+        refused=(),
+        slower=0,
+        does_not_fit=0,
+        refined=0,
+        placement=None,
+        proved=False,
+        complete=False,
+        partial=True,
+        seconds=0.0,
+    )
 
 
 def order_of(estimates: Estimates, rows: NDArray[np.intp], objective: Objective) -> NDArray[np.intp]:

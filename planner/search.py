@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,12 +17,11 @@ from shardplan.costmodel.rule import Rejection, Setting
 from shardplan.costmodel.runtime import Runtime, load_runtime
 from shardplan.hw_profiles.errors import InputError, nearest
 from shardplan.hw_profiles.machine import Cluster
-from shardplan.planner.deadline import days_needed, within_deadline
 from shardplan.planner.mixed_search import search_mixed
-from shardplan.planner.one_size import search_one_size
 from shardplan.planner.ranking import OBJECTIVES, Objective, SearchResult
 from shardplan.planner.shortlist import distinct, memory_front, worth_telling
 from shardplan.planner.sift import Refusal
+from shardplan.planner.sizes import Sizes, gpu_counts
 from shardplan.planner.space import Wishes
 from shardplan.planner.watch import Watch
 
@@ -54,19 +51,19 @@ def search(
         whole = Setting(model=model, job=job, cluster=cluster, runtime=chosen)
         return search_mixed(whole, wishes or Wishes(), objective, headroom, watching)
 
-    def on(gpus: int) -> SearchResult:
-        setting = Setting(model=model, job=job, cluster=cluster.with_gpus(gpus), runtime=chosen)
-        return search_one_size(setting, wishes or Wishes(), objective, headroom, watching)
-
+    sizes = Sizes(
+        setting=Setting(model=model, job=job, cluster=cluster, runtime=chosen),
+        wishes=wishes or Wishes(),
+        headroom=headroom,
+        watch=watching,
+    )
     if objective == "gpus":
-        return _fewest(cluster, on)
+        return sizes.fewest()
     if objective == "cost":
-        return _cheapest(cluster, on)
+        return sizes.cheapest()
     if objective == "deadline" and days is not None:
-        return within_deadline(
-            gpu_counts(cluster), cluster.node.gpus, on, lambda one: days_needed(one, model, job, chosen), days
-        )
-    return on(cluster.gpus)
+        return sizes.within(days)
+    return sizes.search(cluster.gpus, objective)
 
 
 def _check_objective(objective: Objective, job: Job, cluster: Cluster, days: float | None) -> None:
@@ -77,7 +74,9 @@ def _check_objective(objective: Objective, job: Job, cluster: Cluster, days: flo
         )
     if objective == "cost" and not cluster.parts and cluster.node.usd_per_hour is None:
         raise InputError(
-            f"cluster {cluster.name!r} has no price", place="--objective", remedy="set node.usd_per_hour in its profile"
+            f"cluster {cluster.name!r} has no price",
+            place="--objective",
+            remedy="give --price, or set node.usd_per_hour in its profile",
         )
     if (objective == "deadline") != (days is not None):
         raise InputError(
@@ -87,51 +86,6 @@ def _check_objective(objective: Objective, job: Job, cluster: Cluster, days: flo
         raise InputError(f"{days:g} days are no deadline", place="--days", remedy="give more than 0")
     if days is not None and job.tokens is None:
         raise InputError("a deadline is for a number of tokens", place="--days", remedy="give --tokens too")
-
-
-def _fewest(cluster: Cluster, on: Callable[[int], SearchResult]) -> SearchResult:
-    """On as few GPUs as something fits: doubling first, then every size in a node, or of whole nodes, between the last two tried."""
-    last, result = 0, None
-    for gpus in gpu_counts(cluster):
-        result = on(gpus)
-        if result.partial:
-            return result
-        if result.ranked is not None:
-            node = cluster.node.gpus
-            between = range(last // node * node + node, gpus, node) if gpus > node else range(last + 1, gpus)
-            for size in between:
-                one = on(size)
-                if one.partial:  # what was found stands, fewer were not all tried
-                    return replace(result, partial=True, complete=False)
-                if one.ranked is not None:
-                    return one
-            return result
-        last = gpus
-    assert result is not None
-    return result
-
-
-def _cheapest(cluster: Cluster, on: Callable[[int], SearchResult]) -> SearchResult:
-    """On the size among `gpu_counts` whose best layout pays least per token; whole nodes are paid."""
-    found: list[SearchResult] = []
-    for gpus in gpu_counts(cluster):
-        found.append(on(gpus))
-        if found[-1].partial:
-            break
-    fitting = [one for one in found if one.ranked is not None]
-    if not fitting:
-        return found[-1]
-    best = min(fitting, key=lambda r: float(r.ranked.step_s[0]) * r.cluster.nodes if r.ranked is not None else np.inf)
-    return replace(best, partial=True, complete=False) if found[-1].partial else best
-
-
-def gpu_counts(cluster: Cluster) -> tuple[int, ...]:
-    """Sizes to try, ascending: parts of a node that divide it, then doubling nodes, then the whole cluster."""
-    node = cluster.node.gpus
-    sizes = [g for g in range(1, node + 1) if node % g == 0 and g <= cluster.gpus]
-    while sizes[-1] * 2 < cluster.gpus:
-        sizes.append(sizes[-1] * 2)
-    return tuple(dict.fromkeys((*sizes, cluster.gpus)))
 
 
 def summary_rows(estimates: Estimates, rows: NDArray[np.intp]) -> list[dict[str, Any]]:

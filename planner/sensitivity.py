@@ -1,4 +1,5 @@
-"""What one change would do: a little more of each rate, more memory, batch or GPUs; how much network a layout needs."""
+"""What one change would do for a plan by its objective: a little more of each rate, more memory, batch or GPUs; how much network a layout
+needs."""
 
 from __future__ import annotations
 
@@ -7,17 +8,32 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from shardplan.costmodel.estimate import estimate
+from shardplan.costmodel.answer import GIB
+from shardplan.costmodel.estimates import Estimates
 from shardplan.costmodel.job import Job
 from shardplan.costmodel.layout import Layout
+from shardplan.costmodel.mixed import estimate_any
 from shardplan.costmodel.model import Model
+from shardplan.costmodel.result import cost_document
+from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.runtime import Runtime
 from shardplan.hw_profiles.errors import InputError
-from shardplan.hw_profiles.machine import Cluster, Gpu, Node
-from shardplan.planner.search import SearchResult, search
+from shardplan.hw_profiles.machine import Cluster
+from shardplan.planner.at_setting import estimated
+from shardplan.planner.deadline import days_needed
+from shardplan.planner.machines import (
+    network_gbps_per_gpu,
+    with_gpus_changed,
+    with_network_rate,
+    with_network_times,
+    with_nodes,
+)
+from shardplan.planner.mixed_search import estimated_on_parts
+from shardplan.planner.ranking import Objective, SearchResult
+from shardplan.planner.search import search
 from shardplan.planner.space import Wishes
-from shardplan.planner.sweep import network_gbps_per_gpu, with_network_rate
 
 MORE = 1.1
 ROWS_FOR_RATES = 5000
@@ -37,93 +53,174 @@ class Question:
     runtime: Runtime
     wishes: Wishes
     headroom: float
+    objective: Objective = "throughput"
 
-    def search(self, **changed: Any) -> SearchResult:
+    def search(self, objective: Objective = "throughput", **changed: Any) -> SearchResult:
         """The search of this question with parts of it changed."""
         parts = {name: getattr(self, name) for name in ("model", "job", "cluster", "runtime", "wishes", "headroom")}
-        return search(**{**parts, **changed})
-
-
-def _with_node(cluster: Cluster, **changed: Any) -> Cluster:
-    return replace(cluster, node_runs=((replace(cluster.node, **changed), cluster.nodes),))
-
-
-def _with_gpu(cluster: Cluster, change: Callable[[Gpu], Gpu]) -> Cluster:
-    return _with_node(cluster, gpu=change(cluster.gpu))
-
-
-def _faster_links(node: Node) -> dict[str, Any]:
-    return {"intra": replace(node.intra, bandwidth_bytes_per_s=MORE * node.intra.bandwidth_bytes_per_s)}
+        return search(**{**parts, **changed}, objective=objective)
 
 
 RATES: dict[str, Callable[[Cluster], Cluster]] = {
-    "10 % faster matrix products": lambda c: _with_gpu(
+    "10 % faster matrix products": lambda c: with_gpus_changed(
         c, lambda g: replace(g, peak_flop_per_s={word: MORE * rate for word, rate in g.peak_flop_per_s.items()})
     ),
-    "10 % more memory bandwidth": lambda c: _with_gpu(
+    "10 % more memory bandwidth": lambda c: with_gpus_changed(
         c, lambda g: replace(g, memory_bandwidth_bytes_per_s=MORE * g.memory_bandwidth_bytes_per_s)
     ),
-    "10 % faster links inside the node": lambda c: _with_node(c, **_faster_links(c.node)),
-    "10 % faster network between nodes": lambda c: replace(
-        c, network=c.network.at_rate(MORE * c.network.nic_bytes_per_s)
+    "10 % faster links inside the node": lambda c: with_nodes(
+        c,
+        lambda n: replace(n, intra=replace(n.intra, bandwidth_bytes_per_s=MORE * n.intra.bandwidth_bytes_per_s)),
+    ),
+    "10 % faster network between nodes": lambda c: with_network_times(c, MORE),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """What an objective makes good, of the best layout of a search."""
+
+    words: str
+    """Of what a gain is a gain."""
+    value: Callable[[Question, SearchResult], float]
+    told: Callable[[float], str]
+    small: bool = False
+    """It is good where it is small."""
+    searched: Objective = "throughput"
+    """What a changed question is searched for on its own number of GPUs."""
+
+    def gain(self, before: float, after: float) -> float:
+        """Part of the figure that is gained: more of it, or less where small is good."""
+        return 1.0 - after / before if self.small else after / before - 1.0
+
+
+def _ranked(found: SearchResult) -> Estimates:
+    assert found.ranked is not None
+    return found.ranked
+
+
+def _usd(question: Question, found: SearchResult) -> float:
+    usd = cost_document(found.cluster, question.job, float(_ranked(found).step_s[0]))["usd_per_million_tokens"]
+    assert usd is not None, "a plan by cost has a price"
+    return usd
+
+
+FIGURES: dict[Objective, Figure] = {
+    "throughput": Figure(
+        words="tokens/s/GPU",
+        value=lambda _, found: float(_ranked(found).tokens_per_s[0]) / found.cluster.gpus,
+        told=lambda value: f"{value:,.0f}",
+    ),
+    "cost": Figure(words="USD per million tokens", value=_usd, told=lambda value: f"{value:.4g}", small=True),
+    "memory": Figure(
+        words="GiB of device memory",
+        value=lambda _, found: float(_ranked(found).device_peak_bytes[0]) / GIB,
+        told=lambda value: f"{value:.1f}",
+        small=True,
+        searched="memory",
+    ),
+    "gpus": Figure(
+        words="GPUs",
+        value=lambda _, found: float(found.cluster.gpus),
+        told=lambda value: f"{value:,.0f}",
+        small=True,
+        searched="gpus",
+    ),
+    "deadline": Figure(
+        words="days",
+        value=lambda question, found: days_needed(found, question.model, question.job, question.runtime),
+        told=lambda value: f"{value:.3g}",
+        small=True,
     ),
 }
 
 
+def figure_of(question: Question) -> Figure:
+    """That of the question's objective; a deadline needs a token budget, a cost a price."""
+    objective = question.objective
+    no_budget = objective == "deadline" and question.job.tokens is None
+    no_price = objective == "cost" and cost_document(question.cluster, question.job, 1.0)["usd_per_step"] is None
+    return FIGURES["throughput" if no_budget or no_price else objective]
+
+
 def one_change(question: Question) -> list[dict[str, Any]]:
-    """Gain in tokens/s per GPU of the best layout by one change each, largest first: {change, gain_fraction, layout or None when it
-    stays the same}. Empty when nothing fits."""
-    today = question.search()
+    """What one change each does to the figure of the objective, the best first: {change, gain_fraction, becomes, layout or None when it
+    stays the same}. Empty when nothing fits.
+
+    A plan by cost or for a deadline is looked at on its number of GPUs, and on one node more and less."""
+    figure = figure_of(question)
+    today = question.search(figure.searched)
     if today.ranked is None:
         return []
-    best, rate = today.ranked.layouts.row(0), float(today.ranked.tokens_per_s[0]) / question.cluster.gpus
-    rows = [
-        {
-            "change": change,
-            "gain_fraction": after / rate - 1.0,
-            "layout": None if layout == best else layout.words(),
-        }
-        for change, after, layout in (*_by_rates(question, today), *_by_searches(question))
+    best, before = today.ranked.layouts.row(0), figure.value(question, today)
+    changed = [
+        *(_by_rates(question, today) if figure.searched == "throughput" else ()),
+        *_by_searches(question, figure),
     ]
+    rows: list[dict[str, Any]] = []
+    for change, asked, found in changed:
+        after, layout = figure.value(asked, found), _ranked(found).layouts.row(0)
+        rows.append(
+            {
+                "change": change,
+                "gain_fraction": figure.gain(before, after),
+                "becomes": figure.told(after),
+                "layout": None if layout == best else layout.words(),
+            }
+        )
     return sorted(rows, key=lambda row: -float(row["gain_fraction"]))
 
 
-def _by_rates(question: Question, today: SearchResult) -> Iterator[tuple[str, float, Layout]]:
-    """(change, tokens/s per GPU, layout) with one rate of the machine higher."""
-    assert today.ranked is not None
-    fastest = today.ranked.layouts.take(np.arange(min(ROWS_FOR_RATES, len(today.ranked))))
+def _by_rates(question: Question, today: SearchResult) -> Iterator[tuple[str, Question, SearchResult]]:
+    """(change, question, what it finds) with one rate of the machine higher."""
+    fastest = _ranked(today).layouts.take(np.arange(min(ROWS_FOR_RATES, len(_ranked(today)))))
     for change, faster in RATES.items():
         if "between nodes" in change and question.cluster.nodes == 1:
             continue
-        found = estimate(
-            model=question.model,
-            job=question.job,
-            cluster=faster(question.cluster),
-            layouts=fastest,
-            runtime=question.runtime,
-        )
-        at = int(found.step_s.argmin())
-        yield change, float(found.tokens_per_s[at]) / question.cluster.gpus, fastest.row(at)
+        cluster = faster(today.cluster)
+        at = Setting(model=question.model, job=question.job, cluster=cluster, runtime=question.runtime)
+        found = estimated_on_parts(at, fastest) if cluster.parts else estimated(at, fastest)
+        first: NDArray[np.intp] = np.asarray([int(found.step_s.argmin())])
+        yield change, question, replace(today, cluster=cluster, ranked=found.take(first))
 
 
-def _by_searches(question: Question) -> Iterator[tuple[str, float, Layout]]:
-    """(change, tokens/s per GPU, layout) with more memory, another batch or other GPUs."""
-    job, cluster = question.job, question.cluster
-    changes: dict[str, Callable[[], dict[str, Any]]] = {
-        "10 % more GPU memory": lambda: {
-            "cluster": _with_gpu(cluster, lambda g: replace(g, memory_bytes=MORE * g.memory_bytes))
-        },
-        "twice the global batch": lambda: {"job": replace(job, global_batch=2 * job.global_batch)},
-        "twice the GPUs": lambda: {"cluster": cluster.with_gpus(2 * cluster.gpus)},
-        "half the GPUs": lambda: {"cluster": cluster.with_gpus(cluster.gpus // 2)},
-    }
-    for change, changed in changes.items():
+def _by_searches(question: Question, figure: Figure) -> Iterator[tuple[str, Question, SearchResult]]:
+    """(change, question, what it finds) with more memory, another batch or other GPUs."""
+    for change in _searched_changes(question, figure):
         try:
-            found = question.search(**changed())
-        except InputError:  # not a size of this cluster
+            parts = CHANGES[change](question)
+            found = question.search(figure.searched, **parts)
+        except InputError:  # not a size of this cluster, no half of the batch
             continue
         if found.ranked is not None:
-            yield change, float(found.ranked.tokens_per_s[0]) / found.cluster.gpus, found.ranked.layouts.row(0)
+            yield change, replace(question, **parts), found
+
+
+CHANGES: dict[str, Callable[[Question], dict[str, Any]]] = {
+    "10 % more GPU memory": lambda q: {
+        "cluster": with_gpus_changed(q.cluster, lambda gpu: replace(gpu, memory_bytes=MORE * gpu.memory_bytes))
+    },
+    "twice the global batch": lambda q: {"job": replace(q.job, global_batch=2 * q.job.global_batch)},
+    "half the global batch": lambda q: {"job": replace(q.job, global_batch=q.job.global_batch // 2)},
+    "sequences half as long": lambda q: {"job": replace(q.job, seq=q.job.seq // 2)},
+    "twice the GPUs": lambda q: {"cluster": q.cluster.with_gpus(2 * q.cluster.gpus)},
+    "half the GPUs": lambda q: {"cluster": q.cluster.with_gpus(q.cluster.gpus // 2)},
+    "one node more": lambda q: {"cluster": q.cluster.with_gpus(q.cluster.gpus + q.cluster.node.gpus)},
+    "one node less": lambda q: {"cluster": q.cluster.with_gpus(q.cluster.gpus - q.cluster.node.gpus)},
+}
+"""What has to be searched again."""
+
+
+def _searched_changes(question: Question, figure: Figure) -> list[str]:
+    """Those of CHANGES that can move the figure: rates and a larger batch save no memory, more of it needs no less."""
+    sizes = ["twice the GPUs", "half the GPUs"]
+    if figure.searched == "gpus":
+        return ["10 % more GPU memory", "half the global batch", "sequences half as long"]
+    if figure.searched == "memory":
+        return ["half the global batch", "sequences half as long", *sizes]
+    by_size = figure.small and not question.cluster.parts and question.cluster.nodes > 1
+    nodes = ["one node more", "one node less"] if by_size else []
+    return ["10 % more GPU memory", "twice the global batch", *sizes, *nodes]
 
 
 def network_needed(question: Question, layout: Layout) -> dict[str, float] | None:
@@ -136,15 +233,9 @@ def network_needed(question: Question, layout: Layout) -> dict[str, float] | Non
         return None
 
     def step_s(gbps: float) -> float:
-        return float(
-            estimate(
-                model=question.model,
-                job=question.job,
-                cluster=with_network_rate(question.cluster, gbps),
-                layouts=layout,
-                runtime=question.runtime,
-            ).step_s[0]
-        )
+        cluster = with_network_rate(question.cluster, gbps)
+        at = Setting(model=question.model, job=question.job, cluster=cluster, runtime=question.runtime)
+        return float(estimate_any(at, layout).step_s[0])
 
     most = NEAR * step_s(now)
     low, high = min(LEAST_GBPS, now), now

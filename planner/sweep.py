@@ -5,19 +5,23 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 from shardplan.costmodel.answer import GIB
-from shardplan.costmodel.estimates import DEFAULT_HEADROOM
+from shardplan.costmodel.estimates import DEFAULT_HEADROOM, Estimates
 from shardplan.costmodel.job import Job
 from shardplan.costmodel.model import Model
 from shardplan.costmodel.remedies import LEAST_SAVING
 from shardplan.costmodel.result import cost_document, result_document
+from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.runtime import Runtime
 from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.machine import Cluster
-from shardplan.planner.deadline import narrowed
-from shardplan.planner.search import SearchResult, gpu_counts, search
+from shardplan.planner.front import memory_points
+from shardplan.planner.machines import network_gbps_per_gpu, with_network_rate
+from shardplan.planner.search import SearchResult, search
+from shardplan.planner.sizes import gpu_counts
 from shardplan.planner.space import Wishes
 
 COLUMNS = (
@@ -53,7 +57,7 @@ class Grid:
     global_batches: Sequence[int]
     seqs: Sequence[int]
     gpus: Sequence[int] = ()
-    """Empty: parts of a node, doubling nodes, the whole cluster."""
+    """Empty: parts of a node, doubling nodes, the whole cluster; a mixed cluster whole."""
     network_gbps_per_gpu: Sequence[float] = ()
 
     def lines(self) -> Iterator[tuple[Cluster, Job]]:
@@ -72,44 +76,46 @@ class Sweep:
     runtime: Runtime
     wishes: Wishes
     headroom: float = DEFAULT_HEADROOM
+    front: bool = False
+    """Also the fastest layouts that need less and less memory at every point (`front.py`)."""
 
     def rows(self, grid: Grid, days: float | None = None) -> Iterator[dict[str, Any]]:
-        """One row of COLUMNS a point, made as it is asked for; what has no answer there is None, `reason` says why nothing fits.
+        """One row of COLUMNS a point, with `front` more of them, made as it is asked for; what has no answer there is None, `reason` says
+        why nothing fits.
 
-        With a deadline of `days` for the jobs' token budget, more sizes are tried between the last that misses it and the first that
-        meets it. `mark_front` fills the column `pareto`.
+        With a deadline of `days` for the jobs' token budget, the fewest GPUs that meet it come last, where they are no size of the grid.
+        `mark_front` fills the column `pareto`.
         """
         for machine, job in grid.lines():
             tried: list[dict[str, Any]] = []
-            for gpus in grid.gpus or gpu_counts(machine):
+            for gpus in grid.gpus or ((machine.gpus,) if machine.parts else gpu_counts(machine)):
                 tried.append(self.row(machine, gpus, job))
                 yield tried[-1]
-            if days is not None:
+                if self.front and tried[-1]["fits"]:
+                    yield from self._leaner(machine, gpus, job)
+            if days is not None and not machine.parts:
                 yield from self._fewest(machine, job, tried, days)
 
     def _fewest(
         self, machine: Cluster, job: Job, tried: Sequence[Mapping[str, Any]], days: float
     ) -> Iterator[dict[str, Any]]:
-        """Rows of sizes between the last that misses the deadline and the first that meets it, until the fewest GPUs are known."""
-        met = sorted(row["gpus"] for row in tried if _in_time(row, days))
-        if not met:
-            return
-        found: list[dict[str, Any]] = []
-
-        def in_time(gpus: int) -> bool:
-            found.append(self.row(machine, gpus, job))
-            return _in_time(found[-1], days)
-
-        missed = max((row["gpus"] for row in tried if row["gpus"] < met[0]), default=0)
-        narrowed(missed, met[0], machine.node.gpus, in_time)
-        yield from found
+        """The row of the fewest GPUs that meet the deadline, where it is not among those tried."""
+        found = search(
+            model=self.model,
+            job=job,
+            cluster=machine,
+            runtime=self.runtime,
+            wishes=self.wishes,
+            objective="deadline",
+            headroom=self.headroom,
+            days=days,
+        )
+        if found.ranked is not None and found.cluster.gpus not in {row["gpus"] for row in tried}:
+            yield self.row(machine, found.cluster.gpus, job)
 
     def row(self, cluster: Cluster, gpus: int, job: Job) -> dict[str, Any]:
         """The best plan of one point."""
-        row: dict[str, Any] = dict.fromkeys(COLUMNS)
-        row |= {"cluster": cluster.name, "gpu": cluster.gpu.name, "gpus": gpus, "fits": False}
-        row |= {"global_batch": job.global_batch, "seq": job.seq}
-        row |= {"network_gbps_per_gpu": network_gbps_per_gpu(cluster)}
+        row = self._point(cluster, gpus, job)
         try:
             machine = cluster.with_gpus(gpus)
         except InputError as bad:
@@ -124,20 +130,43 @@ class Sweep:
         )
         if found.ranked is None:
             return {**row, "reason": _why_nothing(found)}
-        best, step_s = found.ranked.layouts.row(0), float(found.ranked.step_s[0])
+        return {**row, **self._figures(machine, job, found.ranked)}
+
+    def _leaner(self, cluster: Cluster, gpus: int, job: Job) -> Iterator[dict[str, Any]]:
+        """Rows of the layouts of a point's front behind the fastest."""
+        machine = cluster.with_gpus(gpus)
+        at = Setting(model=self.model, job=job, cluster=machine, runtime=self.runtime)
+        for point in islice(memory_points(at, self.wishes, self.headroom), 1, None):
+            yield {**self._point(cluster, gpus, job), **self._figures(machine, job, point.found)}
+
+    def _point(self, cluster: Cluster, gpus: int, job: Job) -> dict[str, Any]:
+        """What is known of a point before it is searched."""
+        return {
+            **dict.fromkeys(COLUMNS),
+            "cluster": cluster.name,
+            "gpu": " + ".join(dict.fromkeys(node.gpu.name for node, _ in cluster.node_runs)),
+            "gpus": gpus,
+            "fits": False,
+            "global_batch": job.global_batch,
+            "seq": job.seq,
+            "network_gbps_per_gpu": network_gbps_per_gpu(cluster),
+        }
+
+    def _figures(self, machine: Cluster, job: Job, found: Estimates) -> dict[str, Any]:
+        """Of the first layout of a ranking."""
+        best, step_s = found.layouts.row(0), float(found.step_s[0])
         result = result_document(
             model=self.model, job=job, cluster=machine, runtime=self.runtime, layout=best, step_s=step_s
         )
         cost = cost_document(machine, job, step_s)
         return {
-            **row,
             "fits": True,
             "layout": best.words(),
             "step_s": step_s,
-            "tokens_per_s": float(found.ranked.tokens_per_s[0]),
-            "tokens_per_s_per_gpu": float(found.ranked.tokens_per_s[0]) / gpus,
-            "mfu": float(found.ranked.mfu[0]),
-            "device_peak_gib": float(found.ranked.device_peak_bytes[0]) / GIB,
+            "tokens_per_s": float(found.tokens_per_s[0]),
+            "tokens_per_s_per_gpu": float(found.tokens_per_s[0]) / machine.gpus,
+            "mfu": float(found.mfu[0]),
+            "device_peak_gib": float(found.device_peak_bytes[0]) / GIB,
             "usd_per_million_tokens": cost["usd_per_million_tokens"],
             "joules_per_token": cost["joules_per_token"],
             **({name: result[name] for name in ("days", "days_with_failures", "usd")} if result else {}),
@@ -163,35 +192,19 @@ def answers(rows: Sequence[Mapping[str, Any]], days: float | None) -> dict[str, 
     return found
 
 
-def with_network_rate(cluster: Cluster, gbps_per_gpu: float) -> Cluster:
-    """The cluster with NICs that give each GPU of a node this many Gbit/s, one direction. Raises InputError without a network."""
-    network = cluster.network
-    if not 0.0 < gbps_per_gpu < float("inf"):
-        raise InputError(
-            f"{gbps_per_gpu:g} is not a positive rate", place="--network-gbps", remedy="give Gbit/s per GPU"
-        )
-    if not network.nics_per_node:
-        raise InputError(
-            f"cluster {cluster.name!r} has no network between nodes", place="--network-gbps", remedy="leave it out"
-        )
-    rate = gbps_per_gpu * 1e9 / 8.0 * cluster.node.gpus / network.nics_per_node
-    return replace(cluster, network=network.at_rate(rate))
-
-
-def network_gbps_per_gpu(cluster: Cluster) -> float | None:
-    """Gbit/s between full nodes, one direction; None without a network."""
-    network = cluster.network
-    if not network.nics_per_node:
-        return None
-    return round(8.0 * network.nics_per_node * network.nic_bytes_per_s / cluster.node.gpus / 1e9, 6)
-
-
-def _in_time(row: Mapping[str, Any], days: float) -> bool:
-    return bool(row["fits"]) and (days_of(row) or 0.0) <= days
-
-
 FRONT = ("gpus", "device_peak_gib", "usd_per_million_tokens")
 """Small is good, as is a high tokens_per_s; of memory a difference below LEAST_SAVING is none."""
+
+
+def fastest_of_points(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The first row of every point, its fastest, without those that need less memory."""
+    seen: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
+        point = tuple(row[name] for name in ("cluster", "gpus", "network_gbps_per_gpu", "global_batch", "seq"))
+        before = seen.setdefault(point, row)
+        if row["fits"] and row["tokens_per_s"] > before["tokens_per_s"]:
+            seen[point] = row
+    return list(seen.values())
 
 
 def mark_front(rows: Sequence[dict[str, Any]]) -> None:

@@ -153,6 +153,7 @@ def test_explain_own_layout(call: Call) -> None:
     assert "best" in told["notes"][0]
 
 
+MIXED = str(Path(__file__).parent.parent / "docs" / "examples" / "a100-h100.toml")
 BAD = [
     (("plan", "lama-3-70b", *JOB), ("lama-3-70b", "did you mean llama-3-70b")),
     (("plan", "llama-3-8b", "--cluster", "h100ibb", *JOB[2:]), ("h100ib", "did you mean", "h100-ib")),
@@ -175,6 +176,9 @@ BAD = [
     (("plan", "llama-3-8b", *JOB, "--forbid", "offlod"), ("--forbid", "offlod", "did you mean offload")),
     (("plan", "llama-3-8b", *JOB, "--headroom", "2"), ("headroom=2", "--headroom")),
     (("plan", "llama-3-8b", *JOB, "-o", "/nonexistent-folder/plan.json"), ("/nonexistent-folder", "create it")),
+    (("plan", "llama-3-8b", "--cluster", MIXED, *JOB[4:], "--front"), ("--front", "a100-h100", "leave it out")),
+    (("sweep", "llama-3-8b", "--cluster", MIXED, *JOB[4:], "--front"), ("--front", "a100-h100")),
+    (("plan", "llama-3-8b", "--cluster", "selene", *JOB[2:], "--objective", "cost"), ("selene", "no price", "--price")),
     (("plan", "llama-3-8b"), ("--cluster",)),
     (("plan", "llama-3-8b", *JOB, "--gpuss", "8"), ("--gpuss",)),
     (("plam",), ("plam", "plan")),

@@ -23,6 +23,7 @@ from shardplan.hw_profiles.machine import Cluster
 from shardplan.hw_profiles.mixed import as_all, in_order
 from shardplan.hw_profiles.show import hardware_show
 from shardplan.planner.space import parse_wishes
+from shardplan.planner.sweep import Grid, Sweep
 
 EXAMPLE = Path(__file__).parent.parent / "docs" / "examples" / "a100-h100.toml"
 
@@ -230,3 +231,15 @@ def test_plan_and_explain_name_parts_and_runtimes(tmp_path: Path) -> None:
     assert any(line.startswith("stage 0 on ") for line in document["binds"])
     read = shardplan.Plan.read(plan)
     assert [part["name"] for part in read.cluster["parts"]] == [part["name"] for part in document["parts"]]
+
+
+def test_a_sweep_takes_a_mixed_cluster_whole() -> None:
+    model, job = shardplan.load_model("llama-3-8b"), shardplan.Job(seq=4096, global_batch=256, tokens=1e12)
+    cluster = shardplan.load_cluster(EXAMPLE)
+    sweep = Sweep(model=model, runtime=load_runtime("megatron"), wishes=parse_wishes("tp=1"))
+    grid = Grid(machines=[(cluster, job)], global_batches=[256], seqs=[4096])
+    (row,) = sweep.rows(grid, days=30.0)
+    assert (row["gpus"], row["gpu"], row["network_gbps_per_gpu"]) == (64, "a100-80gb + h100-sxm", 200.0)
+    found = searched(cluster, words="tp=1").ranked
+    assert row["step_s"] == pytest.approx(float(found.step_s[0]))
+    assert row["days"] is not None

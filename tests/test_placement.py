@@ -25,10 +25,10 @@ from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.load import load_cluster
 from shardplan.hw_profiles.topology import tier_table
 from shardplan.planner.at_setting import estimated
+from shardplan.planner.machines import with_network_rate
 from shardplan.planner.placement import as_innermost, least_step_s, placement_document, placement_lines
 from shardplan.planner.search import search
 from shardplan.planner.space import Wishes, layout_space, parse_wishes
-from shardplan.planner.sweep import with_network_rate
 
 
 def setting(runtime: str, *, gpus: int = 16, model: str = "llama-3-8b", batch: int = 64, gbps: float = 25.0) -> Setting:

@@ -23,7 +23,8 @@ from shardplan.costmodel.runtime import load_runtime
 from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.load import cluster_document, load_cluster
 from shardplan.planner.choose import make_plan
-from shardplan.planner.explain import explain_layout, explain_plan, what_would_fit
+from shardplan.planner.explain import explain_layout, explain_plan
+from shardplan.planner.nothing_fits import what_would_fit
 from shardplan.planner.plan import Plan
 from shardplan.planner.search import gpu_counts, judge, search
 from shardplan.planner.space import Wishes, layout_space, parse_wishes
@@ -234,7 +235,7 @@ def test_objectives() -> None:
     assert fast is not None
     assert lean is not None
     assert few.ranked is not None
-    assert lean.device_peak_bytes[0] == fast.device_peak_bytes.min()
+    assert lean.device_peak_bytes[0] <= fast.device_peak_bytes.min()  # stages are cut for memory: tests/test_front.py
     assert few.cluster.gpus == next(
         g
         for g in gpu_counts(at.cluster)

@@ -21,11 +21,13 @@ from shardplan.costmodel.rules import broken_rules
 from shardplan.costmodel.runtime import load_runtime
 from shardplan.hw_profiles.load import load_cluster
 from shardplan.hw_profiles.machine import Cluster
+from shardplan.planner.closest import LEAST_STEP, closest_layout, needed_share
+from shardplan.planner.front import FRONT_SAVING, memory_points
 from shardplan.planner.knobs import RATIOS
+from shardplan.planner.machines import with_network_rate
 from shardplan.planner.ranking import Objective
 from shardplan.planner.search import search
 from shardplan.planner.space import Wishes, layout_space, parse_wishes
-from shardplan.planner.sweep import with_network_rate
 
 NONE, SELECTIVE, FULL = range(len(RECOMPUTE))
 
@@ -144,6 +146,59 @@ def test_nothing_better_exists(
         assert its <= best_s * (1.0 + 1e-12)
 
 
+FRONT_CASES = [CASES[1], CASES[3], CASES[7]]
+
+
+@pytest.mark.parametrize(("model", "cluster", "gpus", "gbps", "gib", "runtime", "seq", "batch"), FRONT_CASES)
+def test_nothing_on_the_front_is_slower_than_it_need_be(
+    model: str, cluster: str, gpus: int, gbps: float | None, gib: float, runtime: str, seq: int, batch: int
+) -> None:
+    machine = short_of_memory(load_cluster(cluster, gpus=gpus), gib)
+    at = Setting(
+        model=load_model(model),
+        job=Job(seq=seq, global_batch=batch, precision="bf16"),
+        cluster=machine if gbps is None else with_network_rate(machine, gbps),
+        runtime=load_runtime(runtime),
+    )
+    forbidden = ONE_KIND if runtime == "shardplan" else []
+    everything = estimated(at, every_layout(at, parse_wishes(forbid=forbidden)))
+    fits, peak = everything.fits(), everything.device_peak_bytes
+    points = list(memory_points(at, parse_wishes(forbid=["stage_layers", *forbidden]), 0.05))
+    most = np.inf
+    for point in points:
+        under = fits & (peak <= most)
+        assert point.complete
+        assert point.peak_bytes <= most * (1.0 + 1e-12)
+        assert point.step_s == pytest.approx(float(everything.step_s[under].min()), rel=1e-9)
+        most = (1.0 - FRONT_SAVING) * point.peak_bytes
+    assert len(points) > 3
+    assert not (fits & (peak <= most)).any()  # nothing is leaner than the last
+
+
+@pytest.mark.parametrize(("model", "cluster", "gpus", "gbps", "gib", "runtime", "seq", "batch"), [CASES[1], CASES[5]])
+def test_where_nothing_fits_nothing_is_nearer_than_the_closest(
+    model: str, cluster: str, gpus: int, gbps: float | None, gib: float, runtime: str, seq: int, batch: int
+) -> None:
+    at = Setting(
+        model=load_model(model),
+        job=Job(seq=seq, global_batch=batch, precision="bf16"),
+        cluster=short_of_memory(load_cluster(cluster, gpus=gpus), 0.1 * gib),
+        runtime=load_runtime(runtime),
+    )
+    asked = {"model": at.model, "job": at.job, "cluster": at.cluster, "runtime": at.runtime}
+    even = parse_wishes(forbid=["stage_layers"])
+    found = search(**asked, wishes=even)
+    assert found.ranked is None
+    assert found.closest is not None
+    least = float(needed_share(estimated(at, every_layout(at)), 0.05).min())
+    assert least > 1.0
+    nearest = float(needed_share(closest_layout(at, even, 0.05, found.closest), 0.05)[0])
+    assert least <= nearest * (1.0 + 1e-9)
+    assert nearest * (1.0 - LEAST_STEP) <= least
+    free = float(needed_share(closest_layout(at, Wishes(), 0.05, found.closest), 0.05)[0])  # stages cut otherwise too
+    assert free * (1.0 - LEAST_STEP) <= nearest
+
+
 def all_cuts(layers: int, stages: int, *, bare_ends: bool) -> list[tuple[int, ...]]:
     """With `bare_ends` also those whose first stage has the embedding alone, or whose last has the head alone."""
     ends = combinations(range(1 - bare_ends, layers + bare_ends), stages - 1)
@@ -205,26 +260,6 @@ def test_no_cut_with_whatever_words_is_better(
         best,
         found.ranked.layouts.row(0).words(),
     )
-
-
-@pytest.mark.parametrize("runtime", ["megatron", "deepspeed"])
-def test_sizes_against_trying_each(runtime: str) -> None:
-    """Fewest GPUs, least money and a deadline, against the search on every size that is tried."""
-    model, job = load_model("llama-3-8b"), Job(seq=4096, global_batch=96, precision="bf16", tokens=1e11)
-    cluster, asked = load_cluster("h100-ib", gpus=32), {"model": model, "job": job, "runtime": runtime}
-    each = {g: search(**asked, cluster=cluster.with_gpus(g)) for g in (1, 2, 4, 8, 16, 24, 32)}
-    fitting = {g: float(one.ranked.step_s[0]) for g, one in each.items() if one.ranked is not None}
-    assert search(**asked, cluster=cluster, objective="gpus").cluster.gpus == min(fitting)
-    cheapest = search(**asked, cluster=cluster, objective="cost")
-    price = {g: step * each[g].cluster.nodes for g, step in fitting.items() if g != 24}
-    assert price[cheapest.cluster.gpus] == min(price.values())
-    days = {g: step * job.tokens / (job.seq * job.global_batch) / 86400 for g, step in fitting.items()}
-    late = 1.02 * days[24]  # failures on so few GPUs cost less than 2 %
-    met = search(**asked, cluster=cluster, objective="deadline", days=late)
-    assert met.cluster.gpus == min(g for g in days if days[g] <= late)
-    never = search(**asked, cluster=cluster, objective="deadline", days=0.01)
-    assert never.ranked is None
-    assert never.refused[0].rule == "deadline"
 
 
 def test_what_changes_results_is_only_looked_at_when_allowed() -> None:

@@ -22,13 +22,14 @@ from shardplan.costmodel.runtime import load_runtime
 from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.load import cluster_document, load_cluster
 from shardplan.planner.choose import make_plan
-from shardplan.planner.deadline import narrowed, within_deadline
+from shardplan.planner.deadline import narrowed
 from shardplan.planner.diff import diff_plans
+from shardplan.planner.machines import network_gbps_per_gpu, with_network_rate
 from shardplan.planner.plan import Plan
 from shardplan.planner.search import SearchResult, search, search_document
 from shardplan.planner.shortlist import IDEA_COLUMNS, distinct, memory_front, worth_telling
 from shardplan.planner.space import Wishes, parse_wishes
-from shardplan.planner.sweep import COLUMNS, Grid, Sweep, answers, mark_front, network_gbps_per_gpu, with_network_rate
+from shardplan.planner.sweep import COLUMNS, Grid, Sweep, answers, mark_front
 
 MODEL = "llama-3-8b"
 
@@ -199,19 +200,6 @@ def test_the_fewest_gpus_in_time_are_sought_to_the_node() -> None:
 
         assert narrowed(0, 8192, 8, in_time) == -(-least // 8) * 8
         assert len(asked) <= 7 * 4
-
-
-def test_an_interrupt_leaves_the_best_of_a_deadline() -> None:
-    one = found()
-
-    def on(gpus: int) -> SearchResult:
-        return dataclasses.replace(one, cluster=one.cluster.with_gpus(gpus), partial=gpus == 32)
-
-    late = within_deadline((8, 16, 32, 64), 8, on, lambda r: 100.0 / r.cluster.gpus, 1.0)
-    assert late.partial and not late.complete and late.ranked is not None
-    in_time = within_deadline((8, 64), 8, on, lambda r: 100.0 / r.cluster.gpus, 2.0)
-    assert in_time.partial
-    assert in_time.cluster.gpus == 64
 
 
 def test_the_front_of_a_sweep_and_clusters_without_a_price() -> None:

@@ -18,9 +18,11 @@ from shardplan.costmodel.model_config import load_model
 from shardplan.costmodel.published_rows import read_rows, row_case
 from shardplan.costmodel.runtime import load_runtime
 from shardplan.costmodel.validation import estimate_case
+from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.load import load_cluster, load_gpu
 from shardplan.hw_profiles.machine import EfficiencyCurve
 from shardplan.hw_profiles.topology import TierTable
+from shardplan.planner.search import judge
 
 FLAT = EfficiencyCurve(sizes=(1.0, 2.0), fractions=(1.0, 1.0))
 INSTANT = replace(load_gpu("v100-32gb"), memory_bandwidth_bytes_per_s=1e30)
@@ -111,3 +113,30 @@ def test_published_speed_ups_by_network() -> None:
     for rate in rates:
         (base, base_said), (plus, plus_said) = seconds[rate, "3"], seconds[rate, "++"]
         assert base_said / plus_said == pytest.approx(base / plus, rel=0.15), rate
+
+
+@pytest.mark.parametrize("name", ["deepspeed", "megatron-deepspeed", "shardplan"])
+def test_what_users_reported_of_a_second_copy_is_told_with_every_layout_that_has_one(name: str) -> None:
+    runtime, cluster = load_runtime(name), load_cluster("h100-ib", gpus=16)
+    asked = {"model": load_model("llama-3-8b"), "job": Job(seq=4096, global_batch=64), "cluster": cluster}
+    told = {}
+    for words in ("dp=16 zero=3", "dp=16 zero=3 hpz=8"):
+        answer = judge(parse_layout(words), **asked, runtime=runtime)
+        assert isinstance(answer, dict)
+        told[words] = [line for line in answer["assumptions"] if line.startswith("warning: ")]
+        assert all(one["rule"] == "device-memory" for one in answer["rejections"])  # a warning refuses nothing
+    assert told["dp=16 zero=3"] == []
+    if name == "shardplan":  # its own is held against plain ZeRO-3 by tests of the executor
+        assert told["dp=16 zero=3 hpz=8"] == []
+    else:
+        (line,) = told["dp=16 zero=3 hpz=8"]
+        assert "hpz=8" in line
+        assert "LlamaFactory#6372" in line
+        assert "--forbid hpz" in line
+
+
+def test_a_warning_is_of_a_word_of_layouts(tmp_path: Path) -> None:
+    path = tmp_path / "ours.toml"
+    path.write_text('base = "deepspeed"\nname = "ours"\nversion = "1"\nsource = "test"\n[warnings]\nhpzz = "wrong"\n')
+    with pytest.raises(InputError, match=r"hpzz.*hpz"):
+        load_runtime(str(path))

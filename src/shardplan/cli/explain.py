@@ -126,10 +126,21 @@ def _of_plan(
             remedy='give a plan.json, or MODEL with --cluster and --layout "…"',
         )
     plan = Plan.read(path)
-    document, _ = options.with_given_figures(dict(plan.cluster), plan.gpus, price, gpu_hours_per_failure)
-    job = plan.job if tokens is None else replace(plan.job, tokens=tokens)
-    plan = replace(plan, cluster=document, job=job)
-    return explain_plan(plan) if layout is None else _beside_plan(plan, layout)
+    try:
+        document, _ = options.with_given_figures(dict(plan.cluster), plan.gpus, price, gpu_hours_per_failure)
+        job = plan.job if tokens is None else replace(plan.job, tokens=tokens)
+        plan = replace(plan, cluster=document, job=job)
+        return explain_plan(plan) if layout is None else _beside_plan(plan, layout)
+    except InputError as bad:
+        beside = {
+            "layout": layout,
+            "--tokens": tokens,
+            "--price": price,
+            "--gpu-hours-per-failure": gpu_hours_per_failure,
+        }
+        if beside.get(bad.place) is not None:
+            raise
+        raise InputError(bad.problem, place=f"{path}: {bad.place}", remedy=bad.remedy) from None
 
 
 def _beside_plan(plan: Plan, words: str) -> dict[str, Any]:

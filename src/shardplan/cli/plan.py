@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -31,8 +32,8 @@ def plan(
         str,
         typer.Option(
             "--objective",
-            help="throughput, cost (of any part of the GPUs), gpus (fewest that fit), memory, or deadline (fewest GPUs that train "
-            "--tokens in --days).",
+            help="throughput, cost (least per token, on any number of the GPUs), gpus (fewest that fit), memory, or deadline (fewest "
+            "GPUs that train --tokens in --days).",
         ),
     ] = "throughput",
     runtime: options.RuntimeOption = "shardplan",
@@ -50,6 +51,14 @@ def plan(
     ] = None,
     days: Annotated[float | None, typer.Option("--days", help="With --objective deadline: days for --tokens.")] = None,
     headroom: options.HeadroomOption = 0.05,
+    front: Annotated[
+        bool,
+        typer.Option(
+            "--front",
+            help="Also search what less memory costs: the fastest layout, that with 10 % less memory, and so on, a search each "
+            "(money and GPUs too: sweep --front).",
+        ),
+    ] = False,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Write the best plan to this file.")] = None,
     top: Annotated[int, typer.Option("--top", min=1, help="Layouts to list.")] = 10,
     precision: options.PrecisionOption = None,
@@ -95,6 +104,11 @@ def plan(
         price=price,
         gpu_hours_per_failure=gpu_hours_per_failure,
     )
+    options.check_writable(Path(output) if output else None)
+    if front:
+        from shardplan.planner.front import check_one_kind
+
+        check_one_kind(inputs.cluster)
     words = [word.lower() for item in allow or [] for word in item.replace(",", " ").split()]
     asked: dict[str, Any] = {"fix": fix, "forbid": forbid or [], "allow": words, "objective": objective.lower()}
     answers, chosen = _search(inputs, runtime, batches, asked, days, headroom)
@@ -109,6 +123,8 @@ def plan(
     if len(answers) > 1:
         asked["forms"] = [one.row() for one in answers]
     best = _best_plan(inputs, replace(result, partial=stopped), chosen.form.runtime_name, top, headroom, asked)
+    if front and not stopped:
+        best, stopped = _with_front(best, replace(inputs, cluster=result.cluster), asked, headroom)
     if output:
         best.write(output)
     if as_json:
@@ -178,6 +194,24 @@ def _search(
     return answers, best_answer(answers, chosen)
 
 
+def _with_front(best: Plan, inputs: options.Inputs, asked: dict[str, Any], headroom: float) -> tuple[Plan, bool]:
+    """(the plan with the front over time and memory on its GPUs, whether it was stopped before its end)."""
+    from shardplan.cli.progress import TerminalWatch
+    from shardplan.costmodel.rule import Setting
+    from shardplan.planner.front import searched_front
+    from shardplan.planner.space import parse_wishes
+
+    setting = Setting(model=inputs.model, job=inputs.job, cluster=inputs.cluster, runtime=inputs.runtime)
+    wishes, watch = parse_wishes(asked["fix"], asked["forbid"], asked["allow"]), TerminalWatch()
+    try:
+        rows, stopped = searched_front(setting, wishes, headroom, watch)
+    finally:
+        watch.close()
+    if stopped:
+        typer.echo("shardplan: stopped; the plan is whole, its front ends where it was", err=True)
+    return replace(best, search={**best.search, "front": rows}), stopped
+
+
 def _best_plan(
     inputs: options.Inputs, result: SearchResult, runtime: str, top: int, headroom: float, asked: dict[str, Any]
 ) -> Plan:
@@ -202,7 +236,7 @@ def _nothing_fits(
     inputs: options.Inputs, result: SearchResult, fix: str, forbid: list[str], headroom: float, *, as_json: bool
 ) -> None:
     """Say what was looked at, how far the closest layout is off and what would have to change."""
-    from shardplan.planner.explain import what_would_fit
+    from shardplan.planner.nothing_fits import what_would_fit
     from shardplan.planner.space import parse_wishes
 
     document: dict[str, Any] = what_would_fit(

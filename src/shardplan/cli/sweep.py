@@ -50,6 +50,13 @@ def sweep(
         typer.Option("--days", help="Deadline for --tokens: the fewest GPUs and the cheapest that meet it."),
     ] = None,
     price: options.PriceOption = None,
+    front: Annotated[
+        bool,
+        typer.Option(
+            "--front",
+            help="Also the fastest layouts with less and less memory at every point: the front over time, memory, money and GPUs.",
+        ),
+    ] = False,
     csv: Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Write every point to this file.")] = None,
     plot: Annotated[
         Path | None, typer.Option("--plot", metavar="FILE", help="Draw tokens/s over what is swept: .svg or .png.")
@@ -63,10 +70,13 @@ def sweep(
     How many GPUs for 1T tokens in 30 days: shardplan sweep llama-3-8b --cluster h100-ib --cluster selene
     --global-batch 1024 --seq 8192 --tokens 1e12 --days 30
 
+    Time, memory, money and GPUs against each other: shardplan sweep llama-3-8b --cluster h100-ib --gpus 8,16,32,64
+    --global-batch 1024 --seq 8192 --front
+
     Exit code 1 when nothing fits anywhere, or nothing meets the deadline.
     """
     from shardplan.hw_profiles.errors import InputError
-    from shardplan.planner.sweep import answers, mark_front
+    from shardplan.planner.sweep import answers, fastest_of_points, mark_front
 
     if days is not None and (tokens is None or not days > 0):
         raise InputError(
@@ -90,7 +100,7 @@ def sweep(
         "document_tokens": document_tokens,
         "price": price,
     }
-    one, grid = _read(model, cluster, global_batch, seq, gpus, network_gbps, fix, forbid or [], headroom, shared)
+    one, grid = _read(model, cluster, global_batch, seq, gpus, network_gbps, fix, forbid or [], headroom, front, shared)
     rows = _points(one, grid, days if gpus is None else None)
     mark_front(rows)
     found = answers(rows, days)
@@ -99,15 +109,17 @@ def sweep(
     if plot:
         from shardplan.reports.sweep_plot import draw_sweep
 
-        draw_sweep(rows, plot)
+        draw_sweep(fastest_of_points(rows), plot)
     if as_json:
         import json
 
         typer.echo(json.dumps({"rows": rows, "answers": found}, indent=1))
     else:
-        from shardplan.cli.sweep_table import print_sweep
+        from shardplan.cli.sweep_table import print_sweep, thinned
 
-        print_sweep(rows, found, days=days, written=[str(file) for file in (csv, plot) if file])
+        print_sweep(
+            thinned(rows) if front else rows, found, days=days, written=[str(file) for file in (csv, plot) if file]
+        )
     if found["fastest"] is None or (days is not None and found["fewest"] is None):
         raise typer.Exit(1)
 
@@ -122,6 +134,7 @@ def _read(
     fix: str,
     forbid: list[str],
     headroom: float,
+    front: bool,
     shared: dict[str, Any],
 ) -> tuple[Sweep, Grid]:
     """The sweep and its grid; every cluster is read and checked before the first search."""
@@ -134,7 +147,13 @@ def _read(
         for name in dict.fromkeys(name for text in clusters for name in text.split(","))
     ]
     return (
-        Sweep(model=read[0].model, runtime=read[0].runtime, wishes=parse_wishes(fix, forbid), headroom=headroom),
+        Sweep(
+            model=read[0].model,
+            runtime=read[0].runtime,
+            wishes=parse_wishes(fix, forbid),
+            headroom=headroom,
+            front=front,
+        ),
         Grid(
             machines=[(inputs.cluster, inputs.job) for inputs in read],
             global_batches=batch_sizes,

@@ -15,6 +15,23 @@ VARIED = ("cluster", "gpus", "network_gbps_per_gpu", "global_batch", "seq")
 HEADINGS = {"network_gbps_per_gpu": "Gbit/s/GPU", "global_batch": "batch", "gpus": "GPUs"}
 
 
+SHOWN_SAVING = 0.25
+"""Of memory, from one row of a point to the next that is shown of its front."""
+
+
+def thinned(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """What is shown of fronts: of every point, fastest first, those ahead of all others that save SHOWN_SAVING each."""
+    least: dict[tuple[object, ...], float] = {}
+    shown: list[Mapping[str, Any]] = []
+    for row in rows:
+        point = tuple(row[name] for name in VARIED)
+        lean = row["fits"] and row["device_peak_gib"] <= (1.0 - SHOWN_SAVING) * least.get(point, float("inf"))
+        if not row["fits"] or (row["pareto"] and lean):
+            shown.append(row)
+            least[point] = row["device_peak_gib"] if row["fits"] else float("inf")
+    return shown
+
+
 def print_sweep(
     rows: Sequence[Mapping[str, Any]],
     found: Mapping[str, Mapping[str, Any] | None],
@@ -22,13 +39,16 @@ def print_sweep(
     days: float | None,
     written: Sequence[str],
 ) -> None:
-    """Every point, then the answers."""
+    """Every point, then the answers; of fronts what `thinned` leaves."""
     console = make_console()
+    fronts = len({tuple(row[name] for name in VARIED) for row in rows}) < len(rows)
     varied = [name for name in VARIED if name == "gpus" or len({row[name] for row in rows}) > 1]
     priced = any(row["usd_per_million_tokens"] is not None for row in rows)
     budget = any(row["days"] is not None for row in rows)
     table = new_table(
-        "The best plan at every point",
+        f"Less and less memory at every point, {SHOWN_SAVING:.0%} a row (--csv and --json have more)"
+        if fronts
+        else "The best plan at every point",
         *((HEADINGS.get(name, name), "left" if name == "cluster" else "right") for name in varied),
         ("step", "right"),
         ("tokens/s", "right"),

@@ -47,7 +47,7 @@ def print_plan(document: Mapping[str, Any], *, written_to: str | None) -> None:
     print_forms(console, search["forms"])
     print_ranking(console, search["ranked"])
     console.print()
-    print_front(console, search["memory_front"])
+    print_front(console, search.get("front") or (), search["memory_front"])
     print_breakdown(console, best)
     console.print()
     print_placement(console, search["placement"])
@@ -110,16 +110,29 @@ def print_ranking(console: Console, ranked: Sequence[Mapping[str, Any]]) -> None
 FRONT_ROWS = 8
 
 
-def print_front(console: Console, front: Sequence[Mapping[str, Any]]) -> None:
-    """What less memory costs in time: nothing where the fastest layout also needs least."""
+def print_front(console: Console, searched: Sequence[Mapping[str, Any]], found: Sequence[Mapping[str, Any]]) -> None:
+    """What less memory costs in time: the front that was `searched`, or else what was `found` on the way; nothing where the fastest layout
+    also needs least."""
+    front = searched or found
     if len(front) < 2:
         return
-    table = new_table("Less memory for more time", ("peak GiB", "right"), ("step", "right"), ("layout", "left"))
-    at = sorted({round(i * (len(front) - 1) / (FRONT_ROWS - 1)) for i in range(FRONT_ROWS)})
+    title = (
+        "Less memory for more time" if searched else "Less memory for more time, as found on the way (--front searches)"
+    )
+    priced = any(row.get("usd_per_million_tokens") is not None for row in front)
+    columns = [("peak GiB", "right"), ("step", "right"), *([("USD/M tokens", "right")] if priced else [])]
+    table = new_table(title, *columns, ("layout", "left"))
+    at = range(len(front)) if searched else _some_of(len(front))
     for row in (front[i] for i in at):
-        table.add_row(gib(row["device_peak_bytes"]), seconds(row["step_s"]), escape(row["layout"]))
+        price = [f"{row['usd_per_million_tokens']:.4g}"] if priced else []
+        table.add_row(gib(row["device_peak_bytes"]), seconds(row["step_s"]), *price, escape(row["layout"]))
     console.print(table)
     console.print()
+
+
+def _some_of(count: int) -> list[int]:
+    """FRONT_ROWS of so many rows at most, evenly."""
+    return sorted({round(i * (count - 1) / (FRONT_ROWS - 1)) for i in range(FRONT_ROWS)})
 
 
 def print_breakdown(console: Console, prediction: Mapping[str, Any]) -> None:
@@ -234,7 +247,8 @@ def print_account(console: Console, search: Mapping[str, Any]) -> None:
 def print_assumptions(console: Console, lines: Sequence[str]) -> None:
     """What the numbers rest on."""
     for line in lines:
-        console.print(f"[dim]· {escape(line)}[/dim]")
+        style = "yellow" if line.startswith("warning: ") else "dim"
+        console.print(f"[{style}]· {escape(line)}[/{style}]")
 
 
 def print_answer(answer: Mapping[str, Any]) -> None:
@@ -297,14 +311,17 @@ def _print_changes(console: Console, document: Mapping[str, Any]) -> None:
     """What one change would do, and how much network the layout needs."""
     if document["one_change"]:
         console.print()
+        figure = document["one_change_of"]
         table = new_table(
-            "One change, planned again",
+            f"One change, planned again: {figure}",
             ("", "left"),
-            ("tokens/s/GPU", "right"),
+            ("gain", "right"),
+            (figure, "right"),
             ("layout, where another is best", "left"),
         )
         for row in document["one_change"]:
-            table.add_row(row["change"], f"{row['gain_fraction']:+.1%}", escape(row["layout"] or ""))
+            gain = f"{row['gain_fraction']:+.1%}"
+            table.add_row(row["change"], gain, row["becomes"], escape(row["layout"] or ""))
         console.print(table)
     need = document["network_needed"]
     if need:

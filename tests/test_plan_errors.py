@@ -1,0 +1,72 @@
+"""Plan files that say something wrong, and what is said beside them: one line that names the file, or the option."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import shardplan.cli
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """Run a command line in this process: (exit code, stdout, stderr)."""
+
+    def run(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["shardplan", *words])
+        with pytest.raises(SystemExit) as left:
+            shardplan.cli.main()
+        output = capsys.readouterr()
+        assert isinstance(left.value.code, int)
+        return left.value.code, output.out, output.err
+
+    return run
+
+
+def planned(call: Call, path: Path) -> None:
+    words = "plan tiny --cluster h100-ib --gpus 2 --global-batch 8 --seq 256 -o"
+    assert call(*words.split(), str(path))[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda plan: plan.update(gpus=7), ("there are 7 GPUs", "gpus-product")),
+        (lambda plan: plan.update(runtime="megatrn"), ("megatrn", "did you mean megatron")),
+        (lambda plan: plan["cluster"].pop("node"), ("node is missing",)),
+        (lambda plan: plan["layout"].update(tp=3), ("gpus-product", "make the plan again")),
+        (lambda plan: plan["search"].update(headroom="x"), ("search.headroom='x'",)),
+        (lambda plan: plan["search"].update(headroom=2), ("search.headroom=2",)),
+        (lambda plan: plan["search"].update(fix="tp=zz"), ("tp='zz'",)),
+        (lambda plan: plan["search"].update(ranked=[{"layout": "dp=x"}]), ("dp='x'",)),
+    ],
+)
+def test_what_a_plan_file_says_wrong_is_said_with_its_name(
+    call: Call, tmp_path: Path, change: Callable[[dict[str, Any]], Any], told: tuple[str, ...]
+) -> None:
+    path = tmp_path / "plan.json"
+    planned(call, path)
+    plan = json.loads(path.read_text())
+    change(plan)
+    path.write_text(json.dumps(plan))
+    code, out, err = call("explain", str(path))
+    assert (code, out) == (2, "")
+    assert str(path) in err
+    assert all(word in err for word in told), err
+
+
+def test_what_is_said_beside_a_plan_file_is_not_laid_to_the_file(call: Call, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    planned(call, path)
+    for words, told in ((("--layout", "dp=2 zzz=3"), "'zzz' is unknown"), (("--price", "-1"), "price=-1")):
+        code, _, err = call("explain", str(path), *words)
+        assert code == 2
+        assert told in err
+        assert str(path) not in err
