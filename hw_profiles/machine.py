@@ -54,7 +54,7 @@ class EfficiencyCurve:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionCurve:
-    """Fused attention: fraction of the dense peak = plateau(head dim) * keys / (keys + ramp)."""
+    """Fused attention: fraction of the dense peak = plateau(head dim) * keys / (keys + ramp), both changed by a causal mask."""
 
     head_dims: tuple[float, ...]
     """Ascending."""
@@ -66,6 +66,8 @@ class AttentionCurve:
     backward_ramp_tokens: float
     causal_ramp_tokens: float
     """Added to either ramp by a causal mask: half-used diagonal tiles and uneven work."""
+    causal_plateau_fraction: float = 1.0
+    """Of either plateau, what a causal mask leaves however long the sequence: kernels that mask every tile, not the diagonal ones."""
 
     def at(
         self, way: Literal["forward", "backward"], head_dim: ArrayLike, keys: ArrayLike, *, causal: bool
@@ -77,7 +79,9 @@ class AttentionCurve:
             plateaus, ramp = self.backward, self.backward_ramp_tokens
         plateau = np.interp(np.asarray(head_dim, dtype=np.float64), (0.0, *self.head_dims), (0.0, *plateaus))
         length = np.asarray(keys, dtype=np.float64)
-        return plateau * length / (length + ramp + (self.causal_ramp_tokens if causal else 0.0))
+        if causal:
+            plateau, ramp = self.causal_plateau_fraction * plateau, ramp + self.causal_ramp_tokens
+        return plateau * length / (length + ramp)
 
 
 PLAIN_RAMP_TOKENS = 100.0
