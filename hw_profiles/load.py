@@ -201,6 +201,7 @@ def _attention(part: schema.AttentionEfficiency) -> dict[str, AttentionCurve]:
             forward_ramp_tokens=kernel.forward_ramp_tokens,
             backward_ramp_tokens=kernel.backward_ramp_tokens,
             causal_ramp_tokens=kernel.causal_ramp_tokens,
+            causal_plateau_fraction=kernel.causal_plateau_fraction,
         )
         for name, kernel in part.kernels().items()
     }

@@ -54,7 +54,7 @@ class EfficiencyCurve:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionCurve:
-    """Fused attention: fraction of the dense peak = plateau(head dim) * keys / (keys + ramp)."""
+    """Fused attention: fraction of the dense peak = plateau(head dim) * keys / (keys + ramp), both changed by a causal mask."""
 
     head_dims: tuple[float, ...]
     """Ascending."""
@@ -66,24 +66,25 @@ class AttentionCurve:
     backward_ramp_tokens: float
     causal_ramp_tokens: float
     """Added to either ramp by a causal mask: half-used diagonal tiles and uneven work."""
+    causal_plateau_fraction: float = 1.0
+    """What a causal mask leaves of either plateau, however long the sequence."""
 
     def at(
         self, way: Literal["forward", "backward"], head_dim: ArrayLike, keys: ArrayLike, *, causal: bool
     ) -> FloatArray:
         """Fraction of the peak, arguments broadcast: linear in the head dim, proportional to it below the first one
         (the softmax then sets the time), flat beyond the last one."""
-        plateaus, ramp = self.forward, self.forward_ramp_tokens
-        if way == "backward":
-            plateaus, ramp = self.backward, self.backward_ramp_tokens
+        plateaus = self.backward if way == "backward" else self.forward
+        ramp = self.backward_ramp_tokens if way == "backward" else self.forward_ramp_tokens
         plateau = np.interp(np.asarray(head_dim, dtype=np.float64), (0.0, *self.head_dims), (0.0, *plateaus))
-        length = np.asarray(keys, dtype=np.float64)
-        return plateau * length / (length + ramp + (self.causal_ramp_tokens if causal else 0.0))
+        length, kept = np.asarray(keys, dtype=np.float64), self.causal_plateau_fraction if causal else 1.0
+        return kept * plateau * length / (length + ramp + (self.causal_ramp_tokens if causal else 0.0))
 
 
 PLAIN_RAMP_TOKENS = 100.0
 """Ramp of a profile that only gives plain plateaus: between those of the published kernels without a mask (60 to 250)."""
 PLAIN_CAUSAL_RAMP_TOKENS = 250.0
-"""What a causal mask adds to it: the least of the published kernels (250 to 510)."""
+"""What a causal mask adds to it: among the least of the published kernels (154 to 515)."""
 
 
 def plain_attention(forward: float, backward: float) -> AttentionCurve:

@@ -63,6 +63,7 @@ class AttentionPlateaus(Sourced):
     forward_ramp_tokens: NonNegativeFloat
     backward_ramp_tokens: NonNegativeFloat
     causal_ramp_tokens: NonNegativeFloat
+    causal_plateau_fraction: PlateauFraction = 1.0
 
     @model_validator(mode="after")
     def _as_many_of_each(self) -> AttentionPlateaus:

@@ -191,7 +191,7 @@ def _attention_rows(kernel: Document, path: str) -> Iterator[Row]:
         points = [list(point) for point in zip(kernel["head_dim"], kernel[way], strict=True)]
         yield {"field": f"{path}.{way}", "value": points, "unit": "fraction by head dim"}
     for key in kernel:
-        if key.endswith("_tokens"):
+        if key.endswith("_tokens") or key == "causal_plateau_fraction":
             yield {"field": f"{path}.{key}", "value": kernel[key], "unit": _unit(key)}
 
 

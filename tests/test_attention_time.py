@@ -115,8 +115,8 @@ FAMILIES = [
     ("a100-80gb", "flash2", "fwd+bwd", True, 12, 2.0),  # 1.3
     ("a100-80gb", "flash1", "fwd+bwd", False, 12, 6.0),  # 4.7
     ("a100-80gb", "flash1", "fwd+bwd", True, 12, 5.5),  # 4.2
-    ("a100-80gb", "triton", "fwd+bwd", False, 12, 8.0),
-    ("a100-80gb", "triton", "fwd+bwd", True, 12, 8.0),
+    ("a100-80gb", "triton", "fwd+bwd", False, 12, 3.0),  # 2.2
+    ("a100-80gb", "triton", "fwd+bwd", True, 12, 5.0),  # 3.8
     ("a100-80gb", "memory_efficient", "fwd+bwd", False, 12, 3.0),  # 2.1
     ("a100-80gb", "memory_efficient", "fwd+bwd", True, 12, 4.5),  # 3.2
     ("a100-80gb", "unfused", "fwd+bwd", False, 10, 5.0),  # 3.6

@@ -291,6 +291,20 @@ def test_attention_comes_by_kernel_and_head_dim(tmp_path):
     assert cluster_document(written) == cluster_document(path)
 
 
+def test_a_causal_mask_may_lower_the_plateau(tmp_path):
+    path = tmp_path / "mine.toml"
+    masked = f"{KERNEL}causal_plateau_fraction = 0.8\n"
+    path.write_text(f'base = "h100-ib"\n[gpu.attention_efficiency.flash2]\n{masked}', encoding="utf-8")
+    curve = load_cluster(path).gpu.attention_curve(["flash2"])
+    assert float(curve.at("forward", 128, 1e12, causal=True)) == pytest.approx(0.8 * 0.6)
+    assert float(curve.at("forward", 128, 1e12, causal=False)) == pytest.approx(0.6)
+    rows = {row["field"]: row for section in hardware_show(path)["sections"] for row in section["rows"]}
+    assert rows["attention_efficiency.flash2.causal_plateau_fraction"]["value"] == 0.8
+    written = tmp_path / "written.toml"
+    write_profile(cluster_document(path), written)
+    assert cluster_document(written) == cluster_document(path)
+
+
 def test_plain_attention_goes_before_the_kernels_of_the_base(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text('base = "h100-ib"\n[gpu.attention_efficiency]\nforward = 0.5\nbackward = 0.4\n', encoding="utf-8")

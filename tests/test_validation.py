@@ -63,17 +63,17 @@ def with_experts(outcomes: list[Outcome]) -> dict[str, dict[str, Any]]:
 
 
 WORST_MEAN_ERROR = {
-    "all others": 6.0,
+    "all others": 5.9,
     "ZeRO-Infinity Fig 5a": 6.0,
     "ZeRO-Infinity Fig 5c": 10.0,
     "Megatron-LM SC21 Table 1": 3.5,
     "Korthikanti Table 5": 3.0,
     "SimuMax B200 Megatron runs": 3.5,
-    "BLOOM topology sweep": 4.2,
-    "MosaicML llm-foundry MPT": 4.2,
+    "BLOOM topology sweep": 3.8,
+    "MosaicML llm-foundry MPT": 3.7,
     "Megatron-LM README Sep-2020": 5.0,
     "DeepSpeed on Azure": 8.0,
-    "ZeRO++ blog figures": 6.0,
+    "ZeRO++ blog figures": 4.5,
     "torchtitan A100 docs": 3.0,
     "torchtitan H100 2024-12": 3.5,
     "TorchTitan paper v1": 5.0,
@@ -147,8 +147,8 @@ def test_step_times_with_experts_do_not_get_worse(
 @pytest.mark.parametrize(
     ("source", "worst"),
     [
-        ("Megatron-MoE-ModelZoo Qwen3", 13.0),
-        ("NeMo / Megatron-Bridge performance summary", 14.0),
+        ("Megatron-MoE-ModelZoo Qwen3", 13.5),
+        ("NeMo / Megatron-Bridge performance summary", 13.0),
         ("SimuMax B200 Megatron runs", 5.5),
     ],
 )
@@ -186,7 +186,7 @@ def test_peaks_of_memory_do_not_get_worse(
 
 def test_layouts_stay_in_order(by_source: dict[str, dict[str, Any]]) -> None:
     right, pairs = by_source["all"]["pairs_3"]
-    assert right >= 0.85 * pairs
+    assert right >= 0.88 * pairs
     assert by_source["all"]["best_choice_loss"] <= 1.8
 
 

@@ -84,8 +84,8 @@ def _refit(rows: list[Row], out: Path) -> None:
     if not usable:
         raise InputError("no row has a step time that the model covers", place="FILE.csv", remedy="give more rows")
     space = fit_space(usable)
-    x = space.vector(fitted())
-    space = informed(space, log_ratio_jacobian(usable, space, x, log_ratios(usable, space.constants(x))))
+    prior = space.prior  # whichever constants the shipped file has, the same ones are fitted
+    space = informed(space, log_ratio_jacobian(usable, space, prior, log_ratios(usable, space.constants(prior))))
     x, ratios = fit(usable, space, space.vector(fitted()))
     constants = space.constants(x)
     text = fitted_text(constants, f"{len(usable)} rows of {len({r.source for r in usable})} sources")
