@@ -58,7 +58,7 @@ class Abilities(_FromFile):
     """Experts cut over another number of ranks than dense products (`etp`)."""
     expert_parallel_splits_sequence: bool = False
     """With tensor parallelism, experts need sequence parallelism."""
-    experts_without: tuple[Literal["cp", "fp16", "hpz", "split_backward"], ...] = ()
+    experts_without: tuple[Literal["hpz"], ...] = ()
     """What does not go with them."""
     layer_parts: tuple[LayerPart, ...] = tuple(PART_NAMES)
     """What it runs of what layers of Llama, GPT-2 and Mixtral do not have."""
