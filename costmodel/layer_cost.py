@@ -131,7 +131,7 @@ def _block_cost(
     dispatched = any(op.experts is not None for op, _ in ops)
     for op, seconds in ops:
         selected = _selected(op.name, shapes, runtime)
-        for name, value in _op_totals(op, seconds, selected, precision, runtime).items():
+        for name, value in _op_totals(op, seconds, selected, precision, runtime, tp=shapes.tp).items():
             total[name] += value
         if op.context is not None and exchanging:
             total.update(_context_columns(op.context, shapes, seconds.forward, seconds.backward, tiers, runtime))
@@ -280,11 +280,13 @@ def _context_columns(
 
 
 def _op_totals(
-    op: Op, seconds: _OpSeconds, selected: FloatArray, precision: str, runtime: Runtime
+    op: Op, seconds: _OpSeconds, selected: FloatArray, precision: str, runtime: Runtime, *, tp: FloatArray
 ) -> dict[str, FloatArray | float]:
     kept = op.kept_bytes * (KEPT_IN_FP8.get(op.name, 1.0) if precision == "fp8" else 1.0)
     flop = sum((g.flop for g in op.gemms), 2.0 * op.flash_flop)
-    repeated = 0.0 if runtime.activations.full_stops_early and op.name in LAST_OPERATORS else 1.0
+    how = runtime.activations
+    stops = how.full_stops_early & ((np.asarray(tp) == 1) | how.full_stops_early_with_tp)
+    repeated = np.where(stops & (op.name in LAST_OPERATORS), 0.0, 1.0)
     return {
         "forward_s": seconds.forward,
         "backward_s": seconds.backward,

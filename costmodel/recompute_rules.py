@@ -31,7 +31,7 @@ RECOMPUTE_RULES: tuple[Rule, ...] = (
         broken=_refused_beside_tensor_parallelism,
         detail=lambda s, x: f"runtime {s.runtime.name!r} cannot combine recompute={x.recompute} with tp={x.tp}",
         remedy=_without,
-        evidence="torch 2.13, a compiled checkpoint around a layer of distributed tensors: AssertionError, 'expected all "
-        "tensors_saved_with_vc_check to be Tensors', one is a DeviceMesh",
+        evidence="torch 2.13, a checkpoint compiled with a layer of distributed tensors, which selective recompute needs: AssertionError, "
+        "'expected all tensors_saved_with_vc_check to be Tensors', one is a DeviceMesh",
     ),
 )

@@ -121,6 +121,8 @@ class Activations(_FromFile):
     """The part core_attn drops the output of attention too, and runs that again; else it is kept for the projection."""
     full_stops_early: bool
     """Full recompute ends with the last tensor that the backward needs: the layer's last product is not repeated."""
+    full_stops_early_with_tp: bool = True
+    """Whether it does so under tensor parallelism too."""
     gated_mlp_copies: float
     """ffn-wide tensors kept by a gated MLP: 3 fused (gate, up, product), 4 with silu(gate) kept too."""
     norm_bytes: float

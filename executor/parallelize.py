@@ -35,11 +35,13 @@ def parallelize(
     # 2. Experts next, for the same reason.
     spread_experts(model, layout, mesh, experts)
 
-    # 3. Recomputation wraps layers, collectives of tensor and expert parallelism included.
+    # 3. and 4. Recomputation wraps layers, collectives of tensor and expert parallelism included. What is compiled is a layer with its
+    # recomputation; under tensor parallelism the layer alone, as torch 2.13 cannot compile a checkpoint of distributed tensors.
+    # Parameters keep their names.
+    if compiler is not None and layout.tp > 1:
+        apply_compile(model, backend=compiler)
     apply_recompute(model, layout.recompute, mesh.get_local_rank("pp"), before=layers_before)
-
-    # 4. What is compiled is a layer with its recomputation; parameters keep their names.
-    if compiler is not None:
+    if compiler is not None and layout.tp == 1:
         apply_compile(model, backend=compiler)
 
     # Context parallelism exchanges what attention calls, not modules: `Trainer` adds it behind the choice of a kernel (context_parallel).

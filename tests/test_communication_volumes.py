@@ -207,6 +207,17 @@ def test_every_collective_is_waited_for_under_the_clock(counted, case):
         assert waits == times
 
 
+def test_a_compiled_layer_runs_whole_again_under_tensor_parallelism():
+    """Counted on gloo ranks by torch's profiler, as compiled layers run under no dispatch mode: one more reduction a layer."""
+    job, layout = Job(seq=128, global_batch=2, precision="fp32"), parse_layout("tp=2 recompute=full")
+    stream, layers, micro_batches = 4.0 * 128 * 64, 4, 2
+    plain, compiled = (
+        communication_volumes(models()["llama"], job, layout, load_runtime(name), smallest_bytes=SMALL_BYTES)[0]
+        for name in ("shardplan", "shardplan+compile")
+    )
+    assert compiled["tp", "all_reduce"] - plain["tp", "all_reduce"] == stream * layers * micro_batches
+
+
 # --- what a rank does ---------------------------------------------------------------------------------------------
 
 
