@@ -71,9 +71,25 @@ def train(
         if checkpoints is not None and checkpoints.due(step, steps):
             checkpoints.save(trainer.state(), trainer.progress(step))
     if checkpoints is not None:
-        checkpoints.wait()
+        finish_saving(checkpoints, steps)
     recorder.write_memory(memory(trainer))
     trainer.export(recorder.alive)
+
+
+def finish_saving(checkpoints: Checkpoints, step: int) -> None:
+    """Wait for the save of the last `step`; rank 0 tells of it where there is something to wait for."""
+    tells, began = checkpoints.busy() and dist.get_rank() == 0, time.perf_counter()
+    if tells:
+        tell(checkpoints, step, "is being written: stopped before it is complete, the one before is the newest")
+    checkpoints.wait()
+    if tells:
+        tell(checkpoints, step, f"is complete, {time.perf_counter() - began:.1f} s after training ended")
+
+
+def tell(checkpoints: Checkpoints, step: int, what: str) -> None:
+    """Add what became of a save to the events of the run."""
+    told = f"the checkpoint of step {step} {what}"
+    append_event(checkpoints.root.parent, {"step": step, "refused": [], "told": told})
 
 
 def waits_of(trainer: Trainer) -> Waits:
