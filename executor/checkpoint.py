@@ -14,6 +14,7 @@ import os
 import pickle
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -171,9 +172,9 @@ class Checkpoints:
         saving = async_save(state, storage_writer=writer, process_group=self.group)
         self.saving = cast("Future[Any]", saving)
 
-    def busy(self) -> bool:
-        """Is a save still going on?"""
-        return self.saving is not None and not self.saving.done()
+    def busy_after(self, seconds: float) -> bool:
+        """Is a save still going on, given so long to end?"""
+        return self.saving is not None and bool(wait_for([self.saving], seconds).not_done)
 
     def wait(self) -> None:
         """Return when the last save is complete on disk."""

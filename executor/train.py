@@ -42,6 +42,9 @@ from shardplan.planner.plan import Plan
 LOOK_EVERY = {"cpu": 1, "cuda": 10}
 """Steps from one that is looked into to the next: reading a clock costs nothing beside a step, events take launches."""
 
+SHORT_WAIT_S = 2.0
+"""For the last checkpoint, which nobody needs to be told of."""
+
 
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done everything it was given."""
@@ -77,8 +80,9 @@ def train(
 
 
 def finish_saving(checkpoints: Checkpoints, step: int) -> None:
-    """Wait for the save of the last `step`; rank 0 tells of it where there is something to wait for."""
-    tells, began = checkpoints.busy() and dist.get_rank() == 0, time.perf_counter()
+    """Wait for the save of the last `step`; rank 0 tells of it where that takes longer than SHORT_WAIT_S."""
+    began = time.perf_counter()
+    tells = dist.get_rank() == 0 and checkpoints.busy_after(SHORT_WAIT_S)
     if tells:
         tell(checkpoints, step, "is being written: stopped before it is complete, the one before is the newest")
     checkpoints.wait()
