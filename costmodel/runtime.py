@@ -78,6 +78,8 @@ class Abilities(_FromFile):
     """Parts of `recompute.PARTS` that `selective:PART+PART` may name."""
     tensor_parallel_recompute: tuple[str, ...] = ("none", "selective", "parts", "full")
     """Words of `recompute` that go with tensor parallelism; parts: `selective:PART+PART`."""
+    context_parallel_recompute: tuple[str, ...] = ("none", "selective", "parts", "full")
+    """The same of context parallelism."""
     attention: tuple[str, ...]
     """First is what `auto` means."""
     precisions: tuple[str, ...]
@@ -121,8 +123,8 @@ class Activations(_FromFile):
     """The part core_attn drops the output of attention too, and runs that again; else it is kept for the projection."""
     full_stops_early: bool
     """Full recompute ends with the last tensor that the backward needs: the layer's last product is not repeated."""
-    full_stops_early_with_tp: bool = True
-    """Whether it does so under tensor parallelism too."""
+    full_stops_early_apart: bool = True
+    """Whether it does so where ranks share layers or sequences (tp or cp above 1)."""
     gated_mlp_copies: float
     """ffn-wide tensors kept by a gated MLP: 3 fused (gate, up, product), 4 with silu(gate) kept too."""
     norm_bytes: float

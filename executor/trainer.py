@@ -104,7 +104,7 @@ class Trainer:
         self.context = join_context(layout, job.seq)
         blocks = choose_blocks(device, word=layout.attention, precision=job.precision, head_dim=head_dim)
         for chunk in self.chunks:
-            spread_context(chunk, self.context, blocks)
+            spread_context(chunk, self.context, blocks, compiled=compiler is not None)
         self.holds_first = self.chunks[0].embedding is not None
         self.holds_last = self.chunks[-1].head is not None
         self.loss_scale = LossScale(self.recipe.loss_scale) if job.precision == "fp16" else None

@@ -392,29 +392,3 @@ def slow_rank(root: Path, what: str) -> None:
 
 if __name__ == "__main__":
     slow_rank(Path(sys.argv[1]), sys.argv[2])
-
-
-def test_a_run_that_waits_for_its_last_checkpoint_tells_so(tmp_path, monkeypatch):
-    from concurrent.futures import Future
-    from threading import Timer
-
-    from shardplan.executor import train
-    from shardplan.executor.checkpoint import Checkpoints
-    from shardplan.executor.measure import read_events
-
-    monkeypatch.setattr(train.dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(train, "SHORT_WAIT_S", 0.05)
-    saves = Checkpoints.__new__(Checkpoints)  # without a process group
-    saves.root = tmp_path / "checkpoints"
-    told = []
-    for wait_s in (0.0, 0.5):
-        saves.saving = Future()
-        Timer(wait_s, saves.saving.set_result, (None,)).start()
-        train.finish_saving(saves, 7)
-        assert saves.saving is None
-        told.append([event["told"] for event in (read_events(tmp_path))])
-    quick, slow = told
-    assert quick == []
-    assert [line.partition(" is ")[0] for line in slow] == ["the checkpoint of step 7"] * 2
-    assert "being written" in slow[0]
-    assert "complete, 0." in slow[1]

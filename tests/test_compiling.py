@@ -33,6 +33,9 @@ CASES = [
     (2, "aot_eager", "llama", "fp32", "tp=2 sequence_parallel=true recompute=full:2"),
     (2, "aot_eager", "mixtral", "fp32", "dp=2 zero=3 recompute=selective"),
     (2, "aot_eager", "mixtral", "fp32", "tp=2 recompute=full"),
+    (2, "aot_eager", "llama", "fp32", "cp=2 zero=1"),
+    (2, "aot_eager", "llama", "fp32", "cp=2 zero=3 cp_kind=ulysses recompute=full"),
+    (2, "aot_eager", "mixtral", "fp32", "cp=2 zero=2 cp_kind=all_gather"),
     (2, "aot_eager", "llama", "fp32", "pp=2 schedule=interleaved virtual_stages=2 recompute=full"),
     pytest.param(1, "inductor", "llama", "fp32", "dp=1 recompute=selective", marks=pytest.mark.slow),
 ]
