@@ -8,10 +8,10 @@ from math import gcd
 import numpy as np
 
 from shardplan.costmodel.keys import one_of
-from shardplan.costmodel.layout import SCHEDULES, SPLIT_BACKWARD, Layout, LayoutTable, layout_table
+from shardplan.costmodel.layout import Layout, LayoutTable, layout_table
 from shardplan.costmodel.recompute import RECOMPUTE
 from shardplan.costmodel.rule import BoolArray, Rule, Setting
-from shardplan.costmodel.rule_parts import can, codes, divisors, options, other_runtime, runtime_lacks
+from shardplan.costmodel.rule_parts import can, divisors, options, other_runtime, runtime_lacks
 
 FULL = RECOMPUTE.index("full")
 
@@ -57,25 +57,14 @@ def _needs_sequence_parallel(setting: Setting, table: LayoutTable) -> BoolArray:
     return needed & can(setting, "expert_parallel_splits_sequence")
 
 
-def _without(
-    word: str,
-    *,
-    meets: Callable[[Setting, LayoutTable], BoolArray],
-    what: Callable[[Setting, Layout], str],
-    remedy: str,
-) -> Rule:
-    """The rule that experts and what `meets` describes do not go together in runtimes that say so (`experts_without`)."""
+def _second_copy_of_cut_experts(setting: Setting, table: LayoutTable) -> BoolArray:
+    if "hpz" not in setting.runtime.abilities.experts_without or not any(kind.experts for kind in setting.kinds):
+        return np.zeros(len(table), dtype=bool)
+    return (table.hpz > 1) & (table.dispatches | _cut_experts(setting, table))
 
-    def broken(setting: Setting, table: LayoutTable) -> BoolArray:
-        lacks = word in setting.runtime.abilities.experts_without and any(kind.experts for kind in setting.kinds)
-        return meets(setting, table) if lacks else np.zeros(len(table), dtype=bool)
 
-    return Rule(
-        id=f"experts-without-{word.replace('_', '-')}",
-        broken=broken,
-        detail=lambda s, x: f"runtime {s.runtime.name!r} does not run layers with experts with {what(s, x)}",
-        remedy=lambda s, x: remedy,
-    )
+def _why_cut(layout: Layout) -> str:
+    return f"ep={layout.ep}" if layout.ep > 1 else f"dp*cp = {layout.dp * layout.cp}, which cuts experts"
 
 
 def _ranks(layout: Layout) -> str:
@@ -183,25 +172,14 @@ EXPERT_RULES: tuple[Rule, ...] = (
         what=lambda x: f"recompute={x.recompute}",
         remedy="use recompute=none or selective",
     ),
-    _without("cp", meets=lambda s, t: t.cp > 1, what=lambda s, x: f"cp={x.cp}", remedy="use cp=1"),
-    _without(
-        "fp16",
-        meets=lambda s, t: np.full(len(t), s.job.precision == "fp16"),
-        what=lambda s, x: "precision fp16, whose loss is scaled",
-        remedy="use --precision bf16",
-    ),
-    _without(
-        "hpz",
-        meets=lambda s, t: (t.hpz > 1) & (t.dispatches | _cut_experts(s, t)),
-        what=lambda s, x: (
-            f"hpz={x.hpz} and {f'ep={x.ep}' if x.ep > 1 else f'dp*cp = {x.dp * x.cp}, which cuts experts'}"
+    Rule(
+        id="experts-without-hpz",
+        broken=_second_copy_of_cut_experts,
+        detail=lambda s, x: (
+            f"runtime {s.runtime.name!r} does not run layers with experts with hpz={x.hpz} and {_why_cut(x)}"
         ),
-        remedy="drop hpz, or use ep=1 and a dp*cp that divides the experts of a layer",
-    ),
-    _without(
-        "split_backward",
-        meets=lambda s, t: np.asarray(t.pp > 1) & one_of(t.schedule, codes(SPLIT_BACKWARD, SCHEDULES)),
-        what=lambda s, x: f"schedule={x.schedule}, which splits the backward",
-        remedy="use schedule=1f1b",
+        remedy=lambda s, x: "drop hpz, or use ep=1 and a dp*cp that divides the experts of a layer",
+        evidence="torch 2.13, FSDPParam.to_sharded_post_forward: the second copy is cut by Shard(0) whatever dimension the first one is "
+        "cut along, and experts fewer than ranks are cut inside",
     ),
 )

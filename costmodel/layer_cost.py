@@ -28,6 +28,7 @@ from shardplan.hw_profiles.machine import Gpu
 from shardplan.hw_profiles.topology import TierTable
 
 FloatArray = NDArray[np.float64]
+BoolArray = NDArray[np.bool_]
 
 BACKWARD_TRAFFIC = 1.5
 """Backward over forward bytes of element-wise operators: two reads and a write against a read and a write."""
@@ -137,7 +138,8 @@ def _block_cost(
     elsewhere = part_bits(can.recompute_parts_of_dense_layers if has_experts else can.recompute_parts_of_expert_layers)
     for op, seconds in ops:
         selected = _selected(op.name, shapes, runtime, elsewhere)
-        for name, value in _op_totals(op, seconds, selected, precision, runtime).items():
+        apart = (shapes.tp > 1) | (shapes.cp > 1)
+        for name, value in _op_totals(op, seconds, selected, precision, runtime, apart=apart).items():
             total[name] += value
         if op.context is not None and exchanging:
             total.update(_context_columns(op.context, shapes, seconds.forward, seconds.backward, tiers, runtime))
@@ -287,11 +289,13 @@ def _context_columns(
 
 
 def _op_totals(
-    op: Op, seconds: _OpSeconds, selected: FloatArray, precision: str, runtime: Runtime
+    op: Op, seconds: _OpSeconds, selected: FloatArray, precision: str, runtime: Runtime, *, apart: BoolArray
 ) -> dict[str, FloatArray | float]:
     kept = op.kept_bytes * (KEPT_IN_FP8.get(op.name, 1.0) if precision == "fp8" else 1.0)
     flop = sum((g.flop for g in op.gemms), 2.0 * op.flash_flop)
-    repeated = 0.0 if runtime.activations.full_stops_early and op.name in LAST_OPERATORS else 1.0
+    how = runtime.activations
+    stops = how.full_stops_early & (~np.asarray(apart) | how.full_stops_early_apart)
+    repeated = np.where(stops & (op.name in LAST_OPERATORS), 0.0, 1.0)
     return {
         "forward_s": seconds.forward,
         "backward_s": seconds.backward,

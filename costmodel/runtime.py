@@ -59,7 +59,7 @@ class Abilities(_FromFile):
     """Experts cut over another number of ranks than dense products (`etp`)."""
     expert_parallel_splits_sequence: bool = False
     """With tensor parallelism, experts need sequence parallelism."""
-    experts_without: tuple[Literal["cp", "fp16", "hpz", "split_backward"], ...] = ()
+    experts_without: tuple[Literal["hpz"], ...] = ()
     """What does not go with them."""
     layer_parts: tuple[LayerPart, ...] = tuple(PART_NAMES)
     """What it runs of what layers of Llama, GPT-2 and Mixtral do not have."""
@@ -83,6 +83,8 @@ class Abilities(_FromFile):
     """Those that run nothing again in layers without."""
     tensor_parallel_recompute: tuple[str, ...] = ("none", "selective", "parts", "full")
     """Words of `recompute` that go with tensor parallelism; parts: `selective:PART+PART`."""
+    context_parallel_recompute: tuple[str, ...] = ("none", "selective", "parts", "full")
+    """The same of context parallelism."""
     attention: tuple[str, ...]
     """First is what `auto` means."""
     precisions: tuple[str, ...]
@@ -126,6 +128,8 @@ class Activations(_FromFile):
     """The part core_attn drops the output of attention too, and runs that again; else it is kept for the projection."""
     full_stops_early: bool
     """Full recompute ends with the last tensor that the backward needs: the layer's last product is not repeated."""
+    full_stops_early_apart: bool = True
+    """Whether it does so where ranks share layers or sequences (tp or cp above 1)."""
     gated_mlp_copies: float
     """ffn-wide tensors kept by a gated MLP: 3 fused (gate, up, product), 4 with silu(gate) kept too."""
     norm_bytes: float

@@ -8,9 +8,13 @@ is read with a list of the classes it may name.
 
 from __future__ import annotations
 
+import io
+import math
+import os
 import pickle
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -21,19 +25,23 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
-from torch.distributed.checkpoint.planner import ReadItem, SavePlan, SavePlanner
+from torch.distributed.checkpoint.planner import ReadItem, SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from torch.distributed.checkpoint.state_dict_saver import async_save
+from torch.serialization import get_crc32_options, set_crc32_options
 
 from shardplan.executor import checkpoint_files
 from shardplan.executor.checkpoint_files import INDEX, CheckpointError, IndexUnpickler, Progress
+from shardplan.executor.hashed_file import HashedFile
 from shardplan.executor.recompute import parameter_name
 from shardplan.executor.transformer import HEAD, TABLE
 
 SAVE_TIMEOUT = timedelta(hours=1)
 """Longest that ranks wait for each other while they write; a rank that dies is seen at once."""
+BYTES_PER_WRITER = 5e8
+MOST_WRITERS = 4
 COMPILE_PREFIX = "_orig_mod."
 
 State = dict[str, Any]
@@ -79,27 +87,70 @@ def _make_states(optimizer: torch.optim.Optimizer) -> None:
         group["lr"] = rate
 
 
+class _HashingFiles(FileSystem):
+    """What DCP writes files with: hashed on the way, on the disk when closed."""
+
+    def __init__(self) -> None:
+        self.written: dict[str, tuple[int, str]] = {}
+        """Size and sha256 by name."""
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """A new file; entered in the thread that writes it."""
+        assert mode == "wb"
+        with HashedFile(Path(path)) as file, _without_crc():
+            yield file
+        self.written[Path(path).name] = (file.size_bytes, file.sha256)
+
+
 class CheckpointWriter(FileSystemWriter):
-    """DCP's writer into a temporary folder; ranks hash what they wrote, the coordinator commits at the end."""
+    """DCP's writer into a temporary folder, hashing; the coordinator commits at the end. Large shards are written by several threads, each
+    a file."""
 
     def __init__(self, root: Path, progress: Progress, *, keep: int) -> None:
         self.part = checkpoint_files.part_folder(root, progress.step)
         self.progress, self.keep = progress, keep
-        super().__init__(self.part, overwrite=False)
+        super().__init__(self.part, overwrite=False, sync_files=False)  # closing does
+        self.fs = self.files = _HashingFiles()
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
         """Write this rank's tensors, flushed, and their digests."""
+        self.thread_count = writers(sum(map(_item_bytes, plan.items)))
         done = super().write_data(plan, planner)
-        for name in sorted({result.storage_data.relative_path for result in done.wait()}):
-            checkpoint_files.write_digest(self.part / name)
+        done.wait()
+        for name, (size_bytes, sha256) in self.files.written.items():
+            checkpoint_files.write_digest(self.part / name, size_bytes=size_bytes, sha256=sha256)
         return done
 
     def finish(self, metadata: Metadata, results: Any) -> None:
         """On the coordinator, after every rank has written: the index, the manifest, the rename, the pointer; then old ones go."""
         super().finish(metadata, results)
-        checkpoint_files.write_digest(self.part / INDEX)
+        size_bytes, sha256 = self.files.written[f"{INDEX}.tmp"]
+        checkpoint_files.write_digest(self.part / INDEX, size_bytes=size_bytes, sha256=sha256)
         target = checkpoint_files.commit(self.part, self.progress)
         checkpoint_files.prune(target.parent, keep=self.keep, newest=target)
+
+
+def writers(size_bytes: float) -> int:
+    """Threads that write a rank's `size_bytes`: one for each BYTES_PER_WRITER, as far as this machine has cores for its ranks."""
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(int(size_bytes // BYTES_PER_WRITER), cores, MOST_WRITERS))
+
+
+def _item_bytes(item: WriteItem) -> int:
+    held = item.tensor_data
+    return 0 if held is None else math.prod(held.chunk.sizes) * held.properties.dtype.itemsize
+
+
+@contextmanager
+def _without_crc() -> Iterator[None]:
+    """Leave out the CRC-32 that torch.save computes of every tensor; of this thread alone. The manifest has a sha256 of each file."""
+    before = get_crc32_options()
+    set_crc32_options(False)
+    try:
+        yield
+    finally:
+        set_crc32_options(before)
 
 
 class Checkpoints:
@@ -120,6 +171,10 @@ class Checkpoints:
         writer = CheckpointWriter(self.root, progress, keep=self.keep)
         saving = async_save(state, storage_writer=writer, process_group=self.group)
         self.saving = cast("Future[Any]", saving)
+
+    def busy_after(self, seconds: float) -> bool:
+        """Is a save still going on, given so long to end?"""
+        return self.saving is not None and bool(wait_for([self.saving], seconds).not_done)
 
     def wait(self) -> None:
         """Return when the last save is complete on disk."""

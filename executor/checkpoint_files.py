@@ -18,6 +18,7 @@ import pickle
 import re
 import shutil
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ LATEST = "LATEST"
 MANIFEST = "manifest.json"
 SCHEMA = "shardplan/checkpoint"
 SCHEMA_VERSION = 1
+HASHERS = min(4, os.cpu_count() or 1)
+"""Threads that read files and hash them."""
 PART_SUFFIX = ".tmp"
 DIGEST_SUFFIX = ".sha256"
 INDEX = ".metadata"
@@ -111,11 +114,9 @@ def clear_parts(root: Path) -> None:
         shutil.rmtree(part)
 
 
-def write_digest(path: Path) -> None:
+def write_digest(path: Path, *, size_bytes: int, sha256: str) -> None:
     """Write size and sha256 of `path` beside it: each rank does it for its own files, `commit` collects them."""
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    _write(path.with_name(path.name + DIGEST_SUFFIX), json.dumps({"bytes": path.stat().st_size, "sha256": sha256}))
+    _write(path.with_name(path.name + DIGEST_SUFFIX), json.dumps({"bytes": size_bytes, "sha256": sha256}))
 
 
 def commit(part: Path, progress: Progress) -> Path:
@@ -156,18 +157,27 @@ def checkpoints(root: Path) -> list[Path]:
 def verify(folder: Path) -> Progress:
     """Read every byte of a checkpoint and hold it against its manifest, and read its index; CheckpointError names the first thing wrong."""
     manifest = _read_manifest(folder)
-    for name, expected in manifest["files"].items():
-        path = folder / name
-        if not path.is_file():
-            raise _refused(folder, f"{name} is missing")
-        size = path.stat().st_size
-        if size != expected["bytes"]:
-            raise _refused(folder, f"{name} has {size} bytes of {expected['bytes']}")
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
-                raise _refused(folder, f"{name} is corrupt (its sha256 differs)")
+    with ThreadPoolExecutor(HASHERS) as threads:
+        checks = [threads.submit(_check_file, folder, name, expected) for name, expected in manifest["files"].items()]
+        try:
+            for check in checks:
+                check.result()
+        finally:
+            threads.shutdown(cancel_futures=True)
     _check_index(folder)
     return _progress(manifest)
+
+
+def _check_file(folder: Path, name: str, expected: Mapping[str, Any]) -> None:
+    path = folder / name
+    if not path.is_file():
+        raise _refused(folder, f"{name} is missing")
+    size = path.stat().st_size
+    if size != expected["bytes"]:
+        raise _refused(folder, f"{name} has {size} bytes of {expected['bytes']}")
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
+            raise _refused(folder, f"{name} is corrupt (its sha256 differs)")
 
 
 def read_progress(folder: Path) -> Progress:

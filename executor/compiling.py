@@ -27,12 +27,13 @@ def compiler_here() -> str | None:
     return shutil.which(os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++"))
 
 
-def apply_compile(model: Transformer, *, backend: str) -> None:
-    """Compile each layer of `model`, in place and without another name for any parameter."""
+def apply_compile(model: Transformer, *, backend: str, whole: bool = True) -> None:
+    """Compile each layer of `model`, in place and without another name for any parameter; `whole`: as one graph, else around what cannot
+    be in one (attention over a sequence that ranks share)."""
     import torch
 
     for layer in model.layers.values():
-        layer.forward = torch.compile(layer.forward, backend=backend, fullgraph=True)
+        layer.forward = torch.compile(layer.forward, backend=backend, fullgraph=whole)
     if model.embedding is not None:
         # Under tensor parallelism what leaves is a tensor that a collective is still filling, a class of its own which a graph
         # takes as input but gives a plain gradient (torch 2.11 to 2.13: AttributeError in the backward); a copy is a plain one.

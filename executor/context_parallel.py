@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -63,17 +64,24 @@ def held_positions(kind: str, seq: int, *, ranks: int, rank: int) -> Tensor:
     return torch.cat((chunks[rank], chunks[2 * ranks - 1 - rank]))
 
 
-def spread_context(model: Transformer, context: Context, blocks: Blocks) -> None:
-    """Let `model` (whole, or one pipeline chunk) run on this rank's positions, in place. Its attention must be chosen before."""
+def spread_context(model: Transformer, context: Context, blocks: Blocks, *, compiled: bool = False) -> None:
+    """Let `model` (whole, or one pipeline chunk) run on this rank's positions, in place. Its attention must be chosen before; where
+    layers are `compiled`, it stands between their graphs."""
     if context.positions is None or context.group is None:
         return
     if model.table is not None:
         model.table = model.table[context.positions.to(model.table.device)]
     if model.embedding is not None:
         model.embedding.places = context.positions.to(model.embedding.tokens.weight.device)
-    for module in model.modules():
-        if isinstance(module, Attention):
-            module.attend = _spread(module.attend, context.kind, context.group, blocks)
+    layers = [module for module in model.modules() if isinstance(module, Attention)]
+    spread: dict[Attend, Attend] = {}  # one function for all layers, as compiled code asks which it is
+    for attend in dict.fromkeys(layer.attend for layer in layers):
+        over = _spread(attend, context.kind, context.group, blocks)
+        spread[attend] = (
+            cast("Attend", torch.compiler.disable(over)) if compiled else over
+        )  # ranks exchange within: no part of a graph
+    for layer in layers:
+        layer.attend = spread[layer.attend]
 
 
 def _spread(attend: Attend, kind: str, group: dist.ProcessGroup, blocks: Blocks) -> Attend:

@@ -6,7 +6,7 @@ runs/<UTC time>-<model>-<layout>/
     run.json            measured beside predicted, versions
     log.txt             everything the ranks printed
     ranks/              one JSON line per step and rank, as it happened
-    events.jsonl        resuming and restarts
+    events.jsonl        resuming, restarts, the wait for the last checkpoint
     checkpoints/        see checkpoint_files.py
     metrics.jsonl, tb/  torchtitan's metrics, for people and TensorBoard
     job.json            what the job file said, where there was one
@@ -295,7 +295,7 @@ def summarise(
         "steps_timed": max(len({r.step for r in records.get(0, ())}) - warmup_steps, 0),
         "warmup_steps": warmup_steps,
         "error": error,
-        "resumed": measure.read_events(folder),
+        "resumed": [event for event in measure.read_events(folder) if "restart" in event],
         "measured": {**found, **measure.mfu(plan.prediction, found["step_s"])},
         "predicted": expected,
         "ratio": measure.ratios(found, expected),

@@ -110,7 +110,7 @@ def rank_file(folder: Path, rank: int) -> Path:
 
 
 def append_event(folder: Path, event: Mapping[str, Any]) -> None:
-    """Add a line to `events.jsonl`: what happened besides steps (resuming, restarts)."""
+    """Add a line to `events.jsonl`: what happened besides steps (resuming, restarts, the wait for the last checkpoint)."""
     with (folder / EVENTS_FILE).open("a", encoding="utf-8") as file:
         file.write(json.dumps({"time": time.time(), **event}) + "\n")
 

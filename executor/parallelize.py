@@ -35,11 +35,14 @@ def parallelize(
     # 2. Experts next, for the same reason.
     spread_experts(model, layout, mesh, experts)
 
-    # 3. Recomputation wraps layers, collectives of tensor and expert parallelism included.
+    # 3. and 4. Recomputation wraps layers, collectives of tensor and expert parallelism included. What is compiled is a layer with its
+    # recomputation; under tensor and context parallelism the layer alone: torch 2.13 cannot compile a checkpoint of distributed tensors,
+    # nor one that breaks into several graphs. Parameters keep their names.
+    layer_alone = layout.tp * layout.cp > 1
+    if compiler is not None and layer_alone:
+        apply_compile(model, backend=compiler, whole=layout.cp == 1)
     apply_recompute(model, layout.recompute, mesh.get_local_rank("pp"), before=layers_before)
-
-    # 4. What is compiled is a layer with its recomputation; parameters keep their names.
-    if compiler is not None:
+    if compiler is not None and not layer_alone:
         apply_compile(model, backend=compiler)
 
     # Context parallelism exchanges what attention calls, not modules: `Trainer` adds it behind the choice of a kernel (context_parallel).

@@ -96,7 +96,7 @@ class Axes:
     """The axis of a process group: by name of those in `groups`, else by its ranks, of the mesh first, else that within whose group all its
     ranks lie (`hpz` gathers among a part of dp).
 
-    The ep group may be that of another axis, as torch makes one for the same ranks; on it, all-to-all is what experts do.
+    The ep group may be that of another axis of the mesh, as torch makes one for the same ranks; on it, all-to-all is what experts do.
     """
 
     def __init__(self, mesh: DeviceMesh, groups: Groups) -> None:
@@ -107,10 +107,10 @@ class Axes:
 
     def __call__(self, group: dist.ProcessGroup, operation: str) -> str | None:
         """None for a group of neither."""
-        ranks = ranks_of(group)
-        if operation.startswith("all_to_all") and ranks in self.of_experts:
+        ranks, known = ranks_of(group), self.of_name.get(group.group_name)
+        if known is None and operation.startswith("all_to_all") and ranks in self.of_experts:
             return "ep"
-        known = self.of_name.get(group.group_name) or self.of_ranks.get(ranks)
+        known = known or self.of_ranks.get(ranks)
         return known or next((axis for all_ranks, axis in self.of_ranks.items() if set(ranks) < set(all_ranks)), None)
 
     def names(self) -> list[str]:

@@ -42,6 +42,9 @@ from shardplan.planner.plan import Plan
 LOOK_EVERY = {"cpu": 1, "cuda": 10}
 """Steps from one that is looked into to the next: reading a clock costs nothing beside a step, events take launches."""
 
+SHORT_WAIT_S = 2.0
+"""For the last checkpoint, which nobody needs to be told of."""
+
 
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done everything it was given."""
@@ -71,9 +74,26 @@ def train(
         if checkpoints is not None and checkpoints.due(step, steps):
             checkpoints.save(trainer.state(), trainer.progress(step))
     if checkpoints is not None:
-        checkpoints.wait()
+        finish_saving(checkpoints, steps)
     recorder.write_memory(memory(trainer))
     trainer.export(recorder.alive)
+
+
+def finish_saving(checkpoints: Checkpoints, step: int) -> None:
+    """Wait for the save of the last `step`; rank 0 tells of it where that takes longer than SHORT_WAIT_S."""
+    began = time.perf_counter()
+    tells = dist.get_rank() == 0 and checkpoints.busy_after(SHORT_WAIT_S)
+    if tells:
+        tell(checkpoints, step, "is being written: stopped before it is complete, the one before is the newest")
+    checkpoints.wait()
+    if tells:
+        tell(checkpoints, step, f"is complete, {time.perf_counter() - began:.1f} s after training ended")
+
+
+def tell(checkpoints: Checkpoints, step: int, what: str) -> None:
+    """Add what became of a save to the events of the run."""
+    told = f"the checkpoint of step {step} {what}"
+    append_event(checkpoints.root.parent, {"step": step, "refused": [], "told": told})
 
 
 def waits_of(trainer: Trainer) -> Waits:

@@ -104,7 +104,7 @@ class Trainer:
         self.context = join_context(layout, job.seq)
         blocks = choose_blocks(device, word=layout.attention, precision=job.precision, head_dim=head_dim)
         for chunk in self.chunks:
-            spread_context(chunk, self.context, blocks)
+            spread_context(chunk, self.context, blocks, compiled=compiler is not None)
         self.holds_first = self.chunks[0].embedding is not None
         self.holds_last = self.chunks[-1].head is not None
         self.loss_scale = LossScale(self.recipe.loss_scale) if job.precision == "fp16" else None
@@ -155,9 +155,12 @@ class Trainer:
 
     @property
     def groups(self) -> list[tuple[str, dist.ProcessGroup]]:
-        """(axis, group) of this rank, those that are none of the mesh of states; ranks that hold the same experts are of axis dp."""
+        """(axis, group) of this rank, those that are none of the mesh of states; ranks that hold the same experts are of axis dp, those
+        whose routers see one micro-batch together of axis cp, or tp without it."""
         found = [] if self.context.group is None else [("cp", self.context.group)]
-        experts = self.experts.mesh
+        experts, routers = self.experts.mesh, self.experts.tokens
+        if routers is not None:
+            found.append(("tp" if self.context.group is None else "cp", routers))
         if experts is not None:
             axes = (("dp", "expert_replicate"), ("dp", "expert_shard"), ("ep", "ep"))
             found += [(axis, experts.get_group(name)) for axis, name in axes if experts[name].size() > 1]
@@ -187,7 +190,7 @@ class Trainer:
         """Gradients of the mean loss over the global batch; returns this rank's mean loss (0 where the head is not)."""
         batch = self.batch(step)
         # a pipeline divides gradients by the number of micro-batches at its end, `_micro_steps` the loss
-        set_gradient_scale(self.chunks, 1.0 if self.schedule is not None else 1.0 / self.micro_batches)
+        set_gradient_scale(self.chunks, self.scale if self.schedule is not None else self.scale / self.micro_batches)
         with ExitStack() as contexts:
             contexts.enter_context(loss_context(self.mesh["tp"]))
             contexts.enter_context(attention_context(self.attention))

@@ -75,6 +75,12 @@ CASES = [
     (2, "mixtral", 128, 2, "fp32", "tp=2 ep=2 sequence_parallel=true zero=1 recompute=selective"),
     (2, "mixtral", 128, 2, "fp32", "tp=2 sequence_parallel=true"),
     (2, "mixtral", 128, 2, "fp32", "tp=2 sequence_parallel=true recompute=selective"),
+    (2, "mixtral", 128, 2, "fp32", "cp=2 zero=1"),
+    (2, "mixtral", 128, 2, "fp32", "cp=2 ep=2 zero=1"),
+    (2, "mixtral", 128, 2, "fp32", "cp=2 ep=2 cp_kind=ulysses zero=3 recompute=full"),
+    (2, "mixtral", 128, 2, "bf16", "cp=2 ep=2 cp_kind=all_gather zero=2 recompute=selective"),
+    (2, "mixtral", 128, 4, "fp32", "pp=2 schedule=zero_bubble"),
+    (2, "mixtral", 128, 4, "fp32", "pp=2 schedule=zero_bubble_v virtual_stages=2"),
     (4, "tied", 128, 8, "fp32", "dp=2 pp=2 zero=3"),
     (4, "tied", 128, 8, "fp32", "dp=2 pp=2 zero=0"),
     (4, "tied", 128, 4, "fp32", "tp=2 pp=2 sequence_parallel=true"),
@@ -84,6 +90,12 @@ CASES = [
     (4, "mixtral", 128, 8, "fp32", "dp=4 ep=4 zero=2"),
     (4, "mixtral", 128, 8, "fp32", "dp=2 pp=2 ep=2 zero=1"),
     (4, "mixtral", 128, 4, "fp32", "dp=2 tp=2 ep=2 zero=1 sequence_parallel=true"),
+    (4, "mixtral", 128, 4, "fp32", "dp=2 cp=2 ep=4 zero=1"),
+    (4, "mixtral", 128, 4, "fp32", "dp=2 cp=2 ep=2 zero=3"),
+    (4, "mixtral", 128, 4, "fp32", "cp=2 pp=2 ep=2 zero=1"),
+    (4, "mixtral", 128, 2, "fp32", "cp=2 tp=2 ep=2 sequence_parallel=true zero=1"),
+    (4, "mixtral", 128, 8, "fp32", "dp=2 pp=2 ep=2 schedule=zero_bubble zero=1"),
+    (4, "mixtral", 128, 4, "fp32", "tp=2 pp=2 ep=2 sequence_parallel=true schedule=dualpipe_v virtual_stages=2 zero=1"),
     (4, "llama", 128, 8, "fp32", "dp=4 zero=0"),
     (4, "llama", 128, 8, "fp32", "dp=4 zero=3 hpz=2"),
     (4, "llama", 128, 4, "fp32", "cp=4 zero=1"),
@@ -189,10 +201,21 @@ def test_every_collective_is_waited_for_under_the_clock(counted, case):
         if "pp=" in case[-1]:
             assert waits.pop("pp") > times.pop("pp")
         if "cp=" in case[-1] and "cp_kind=" not in case[-1]:  # a ring
-            assert waits.pop("cp") > 0
+            assert waits.pop("cp") > times.pop("cp", 0)
         if "ep=" in case[-1] and "selective" in case[-1]:  # tokens that are kept look waited for twice
             assert waits.pop("ep") > times.pop("ep")
         assert waits == times
+
+
+def test_a_compiled_layer_runs_whole_again_under_tensor_parallelism():
+    """Counted on gloo ranks by torch's profiler, as compiled layers run under no dispatch mode: one more reduction a layer."""
+    job, layout = Job(seq=128, global_batch=2, precision="fp32"), parse_layout("tp=2 recompute=full")
+    stream, layers, micro_batches = 4.0 * 128 * 64, 4, 2
+    plain, compiled = (
+        communication_volumes(models()["llama"], job, layout, load_runtime(name), smallest_bytes=SMALL_BYTES)[0]
+        for name in ("shardplan", "shardplan+compile")
+    )
+    assert compiled["tp", "all_reduce"] - plain["tp", "all_reduce"] == stream * layers * micro_batches
 
 
 # --- what a rank does ---------------------------------------------------------------------------------------------

@@ -23,23 +23,32 @@ from shardplan.executor import compiling
 from shardplan.hw_profiles.load import cluster_document
 from shardplan.planner.plan import Plan
 
-# (ranks, backend, precision, layout)
+# (ranks, backend, model, precision, layout)
 CASES = [
-    (2, "aot_eager", "fp32", "dp=2 zero=3 recompute=full"),
-    (2, "aot_eager", "fp32", "dp=2 zero=2 recompute=selective"),
-    (2, "aot_eager", "fp32", "tp=2"),
-    (2, "aot_eager", "fp16", "tp=2 sequence_parallel=true"),
-    (2, "aot_eager", "fp32", "pp=2 schedule=interleaved virtual_stages=2 recompute=full"),
-    pytest.param(1, "inductor", "fp32", "dp=1 recompute=selective", marks=pytest.mark.slow),
+    (2, "aot_eager", "llama", "fp32", "dp=2 zero=3 recompute=full"),
+    (2, "aot_eager", "llama", "fp32", "dp=2 zero=2 recompute=selective"),
+    (2, "aot_eager", "llama", "fp32", "tp=2"),
+    (2, "aot_eager", "llama", "fp16", "tp=2 sequence_parallel=true"),
+    (2, "aot_eager", "llama", "fp32", "tp=2 recompute=full"),
+    (2, "aot_eager", "llama", "fp32", "tp=2 sequence_parallel=true recompute=full:2"),
+    (2, "aot_eager", "mixtral", "fp32", "dp=2 zero=3 recompute=selective"),
+    (2, "aot_eager", "mixtral", "fp32", "tp=2 recompute=full"),
+    (2, "aot_eager", "llama", "fp32", "cp=2 zero=1"),
+    (2, "aot_eager", "llama", "fp32", "cp=2 zero=3 cp_kind=ulysses recompute=full"),
+    (2, "aot_eager", "mixtral", "fp32", "cp=2 zero=2 cp_kind=all_gather"),
+    (2, "aot_eager", "llama", "fp32", "pp=2 schedule=interleaved virtual_stages=2 recompute=full"),
+    pytest.param(1, "inductor", "llama", "fp32", "dp=1 recompute=selective", marks=pytest.mark.slow),
 ]
 TOLERANCE = {"aot_eager": 1e-6, "inductor": 1e-5}
 
 
-def make_plan(words: str, *, precision: str = "fp32", cluster=None) -> Plan:
+def make_plan(words: str, *, name: str = "llama", precision: str = "fp32", cluster=None) -> Plan:
     layout = parse_layout(words)
     llama = LayerKind(hidden=64, heads=4, kv_heads=2, head_dim=16, ffn=96, gated_mlp=True, norm="rmsnorm")
+    experts = replace(llama, ffn=48, experts=4, experts_per_token=2, balance_weight=0.02)
+    kind = experts if name == "mixtral" else llama
     return Plan(
-        model=Model(name="llama", family="llama", layers=((llama, 4),), vocab=256, tied_embeddings=False),
+        model=Model(name=name, family=name, layers=((kind, 4),), vocab=256, tied_embeddings=False),
         job=Job(seq=32, global_batch=4, precision=precision),
         cluster=cluster or {},
         gpus=layout.gpus,
@@ -96,11 +105,11 @@ def launch(ranks: int, result: Path) -> dict[str, dict]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("ranks", "backend", "precision", "words"), CASES)
-def test_compiled_layers_compute_what_the_others_do(differences, ranks, backend, precision, words):
+@pytest.mark.parametrize(("ranks", "backend", "model", "precision", "words"), CASES)
+def test_compiled_layers_compute_what_the_others_do(differences, ranks, backend, model, precision, words):
     if backend == "inductor" and compiling.compiler_here() is None:
         pytest.skip("no C++ compiler")
-    found = differences(ranks)[words]
+    found = differences(ranks)[f"{model} {words}"]
     assert found["graphs"] > 0
     assert found["same_names"]
     assert found["loss"] < TOLERANCE[backend]
@@ -133,8 +142,10 @@ def trained(plan: Plan, backend: str):
 
 
 def difference(plan: Plan, backend: str) -> dict[str, float]:
+    import torch._dynamo
     from torch._dynamo.utils import counters
 
+    torch._dynamo.reset()  # another case may have compiled the same layer
     losses, gradients, names = trained(replace(plan, runtime="shardplan"), backend)
     counters.clear()
     other_losses, other_gradients, other_names = trained(plan, backend)
@@ -153,12 +164,16 @@ def rank_main(ranks: int, result: Path) -> None:
     dist.init_process_group("gloo")
     answers = {}
     for case in CASES:
-        world, backend, precision, words = getattr(case, "values", case)
+        world, backend, name, precision, words = getattr(case, "values", case)
         if world == ranks:
+            plan = make_plan(words, name=name, precision=precision)
             every: list[dict] = [{}] * ranks
-            dist.all_gather_object(every, difference(make_plan(words, precision=precision), backend))
+            dist.all_gather_object(every, difference(plan, backend))
             worst = {field: max(one[field] for one in every) for field in ("loss", "validation", "gradient")}
-            answers[words] = {**worst, **{f: min(one[f] for one in every) for f in ("graphs", "same_names")}}
+            answers[f"{name} {words}"] = {
+                **worst,
+                **{f: min(one[f] for one in every) for f in ("graphs", "same_names")},
+            }
     if dist.get_rank() == 0:
         result.write_text(json.dumps(answers))
     dist.destroy_process_group()

@@ -63,6 +63,9 @@ CASES = [
     (2, "mixed", 4, "tp=2 sequence_parallel=true recompute=selective"),
     (2, "mixtral", 4, "tp=2 ep=2 sequence_parallel=true"),
     (2, "mixed", 4, "pp=2 schedule=gpipe stage_layers=3,1"),
+    (2, "mixtral", 4, "pp=2 schedule=zero_bubble"),
+    (2, "mixtral", 4, "cp=2 ep=2 zero=1"),
+    (2, "mixed", 4, "cp=2 zero=3 cp_kind=ulysses recompute=full"),
     (2, "llama", 2, "tp=2"),
     (2, "llama", 2, "tp=2 sequence_parallel=true"),
     (2, "gpt", 2, "tp=2 recompute=full"),
@@ -99,6 +102,9 @@ CASES = [
     (4, "mixtral", 4, "dp=2 tp=2 ep=4 zero=3 sequence_parallel=true recompute=full"),
     (4, "mixed", 4, "dp=2 tp=2 ep=2 zero=3 sequence_parallel=true order=dp-tp-cp-pp"),
     (4, "mixtral", 4, "tp=2 ep=2 pp=2 sequence_parallel=true recompute=selective"),
+    (4, "mixtral", 4, "cp=2 tp=2 ep=4 sequence_parallel=true zero=3 cp_kind=all_gather"),
+    (4, "mixtral", 4, "dp=2 cp=2 ep=4 zero=2 recompute=selective"),
+    (4, "mixed", 4, "cp=2 pp=2 ep=2 zero=1 schedule=zero_bubble"),
     (4, "llama", 2, "tp=2 pp=2 sequence_parallel=true order=pp-tp-cp-dp"),
     (4, "llama-one", 2, "cp=4 zero=3 recompute=selective"),
     (4, "gpt", 2, "cp=4 cp_kind=all_gather zero=2"),
@@ -253,7 +259,7 @@ def all_through_all(layer, kind: LayerKind, routers: int, balance: list, margins
     router, experts = layer.router, layer.experts
 
     def forward(x):
-        scores = (x @ router.weight.T).softmax(-1)
+        scores = (x.float() @ router.weight.float().T).softmax(-1)
         best = scores.topk(kind.experts_per_token + 1, dim=-1)
         weights, chosen = best.values[..., :-1], best.indices[..., :-1]
         margins.append((best.values[..., -2] - best.values[..., -1]).min().item())
@@ -262,7 +268,7 @@ def all_through_all(layer, kind: LayerKind, routers: int, balance: list, margins
         out = torch.zeros_like(x)
         for e in range(kind.experts):
             wide = functional.silu(x @ experts.w1[e].T) * (x @ experts.w3[e].T)
-            out = out + (weights * (chosen == e)).sum(-1, keepdim=True) * (wide @ experts.w2[e].T)
+            out = out + (weights * (chosen == e)).sum(-1, keepdim=True).to(x.dtype) * (wide @ experts.w2[e].T)
         sent = torch.stack([(chosen == e).sum() / scores[..., 0].numel() for e in range(kind.experts)])
         even = kind.experts * (sent * scores.flatten(0, 1).mean(0)).sum()
         balance.append(kind.balance_weight / routers * even)

@@ -5,12 +5,15 @@ The file is also the script of a rank: launches of 1 and of 4 ranks write down w
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -41,14 +44,41 @@ CASES = [
     (4, 4, "dp=2 pp=2 zero=2"),
     (4, 4, "tp=2 pp=2 schedule=interleaved virtual_stages=2"),
 ]
+EXPERT_CASES = [
+    (1, 4, "dp=1 recompute=selective"),
+    (4, 4, "dp=4 zero=3"),
+    (4, 4, "dp=4 ep=4 zero=1"),
+    (4, 4, "dp=2 tp=2 ep=2 zero=2 sequence_parallel=true"),
+    (4, 4, "dp=2 pp=2 ep=2 zero=1"),
+    (4, 4, "dp=2 cp=2 ep=2 zero=3 cp_kind=ulysses"),
+]
+"""Of a model with experts, beside a loop that sends every token through every expert."""
+EXPERT_SEED = 43
+LEAST_MARGIN = 5e-4
+"""Between the last chosen expert's score and the next one's: a rounding of fp16. A token that went elsewhere would move gradients by more
+than GRADIENT_TOLERANCE."""
 OVERFLOWS = [(4, 4, "dp=4 zero=3"), (4, 2, "dp=2 tp=2 zero=0"), (4, 2, "tp=2 pp=2")]
 
 
-def make_plan(words: str, *, global_batch: int) -> Plan:
+@cache
+def parity() -> ModuleType:
+    """The parity test, for its experts."""
+    spec = importlib.util.spec_from_file_location("parity", Path(__file__).with_name("test_executor_parity.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def make_plan(words: str, *, global_batch: int, experts: bool = False) -> Plan:
     layout = parse_layout(words)
     llama = LayerKind(hidden=64, heads=4, kv_heads=2, head_dim=16, ffn=96, gated_mlp=True, norm="rmsnorm")
+    model = Model(name="llama", family="llama", layers=((llama, 4),), vocab=256, tied_embeddings=False)
+    if experts:
+        mixtral = replace(llama, ffn=48, experts=4, experts_per_token=2, balance_weight=0.02)
+        model = replace(model, name="mixtral", family="mixtral", layers=((mixtral, 2),))
     return Plan(
-        model=Model(name="llama", family="llama", layers=((llama, 4),), vocab=256, tied_embeddings=False),
+        model=model,
         job=Job(seq=SEQ, global_batch=global_batch, precision="fp16"),
         cluster={},
         gpus=layout.gpus,
@@ -161,6 +191,16 @@ def test_fp16_layout_computes_what_one_fp16_process_computes(found, ranks, batch
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize(("ranks", "batch", "words"), EXPERT_CASES)
+def test_fp16_experts_compute_what_one_fp16_process_computes(found, ranks, batch, words):
+    one = found(ranks)[f"experts {case_key(batch, words)}"]
+    assert one["skipped"] == 0
+    assert one["margin"] > LEAST_MARGIN
+    assert one["loss"] < LOSS_TOLERANCE
+    assert one["gradient"] < GRADIENT_TOLERANCE
+
+
+@pytest.mark.distributed
 @pytest.mark.parametrize(("ranks", "batch", "words"), OVERFLOWS)
 def test_overflow_on_one_rank_skips_the_step_on_all(found, ranks, batch, words):
     for rank in found(ranks)[f"overflow {case_key(batch, words)}"]:
@@ -173,26 +213,37 @@ def test_overflow_on_one_rank_skips_the_step_on_all(found, ranks, batch, words):
 # --- what a rank does ---------------------------------------------------------------------------------------------
 
 
-def reference(plan: Plan):
-    """Losses and first gradients by name of a plain loop: fp32 values, cast to fp16 for each pass, a fixed scale."""
+def reference(plan: Plan, *, micro_batch: int):
+    """Losses, first gradients by name and least router margin of a plain loop: fp32 values, cast to fp16 for each pass, a fixed scale."""
     import torch
 
     from shardplan.executor.data import batch, load_text
     from shardplan.executor.schedule import learning_rate
     from shardplan.executor.transformer import build_transformer, whole
 
-    model, scale = plan.model, 2.0**16
-    plain = build_transformer(model, seq=SEQ, part=whole(model), seed=0, device=torch.device("cpu"))
+    model, scale, total = plan.model, 2.0**16, plan.job.global_batch
+    plain = build_transformer(model, seq=SEQ, part=whole(model), seed=seed_of(plan), device=torch.device("cpu"))
+    balance: list[torch.Tensor] = []
+    margins = [1.0]
+    ((kind, layers),) = model.layers
+    if kind.experts:
+        parity().scale_routers([plain])
+        for layer in plain.layers.values():
+            parity().all_through_all(layer.ffn, kind, layers, balance, margins)
     optimizer = torch.optim.AdamW(plain.parameters(), betas=(0.9, 0.99), weight_decay=0.1)
     text, losses, gradients = load_text(), [], {}
     for step in range(1, STEPS + 1):
-        arrays = batch(text, seq=SEQ, seed=0, step=step, first=0, count=plan.job.global_batch)
+        arrays = batch(text, seq=SEQ, seed=seed_of(plan), step=step, first=0, count=total)
         inputs, targets = (torch.from_numpy(array.copy()) for array in arrays)
-        half = {name: parameter.half() for name, parameter in plain.named_parameters()}
-        logits = torch.func.functional_call(plain, half, (inputs,))
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-        (loss * scale).backward()
-        losses.append(loss.item())
+        losses.append(0.0)
+        size = micro_batch if kind.experts else total
+        for x, y in zip(inputs.split(size), targets.split(size), strict=True):
+            balance.clear()
+            half = {name: parameter.half() for name, parameter in plain.named_parameters()}
+            logits = torch.func.functional_call(plain, half, (x,))
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), y.flatten())
+            ((loss + sum(balance)) * (scale * size / total)).backward()
+            losses[-1] += loss.item() * size / total
         for parameter in plain.parameters():
             parameter.grad /= scale
         gradients = gradients or {name: p.grad.clone() for name, p in plain.named_parameters()}
@@ -201,7 +252,11 @@ def reference(plan: Plan):
             group["lr"] = learning_rate(step, model.hidden)
         optimizer.step()
         optimizer.zero_grad()
-    return losses, gradients
+    return losses, gradients, min(margins)
+
+
+def seed_of(plan: Plan) -> int:
+    return EXPERT_SEED if plan.model.name == "mixtral" else 0
 
 
 def whole_tensor(tensor):
@@ -214,15 +269,19 @@ def make_trainer(plan: Plan):
     import torch
 
     from shardplan.executor.mesh import build_mesh
+    from shardplan.executor.recipe import plain_recipe
     from shardplan.executor.trainer import Trainer
 
-    return Trainer(plan, build_mesh(plan.layout, "cpu"), torch.device("cpu"))
+    recipe = plain_recipe(plan, seed=seed_of(plan))
+    trainer = Trainer(plan, build_mesh(plan.layout, "cpu"), torch.device("cpu"), recipe)
+    parity().scale_routers(trainer.chunks)
+    return trainer
 
 
 def difference(plan: Plan, expected) -> dict:
     from shardplan.executor.recompute import parameter_name
 
-    losses, gradients = expected
+    losses, gradients, margin = expected
     norm = sum(float(one.norm()) ** 2 for one in gradients.values()) ** 0.5
     trainer = make_trainer(plan)
     worst = {"loss": 0.0, "gradient": 0.0}
@@ -237,7 +296,7 @@ def difference(plan: Plan, expected) -> dict:
         trainer.update(step)
     assert trainer.loss_scale is not None
     masters = sorted({str(parameter.dtype) for parameter in trainer.parameters()})
-    return {**worst, "masters": masters, "skipped": trainer.loss_scale.skipped_steps}
+    return {**worst, "masters": masters, "skipped": trainer.loss_scale.skipped_steps, "margin": margin}
 
 
 def overflow(plan: Plan) -> dict:
@@ -273,14 +332,15 @@ def rank_main(ranks: int, result: Path) -> None:
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    expected = cache(lambda batch: reference(make_plan("dp=1", global_batch=batch)))
     answers: dict[str, object] = {}
-    for _, batch, words in [case for case in CASES if case[0] == ranks]:
-        mine = difference(make_plan(words, global_batch=batch), expected(batch))
-        every: list[dict] = [{}] * ranks
-        dist.all_gather_object(every, mine)
-        worst = {field: max(one[field] for one in every) for field in ("loss", "gradient", "skipped")}
-        answers[case_key(batch, words)] = {**mine, **worst}
+    for experts, cases in ((False, CASES), (True, EXPERT_CASES)):
+        for _, batch, words in [case for case in cases if case[0] == ranks]:
+            plan = make_plan(words, global_batch=batch, experts=experts)
+            mine = difference(plan, reference(plan, micro_batch=plan.layout.micro_batch))
+            every: list[dict] = [{}] * ranks
+            dist.all_gather_object(every, mine)
+            worst = {field: max(one[field] for one in every) for field in ("loss", "gradient", "skipped")}
+            answers[f"{'experts ' if experts else ''}{case_key(batch, words)}"] = {**mine, **worst}
     for _, batch, words in [case for case in OVERFLOWS if case[0] == ranks]:
         every = [{}] * ranks
         dist.all_gather_object(every, overflow(make_plan(words, global_batch=batch)))

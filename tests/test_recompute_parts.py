@@ -167,9 +167,17 @@ def test_parts_and_tensor_parallelism_are_refused_together():
 
 
 def test_compiled_layers_are_refused_where_torch_cannot_compile_them():
-    assert judged("dp=2 tp=4 zero=1 recompute=full", "shardplan+compile") == "recompute-tensor-parallel"
+    assert judged("dp=2 tp=4 zero=1 recompute=selective", "shardplan+compile") == "recompute-tensor-parallel"
+    assert judged("dp=4 cp=2 zero=3 recompute=selective", "shardplan+compile") == "recompute-context-parallel"
+    assert isinstance(judged("dp=4 cp=2 zero=3 recompute=selective"), dict)
     assert judged("dp=8 zero=3 recompute=selective:act", "shardplan+compile") == "runtime-recompute-parts"
-    for words in ("dp=2 tp=4 zero=1", "dp=8 zero=3 recompute=full", "dp=8 zero=3 recompute=selective"):
+    for words in (
+        "dp=2 tp=4 zero=1",
+        "dp=2 tp=4 zero=1 recompute=full",
+        "dp=4 cp=2 zero=3 recompute=full",
+        "dp=8 zero=3 recompute=full",
+        "dp=8 zero=3 recompute=selective",
+    ):
         eager, compiled = judged(words), judged(words, "shardplan+compile")
         assert isinstance(eager, dict)
         assert isinstance(compiled, dict)
