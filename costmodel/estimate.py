@@ -118,11 +118,6 @@ def on_mean_stage(setting: Setting, layouts: LayoutTable, *, hides_all: bool = F
     return _estimate_table(setting.model, setting.job, setting.cluster, layouts, setting.runtime, None, stages=stages)
 
 
-def peak_weight(setting: Setting, layouts: LayoutTable) -> FloatArray:
-    """The first of `pipeline_weights`, (N,)."""
-    return _pipeline_weights(prepared(setting), layouts)[0]
-
-
 def pipeline_weights(setting: Setting, layouts: LayoutTable) -> tuple[FloatArray, FloatArray]:
     """(micro-batches of the slowest stage, and of all stages, whose sum is a step's pipeline), each (N,)."""
     return _pipeline_weights(prepared(setting), layouts)

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.costmodel.error_band import memory_band
-from shardplan.costmodel.estimate import memory_alone, on_mean_stage, peak_weight
+from shardplan.costmodel.estimate import memory_alone, on_mean_stage, pipeline_weights
 from shardplan.costmodel.estimates import Estimates, joined
 from shardplan.costmodel.keys import unique_keys
 from shardplan.costmodel.layout import Layout, LayoutTable, layout_table
@@ -188,7 +188,7 @@ def _could_win_recomputing(state: _State, bounds: Estimates) -> BoolArray:
 
 def _in_a_step(state: _State, layouts: LayoutTable, longer_s: FloatArray) -> FloatArray:
     """Seconds that a step takes longer where a micro-batch takes `longer_s` longer on the slowest stage."""
-    weight = peak_weight(state.setting, layouts)
+    weight = pipeline_weights(state.setting, layouts)[0]
     return longer_s * weight / _waiting(weight)
 
 
@@ -334,7 +334,7 @@ def _cut_some(state: _State, layouts: LayoutTable, bounds: FloatArray) -> None:
     """Cut layouts, least bound first, once what their stages can hold in whole layers says more than `bounds` do."""
     ready: list[Cuttable] = []
     of, place, least_s = np.zeros(len(layouts), dtype=np.int64), np.zeros(len(layouts), dtype=np.int64), bounds + np.inf
-    longer = _waiting(peak_weight(state.setting, layouts))
+    longer = _waiting(pipeline_weights(state.setting, layouts)[0])
     for rows, part in _alike(state.setting, layouts):
         if part is None:
             state.uncut_s = min(state.uncut_s, float(bounds[rows].min()))
