@@ -46,8 +46,11 @@ class BlockCost:
 
     forward_s: FloatArray
     backward_s: FloatArray
-    weight_grad_s: FloatArray
-    """Part of `backward_s` that a split backward puts off: gradients of the weights."""
+    split_forward_s: FloatArray
+    """`forward_s` with a third of the three products of each trained matrix in place of its own: their passes differ by how shapes fill
+    the GPU, which is no reason for another schedule."""
+    split_weight_s: FloatArray
+    """That third: what a split backward puts off, the gradients of the weights."""
     selective_s: FloatArray
     """Forward seconds of the operators that `selective` recomputes."""
     full_s: FloatArray
@@ -110,8 +113,10 @@ class _OpSeconds:
 
     forward: FloatArray
     backward: FloatArray
-    weight_grad: FloatArray
-    """Part of `backward`: products for the gradients of its weights."""
+    product: FloatArray
+    """Mean of the three products of its trained matrices."""
+    product_forward: FloatArray
+    """The first of them, part of `forward`."""
     accumulate: FloatArray
     """Adding its weight gradient of one micro-batch to the accumulated one."""
     tensor_forward: list[FloatArray]
@@ -179,7 +184,15 @@ def _seconds_of_all(
     moved = [*both[0], *both[1], *(zero + added * _weights(op) for op in ops)]
     forward, backward, accumulate = memory_bound_s(gpu, np.reshape(moved, (3, len(ops), len(zero))))
     found = [
-        _OpSeconds(forward=f, backward=b, weight_grad=zero, accumulate=a, tensor_forward=[], tensor_backward=[])
+        _OpSeconds(
+            forward=f,
+            backward=b,
+            product=zero,
+            product_forward=zero,
+            accumulate=a,
+            tensor_forward=[],
+            tensor_backward=[],
+        )
         for f, b, a in zip(forward, backward, accumulate, strict=True)
     ]
     _add_products(found, ops, gpu, precision, runtime)
@@ -225,7 +238,8 @@ def _add_products(found: Sequence[_OpSeconds], ops: Sequence[Op], gpu: Gpu, prec
         for (seconds, _, trained), forward, input_grad, weight_grad in zip(some, *ways, strict=True):
             seconds.forward = seconds.forward + forward
             seconds.backward = seconds.backward + input_grad + trained * weight_grad
-            seconds.weight_grad = seconds.weight_grad + trained * weight_grad
+            seconds.product = seconds.product + trained * (forward + input_grad + weight_grad) / 3.0
+            seconds.product_forward = seconds.product_forward + trained * forward
 
 
 def _add_collectives(found: Sequence[_OpSeconds], ops: Sequence[Op], shapes: Shapes, tiers: TierTable) -> None:
@@ -299,7 +313,8 @@ def _op_totals(
     return {
         "forward_s": seconds.forward,
         "backward_s": seconds.backward,
-        "weight_grad_s": seconds.weight_grad,
+        "split_forward_s": seconds.forward - seconds.product_forward + seconds.product,
+        "split_weight_s": seconds.product,
         "selective_s": seconds.forward * selected,
         "full_s": seconds.forward * repeated,
         "accumulate_s": seconds.accumulate,

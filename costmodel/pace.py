@@ -124,8 +124,7 @@ def _passes_of(
     """`backward_split` from the seconds of the blocks.
 
     Gradients of weights are products, 0.5 to 0.75 of a forward on A100s (arXiv 2401.10241, Table 6); their accumulation, what is run again
-    and half of what waits for other ranks is counted with the gradients of the inputs. Idle time behind the host goes half to the weights,
-    a quarter to each other pass: whatever gets faster then, a bubble does not get longer.
+    and half of what waits for other ranks is counted with the gradients of the inputs. Idle time behind the host goes to all three alike.
     """
     rows = np.flatnonzero(splits_backward(layouts))
     if not len(rows):
@@ -134,12 +133,10 @@ def _passes_of(
     some = blocks.take(rows)
     forward, later, all_s = np.zeros((3, len(rows)))
     for count, block, pace in zip(counts, (*some.layers, some.embedding, some.head), paces, strict=True):
-        own = pace["forward"][rows, 0]
-        busy = _busy(pace)[rows, 0]
-        idle = pace["host"][rows, 0]
-        waited = busy - own - pace["backward"][rows, 0] - pace["recompute"][rows, 0] - idle
-        forward += count * (own + 0.5 * waited + 0.25 * idle)
-        later += count * (block["weight_grad_s"] + 0.5 * idle)
+        busy, idle = _busy(pace)[rows, 0], pace["host"][rows, 0]
+        waited = busy - idle - sum(pace[name][rows, 0] for name in ("forward", "backward", "recompute"))
+        forward += count * (block["split_forward_s"] + waited / 2.0 + idle / 3.0)
+        later += count * (block["split_weight_s"] + idle / 3.0)
         all_s += count * busy
     passes = np.full((3, len(layouts)), 1.0 / 3.0)
     passes[:, rows] = np.stack([forward, all_s - forward - later, later]) / all_s

@@ -146,15 +146,38 @@ def test_rounds_of_zero_bubble() -> None:
 
 
 @pytest.mark.parametrize("schedule", NEW)
-def test_the_search_looks_at_rare_schedules_when_asked(schedule: str) -> None:
+def test_every_schedule_can_be_asked_for(schedule: str) -> None:
     job, cluster = Job(seq=8192, global_batch=64), load_cluster("h100-ib", gpus=64)
     inputs = {"model": load_model("llama-3-70b"), "job": job, "cluster": cluster, "runtime": "fsdp2"}
-    unasked = search(**inputs).ranked
     asked = search(**inputs, wishes=parse_wishes(f"pp=4 schedule={schedule}")).ranked
-    assert unasked is not None
     assert asked is not None
-    assert not np.isin(unasked.layouts.schedule, [SCHEDULES.index(name) for name in NEW]).any()
     assert (asked.layouts.schedule == SCHEDULES.index(schedule)).all()
+
+
+def test_the_search_looks_at_every_schedule_of_the_runtime() -> None:
+    """Those that split the backward are ranked unasked; gpipe, and looped chunks in full rounds, only where nothing outdoes them."""
+    at = Setting(
+        model=load_model("llama-3-8b"),
+        job=Job(seq=2048, global_batch=64),
+        cluster=load_cluster("h100-ib", gpus=8),
+        runtime=load_runtime("fsdp2"),
+    )
+
+    def ranked(forbid: str = "") -> set[str]:
+        found = search(
+            model=at.model,
+            job=at.job,
+            cluster=at.cluster,
+            runtime=at.runtime,
+            wishes=parse_wishes("dp=2 pp=4", [forbid]),
+        )
+        assert found.ranked is not None
+        assert found.slower > 0
+        return {SCHEDULES[code] for code in np.unique(found.ranked.layouts.schedule[found.ranked.layouts.pp > 1])}
+
+    assert {"1f1b", "interleaved", *SPLIT_BACKWARD} <= ranked()
+    assert "gpipe" not in ranked()
+    assert "gpipe" in ranked("schedule=1f1b")
 
 
 def test_breadth_first_takes_any_number_of_micro_batches() -> None:

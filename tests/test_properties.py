@@ -22,6 +22,7 @@ from shardplan.costmodel.job import Job
 from shardplan.costmodel.layout import LayoutTable
 from shardplan.costmodel.model import Model, parameter_counts
 from shardplan.costmodel.model_config import load_model
+from shardplan.costmodel.pace import splits_backward
 from shardplan.costmodel.recompute import RECOMPUTE
 from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.rules import broken_rules
@@ -38,7 +39,9 @@ SLACK = 1e-9
 """Relative rounding of sums."""
 MODELS = ("llama-3-8b", "llama-2-13b", "llama-3-70b", "gpt3-175b", "megatron-39b")
 CLUSTERS = ("h100-ib", "selene", "jean-zay", "b200-ib", "dgx2-edr", "h200-ib", "mi325x-ib", "a100-40gb-ib")
-RARE = ("schedule=looped_bfs", "schedule=zero_bubble", "schedule=zero_bubble_v", "schedule=dualpipe_v")
+RARE = ("schedule=zero_bubble", "schedule=zero_bubble_v", "schedule=dualpipe_v")
+MOST_LAYOUTS = 100_000
+"""Of one setting, kept in memory."""
 TIERS = (
     ("deepspeed", "zero=3 offload_optimizer=cpu offload_params=cpu"),
     ("deepspeed", "zero=3 offload_optimizer=nvme offload_params=nvme"),
@@ -91,7 +94,7 @@ def _valid(setting: Setting, table: LayoutTable) -> NDArray[np.bool_]:
 
 @cache
 def _space(model: str, cluster: str, nodes: int, runtime: str, seq: int, batch: int, fix: str) -> Case:
-    """All valid layouts of one setting; schedules that the runtime lacks are not asked for."""
+    """Valid layouts among MOST_LAYOUTS of one setting, evenly drawn; schedules that the runtime lacks are not asked for."""
     machine = load_cluster(cluster)
     machine = machine.with_gpus(nodes * machine.node.gpus)
     chosen = load_runtime(runtime)
@@ -101,12 +104,14 @@ def _space(model: str, cluster: str, nodes: int, runtime: str, seq: int, batch: 
     kinds = chosen.abilities.context_parallel
     piped = chosen.abilities.schedules
     space = layout_space(setting.model, job, machine.gpus, parse_wishes(fix), kinds, schedules=piped)
+    if len(space) > MOST_LAYOUTS:
+        space = space.take(np.sort(np.random.default_rng(0).choice(len(space), size=MOST_LAYOUTS, replace=False)))
     return Case(setting=setting, layouts=space.take(_valid(setting, space)))
 
 
 @cache
 def _runtimes_and_wishes() -> tuple[tuple[str, str], ...]:
-    """Every runtime with the schedules a search looks at, with each of the others that it has, and with other tiers of memory."""
+    """Every runtime with all schedules that it has, with those that split the backward alone, and with other tiers of memory."""
     usual = [(name, "") for name in runtime_names()]
     rare = [(name, f) for name in runtime_names() for f in RARE if f[9:] in load_runtime(name).abilities.schedules]
     return (*usual, *rare, *TIERS)
@@ -232,8 +237,10 @@ FASTER: dict[str, Callable[[Cluster], Cluster]] = {
 @FEW
 @given(case=cases())
 def test_twice_the_rate_is_never_slower(what: str, case: Case) -> None:
+    """Where the backward is split, the bubble goes by the shares that passes have in the whole model: what gets shorter on one stage alone
+    may make the others' share of it longer, by less than 0.01 % of the step."""
     before, after = case.estimates(), case.estimates(cluster=FASTER[what](case.setting.cluster))
-    ordered(after.step_s, before.step_s, case.layouts)
+    ordered(after.step_s, before.step_s, case.layouts, np.where(splits_backward(case.layouts), 1e-4, SLACK))
     assert (before.device_peak_bytes == after.device_peak_bytes).all()
 
 
