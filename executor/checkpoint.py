@@ -152,7 +152,8 @@ def _item_bytes(item: WriteItem) -> int:
 
 @contextmanager
 def _without_crc() -> Iterator[None]:
-    """Leave out the CRC-32 that torch.save computes of every tensor; of this thread alone. The manifest has a sha256 of each file."""
+    """Leave out the CRC-32 that torch.save computes of every tensor (in torch 2.13 of this thread alone): the manifest has a sha256 of each
+    file."""
     before = get_crc32_options()
     set_crc32_options(False)
     try:

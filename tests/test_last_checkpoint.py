@@ -51,8 +51,8 @@ def test_a_run_that_waits_for_its_last_checkpoint_tells_so(tmp_path, monkeypatch
 @pytest.mark.parametrize("refusing", ["__0_0.distcp", "__0_1.distcp", "__0_2.distcp"])
 def test_a_full_disk_under_any_of_the_threads_fails_the_save(tmp_path, monkeypatch, refusing):
     import torch
-    from torch.distributed.checkpoint import save
     from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     from shardplan.executor import checkpoint, hashed_file
     from shardplan.executor.checkpoint_files import Progress, checkpoints, part_folder
