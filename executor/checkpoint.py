@@ -93,13 +93,19 @@ class _HashingFiles(FileSystem):
     def __init__(self) -> None:
         self.written: dict[str, tuple[int, str]] = {}
         """Size and sha256 by name."""
+        self.failed: list[Exception] = []
+        """What was raised, in whatever thread: DCP passes on only what its caller's own thread raises."""
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """A new file; entered in the thread that writes it."""
         assert mode == "wb"
-        with HashedFile(Path(path)) as file, _without_crc():
-            yield file
+        try:
+            with HashedFile(Path(path)) as file, _without_crc():
+                yield file
+        except Exception as bad:
+            self.failed.append(bad)
+            raise
         self.written[Path(path).name] = (file.size_bytes, file.sha256)
 
 
@@ -118,6 +124,8 @@ class CheckpointWriter(FileSystemWriter):
         self.thread_count = writers(sum(map(_item_bytes, plan.items)))
         done = super().write_data(plan, planner)
         done.wait()
+        if self.files.failed:
+            raise self.files.failed[0]
         for name, (size_bytes, sha256) in self.files.written.items():
             checkpoint_files.write_digest(self.part / name, size_bytes=size_bytes, sha256=sha256)
         return done
@@ -144,7 +152,8 @@ def _item_bytes(item: WriteItem) -> int:
 
 @contextmanager
 def _without_crc() -> Iterator[None]:
-    """Leave out the CRC-32 that torch.save computes of every tensor; of this thread alone. The manifest has a sha256 of each file."""
+    """Leave out the CRC-32 that torch.save computes of every tensor (in torch 2.13 of this thread alone): the manifest has a sha256 of each
+    file."""
     before = get_crc32_options()
     set_crc32_options(False)
     try:

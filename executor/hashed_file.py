@@ -17,6 +17,8 @@ from pathlib import Path
 DIRECT = getattr(os, "O_DIRECT", 0)
 """0 where the system has none (macOS)."""
 BUFFER_BYTES = 8 * 2**20
+NOT_TAKEN = (errno.EINVAL, errno.EOPNOTSUPP)
+"""What file systems say to direct access that they do not have."""
 
 
 class HashedFile(io.RawIOBase):
@@ -24,13 +26,11 @@ class HashedFile(io.RawIOBase):
 
     def __init__(self, path: Path) -> None:
         super().__init__()
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0)
         try:
-            self.handle = os.open(path, flags | DIRECT, 0o666)
-        except OSError as bad:
-            if bad.errno != errno.EINVAL:
-                raise
-            self.handle = os.open(path, flags, 0o666)  # a file system without it
+            self.handle = _opened(path)
+        except OSError:
+            super().close()  # or it would be closed once more when it is collected
+            raise
         self.buffer = memoryview(mmap.mmap(-1, BUFFER_BYTES))  # begins at a page, as direct writes ask
         self.filled, self.size_bytes = 0, 0
         self.hash = hashlib.sha256()
@@ -78,7 +78,7 @@ class HashedFile(io.RawIOBase):
         try:
             return os.write(self.handle, held)
         except OSError as bad:
-            if bad.errno != errno.EINVAL or not self._stop_direct():
+            if bad.errno not in NOT_TAKEN or not self._stop_direct():
                 raise
             return os.write(self.handle, held)
 
@@ -99,5 +99,15 @@ class HashedFile(io.RawIOBase):
             self._empty()
             os.fsync(self.handle)
         finally:
+            super().close()  # first, so that nothing closes the handle again, which may be another file's by then
             os.close(self.handle)
-            super().close()
+
+
+def _opened(path: Path) -> int:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0)
+    try:
+        return os.open(path, flags | DIRECT, 0o666)
+    except OSError as bad:
+        if bad.errno not in NOT_TAKEN:
+            raise
+        return os.open(path, flags, 0o666)

@@ -43,7 +43,7 @@ def estimate_rate(repeats: int, streamed: int) -> dict[str, Any]:
     start = time.perf_counter()
     found = search(model=model, job=job, cluster=cluster, runtime=runtime)
     search_s = time.perf_counter() - start
-    space = layout_space(model, job, cluster.gpus)
+    space = layout_space(model, job, cluster.gpus, schedules=runtime.abilities.schedules)
     broken = broken_rules(Setting(model=model, job=job, cluster=cluster, runtime=runtime), space)
     valid = space.take(~np.any(np.stack(list(broken.values())), axis=0))
     seconds: list[float] = []

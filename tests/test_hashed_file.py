@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gc
 import hashlib
 import os
 import random
+import sys
 
 import pytest
 
@@ -78,3 +80,12 @@ def test_a_full_disk_is_an_error_and_leaves_no_open_file(tmp_path, monkeypatch):
     assert file.closed
     with pytest.raises(OSError, match="Bad file"):
         os.fstat(file.handle)
+
+
+def test_what_cannot_be_opened_is_told_once(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+    with pytest.raises(FileNotFoundError):
+        HashedFile(tmp_path / "no folder" / "file")
+    gc.collect()
+    assert not told

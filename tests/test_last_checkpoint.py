@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from concurrent.futures import Future
 from threading import Timer
@@ -44,3 +45,33 @@ def test_a_run_that_waits_for_its_last_checkpoint_tells_so(tmp_path, monkeypatch
     assert [line.partition(" is ")[0] for line in slow] == ["the checkpoint of step 7"] * 2
     assert "being written" in slow[0]
     assert "complete, 0." in slow[1]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("refusing", ["__0_0.distcp", "__0_1.distcp", "__0_2.distcp"])
+def test_a_full_disk_under_any_of_the_threads_fails_the_save(tmp_path, monkeypatch, refusing):
+    import torch
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    from shardplan.executor import checkpoint, hashed_file
+    from shardplan.executor.checkpoint_files import Progress, checkpoints, part_folder
+
+    class Full(hashed_file.HashedFile):
+        def __init__(self, path):
+            super().__init__(path)
+            self.name = path.name
+
+        def _put(self, held):
+            if self.name == refusing:
+                raise OSError(errno.ENOSPC, "no space")
+            return super()._put(held)
+
+    monkeypatch.setattr(checkpoint, "writers", lambda _: 3)
+    monkeypatch.setattr(checkpoint, "HashedFile", Full)
+    state = {f"weight{number}": torch.ones(1000) for number in range(6)}
+    progress = Progress(step=1, seed=0, model="", layout="")
+    part_folder(tmp_path, 1).mkdir()
+    with pytest.raises(CheckpointException, match="no space"):
+        save(state, storage_writer=checkpoint.CheckpointWriter(tmp_path, progress, keep=1), no_dist=True)
+    assert checkpoints(tmp_path) == []
