@@ -2,7 +2,8 @@
 
 Every stage that a cut could have is timed and weighed once by the cost model (`stage_trials`), embedding, head and loss included, with as
 few recomputed layers as make it fit; `chain.best_cut` chooses among all cuts exactly. Where a rank holds several chunks the layers of a
-rank are chosen, and its chunks made as equal as they go: exact for models of one kind of layer, others keep the runtime's rule there.
+rank are chosen, and its chunks made as equal as they go: exact for models of one kind of layer as long as all chunks of a rank are as
+long (`counted_in_full`), others keep the runtime's rule there.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from shardplan.costmodel.estimate import pipeline_weights
 from shardplan.costmodel.layout import V_PLACED, Layout, LayoutTable
 from shardplan.costmodel.model import Model
-from shardplan.costmodel.pipeline import split_layers
+from shardplan.costmodel.pipeline import chunk_lengths, split_layers
 from shardplan.costmodel.recompute import RECOMPUTE
 from shardplan.costmodel.rule import Setting
 from shardplan.planner.chain import best_cut, bounds_of
@@ -30,6 +31,13 @@ FULL, NONE = RECOMPUTE.index("full"), RECOMPUTE.index("none")
 def can_cut(model: Model, layout: Layout) -> bool:
     """Whether `cut_stages` chooses among all cuts of such a layout."""
     return layout.pp > 1 and (layout.virtual_stages == 1 or (len(model.runs) == 1 and not model.mtp_modules))
+
+
+def counted_in_full(setting: Setting, layout: Layout) -> bool:
+    """Whether a pipeline takes what its cut was chosen for: `chain.best_cut` knows nothing of waits for chunks of another length."""
+    pp, chunks = layout.pp, layout.virtual_stages
+    usual = split_layers(setting.model.layer_count, pp * chunks, setting.runtime.stages)
+    return chunks == 1 or chunk_lengths(layout.stage_layers or usual, pp, chunks) == (1.0, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
