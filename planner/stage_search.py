@@ -77,8 +77,8 @@ class _State:
     cut: int = 0
     proved: bool = True
     uncut_s: float = np.inf
-    """The least bound of what is not cut exactly: it keeps the runtime's rule (`stages.can_cut`), or its best cut has chunks of unequal
-    length (`stages.counted_in_full`)."""
+    """The least bound of what is not cut exactly: it keeps the runtime's rule (`stages.can_cut`), or its best cut waits for longer chunks
+    than it was chosen for (`stages.counted_in_full`)."""
 
 
 def search_stages(
