@@ -22,10 +22,11 @@ from shardplan.costmodel.estimate import estimate, on_stages, stage_times
 from shardplan.costmodel.estimates import Estimates
 from shardplan.costmodel.keys import LazyColumns
 from shardplan.costmodel.layout import Layout, LayoutTable, layout_table
-from shardplan.costmodel.pace import backward_split, fill_weight
+from shardplan.costmodel.pace import backward_split, bubble_s
 from shardplan.costmodel.rule import Rejection, Setting
 from shardplan.costmodel.rule_parts import micro_batches
 from shardplan.costmodel.rules import rejections
+from shardplan.costmodel.stage_cost import stage_rows
 from shardplan.costmodel.step_time import TIME_PARTS
 from shardplan.costmodel.sustained import prepared
 from shardplan.hw_profiles.machine import Cluster
@@ -126,8 +127,8 @@ def estimate_staged(setting: Setting, layouts: LayoutTable, stages: Sequence[int
     time = _times(found, slowest)
     batches = micro_batches(setting, layouts)
     passes = backward_split(prepared(parts[0]), layouts, recomputed, batches)
-    weight = fill_weight(layouts, batches, passes)
-    time["bubble_s"] = weight * (seconds.sum(axis=1) - seconds.max(axis=1))
+    chunks = stage_rows(setting.model, layouts, setting.runtime, every_stage=True).chunks
+    time["bubble_s"] = bubble_s(layouts, batches, passes, chunks, seconds.sum(axis=1), seconds.max(axis=1))
     fullest = np.stack([one.peaks["device"] / one.capacity_bytes for one in found]).argmax(axis=0)
     lead = found[0]
     return replace(

@@ -60,13 +60,7 @@ def pipeline_pace(
     whole = _over_blocks([*(float(count) for _, count in model.runs), 1.0, 1.0], [_busy(pace)[:, 0] for pace in paces])
     passes = _passes_of(model, layouts, blocks, paces)
     slowest_s = _at_stage(total, slowest)
-    bubble = (whole - slowest_s) * fill_weight(
-        layouts, micro_batches, passes
-    )  # one micro-batch through the other stages
-    if stages.chunks is not None:
-        late = uneven_chunks_s(layouts, micro_batches, stages.chunks, whole / layouts.pp, slowest_s)
-        bubble = bubble * stages.chunks[:, 0] + late
-    return {**worst, "bubble": bubble}
+    return {**worst, "bubble": bubble_s(layouts, micro_batches, passes, stages.chunks, whole, slowest_s)}
 
 
 def stage_seconds(
@@ -85,6 +79,22 @@ def stage_seconds(
     paces = _block_paces(cluster.gpu, runtime, blocks, share, each_micro_batch)
     counts = [*np.moveaxis(stages.layers, 2, 0), stages.embedding, stages.head]
     return np.broadcast_to(_over_blocks(counts, [_busy(pace) for pace in paces]), total.shape)
+
+
+def bubble_s(
+    layouts: LayoutTable,
+    micro_batches: FloatArray,
+    passes: FloatArray | None,
+    chunks: FloatArray | None,
+    whole_s: FloatArray,
+    slowest_s: FloatArray,
+) -> FloatArray:
+    """Seconds of a step in which ranks wait for each other, (N,), where a micro-batch takes `whole_s` through all stages and `slowest_s` on
+    the slowest; `passes` are those of `backward_split`, `chunks` those of `StageRows`."""
+    bubble = (whole_s - slowest_s) * fill_weight(layouts, micro_batches, passes)
+    if chunks is None:
+        return bubble
+    return bubble * chunks[:, 0] + uneven_chunks_s(layouts, micro_batches, chunks, whole_s / layouts.pp, slowest_s)
 
 
 def fill_weight(layouts: LayoutTable, micro_batches: FloatArray, passes: FloatArray | None) -> FloatArray:

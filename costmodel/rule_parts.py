@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from shardplan.costmodel.keys import one_of, unique_keys
 from shardplan.costmodel.layout import Layout, LayoutTable
 from shardplan.costmodel.model import LayerKind
-from shardplan.costmodel.pipeline import layers_of_ranks
+from shardplan.costmodel.pipeline import layers_of_ranks, split_layers
 from shardplan.costmodel.recompute import BY_STAGE
 from shardplan.costmodel.rule import BoolArray, Setting
 from shardplan.costmodel.runtime import Runtime
@@ -94,23 +94,24 @@ def ends_lack_layers(setting: Setting, table: LayoutTable) -> BoolArray:
 def recomputes_more_than_there_is(setting: Setting, table: LayoutTable) -> BoolArray:
     """Predicate: more recomputed layers of every stage than the fullest stage has."""
     broken = table.recompute_layers * table.pp > setting.model.layer_count
-    uneven = np.flatnonzero(broken & (table.split > 0))
-    if len(uneven):
+    open_ = np.flatnonzero(broken)
+    if len(open_):
         columns = (table.pp, table.virtual_stages, table.split, table.v_placed.astype(np.int64))
-        keys = [column[uneven] for column in columns]
+        keys = [column[open_] for column in columns]
         first, key_of = unique_keys(*keys)
-        fullest = [_fullest_stage(table.splits, *(int(key[row]) for key in keys)) for row in first]
+        fullest = [_fullest_stage(setting, table.splits, *(int(key[row]) for key in keys)) for row in first]
         most = np.asarray(fullest)[key_of] + setting.model.mtp_modules
-        broken[uneven] = table.recompute_layers[uneven] > most
+        broken[open_] = table.recompute_layers[open_] > most
     return broken
 
 
 def _fullest_stage(
-    splits: Sequence[tuple[int, ...] | None], pp: int, virtual_stages: int, split: int, v_placed: int
+    setting: Setting, splits: Sequence[tuple[int, ...] | None], pp: int, virtual_stages: int, split: int, v_placed: int
 ) -> int:
-    """Layers of the stage that holds most of an explicit split; none where that is of another number of chunks."""
-    layers = splits[split] or ()
-    if len(layers) != pp * virtual_stages:
+    """Layers of the stage that holds most of them; none where an explicit split is of another number of chunks."""
+    chunks = pp * virtual_stages
+    layers = splits[split] or split_layers(setting.model.layer_count, chunks, setting.runtime.stages)
+    if len(layers) != chunks:
         return 0
     return int(layers_of_ranks(layers, pp, virtual_stages, v_placed=bool(v_placed)).max())
 

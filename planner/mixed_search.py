@@ -39,7 +39,7 @@ from shardplan.planner.sift import Sifted, largest_first, sift, sift_space
 from shardplan.planner.space import Wishes
 from shardplan.planner.stage_options import Part, Wanted
 from shardplan.planner.stage_search import STRUCTURE, leaves_stages_open, wanted_of
-from shardplan.planner.stages import can_cut, cut_stages, mean_stage_seconds
+from shardplan.planner.stages import can_cut, counted_in_full, cut_stages, mean_stage_seconds
 from shardplan.planner.watch import Watch
 
 NONE, FULL = RECOMPUTE.index("none"), RECOMPUTE.index("full")
@@ -242,14 +242,15 @@ def _on_parts(setting: Setting, table: LayoutTable) -> Estimates:
 
 
 def _cut_ones(setting: Setting, staged: LayoutTable, wanted: Wanted, fastest: float) -> tuple[list[Estimates], bool]:
-    """(estimates of the layouts with the best cuts, most hopeful first, until no bound is below the fastest; whether it came to that)."""
+    """(estimates of the layouts with the best cuts, most hopeful first, until no bound is below the fastest; whether it came to that, with
+    no bound below the fastest of what is not cut exactly)."""
     plain = staged.take(
         (staged.pp > 1) & (staged.split == 0) & ((staged.recompute != FULL) | (not wanted.partial_recompute))
     )
     plain = plain.take(_have_room(setting, plain, wanted)) if len(plain) else plain
     bounds = _bounds(setting, plain)
     order = np.argsort(bounds, kind="stable")
-    at, size, found = 0, FIRST_CUT, list[Estimates]()
+    at, size, found, uncut_s = 0, FIRST_CUT, list[Estimates](), np.inf
     while at < len(order) and bounds[order[at]] < fastest:
         if at >= MOST_CUT:
             return found, False
@@ -261,14 +262,20 @@ def _cut_ones(setting: Setting, staged: LayoutTable, wanted: Wanted, fastest: fl
             rows = alike[bounds[some[alike]] < fastest]
             if not len(rows):
                 continue
+            least_s = float(bounds[some[rows]].min())
+            if not can_cut(setting.model, chosen.row(int(rows[0]))):
+                uncut_s = min(uncut_s, least_s)
+                continue
             cut = _cut(setting, chosen.take(rows), wanted, fastest - bounds[some[rows]])
             if cut is None:
                 continue
+            if not all(counted_in_full(setting, cut.row(row)) for row in range(len(cut))):
+                uncut_s = min(uncut_s, least_s)
             its = _on_parts(setting, cut)
             found.append(its)
             fit = its.fits(wanted.headroom)
             fastest = min(fastest, float(its.step_s[fit].min()) if fit.any() else np.inf)
-    return found, True
+    return found, uncut_s >= fastest
 
 
 def _have_room(setting: Setting, table: LayoutTable, wanted: Wanted) -> NDArray[np.bool_]:
@@ -295,8 +302,6 @@ def _parts(setting: Setting, table: LayoutTable) -> list[Part]:
 
 
 def _cut(setting: Setting, table: LayoutTable, wanted: Wanted, slack_s: FloatArray) -> LayoutTable | None:
-    if not can_cut(setting.model, table.row(0)):
-        return None
     cut: list[Layout] = [one for each in cut_stages(_parts(setting, table), wanted, slack_s) for one in each]
     if not cut:
         return None

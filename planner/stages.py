@@ -2,7 +2,8 @@
 
 Every stage that a cut could have is timed and weighed once by the cost model (`stage_trials`), embedding, head and loss included, with as
 few recomputed layers as make it fit; `chain.best_cut` chooses among all cuts exactly. Where a rank holds several chunks the layers of a
-rank are chosen, and its chunks made as equal as they go: exact for models of one kind of layer, others keep the runtime's rule there.
+rank are chosen, and its chunks made as equal as they go: exact for models of one kind of layer where `counted_in_full`, others keep
+the runtime's rule there.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from shardplan.costmodel.estimate import pipeline_weights
 from shardplan.costmodel.layout import V_PLACED, Layout, LayoutTable
 from shardplan.costmodel.model import Model
-from shardplan.costmodel.pipeline import split_layers
+from shardplan.costmodel.pipeline import chunk_lengths, split_layers
 from shardplan.costmodel.recompute import RECOMPUTE
 from shardplan.costmodel.rule import Setting
 from shardplan.planner.chain import best_cut, bounds_of
@@ -32,6 +33,23 @@ def can_cut(model: Model, layout: Layout) -> bool:
     return layout.pp > 1 and (layout.virtual_stages == 1 or (len(model.runs) == 1 and not model.mtp_modules))
 
 
+def counted_in_full(setting: Setting, layout: Layout) -> bool:
+    """Whether a pipeline takes what its cut was chosen for: chunks as equal as the layers allow, and no rounds that wait for long ones
+    (`pipeline.uneven_chunks_s`), which `chain.best_cut` knows nothing of."""
+    pp, chunks, layers = layout.pp, layout.virtual_stages, setting.model.layer_count
+    if chunks == 1:
+        return True
+    split = layout.stage_layers or split_layers(layers, pp * chunks, setting.runtime.stages)
+    most, least = chunk_lengths(split, pp, chunks)
+    waits = layout.schedule == "interleaved" and (pp - 1.0) * (most - least) > most
+    return not waits and most <= _least_longest(layers, chunks) * (1.0 + 1e-9)
+
+
+def _least_longest(layers: int, chunks: int) -> float:
+    """What the `most` of `pipeline.chunk_lengths` is at least with so many chunks a rank: layers are whole."""
+    return -(-layers // chunks) * chunks / layers
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cuttable:
     """N layouts that agree in pp, schedule, virtual stages and kind of recompute, with what each stage of theirs could hold."""
@@ -43,7 +61,8 @@ class Cuttable:
     segments: IntArray
     options: Options
     weights: FloatArray
-    """(peak_weight, sum_weight) of `chain.best_cut`, (N, 2)."""
+    """(peak_weight, sum_weight) of `chain.best_cut`, (N, 2), with bubbles as much longer as those of any whole layers
+    (`_least_longest`)."""
     equal_s: FloatArray
     """Seconds of the pipeline if every stage held 1/pp of everything, (N,)."""
     more_s: FloatArray
@@ -56,9 +75,10 @@ class Cuttable:
         first = layouts.row(0)
         chain = Chain.of(setting, first)
         on_parts = [part.trials for part in parts]
-        weights = np.stack(pipeline_weights(setting, layouts), axis=1)
+        peak, fill = pipeline_weights(setting, layouts)
+        longer = np.minimum((_least_longest(len(chain.kinds), chain.chunks) - 1.0) * fill, peak)
         least_s, mean_s = mean_stage_seconds(parts)
-        most_peak_s = mean_s + slack_s / np.maximum(weights[:, 0], 1e-9)
+        most_peak_s = mean_s + slack_s / np.maximum(peak, 1e-9)
         contents = within(chain, on_parts, most_peak_s)
         if not len(contents):
             return None
@@ -73,9 +93,9 @@ class Cuttable:
             chain=chain,
             segments=chain.segments(contents),
             options=options,
-            weights=weights,
-            equal_s=weights[:, 0] * mean_s + weights[:, 1] * chain.pp * least_s,
-            more_s=np.maximum(weights[:, 0], 1e-9) * np.maximum(peak_s - mean_s, 0.0),
+            weights=np.stack([peak - longer, fill + longer], axis=1),
+            equal_s=peak * mean_s + fill * chain.pp * least_s,
+            more_s=np.maximum(peak, 1e-9) * np.maximum(peak_s - mean_s, 0.0),
         )
 
     def cuts(self, row: int, slack_s: float) -> list[Layout]:

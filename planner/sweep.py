@@ -20,10 +20,13 @@ from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.machine import Cluster
 from shardplan.planner.front import memory_points
 from shardplan.planner.machines import network_gbps_per_gpu, with_network_rate
+from shardplan.planner.ranking import Objective
 from shardplan.planner.search import SearchResult, search
 from shardplan.planner.sizes import gpu_counts
 from shardplan.planner.space import Wishes
 
+POINT = ("cluster", "gpus", "network_gbps_per_gpu", "global_batch", "seq")
+"""Columns that tell one point of a grid from another."""
 COLUMNS = (
     "cluster",
     "gpu",
@@ -100,16 +103,7 @@ class Sweep:
         self, machine: Cluster, job: Job, tried: Sequence[Mapping[str, Any]], days: float
     ) -> Iterator[dict[str, Any]]:
         """The row of the fewest GPUs that meet the deadline, where it is not among those tried."""
-        found = search(
-            model=self.model,
-            job=job,
-            cluster=machine,
-            runtime=self.runtime,
-            wishes=self.wishes,
-            objective="deadline",
-            headroom=self.headroom,
-            days=days,
-        )
+        found = self._search(machine, job, objective="deadline", days=days)
         if found.ranked is not None and found.cluster.gpus not in {row["gpus"] for row in tried}:
             yield self.row(machine, found.cluster.gpus, job)
 
@@ -120,17 +114,24 @@ class Sweep:
             machine = cluster.with_gpus(gpus)
         except InputError as bad:
             return {**row, "reason": bad.problem}
-        found = search(
+        found = self._search(machine, job)
+        if found.ranked is None:
+            return {**row, "reason": _why_nothing(found)}
+        return {**row, **self._figures(machine, job, found.ranked)}
+
+    def _search(
+        self, machine: Cluster, job: Job, *, objective: Objective = "throughput", days: float | None = None
+    ) -> SearchResult:
+        return search(
             model=self.model,
             job=job,
             cluster=machine,
             runtime=self.runtime,
             wishes=self.wishes,
+            objective=objective,
             headroom=self.headroom,
+            days=days,
         )
-        if found.ranked is None:
-            return {**row, "reason": _why_nothing(found)}
-        return {**row, **self._figures(machine, job, found.ranked)}
 
     def _leaner(self, cluster: Cluster, gpus: int, job: Job) -> Iterator[dict[str, Any]]:
         """Rows of the layouts of a point's front behind the fastest."""
@@ -200,9 +201,9 @@ def fastest_of_points(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The first row of every point, its fastest, without those that need less memory."""
     seen: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rows:
-        point = tuple(row[name] for name in ("cluster", "gpus", "network_gbps_per_gpu", "global_batch", "seq"))
+        point = tuple(row[name] for name in POINT)
         before = seen.setdefault(point, row)
-        if row["fits"] and row["tokens_per_s"] > before["tokens_per_s"]:
+        if row["fits"] and (not before["fits"] or row["tokens_per_s"] > before["tokens_per_s"]):
             seen[point] = row
     return list(seen.values())
 

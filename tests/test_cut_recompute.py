@@ -20,9 +20,9 @@ from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.rules import broken_rules, rejections
 from shardplan.costmodel.runtime import load_runtime
 from shardplan.hw_profiles.load import load_cluster
+from shardplan.planner.machines import with_network_rate
 from shardplan.planner.search import search
 from shardplan.planner.space import Wishes, allowed, layout_space, parse_wishes
-from shardplan.planner.sweep import with_network_rate
 
 NONE, FULL = RECOMPUTE.index("none"), RECOMPUTE.index("full")
 NOT_WRITTEN_OUT = (
@@ -209,6 +209,31 @@ def test_no_cut_with_any_recompute_is_better(case: Case) -> None:
     assert found.complete
     words = layouts.row(best).words(), found.ranked.layouts.row(0).words()
     assert float(found.ranked.step_s[0]) == pytest.approx(float(every.step_s[best]), rel=1e-6), words
+
+
+@pytest.mark.parametrize(("model", "layers"), [("llama-3-8b", 10), ("gpt2", 10), ("llama-2-7b", 12)])
+def test_chunks_more_unequal_than_need_be_prove_nothing(model: str, layers: int) -> None:
+    """Longer than the layers force them to be: what a step loses to them is not in what cuts are chosen by, so that another order of chunks
+    may be quicker."""
+    words = "pp=4 micro_batch=1 zero=1 tp=1 schedule=interleaved virtual_stages=2"
+    job = Case(
+        runtime="shardplan", model=model, layers=layers, cluster="h100-ib", gpus=4, gib=80.0, batch=32, fix=words
+    )
+    at, wishes = job.setting(), parse_wishes(f"{words} cp=1", [*NOT_WRITTEN_OUT, "recompute=full"])
+    layouts = written_out(at, wishes)
+    every = estimate(model=at.model, job=at.job, cluster=at.cluster, layouts=layouts, runtime=at.runtime)
+    found = search(model=at.model, job=at.job, cluster=at.cluster, runtime=at.runtime, wishes=wishes)
+    assert found.ranked is not None
+    behind = float(found.ranked.step_s[0]) / float(every.step_s[every.fits()].min())
+    assert 1.002 < behind < 1.01
+    assert not found.proved
+
+
+def test_the_runtimes_own_uneven_stages_count_like_explicit_ones() -> None:
+    at = replace(CASES[0], gpus=5, layers=12).setting()
+    for words in ("pp=5", "pp=5 stage_layers=3,3,2,2,2"):
+        known = {count: rejections(at, parse_layout(f"{words} recompute=full:{count}"))[0] for count in (3, 4)}
+        assert [[one.rule for one in broken] for broken in known.values()] == [[], ["recompute-layers"]]
 
 
 def test_as_many_layers_of_a_stage_may_be_recomputed_as_the_fullest_has() -> None:

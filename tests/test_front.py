@@ -143,3 +143,10 @@ def test_a_sweep_marks_the_front_over_time_memory_money_and_gpus() -> None:
     for one, other in pairwise(shown):
         lean = other["device_peak_gib"] <= (1.0 - SHOWN_SAVING) * one["device_peak_gib"]
         assert one["gpus"] < other["gpus"] or (one["gpus"] == other["gpus"] and lean)
+
+
+def test_a_row_that_fits_stands_for_its_point() -> None:
+    """Two machines of one name, of which the first holds nothing."""
+    point = {"cluster": "ours", "gpus": 8, "network_gbps_per_gpu": 400.0, "global_batch": 64, "seq": 4096}
+    rows = [{**point, "fits": fits, "tokens_per_s": rate} for fits, rate in ((False, None), (True, 2.0), (True, 1.0))]
+    assert fastest_of_points(rows) == [rows[1]]

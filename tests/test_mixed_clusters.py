@@ -206,6 +206,18 @@ def test_two_equal_parts_are_the_plain_cluster(tmp_path: Path) -> None:
     assert one.ranked.step_s[0] == pytest.approx(other.ranked.step_s[0], rel=1e-6)
 
 
+def test_unequal_chunks_cost_as_much_on_equal_parts(tmp_path: Path) -> None:
+    layout = parse_layout("tp=2 pp=8 micro_batch=1 zero=1 schedule=interleaved virtual_stages=3")
+    model = shardplan.load_model("llama-3-8b")  # 32 layers in 24 chunks
+    job, runtime = shardplan.Job(seq=4096, global_batch=256), load_runtime("shardplan")
+    halves, whole = mixed(tmp_path, H100, H100, network="ib-ndr"), shardplan.load_cluster("h100-ib", gpus=16)
+    bubbles_s = [
+        float(estimate_any(Setting(model=model, job=job, cluster=one, runtime=runtime), layout).time["bubble_s"][0])
+        for one in (halves, whole)
+    ]
+    assert bubbles_s[0] == pytest.approx(bubbles_s[1], rel=1e-6)
+
+
 @pytest.mark.parametrize("words", [[], ["--runtime", "fsdp2", "--precision", "fp32"]])
 def test_a_plan_is_made_and_told_with_every_runtime(tmp_path: Path, words: list[str]) -> None:
     plan = tmp_path / "plan.json"

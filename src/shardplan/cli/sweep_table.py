@@ -10,8 +10,8 @@ from rich.markup import escape
 from shardplan.cli.console import make_console
 from shardplan.cli.result_lines import DAY_S, span, usd
 from shardplan.cli.tables import new_table, seconds
+from shardplan.planner.sweep import POINT
 
-VARIED = ("cluster", "gpus", "network_gbps_per_gpu", "global_batch", "seq")
 HEADINGS = {"network_gbps_per_gpu": "Gbit/s/GPU", "global_batch": "batch", "gpus": "GPUs"}
 
 
@@ -24,7 +24,7 @@ def thinned(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     least: dict[tuple[object, ...], float] = {}
     shown: list[Mapping[str, Any]] = []
     for row in rows:
-        point = tuple(row[name] for name in VARIED)
+        point = tuple(row[name] for name in POINT)
         lean = row["fits"] and row["device_peak_gib"] <= (1.0 - SHOWN_SAVING) * least.get(point, float("inf"))
         if not row["fits"] or (row["pareto"] and lean):
             shown.append(row)
@@ -41,8 +41,8 @@ def print_sweep(
 ) -> None:
     """Every point, then the answers; of fronts what `thinned` leaves."""
     console = make_console()
-    fronts = len({tuple(row[name] for name in VARIED) for row in rows}) < len(rows)
-    varied = [name for name in VARIED if name == "gpus" or len({row[name] for row in rows}) > 1]
+    fronts = len({tuple(row[name] for name in POINT) for row in rows}) < len(rows)
+    varied = [name for name in POINT if name == "gpus" or len({row[name] for row in rows}) > 1]
     priced = any(row["usd_per_million_tokens"] is not None for row in rows)
     budget = any(row["days"] is not None for row in rows)
     table = new_table(
