@@ -229,10 +229,13 @@ class Options:
     def _cover(self, chain: Chain, seconds: FloatArray, most_peak_s: FloatArray) -> NDArray[np.bool_]:
         """Layouts, (N,), whose stages hold all layers if each takes as many as fit and are in time, and no more than all if each takes
         as few."""
-        rows, none = len(seconds), 10**6
-        own = self.layers.reshape(chain.pp, -1).copy()
+        return self.holds_all(chain, seconds <= most_peak_s[:, None])
+
+    def holds_all(self, chain: Chain, good: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """The same, (N,), where options are `good` or not, (N, O)."""
+        none, own = 10**6, self.layers.reshape(chain.pp, -1).copy()
         own[chain.last] -= chain.extra.sum()
-        good = (seconds <= most_peak_s[:, None]).reshape(rows, chain.pp, -1)
+        good = good.reshape(len(good), chain.pp, -1)
         most = np.where(good, own, -none).max(axis=2).sum(axis=1)
         least = np.where(good, own, none).min(axis=2).sum(axis=1)
         return (most >= len(chain.kinds)) & (least <= len(chain.kinds))

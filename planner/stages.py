@@ -150,7 +150,7 @@ def _cuts(
     while len(found) < wanted.most_cuts:
         best, chosen, holds = np.inf, None, 0.0
         for depth in depths:
-            cut = _fastest(chain, segments, options, row, depth, fewer, weights, most_s)
+            cut = _fastest(chain, segments, options, row, depth, fewer, weights, min(most_s, best))
             if cut is not None and cut.seconds < best:
                 best, holds, repeated = cut.seconds, cut.parameters, cut.repeated
                 if least and not any(repeated):  # the first stage that has a layer
@@ -191,6 +191,8 @@ def _fastest(
     seconds, taken = options.seconds(row, depth)
     seconds = np.where(options.parameters[row] < fewer, seconds, np.inf)
     seconds = np.where(seconds <= most_s / max(peak_weight, 1e-9), seconds, np.inf)
+    if not options.holds_all(chain, np.isfinite(seconds)[None])[0]:
+        return None
     table, taken = seconds.reshape(chain.pp, -1), taken.reshape(chain.pp, -1)
     of_cut = np.where(segments >= 0, table[:, segments], np.inf)
     counts = best_cut(of_cut, peak_weight=peak_weight, sum_weight=sum_weight)

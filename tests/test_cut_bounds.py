@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from shardplan.costmodel.data_parallel import one_exchange_s
 from shardplan.costmodel.estimate import estimate, memory_alone, on_mean_stage
 from shardplan.costmodel.job import Job
-from shardplan.costmodel.layout import COLUMNS, LayoutTable, layout_table, parse_layout
+from shardplan.costmodel.layout import COLUMNS, Layout, LayoutTable, layout_table, parse_layout
 from shardplan.costmodel.layout_join import stacked
 from shardplan.costmodel.model_config import load_model
 from shardplan.costmodel.pipeline import split_layers
@@ -23,6 +24,7 @@ from shardplan.costmodel.rules import RULES, broken_rules, rejections
 from shardplan.costmodel.runtime import load_runtime
 from shardplan.hw_profiles.load import load_cluster
 from shardplan.hw_profiles.topology import tier_table
+from shardplan.planner import stages
 from shardplan.planner.cut_bounds import least_peak_s, over_mean_s, recomputing_mean_s
 from shardplan.planner.search import search
 from shardplan.planner.sift import Sifted, outdone, sift, sift_space
@@ -191,3 +193,31 @@ def test_words_say_equal_stages_once() -> None:
     assert layout.stage_layers == (1, 2, 2, 2, 2, 2, 3, 3)
     assert "stage_layers=1,2*5,3,3" in layout.words()
     assert parse_layout(layout.words()) == layout
+
+
+def test_numbers_of_recomputed_layers_that_leave_layers_over_are_passed_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where few options of a stage fit, most numbers are told impossible before the chain is walked; the best is the same."""
+    chain, cut = [0], stages.best_cut
+
+    def counting(*of: Any, **words: Any) -> Any:
+        chain[0] += 1
+        return cut(*of, **words)
+
+    def best() -> tuple[Layout, int]:
+        chain[0] = 0
+        found = search(
+            model=load_model("llama-2-13b"),
+            job=Job(seq=4096, global_batch=32, precision="bf16"),
+            cluster=load_cluster("8x4090", gpus=8),
+            runtime="megatron",
+            wishes=parse_wishes("pp=4 micro_batch=1 schedule=interleaved offload_optimizer=cpu"),
+        )
+        assert found.ranked is not None
+        return found.ranked.layouts.row(0), chain[0]
+
+    monkeypatch.setattr(stages, "best_cut", counting)
+    quick, few = best()
+    monkeypatch.setattr(stages.Options, "holds_all", lambda options, chain, good: np.ones(len(good), dtype=bool))
+    slow, many = best()
+    assert quick == slow
+    assert 0 < few < many / 2

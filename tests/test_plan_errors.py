@@ -1,4 +1,4 @@
-"""Plan files that say something wrong, and what is said beside them: one line that names the file, or the option."""
+"""Plan files that say something wrong, and what is said beside them: one line that names the file, or the option; options given twice."""
 
 from __future__ import annotations
 
@@ -70,3 +70,14 @@ def test_what_is_said_beside_a_plan_file_is_not_laid_to_the_file(call: Call, tmp
         assert code == 2
         assert told in err
         assert str(path) not in err
+
+
+def test_words_fixed_one_option_at_a_time_all_hold(call: Call) -> None:
+    words = ["plan", "tiny", "--cluster", "h100-ib", "--gpus", "2", "--global-batch", "8", "--seq", "256", "--json"]
+    code, out, _ = call(*words, "--fix", "tp=2", "--fix", "zero=0 recompute=full")
+    assert code == 0
+    plan = json.loads(out)
+    assert [plan["layout"][word] for word in ("tp", "zero", "recompute")] == [2, 0, "full"]
+    assert plan["search"]["fix"] == "tp=2 zero=0 recompute=full"
+    code, _, err = call(*words, "--fix", "tp=2", "--fix", "tp=1")
+    assert (code, "'tp' is given twice" in err) == (2, True)

@@ -75,6 +75,9 @@ DocumentOption = Annotated[
         "--document-tokens", help="Packed sequences: mean tokens of a document, which attends to itself only."
     ),
 ]
+FixOption = Annotated[
+    list[str] | None, typer.Option("--fix", help='Layout words to keep, for instance "tp=8 zero=1". Repeatable.')
+]
 HeadroomOption = Annotated[float, typer.Option("--headroom", help="Fraction of GPU memory to keep free.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Write JSON and nothing else to stdout.")]
 

@@ -37,7 +37,7 @@ def plan(
         ),
     ] = "throughput",
     runtime: options.RuntimeOption = "shardplan",
-    fix: Annotated[str, typer.Option("--fix", help='Layout words to keep, for instance "tp=8 zero=1".')] = "",
+    fix: options.FixOption = None,
     forbid: Annotated[
         list[str] | None,
         typer.Option("--forbid", help="Word or word=value to leave out: offload, zero=3, pp. Repeatable."),
@@ -110,7 +110,12 @@ def plan(
 
         check_one_kind(inputs.cluster)
     words = [word.lower() for item in allow or [] for word in item.replace(",", " ").split()]
-    asked: dict[str, Any] = {"fix": fix, "forbid": forbid or [], "allow": words, "objective": objective.lower()}
+    asked: dict[str, Any] = {
+        "fix": " ".join(fix or []),
+        "forbid": forbid or [],
+        "allow": words,
+        "objective": objective.lower(),
+    }
     answers, chosen = _search(inputs, runtime, batches, asked, days, headroom)
     result, inputs = chosen.result, replace(inputs, job=chosen.form.job, runtime=chosen.form.runtime)
     stopped = any(one.result.partial for one in answers)
@@ -118,7 +123,7 @@ def plan(
         _tell_stopped(replace(result, partial=True), as_json=as_json)
     if result.ranked is None:
         if not stopped:
-            _nothing_fits(inputs, result, fix, forbid or [], headroom, as_json=as_json)
+            _nothing_fits(inputs, result, asked["fix"], forbid or [], headroom, as_json=as_json)
         raise typer.Exit(130 if stopped else 1)
     if len(answers) > 1:
         asked["forms"] = [one.row() for one in answers]

@@ -30,7 +30,7 @@ def sweep(
         str | None, typer.Option("--network-gbps", help="Gbit/s between nodes per GPU, one or more: 100,200,400.")
     ] = None,
     runtime: options.RuntimeOption = "shardplan",
-    fix: Annotated[str, typer.Option("--fix", help='Layout words to keep, for instance "tp=8 zero=1".')] = "",
+    fix: options.FixOption = None,
     forbid: Annotated[
         list[str] | None, typer.Option("--forbid", help="Word or word=value to leave out. Repeatable.")
     ] = None,
@@ -100,7 +100,19 @@ def sweep(
         "document_tokens": document_tokens,
         "price": price,
     }
-    one, grid = _read(model, cluster, global_batch, seq, gpus, network_gbps, fix, forbid or [], headroom, front, shared)
+    one, grid = _read(
+        model,
+        cluster,
+        global_batch,
+        seq,
+        gpus,
+        network_gbps,
+        " ".join(fix or []),
+        forbid or [],
+        headroom,
+        front,
+        shared,
+    )
     rows = _points(one, grid, days if gpus is None else None)
     mark_front(rows)
     found = answers(rows, days)
