@@ -305,6 +305,6 @@ def test_an_h100_by_the_catalog_alone() -> None:
     errors = [one.step_error for one in gpu_bound(by_catalog())]
     assert len(errors) == 13
     assert 0.09 < mean(errors) < 0.13
-    assert max(map(abs, errors)) < 0.155
+    assert max(map(abs, errors)) < 0.16
     for one in gpu_bound(by_catalog()):
         assert abs(one.error(one.answer["memory"]["allocated_peak_bytes"], "allocated_bytes")) < 0.025, one.name

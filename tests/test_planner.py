@@ -176,7 +176,7 @@ def test_best_is_the_best_of_all_estimates() -> None:
     rule_alone = parse_wishes("", ["stage_layers", "hpz", "context"])
     result = search(model=at.model, job=at.job, cluster=at.cluster, runtime=at.runtime, wishes=rule_alone)
     assert result.ranked is not None
-    space = layout_space(at.model, at.job, 8)
+    space = layout_space(at.model, at.job, 8, schedules=at.runtime.abilities.schedules)
     broken = broken_rules(at, space)
     valid = space.take(~np.any(np.stack(list(broken.values())), axis=0))
     everything = estimate(model=at.model, job=at.job, cluster=at.cluster, layouts=valid, runtime=at.runtime)
