@@ -247,6 +247,17 @@ def _have_room(state: _State, layouts: LayoutTable) -> BoolArray:
     return _least_bytes(state, layouts) * (1.0 + memory_band(state.setting.cluster)) <= usable
 
 
+def _have_room_below(state: _State, bounds: Estimates) -> BoolArray:
+    """Rows whose states in host memory and on flash fit there if they were spread evenly, with the words as they are: how many activations
+    are offloaded depends on how many layers are recomputed."""
+    found = bounds.fits_below_gpu(state.wanted.headroom)
+    at = np.flatnonzero(~found & (bounds.layouts.offload_activations > 0))
+    if len(at):
+        states = replace(bounds.layouts.take(at), offload_activations=np.zeros(len(at), dtype=np.int64))
+        found[at] = memory_alone(state.setting, states, stages="mean").fits_below_gpu(state.wanted.headroom)
+    return found
+
+
 def _least_bytes(state: _State, layouts: LayoutTable) -> FloatArray:
     """Bytes on the device that each needs at least, (N,), however it is cut."""
     if state.wanted.partial_recompute:
@@ -317,7 +328,8 @@ def _could_win_by_parts(state: _State, layouts: LayoutTable) -> BoolArray:
 
 def _best_first(state: _State, *candidates: Estimates) -> None:
     """Cut the candidates, least bound first, until no bound is below the fastest."""
-    some = [one.take(np.flatnonzero(_could_win_recomputing(state, one))) for one in candidates if len(one)]
+    roomy = [one.take(np.flatnonzero(_have_room_below(state, one))) for one in candidates]
+    some = [one.take(np.flatnonzero(_could_win_recomputing(state, one))) for one in roomy if len(one)]
     if not any(map(len, some)):
         return
     layouts = stacked([one.layouts for one in some])

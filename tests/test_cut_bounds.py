@@ -221,3 +221,21 @@ def test_numbers_of_recomputed_layers_that_leave_layers_over_are_passed_by(monke
     slow, many = best()
     assert quick == slow
     assert 0 < few < many / 2
+
+
+def test_no_stages_are_cut_of_what_host_memory_does_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """840 GB of optimizer states beside 128 GiB of RAM: no cut, and no number of recomputed layers, changes that."""
+
+    def refused(*of: Any) -> Any:
+        raise AssertionError("cut in vain")
+
+    monkeypatch.setattr(stages.Cuttable, "cuts", refused)
+    found = search(
+        model=load_model("llama-3-70b"),
+        job=Job(seq=1024, global_batch=96, precision="bf16"),
+        cluster=load_cluster("8x4090", gpus=8),
+        runtime="fsdp2",
+        headroom=0.2,
+    )
+    assert found.ranked is None
+    assert found.proved
