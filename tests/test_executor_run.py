@@ -280,9 +280,11 @@ def test_a_full_disk_ends_the_run_in_one_line(write_plan, tmp_path, monkeypatch,
 
 
 LAUNCHER = """
+import signal
 import sys
 from pathlib import Path
 from shardplan.executor.launch import run_plan
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, which tests may run under, a launcher rightly goes on
 run_plan(Path(sys.argv[1]), device="cpu", steps=100_000, out=Path(sys.argv[2]), on_step=lambda record: print(record.step, flush=True))
 """
 
