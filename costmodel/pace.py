@@ -10,12 +10,11 @@ from numpy.typing import NDArray
 from shardplan.costmodel.collectives import point_to_point_s
 from shardplan.costmodel.data_parallel import exchange_counts, gathered_ahead, reduces_often
 from shardplan.costmodel.job import BYTES_OF, Job
-from shardplan.costmodel.keys import one_of
 from shardplan.costmodel.layer_cost import BACKWARD_LAUNCHES
 from shardplan.costmodel.layout import LayoutTable
 from shardplan.costmodel.memory import FULL, exchanges_alone
 from shardplan.costmodel.model import Model
-from shardplan.costmodel.pipeline import SPLITTING, bubble_share, uneven_chunks_s
+from shardplan.costmodel.pipeline import bubble_share, splits_backward, uneven_chunks_s
 from shardplan.costmodel.recompute import ALL_LAYERS
 from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.runtime import Runtime
@@ -118,11 +117,6 @@ def backward_split(
     each_micro_batch = _each_micro_batch(job, cluster, layouts, runtime, micro_batches)
     paces = _block_paces(cluster.gpu, runtime, blocks, recomputed[:, None], each_micro_batch)
     return _passes_of(model, layouts, blocks, paces)
-
-
-def splits_backward(layouts: LayoutTable) -> NDArray[np.bool_]:
-    """Rows whose pipeline computes gradients of inputs and of weights apart, (N,)."""
-    return np.asarray(layouts.pp > 1) & one_of(layouts.schedule, SPLITTING)
 
 
 def _passes_of(

@@ -25,7 +25,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from shardplan.costmodel.layout import SCHEDULES, LayoutTable
+from shardplan.costmodel.keys import one_of
+from shardplan.costmodel.layout import SCHEDULES, SPLIT_BACKWARD, LayoutTable
 from shardplan.costmodel.model import Model, attended_tokens, layer_order, matrix_parameters
 from shardplan.costmodel.runtime_stages import StageRule
 
@@ -36,9 +37,13 @@ GPIPE, ONE_F_ONE_B, INTERLEAVED, LOOPED_BFS, ZERO_BUBBLE, ZERO_BUBBLE_V, DUALPIP
     SCHEDULES.index(name)
     for name in ("gpipe", "1f1b", "interleaved", "looped_bfs", "zero_bubble", "zero_bubble_v", "dualpipe_v")
 )
-SPLITTING = (ZERO_BUBBLE, ZERO_BUBBLE_V, DUALPIPE_V)
-"""Codes of `layout.SPLIT_BACKWARD`."""
+SPLITTING = tuple(SCHEDULES.index(name) for name in SPLIT_BACKWARD)
 WORST_STAGES = 4
+
+
+def splits_backward(layouts: LayoutTable) -> NDArray[np.bool_]:
+    """Rows whose pipeline computes gradients of inputs and of weights apart, (N,)."""
+    return np.asarray(layouts.pp > 1) & one_of(layouts.schedule, SPLITTING)
 
 
 def _any_of(code: FloatArray, *schedules: int) -> bool:
@@ -74,7 +79,7 @@ def bubble_share(
     filling = 2.0 * (hops * longer + missing * f - surplus * w)
     seconds = np.where(code == ZERO_BUBBLE, (hops - missing) * halved + missing * (f + i), hops * paired)
     seconds = np.where(code == ZERO_BUBBLE_V, np.maximum(hops * v_shaped, filling), seconds)
-    split = (code == ZERO_BUBBLE) | (code == ZERO_BUBBLE_V) | (code == DUALPIPE_V)
+    split = np.isin(code, SPLITTING)
     return np.where(
         split, np.divide(seconds, whole, out=np.zeros(np.broadcast(seconds, whole).shape), where=whole > 0), found
     )
@@ -124,7 +129,7 @@ def in_flight(
     longest = np.ceil(m / np.maximum(np.floor(m / p), 1.0))
     chunked = (code == INTERLEAVED) & (v > 1)
     held = np.where(chunked, (2.0 * (p - i - 1.0) + (v - 1.0) * longest + 1.0) / v, p - i)
-    if _any_of(code, ZERO_BUBBLE, ZERO_BUBBLE_V, DUALPIPE_V):
+    if _any_of(code, *SPLITTING):
         held = np.where(code == ZERO_BUBBLE, p, held)
         held = np.where(code == ZERO_BUBBLE_V, np.minimum(p, (m + i + 1.0) / 2.0), held)
         held = np.where(code == DUALPIPE_V, p + 0.5, held)

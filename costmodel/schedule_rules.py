@@ -5,16 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from shardplan.costmodel.keys import one_of
-from shardplan.costmodel.layout import CHUNKED, SCHEDULES, SPLIT_BACKWARD, LayoutTable
+from shardplan.costmodel.layout import CHUNKED, SCHEDULES
+from shardplan.costmodel.pipeline import splits_backward
 from shardplan.costmodel.recompute import RECOMPUTE
-from shardplan.costmodel.rule import BoolArray, Rule
+from shardplan.costmodel.rule import Rule
 from shardplan.costmodel.rule_parts import can, codes, count, micro_batches, options, runtime_lacks, uneven
-
-
-def _splits_backward(table: LayoutTable) -> BoolArray:
-    """Rows whose pipeline computes gradients of inputs and of weights apart."""
-    return np.asarray(table.pp > 1) & one_of(table.schedule, codes(SPLIT_BACKWARD, SCHEDULES))
-
 
 SCHEDULE_RULES: tuple[Rule, ...] = (
     Rule(
@@ -81,7 +76,7 @@ SCHEDULE_RULES: tuple[Rule, ...] = (
     Rule(
         id="split-backward-zero",
         broken=lambda s, t: (
-            _splits_backward(t)
+            splits_backward(t)
             & ~one_of(t.zero, s.runtime.abilities.split_backward_zero)
             & ((t.zero > 0) | (t.dp * t.cp > 1))
         ),
@@ -98,7 +93,7 @@ SCHEDULE_RULES: tuple[Rule, ...] = (
     Rule(
         id="split-backward-recompute",
         broken=lambda s, t: (
-            _splits_backward(t) & ~one_of(t.recompute, codes(s.runtime.abilities.split_backward_recompute, RECOMPUTE))
+            splits_backward(t) & ~one_of(t.recompute, codes(s.runtime.abilities.split_backward_recompute, RECOMPUTE))
         ),
         detail=lambda s, x: (
             f"schedule={x.schedule} splits the backward, and {s.runtime.name!r} then recomputes a layer "

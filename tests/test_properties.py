@@ -22,7 +22,7 @@ from shardplan.costmodel.job import Job
 from shardplan.costmodel.layout import LayoutTable
 from shardplan.costmodel.model import Model, parameter_counts
 from shardplan.costmodel.model_config import load_model
-from shardplan.costmodel.pace import splits_backward
+from shardplan.costmodel.pipeline import splits_backward
 from shardplan.costmodel.recompute import RECOMPUTE
 from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.rules import broken_rules
