@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 
 from shardplan.costmodel.error_band import memory_band
 from shardplan.costmodel.layout import LayoutTable
-from shardplan.costmodel.pipeline import GPIPE, LOOPED_BFS
+from shardplan.costmodel.pipeline import GPIPE
 from shardplan.costmodel.rule import Rule, Setting
-from shardplan.costmodel.rule_parts import micro_batches
 from shardplan.costmodel.rules import RULES
 from shardplan.costmodel.stage_trials import states_alone_bytes
 from shardplan.planner.factors import COMPUTING, SPREADING, Factors
@@ -44,7 +43,7 @@ class Sifted:
     too_large: list[Factors] = field(default_factory=list[Factors])
     """Layouts whose states alone no GPU holds; rules that need both factors were not asked either."""
     outdone: int = 0
-    """Layouts that are as fast as another and need more memory; rules that need both factors were not asked."""
+    """Layouts that are `outdone` by another; rules that need both factors were not asked."""
     refused: dict[str, Refusal] = field(default_factory=dict[str, Refusal])
 
     def valid(self, wishes: Wishes) -> LayoutTable:
@@ -93,21 +92,10 @@ def sift_space(
 
 
 def outdone(setting: Setting, table: LayoutTable, wishes: Wishes) -> NDArray[np.bool_]:
-    """Rows whose schedule has another's bubble with more in flight, where the user leaves the choice: gpipe beside 1f1b, breadth first
-    beside depth first where rounds are full and chunks equally long."""
-    left = [
-        name
-        for name in setting.runtime.abilities.schedules
-        if not asked(wishes, "schedule", name) and not asked(wishes, "virtual_stages")
-    ]
-    found = np.zeros(len(table), dtype=bool)
-    if "1f1b" in left:
-        found |= table.schedule == GPIPE
-    if "interleaved" in left:
-        full = micro_batches(setting, table) % table.pp == 0
-        even = setting.model.layer_count % (table.pp * table.virtual_stages) == 0
-        found |= (table.schedule == LOOPED_BFS) & full & even
-    return found & (table.pp > 1)
+    """Rows under gpipe where 1f1b, which takes as long with less in flight however stages are cut, may be had instead."""
+    known = setting.runtime.abilities.schedules
+    open_to_both = "1f1b" in known and not asked(wishes, "schedule", "1f1b")
+    return (table.schedule == GPIPE) & (table.pp > 1) & open_to_both
 
 
 def _states_fit(setting: Setting, spreading: LayoutTable, headroom: float) -> NDArray[np.bool_]:

@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 
-import shardplan.cli
-
 Call = Callable[..., tuple[int, str, str]]
 
 JOB = ("--cluster", "h100-ib", "--gpus", "8", "--global-batch", "64", "--seq", "4096")
@@ -30,21 +28,6 @@ KEYS = {
     "error_band",
     "assumptions",
 }
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """Run a command line in this process: (exit code, stdout, stderr)."""
-
-    def run(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["shardplan", *words])
-        with pytest.raises(SystemExit) as left:
-            shardplan.cli.main()
-        output = capsys.readouterr()
-        assert isinstance(left.value.code, int)
-        return left.value.code, output.out, output.err
-
-    return run
 
 
 def test_estimate_json_has_the_contract(call: Call) -> None:

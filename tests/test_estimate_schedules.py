@@ -155,7 +155,7 @@ def test_every_schedule_can_be_asked_for(schedule: str) -> None:
 
 
 def test_the_search_looks_at_every_schedule_of_the_runtime() -> None:
-    """Those that split the backward are ranked unasked; gpipe, and looped chunks in full rounds, only where nothing outdoes them."""
+    """All are ranked unasked but gpipe, which 1f1b outdoes where it may be had."""
     at = Setting(
         model=load_model("llama-3-8b"),
         job=Job(seq=2048, global_batch=64),
@@ -172,12 +172,11 @@ def test_the_search_looks_at_every_schedule_of_the_runtime() -> None:
             wishes=parse_wishes("dp=2 pp=4", [forbid]),
         )
         assert found.ranked is not None
-        assert found.slower > 0
+        assert (found.slower > 0) == (not forbid)
         return {SCHEDULES[code] for code in np.unique(found.ranked.layouts.schedule[found.ranked.layouts.pp > 1])}
 
-    assert {"1f1b", "interleaved", *SPLIT_BACKWARD} <= ranked()
-    assert "gpipe" not in ranked()
-    assert "gpipe" in ranked("schedule=1f1b")
+    assert ranked() == set(SCHEDULES) - {"gpipe"}
+    assert ranked("schedule=1f1b") == set(SCHEDULES) - {"1f1b"}
 
 
 def test_breadth_first_takes_any_number_of_micro_batches() -> None:

@@ -3,31 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import shardplan.cli
-
 Call = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """Run a command line in this process: (exit code, stdout, stderr)."""
-
-    def run(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["shardplan", *words])
-        with pytest.raises(SystemExit) as left:
-            shardplan.cli.main()
-        output = capsys.readouterr()
-        assert isinstance(left.value.code, int)
-        return left.value.code, output.out, output.err
-
-    return run
 
 
 def planned(call: Call, path: Path) -> None:

@@ -109,17 +109,24 @@ CASES = [  # model, cluster, GPUs, Gbit/s a GPU, GiB a GPU, runtime, seq, batch
 ]
 
 
-@pytest.mark.parametrize(("model", "cluster", "gpus", "gbps", "gib", "runtime", "seq", "batch"), CASES)
-def test_nothing_better_exists(
+def small(
     model: str, cluster: str, gpus: int, gbps: float | None, gib: float, runtime: str, seq: int, batch: int
-) -> None:
+) -> Setting:
+    """The setting of a case."""
     machine = short_of_memory(load_cluster(cluster, gpus=gpus), gib)
-    at = Setting(
+    return Setting(
         model=load_model(model),
         job=Job(seq=seq, global_batch=batch, precision="bf16"),
         cluster=machine if gbps is None else with_network_rate(machine, gbps),
         runtime=load_runtime(runtime),
     )
+
+
+@pytest.mark.parametrize(("model", "cluster", "gpus", "gbps", "gib", "runtime", "seq", "batch"), CASES)
+def test_nothing_better_exists(
+    model: str, cluster: str, gpus: int, gbps: float | None, gib: float, runtime: str, seq: int, batch: int
+) -> None:
+    at = small(model, cluster, gpus, gbps, gib, runtime, seq, batch)
     forbidden = ONE_KIND if runtime == "shardplan" or model == "mixtral-8x7b" else []
     everything = estimated(at, every_layout(at, parse_wishes(forbid=forbidden)))
     fits = everything.fits()
@@ -153,13 +160,7 @@ FRONT_CASES = [CASES[1], CASES[3], CASES[7]]
 def test_nothing_on_the_front_is_slower_than_it_need_be(
     model: str, cluster: str, gpus: int, gbps: float | None, gib: float, runtime: str, seq: int, batch: int
 ) -> None:
-    machine = short_of_memory(load_cluster(cluster, gpus=gpus), gib)
-    at = Setting(
-        model=load_model(model),
-        job=Job(seq=seq, global_batch=batch, precision="bf16"),
-        cluster=machine if gbps is None else with_network_rate(machine, gbps),
-        runtime=load_runtime(runtime),
-    )
+    at = small(model, cluster, gpus, gbps, gib, runtime, seq, batch)
     forbidden = ONE_KIND if runtime == "shardplan" else []
     everything = estimated(at, every_layout(at, parse_wishes(forbid=forbidden)))
     fits, peak = everything.fits(), everything.device_peak_bytes
@@ -179,12 +180,7 @@ def test_nothing_on_the_front_is_slower_than_it_need_be(
 def test_where_nothing_fits_nothing_is_nearer_than_the_closest(
     model: str, cluster: str, gpus: int, gbps: float | None, gib: float, runtime: str, seq: int, batch: int
 ) -> None:
-    at = Setting(
-        model=load_model(model),
-        job=Job(seq=seq, global_batch=batch, precision="bf16"),
-        cluster=short_of_memory(load_cluster(cluster, gpus=gpus), 0.1 * gib),
-        runtime=load_runtime(runtime),
-    )
+    at = small(model, cluster, gpus, None, 0.1 * gib, runtime, seq, batch)
     asked = {"model": at.model, "job": at.job, "cluster": at.cluster, "runtime": at.runtime}
     even = parse_wishes(forbid=["stage_layers"])
     found = search(**asked, wishes=even)
