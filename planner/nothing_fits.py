@@ -17,7 +17,7 @@ from shardplan.hw_profiles.machine import Cluster
 from shardplan.planner.closest import closest_layout, needed_share
 from shardplan.planner.deadline import DEADLINE
 from shardplan.planner.search import SearchResult, judge, search, search_document
-from shardplan.planner.space import Wishes
+from shardplan.planner.space import Wishes, asked, fixes_pipeline
 
 ROOM = ("device-memory", "host-memory", "nvme-capacity")
 """Rules of what does not fit."""
@@ -89,6 +89,12 @@ def _no_factorisation(job: Job, cluster: Cluster, wishes: Wishes) -> dict[str, s
             "rule": "gpus-product",
             "detail": f"{words} make groups of {product} GPUs, which do not divide the {cluster.gpus} GPUs",
             "remedy": "fix fewer of them or smaller ones, or change --gpus",
+        }
+    if fixes_pipeline(wishes) and (cluster.gpus == 1 or asked(wishes, "pp")):
+        return {
+            "rule": "schedule-of-pipelines",
+            "detail": f"schedule={wishes.fixed.schedule} is that of a pipeline, and there is none on {cluster.gpus} GPUs within the wishes",
+            "remedy": "drop the schedule, or use more GPUs and leave pp open",
         }
     return {
         "rule": "batch-divisible",

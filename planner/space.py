@@ -175,6 +175,7 @@ def space_pieces(
         for cp in _context_degrees(job, gpus, wanted, cp_kinds)
         for tp in divisors(gpus // cp, most=gpus)
         for pp in divisors(gpus // cp // tp, most=model.layer_count + 2 * bare_ends)
+        if pp > 1 or not fixes_pipeline(wanted)
     ]
     for at, (tp, pp, dp, cp) in enumerate(degrees):
         if job.global_batch % dp == 0 and _agrees(wanted, tp=tp, pp=pp, dp=dp):
@@ -194,6 +195,12 @@ def _context_degrees(job: Job, gpus: int, wishes: Wishes, cp_kinds: Sequence[str
     if not cp_kinds and "cp_kind" not in wishes.fixed_words:
         return [1]
     return [cp for cp in divisors(gpus, most=job.seq) if job.seq % cp == 0]
+
+
+def fixes_pipeline(wishes: Wishes) -> bool:
+    """Whether the user fixed a schedule that only a pipeline has, and nothing that says there is none."""
+    fixed = "schedule" in wishes.fixed_words and wishes.fixed.schedule != Layout().schedule
+    return fixed and not ("pp" in wishes.fixed_words and wishes.fixed.pp == 1)
 
 
 _Block = tuple[dict[str, IntArray], dict[str, IntArray]]

@@ -63,3 +63,19 @@ def test_words_fixed_one_option_at_a_time_all_hold(call: Call) -> None:
     assert plan["search"]["fix"] == "tp=2 zero=0 recompute=full"
     code, _, err = call(*words, "--fix", "tp=2", "--fix", "tp=1")
     assert (code, "'tp' is given twice" in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--gpus 8 --runtime megatron", "runtime 'megatron' has no schedule=zero_bubble_v"),
+        ("--gpus 1 --runtime fsdp2", "schedule=zero_bubble_v is that of a pipeline, and there is none on 1 GPUs"),
+        ("--gpus 8 --runtime fsdp2 --forbid pipeline", "schedule=zero_bubble_v is that of a pipeline"),
+    ],
+)
+def test_a_fixed_schedule_asks_for_a_pipeline(call: Call, words: str, told: str) -> None:
+    """It was kept as a word without meaning on layouts that have none."""
+    plan = "plan llama-3-8b --cluster h100-ib --global-batch 64 --seq 4096 --fix schedule=zero_bubble_v"
+    code, out, _ = call(*plan.split(), *words.split())
+    assert code == 1
+    assert told in " ".join(out.split())
