@@ -105,8 +105,8 @@ def uneven_chunks_s(
 
     In mean chunks per round of p micro-batches: (p - 1) (most - least) - most, less what all wait for the slowest stage anyway; from the
     third round on. Replays of 32 to 126 layers over 8 to 128 chunks, remainders on the earliest: 1.1 % off on average, 5 % at most; without
-    it up to 20 % too short. Cuts as the planner makes them, remainders on some ranks: 4 % off on average, 11 % too long to 16 % too short
-    at most. Chunks in any other order are not what this is made for (tests/test_uneven_chunks.py).
+    it up to 20 % too short. Cuts as the planner makes them, remainders on some ranks: 3 to 7 % off on average, 20 % too long (one round) to
+    18 % too short (sixteen) at most. Chunks in any other order are not what this is made for (tests/test_uneven_chunks.py).
     """
     p, (most, least) = layouts.pp.astype(np.float64), chunks.T
     lost = ((p - 1.0) * (most - least) - most) * mean_s / layouts.virtual_stages - p * (slowest_s - mean_s)
