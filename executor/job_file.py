@@ -83,7 +83,7 @@ class LearningRate(Table):
     minimum: NonNegative = 0.0
     warmup_steps: CountOrZero = 0
     decay_steps: Count | None = None
-    """Step at which the minimum is reached; left out: the last one."""
+    """Step at which the minimum is reached; left out: the last one of the file, or of --steps where that is later."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -175,9 +175,16 @@ def read_job(path: str | Path, *, steps: int | None = None) -> JobFile:
     file = Path(path)
     document = _read(file)
     if steps is not None:
-        document["steps"] = steps
+        document.setdefault("steps", steps)
     job = parse_job(document, place=str(file))
-    return _absolute(job, file.absolute().parent)
+    return _absolute(job if steps is None else _up_to(job, steps), file.absolute().parent)
+
+
+def _up_to(job: JobFile, steps: int) -> JobFile:
+    """`job` with other `steps`: fewer of them leave the learning rate of each as it is, so that the rest can be trained later."""
+    decay_steps = job.learning_rate.decay_steps or max(job.steps, steps)
+    rate = job.learning_rate.model_copy(update={"decay_steps": decay_steps})
+    return job.model_copy(update={"steps": steps, "learning_rate": rate})
 
 
 def parse_job(document: object, *, place: str) -> JobFile:

@@ -37,7 +37,16 @@ def test_the_smallest_job_and_its_defaults(write, tmp_path):
     assert (job.optimizer.betas, job.optimizer.weight_decay, job.optimizer.clip) == ((0.9, 0.95), 0.1, 1.0)
     assert job.data.attend_across_documents
     assert ScaleWords(**job.loss_scale.model_dump()) == ScaleWords()
-    assert read_job(write(SMALLEST), steps=7).decay_steps == 7
+
+
+def test_a_run_of_fewer_steps_learns_at_the_rates_of_the_whole_one(write):
+    few, more = (read_job(write(SMALLEST), steps=steps) for steps in (7, 300))
+    assert (few.steps, few.decay_steps, more.steps, more.decay_steps) == (7, 100, 300, 300)
+    warm = SMALLEST.replace("peak = 1e-3", "peak = 1e-3\nwarmup_steps = 10")
+    assert read_job(write(warm), steps=5).learning_rate.warmup_steps == 10
+    said = SMALLEST.replace("peak = 1e-3", "peak = 1e-3\ndecay_steps = 50")
+    assert [read_job(write(said), steps=steps).decay_steps for steps in (7, 300)] == [50, 50]
+    assert read_job(write(SMALLEST.replace("steps = 100", "")), steps=7).decay_steps == 7
 
 
 def test_everything_a_job_says_survives_the_way_to_the_ranks(write, tmp_path):

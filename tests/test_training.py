@@ -182,12 +182,11 @@ def test_two_ranks_have_the_curve_of_one(write, tmp_path):
 def test_a_job_goes_on_in_another_layout_and_refuses_other_data(write, tmp_path):
     pytest.importorskip("torch", reason="the executor needs torch")
     out = tmp_path / "runs"
-    given = SHORT_JOB + "decay_steps = 6\n"  # else the last of --steps
-    whole = short_curve(write("dp=1", job=given), tmp_path / "whole")
-    plan, job = write("dp=2 zero=2", job=given)
+    whole = short_curve(write("dp=1", job=SHORT_JOB), tmp_path / "whole")
+    plan, job = write("dp=2 zero=2", job=SHORT_JOB)
     words = ("--job", job, "--out", out, "--checkpoint-every", "3", "--json")
     assert shardplan_run(plan, *words, "--steps", "3").exit_code == 0
-    plan, job = write("tp=2 micro_batch=2", job=given)
+    plan, job = write("tp=2 micro_batch=2", job=SHORT_JOB)
     result = shardplan_run(plan, *words, "--steps", "6", "--resume", "last")
     assert result.exit_code == 0, result.output
     losses, held_out = curve(Path(json.loads(result.stdout)["folder"]))
