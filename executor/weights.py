@@ -7,6 +7,7 @@ rank of each pipeline stage writes its files, rank 0 the index, and the folder g
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,9 @@ def save(
     torch_dtype, word = DTYPES[dtype]
     stage, writes = mesh.get_local_rank("pp"), data_rank(mesh) == 0 and mesh.get_local_rank("tp") == 0
     part = target.with_name(target.name + ".tmp")
+    if dist.get_rank() == 0 and part.exists():
+        shutil.rmtree(part)  # of an export that failed, perhaps in another layout
+    dist.barrier()
     part.mkdir(parents=True, exist_ok=True)
     found: dict[str, str] = {}
     held: dict[str, Tensor] = {}

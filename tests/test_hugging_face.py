@@ -123,8 +123,13 @@ def test_a_spread_model_comes_back_bit_for_bit(tmp_path, checkpoint, words, tied
 
     source = tied_checkpoint(tmp_path / "tied") if tied else checkpoint
     weights = {"initial": str(source), "export": str(tmp_path / "out"), "dtype": "fp32"}
+    failed = tmp_path / "out.tmp"  # left by an export that a full disk ended
+    failed.mkdir()
+    (failed / "model-stage-003-00000.safetensors").write_bytes(b"")
     train(tmp_path, source, words, peak=1e-30, weights=weights)
     folder = open_folder(tmp_path / "out")
+    assert {path.name for path in folder.files.values()} == {path.name for path in folder.path.glob("*.safetensors")}
+    assert not failed.exists()
     assert folder.constants.rotary_base == 500_000
     check_weights(load_model(tmp_path / "out"), folder)
     with safe_open(str(source / "model.safetensors"), framework="pt") as given:
