@@ -31,6 +31,8 @@ ZONES = {
 """Module of a layer -> parts that run it again. Submodules apart, `attention` is rotary positions and the core, `ffn` the activation."""
 UNFUSED = ("aten::bmm", "aten::_safe_softmax", "aten::_softmax")
 """What the core consists of where no fused kernel runs it."""
+DISPATCHED = "_c10d_functional::all_to_all_single"
+"""Brings tokens to experts and back: named parts stand for work, not for that."""
 WRITTEN_OVER = ("aten::mean.dim", "aten::add_.Scalar")
 """Steps of RMSNorm on a CPU, which adds epsilon in place: what is kept must not change. On a GPU it is one kernel."""
 
@@ -52,7 +54,9 @@ def parts_context(layer: nn.Module, bits: int) -> Callable[[], Any]:
 
 def _keeps(kept: Collection[str], running: list[str], operator: Any) -> bool:
     """Whether what `operator` writes is kept, in the innermost of the modules that run. Views are not: that of a product's input would
-    keep what the part before wrote."""
+    keep what the part before wrote. Tokens from other ranks are kept whatever part they are of."""
+    if operator.name() == DISPATCHED:
+        return True
     if not running or running[-1] not in kept or operator.name() in WRITTEN_OVER:
         return False
     if any(written.alias_info is not None for written in operator._schema.returns):
