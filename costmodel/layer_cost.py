@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,6 +61,8 @@ class BlockCost:
     tensor_backward_s: FloatArray
     tensor_selective_s: FloatArray
     """Part of `tensor_forward_s` that `selective` repeats."""
+    tensor_full_s: FloatArray
+    """Part of `tensor_forward_s` that full recompute repeats."""
     context_forward_exposed_s: FloatArray
     """Context-parallel communication that attention does not hide."""
     context_forward_hidden_s: FloatArray
@@ -141,6 +144,7 @@ def _block_cost(
     dispatched = any(op.experts is not None for op, _ in ops)
     has_experts, can = any(op.name == "router" for op, _ in ops), runtime.abilities
     elsewhere = part_bits(can.recompute_parts_of_dense_layers if has_experts else can.recompute_parts_of_expert_layers)
+    full_repeats = _by_split(shapes, partial(runtime.communication.full_repeats, dispatched=dispatched))
     for op, seconds in ops:
         selected = _selected(op.name, shapes, runtime, elsewhere)
         apart = (shapes.tp > 1) | (shapes.cp > 1)
@@ -151,6 +155,7 @@ def _block_cost(
             total["context_selective"] = zero + ((selected > 0) | runtime.communication.selective_repeats_context)
         for one in seconds.tensor_forward:
             total["tensor_forward_s"] += one
+            total["tensor_full_s"] += one * full_repeats
             total["tensor_selective_s"] += one * _repeated_tensor(selected, shapes, runtime, dispatched=dispatched)
         for one in seconds.tensor_backward:
             total["tensor_backward_s"] += one
@@ -270,11 +275,13 @@ def _selected(name: str, shapes: Shapes, runtime: Runtime, elsewhere: int) -> Fl
 
 def _repeated_tensor(selected: FloatArray, shapes: Shapes, runtime: Runtime, *, dispatched: bool) -> FloatArray:
     """Share of an operator's forward tensor-parallel communication that `selective` repeats, (K,); `selected`: where parts are named."""
-    split, whole = (
-        runtime.communication.selective_repeats(split=each, dispatched=dispatched) for each in (True, False)
-    )
-    usual = np.where(shapes.sp > 1, split, whole)
+    usual = _by_split(shapes, partial(runtime.communication.selective_repeats, dispatched=dispatched))
     return np.where(np.asarray(shapes.recompute_parts) > 0, selected, usual)
+
+
+def _by_split(shapes: Shapes, share: Callable[..., float]) -> FloatArray:
+    """`share(split=…)` with and without sequence parallelism, (K,)."""
+    return np.where(shapes.sp > 1, share(split=True), share(split=False))
 
 
 def _context_columns(

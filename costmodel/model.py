@@ -249,9 +249,11 @@ def _attention_parameters(kind: LayerKind) -> tuple[int, int]:
 
 
 def split_parameters(kind: LayerKind) -> tuple[int, int]:
-    """Parameters of one layer that tensor parallelism (divides, keeps whole on every rank): norms, routers and MLA's latents are whole."""
+    """Parameters of one layer that tensor parallelism (divides, keeps whole on every rank): norms, routers, MLA's latents and biases of
+    sums over the ranks (of the output of attention and of a dense MLP) are whole."""
     parts = layer_parameters(kind)
-    whole = parts["norms"] + parts["router"] + parts.get("latent", 0)
+    summed = int(kind.attention_output_bias) + int(kind.mlp_bias and not kind.experts)
+    whole = parts["norms"] + parts["router"] + parts.get("latent", 0) + summed * kind.hidden
     return sum(parts.values()) - whole, whole
 
 

@@ -230,17 +230,13 @@ def _block_paces(
     """Seconds of one micro-batch by part of one layer of each run, of the embedding and of the head, shape of `share`."""
     wide = {name: column[:, None] for name, column in each_micro_batch.items()}
     of_embedding = wide.pop("embedding_exchanging")
-    repeats, selects = share * blocks.full_repeats[:, None], blocks.selects[:, None]
 
-    def pace(
-        block: BlockColumns, recomputed: Share, selected: Share, repeated: Share, **own: FloatArray
-    ) -> dict[str, FloatArray]:
-        words = {**wide, **own}
-        return _block_pace(gpu, runtime, block, recomputed=recomputed, selects=selected, repeated=repeated, **words)
+    def pace(block: BlockColumns, recomputed: Share, selected: Share, **own: FloatArray) -> dict[str, FloatArray]:
+        return _block_pace(gpu, runtime, block, recomputed=recomputed, selects=selected, **{**wide, **own})
 
-    layers = [pace(block, share, selects, repeats) for block in blocks.layers]
-    embedding = pace(blocks.embedding, 0.0, 0.0, 0.0, exchanging=of_embedding)
-    return [*layers, embedding, pace(blocks.head, 0.0, 0.0, 0.0)]
+    layers = [pace(block, share, blocks.selects[:, None]) for block in blocks.layers]
+    embedding = pace(blocks.embedding, 0.0, 0.0, exchanging=of_embedding)
+    return [*layers, embedding, pace(blocks.head, 0.0, 0.0)]
 
 
 def _block_pace(
@@ -250,22 +246,21 @@ def _block_pace(
     *,
     recomputed: Share,
     selects: Share,
-    repeated: Share,
     exchanging: FloatArray,
     reducing: FloatArray,
     accumulating: FloatArray,
     showing: FloatArray,
 ) -> dict[str, FloatArray]:
-    """Seconds of one block and micro-batch; `recomputed` is the share of it under full recompute, `repeated` the share of its
-    forward tensor-parallel communication that full recompute repeats, `showing` the share of that communication nothing hides."""
+    """Seconds of one block and micro-batch; `recomputed` is the share of it under full recompute, `showing` the share of its
+    tensor-parallel communication that nothing hides."""
 
     def of(name: str) -> FloatArray:
         return block[name][:, None]
 
     forward = of("forward_s")
     recompute = recomputed * of("full_s") + selects * of("selective_s")
-    tensor = of("tensor_forward_s") * (1.0 + repeated) + of("tensor_backward_s")
-    tensor = tensor + selects * of("tensor_selective_s")
+    tensor = of("tensor_forward_s") + of("tensor_backward_s")
+    tensor = tensor + recomputed * of("tensor_full_s") + selects * of("tensor_selective_s")
     exposed = tensor * showing
     backward = of("backward_s") + accumulating * of("accumulate_s")
     busy = forward + backward + recompute + exposed

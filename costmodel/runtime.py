@@ -248,9 +248,13 @@ class Communication(_FromFile):
     context_overlap: float = 1.0
     """Share of a ring pass of context parallelism that attention can hide."""
 
+    def full_repeats(self, *, split: bool, dispatched: bool) -> float:
+        """Share of the forward tensor-parallel communication that full recompute repeats, with sequence parallelism where `split`; all of
+        it in layers whose tokens are dispatched, as only what reduces a dense MLP, the end of a layer, is not repeated."""
+        return 1.0 if dispatched else self.full_repeats_tensor_sp if split else self.full_repeats_tensor
+
     def selective_repeats(self, *, split: bool, dispatched: bool) -> float:
-        """Share of the forward tensor-parallel communication that selective recompute repeats, with sequence parallelism where `split`; all
-        of it in layers whose tokens are dispatched, as only what reduces a dense MLP, the end of a layer, is not repeated."""
+        """The same of selective recompute, where that repeats any."""
         share = self.selective_repeats_tensor_sp if split else self.selective_repeats_tensor
         return 1.0 if share > 0 and dispatched else share
 

@@ -59,8 +59,6 @@ class BlockRows:
     logits_bytes: FloatArray
     selects: FloatArray
     """1 where recompute is selective."""
-    full_repeats: FloatArray
-    """Share of the forward tensor-parallel communication that full recompute repeats."""
 
     def take(self, rows: IntArray) -> BlockRows:
         """The rows at `rows`."""
@@ -70,7 +68,6 @@ class BlockRows:
             head=self.head.take(rows),
             logits_bytes=self.logits_bytes.take(rows),
             selects=self.selects.take(rows),
-            full_repeats=self.full_repeats.take(rows),
         )
 
 
@@ -90,14 +87,12 @@ def block_rows(model: Model, job: Job, cluster: Cluster, layouts: LayoutTable, r
         return BlockColumns({name: column for name, column in block.items() if not name.startswith(absent)}, place)
 
     *layers, embedding, head = costs.blocks
-    repeats, split = runtime.communication, layouts.sequence_parallel == 1
     return BlockRows(
         layers=tuple(map(columns, layers)),
         embedding=columns(embedding),
         head=columns(head),
         logits_bytes=costs.logits_bytes.take(place),
         selects=(layouts.recompute == SELECTIVE).astype(np.float64),
-        full_repeats=np.where(split, repeats.full_repeats_tensor_sp, repeats.full_repeats_tensor),
     )
 
 
@@ -232,7 +227,7 @@ class StageParameters:
 def stage_parameters(
     model: Model, job: Job, layouts: LayoutTable, runtime: Runtime, stages: StageRows, *, of_one_kind: bool = False
 ) -> StageParameters:
-    """Matrices are divided by tp, norms and MLA's latents are not. An embedding that the last stage needs too, as the head or for
+    """Divided by tp but for what `split_parameters` keeps whole. An embedding that the last stage needs too, as the head or for
     prediction modules, is held twice where it is another stage than the first. `of_one_kind`, the largest layer is of the smallest kind.
     """
     tp = layouts.tp.astype(np.float64)

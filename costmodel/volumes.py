@@ -108,10 +108,11 @@ def _layer(block: Sequence[Op], table: LayoutTable, runtime: Runtime, depth: flo
     found = _collectives(block, smallest_bytes, backward=True)
     how = runtime.communication
     split = bool(table.sequence_parallel[0])
-    again = depth * (how.full_repeats_tensor_sp if split else how.full_repeats_tensor)
+    dispatched = any(op.experts is not None for op in block)
+    again = depth * how.full_repeats(split=split, dispatched=dispatched)
     selects = table.recompute[0] == SELECTIVE
     if selects:
-        again = how.selective_repeats(split=split, dispatched=any(op.experts is not None for op in block))
+        again = how.selective_repeats(split=split, dispatched=dispatched)
     context_again = depth + float(
         selects and (how.selective_repeats_context or "attention" in runtime.activations.selective)
     )

@@ -353,8 +353,8 @@ def test_bytes_follow_the_dtype(case: Case) -> None:
 @FEW
 @given(cases())
 def test_layers_and_parameters_add_up_to_the_model(case: Case) -> None:
-    """Over stages and tensor-parallel ranks: the model's count, its norms and positions once more on every further rank, the
-    padding of the vocabulary, and a tied embedding twice where first and last stage are two ranks
+    """Over stages and tensor-parallel ranks: the model's count, its norms, positions and biases of what ranks sum once more on every
+    further rank, the padding of the vocabulary, and a tied embedding twice where first and last stage are two ranks
     (or two chunks of one, for runtimes that keep both)."""
     model, table, runtime = case.setting.model, case.layouts, case.setting.runtime
     stages = stage_rows(model, table, runtime, every_stage=True)
@@ -370,6 +370,9 @@ def test_layers_and_parameters_add_up_to_the_model(case: Case) -> None:
 def _expected_parameters(model: Model, case: Case) -> NDArray[np.float64]:
     counts, table = parameter_counts(model), case.layouts
     whole = counts["norms"] + counts["final_norm"] + counts["positions"]
+    for kind, count in model.layers:
+        outputs = (kind.attention_output_bias, kind.mlp_bias and not kind.experts)
+        whole += sum(outputs) * count * kind.hidden
     padding = (padded_vocab(model, case.setting.runtime, table.tp.astype(np.float64)) - model.vocab) * model.hidden
     apart = (table.pp > 1) & (~table.v_placed | case.setting.runtime.working_set.tied_twice_in_v)
     twice = model.tied_embeddings & apart
