@@ -57,8 +57,9 @@ def comparison(
     warmup_steps: int,
 ) -> dict[str, Any]:
     """What run.json holds as `comparison`: `phases` with their spread, `times` and `memory` as terms, a sentence on each."""
-    phases = phase_spread(records, warmup_steps=warmup_steps)
-    times = time_terms(prediction, phases, step_s=step_s)
+    looked = looked_into(records, warmup_steps=warmup_steps)
+    phases = phase_spread(*looked) if looked else {}
+    times = time_terms(prediction, phase_shares(looked[1]) if looked else {}, step_s=step_s)
     memory = memory_terms(prediction, read_memory(folder))
     return {
         "phases": phases,
@@ -81,11 +82,10 @@ def read_run(folder: Path) -> dict[str, Any]:
     return cast("dict[str, Any]", document)
 
 
-def phase_spread(
+def looked_into(
     records: Mapping[int, Sequence[StepRecord]], *, warmup_steps: int
-) -> dict[str, dict[str, float] | float | int]:
-    """p20, p50, p80 of each phase and wait over the steps of the busiest rank that were looked into after the warm-up; `rank` is that
-    rank, `steps` how many. Empty where none was."""
+) -> tuple[int, list[StepRecord]] | None:
+    """The busiest rank and its steps that were looked into after the warm-up; None where none was."""
     looked: dict[int, list[StepRecord]] = {}
     for rank, steps in records.items():
         first = min((one.step for one in steps), default=0) + warmup_steps
@@ -93,29 +93,43 @@ def phase_spread(
         if found:
             looked[rank] = found
     if not looked:
-        return {}
+        return None
     busiest = max(looked, key=lambda rank: median(sum(getattr(one, name) for name in BUSY) for one in looked[rank]))
-    spread: dict[str, dict[str, float] | float | int] = {"rank": busiest, "steps": len(looked[busiest])}
-    for name in (*BUSY, *(f"{axis}_exposed_s" for axis in (*AXES, "pp")), "data_s"):
-        values = [getattr(one, name) for one in looked[busiest]]
-        if None not in values:
-            spread[name] = dict(zip(("p20", "p50", "p80"), np.percentile(values, (20, 50, 80)).tolist(), strict=True))
+    return busiest, looked[busiest]
+
+
+def phase_spread(rank: int, steps: Sequence[StepRecord]) -> dict[str, dict[str, float] | float | int]:
+    """p20, p50, p80 of each phase and wait over `steps`, with their number and `rank`."""
+    spread: dict[str, dict[str, float] | float | int] = {"rank": rank, "steps": len(steps)}
+    for name, values in _timed(steps).items():
+        spread[name] = dict(zip(("p20", "p50", "p80"), np.percentile(values, (20, 50, 80)).tolist(), strict=True))
     return spread
 
 
-def time_terms(prediction: Mapping[str, Any], phases: Mapping[str, Any], *, step_s: float | None) -> list[Term]:
-    """The step, then its parts in the order they happen; without phases the step alone."""
+def phase_shares(steps: Sequence[StepRecord]) -> dict[str, float]:
+    """Of TIME_NAMES, the share of the step that each is in the third of `steps` around the median; they add up to 1, as medians of
+    phases that vary do not."""
+    ranked = sorted(steps, key=lambda one: one.step_s)
+    middle = ranked[len(ranked) // 3 : len(ranked) - len(ranked) // 3]
+    whole_s = sum(one.step_s for one in middle)
+    found = {_short(name): sum(values) / whole_s for name, values in _timed(middle).items()}
+    return {**found, "rest": 1.0 - sum(found.values())}
+
+
+def _timed(steps: Sequence[StepRecord]) -> dict[str, list[float]]:
+    """Seconds of each phase and wait that all `steps` tell."""
+    names = (*BUSY, *(f"{axis}_exposed_s" for axis in (*AXES, "pp")), "data_s")
+    found = {name: [getattr(one, name) for one in steps] for name in names}
+    return {name: values for name, values in found.items() if None not in values}
+
+
+def time_terms(prediction: Mapping[str, Any], shares: Mapping[str, float], *, step_s: float | None) -> list[Term]:
+    """The step, then its parts in the order they happen, `shares` of it; without these the step alone."""
     said = predicted_times(prediction)
     terms = [Term(term="step", predicted=said.pop("step", None), measured=step_s, part=False)]
-    if not phases:
+    if not shares or step_s is None:
         return terms
-    found: dict[str, float] = {name.removesuffix("_s"): phases[name]["p50"] for name in BUSY}
-    found |= {axis: phases[f"{axis}_exposed_s"]["p50"] for axis in AXES if f"{axis}_exposed_s" in phases}
-    if "pp_exposed_s" in phases:
-        found["pipeline"] = phases["pp_exposed_s"]["p50"]
-    found["data wait"] = phases["data_s"]["p50"]
-    if step_s is not None:
-        found["rest"] = step_s - sum(found.values())
+    found = {name: share * step_s for name, share in shares.items()}
     names = [name for name in TIME_NAMES if found.get(name) is not None or said.get(name)]
     return terms + [
         Term(term=TIME_NAMES[name], predicted=said.get(name) if said else None, measured=found.get(name, 0.0))
@@ -218,7 +232,8 @@ def comparison_lines(document: Mapping[str, Any]) -> list[str]:
             lines.append(f"{term['term']:<24}{cells[0]:>12}{cells[1]:>12}{ratio:>8}{tail}")
     if found["phases"]:
         lines.append(
-            f"phases: medians of {found['phases']['steps']} steps of rank {found['phases']['rank']}, the busiest"
+            f"phases: shares of the median step, p20 and p80 of {found['phases']['steps']} steps of rank "
+            f"{found['phases']['rank']}, the busiest"
         )
     else:
         lines.append("phases: no step was looked into (--profile)")

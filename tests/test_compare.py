@@ -85,6 +85,20 @@ def test_both_sides_add_up_to_the_step(folder):
     assert sum(part["measured"] for part in parts) == pytest.approx(whole["measured"])
 
 
+def test_steps_that_wait_now_here_now_there_leave_no_rest(folder):
+    """The parts of each step add up to it; their medians do not."""
+    steps = []
+    for i in range(9):
+        waits = {f"{axis}_exposed_s": 0.1 if i % 3 == at else 0.0 for at, axis in enumerate(("dp", "tp", "pp"))}
+        steps.append(record(i + 1, step_s=0.195, forward_s=0.03, **waits))
+    times = {
+        term["term"]: term["measured"]
+        for term in comparison(folder, {0: steps}, PREDICTION, step_s=0.195, warmup_steps=0)["times"]
+    }
+    assert times["rest"] == pytest.approx(0.0, abs=1e-9)
+    assert times["exposed dp"] + times["exposed tp"] + times["bubble, transfers"] == pytest.approx(0.1)
+
+
 def test_the_busiest_rank_after_the_warm_up_counts(folder):
     phases = compared(folder)["phases"]
     assert (phases["rank"], phases["steps"]) == (1, 5)
