@@ -8,7 +8,7 @@ It puts a clock around the calls that block, and takes it away when it is left, 
 | Work.wait of such a call with async_op=True  | fully_shard ahead of a chunk of a pipeline   | of its group     |
 | and of batch_isend_irecv                     | rings of context parallelism, tied tables    | of its group     |
 | torch.ops._c10d_functional.wait_tensor       | DTensor: tensor and loss parallelism         | of the issue     |
-| pipelining's _wait_batch_p2p                 | schedules: transfers and, with them, bubbles | pp               |
+| pipelining's _batch_p2p, _wait_batch_p2p     | schedules: transfers and, with them, bubbles | pp               |
 | Stream.wait_event, wait_stream of the stream that computes (GPU) | fully_shard              | dp               |
 
 A collective on another stream than the one that computes is not a wait. Not seen: collectives inside compiled graphs or C++ autograd, and
@@ -75,7 +75,8 @@ class Waits:
             self._replace(functional, name, self._starting)
         if not self.compiled:
             self._replace(functional, "wait_tensor", self._wait_tensor)
-        self._replace(schedules, "_wait_batch_p2p", lambda call: self._along("pp", call))
+        for name in ("_batch_p2p", "_wait_batch_p2p"):  # over gloo a receive takes up to milliseconds to be asked for
+            self._replace(schedules, name, lambda call: self._along("pp", call))
         if self.clock.device.type == "cuda":
             self.stream = torch.cuda.current_stream(self.clock.device)
             for name in ("wait_event", "wait_stream"):
