@@ -9,6 +9,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
+import numpy as np
+
 from shardplan.executor.check import plan_cluster
 from shardplan.executor.checkpoint_files import Progress
 from shardplan.executor.data import ShippedText, TokenArray
@@ -20,6 +22,9 @@ from shardplan.executor.schedule import AdamWords, WarmupCosine, learning_rate
 from shardplan.executor.token_files import TokenFile, check_vocabulary, open_tokens
 from shardplan.hw_profiles.errors import InputError
 from shardplan.planner.plan import Plan
+
+LOOKED_AT_DOCUMENTS = 2**16
+"""Of an index, of which each end is somewhere else on the disk."""
 
 
 class Batches(Protocol):
@@ -174,8 +179,17 @@ def _check_writable(target: Path) -> None:
 
 
 def _check_documents(file: TokenFile, said: DataFile) -> None:
-    """A token that ends no document keeps none apart."""
+    """A token that ends no document keeps none apart; an index tells where documents end, which the token must not deny."""
     end = said.end_of_document
+    if not file.plain and end is not None:
+        last = file.tokens[file.starts[1 : LOOKED_AT_DOCUMENTS + 1] - 1]
+        other = np.flatnonzero(last != end)
+        if len(other):
+            raise InputError(
+                f"end_of_document={end}, but document {other[0]} of the .idx beside it ends with {last[other[0]]}",
+                place=str(file.path),
+                remedy="leave end_of_document out, or take the .idx away to go by the token",
+            )
     if file.plain and end is not None and file.documents == 1 and int(file.tokens[-1]) != end:
         raise InputError(
             f"end_of_document={end} occurs nowhere in it, so that data.attend_across_documents=false keeps nothing apart",

@@ -52,10 +52,14 @@ def save(
     constants: Constants,
     on_tensor: Callable[[], None] = lambda: None,
 ) -> None:
-    """Write the whole model to the new folder `target`; every rank calls this."""
+    """Write the whole model to the new folder `target`, unless it is there; every rank calls this."""
     torch_dtype, word = DTYPES[dtype]
     stage, writes = mesh.get_local_rank("pp"), data_rank(mesh) == 0 and mesh.get_local_rank("tp") == 0
     part = target.with_name(target.name + ".tmp")
+    there = [target.exists()]
+    dist.broadcast_object_list(there, src=0)
+    if there[0]:  # `check_job` saw none: an attempt of this run ended after it was complete
+        return
     if dist.get_rank() == 0 and part.exists():
         shutil.rmtree(part)  # of an export that failed, perhaps in another layout
     dist.barrier()

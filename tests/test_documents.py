@@ -196,6 +196,31 @@ def test_an_end_of_document_that_never_occurs_keeps_nothing_apart(tmp_path):
         check(255, across=False)
 
 
+def test_an_index_and_the_token_that_ends_documents_agree(tmp_path):
+    from shardplan.executor.job_file import parse_job
+    from shardplan.executor.recipe import check_job
+    from shardplan.executor.token_files import TokenWriter
+    from shardplan.hw_profiles.errors import InputError
+
+    writer = TokenWriter(tmp_path / "tokens.bin", vocabulary=1000)
+    for length in (100, 60, 60):
+        writer.write(np.append(np.arange(1, length), END))
+        writer.end_document()
+    writer.close()
+
+    def check(end: int | None) -> None:
+        files = [{"path": str(tmp_path / "tokens.bin"), **({} if end is None else {"end_of_document": end})}]
+        data = {"files": files, "attend_across_documents": False}
+        check_job(
+            make_plan("dp=1"), parse_job({"steps": 1, "data": data, "learning_rate": {"peak": 1e-3}}, place="job")
+        )
+
+    check(None)
+    check(END)
+    with pytest.raises(InputError, match=f"end_of_document=7, but document 0 of the .idx beside it ends with {END}"):
+        check(7)
+
+
 def test_own_kernels_take_documents_over_packed_sequences(monkeypatch):
     """The call, not the kernel: tests/kernels hold `cu_seqlens` against plain attention."""
     torch = pytest.importorskip("torch", reason="the executor needs torch")

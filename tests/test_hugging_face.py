@@ -160,7 +160,17 @@ def make_job(folder: Path, *, weights: dict[str, str], peak: float = 1e-3, steps
     return {"steps": steps, "data": data, "learning_rate": {"peak": peak, "minimum": peak}, "weights": weights}
 
 
-def train(folder: Path, source: Path, words: str, *, peak: float, weights: dict[str, str], steps: int = 1, **recovery):
+def train(
+    folder: Path,
+    source: Path,
+    words: str,
+    *,
+    peak: float,
+    weights: dict[str, str],
+    steps: int = 1,
+    on_step=lambda _: None,
+    **recovery,
+):
     """Train the model of `source` in a layout on tokens made up; returns the run's outcome."""
     from shardplan.executor.launch import Recovery, run_plan
     from shardplan.executor.token_files import TokenWriter
@@ -175,12 +185,28 @@ def train(folder: Path, source: Path, words: str, *, peak: float, weights: dict[
         device="cpu",
         steps=steps,
         out=folder / "runs",
-        on_step=lambda _: None,
+        on_step=on_step,
         job=job,
         recovery=Recovery(**recovery),
     )
     assert outcome.error is None, outcome.error
     return outcome
+
+
+@pytest.mark.distributed
+def test_an_export_that_an_earlier_attempt_of_the_run_finished_is_left_as_it_is(tmp_path):
+    pytest.importorskip("torch", reason="the executor needs torch")
+    out = tmp_path / "out"
+
+    def finish(record) -> None:  # while the ranks train on
+        if record.step == 1:
+            out.mkdir()
+            (out / "model.safetensors").write_bytes(b"whole")
+
+    weights = {"initial": str(CHECKPOINT), "export": str(out), "dtype": "fp32"}
+    train(tmp_path, CHECKPOINT, "dp=2", peak=1e-3, weights=weights, steps=60, on_step=finish)
+    assert [(path.name, path.read_bytes()) for path in out.iterdir()] == [("model.safetensors", b"whole")]
+    assert not out.with_name("out.tmp").exists()
 
 
 @pytest.mark.distributed
