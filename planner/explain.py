@@ -18,6 +18,7 @@ from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.load import cluster_from_document
 from shardplan.hw_profiles.machine import Cluster
 from shardplan.planner.explain_stages import stage_lines
+from shardplan.planner.own_changes import own_changes
 from shardplan.planner.placement import placement_document
 from shardplan.planner.plan import Plan, digest
 from shardplan.planner.ranking import OBJECTIVES, Objective
@@ -25,10 +26,11 @@ from shardplan.planner.search import judge, search_document
 from shardplan.planner.sensitivity import Question, figure_of, network_needed, one_change
 from shardplan.planner.shortlist import RUNNERS_UP
 from shardplan.planner.space import Wishes, parse_wishes
+from shardplan.planner.watch import Watch
 
 
-def explain_plan(plan: Plan) -> dict[str, Any]:
-    """A plan looked at again with today's cost model on the machine it carries."""
+def explain_plan(plan: Plan, watch: Watch | None = None) -> dict[str, Any]:
+    """A plan looked at again with today's cost model on the machine it carries; `watch` is told how far it is."""
     runtime = load_runtime(plan.runtime)
     cluster = cluster_from_document(dict(plan.cluster)).with_gpus(plan.gpus)
     headroom = float(plan.search.get("headroom", DEFAULT_HEADROOM))
@@ -62,6 +64,7 @@ def explain_plan(plan: Plan) -> dict[str, Any]:
         ),
         headroom=headroom,
         objective=_objective(plan),
+        watch=watch or Watch(),
     )
     return {
         **prediction,
@@ -69,6 +72,7 @@ def explain_plan(plan: Plan) -> dict[str, Any]:
         "binds": what_binds(prediction, setting, headroom),
         "placement": placement_document(setting, plan.layout),
         "one_change": one_change(question),
+        "one_change_keeps": "nothing",
         "one_change_of": figure_of(question).words,
         "network_needed": network_needed(question, plan.layout),
         "runners_up": [row for row in compared if row],
@@ -91,9 +95,18 @@ def explain_layout(
     cluster: Cluster,
     runtime: Runtime,
     headroom: float = DEFAULT_HEADROOM,
+    watch: Watch | None = None,
 ) -> dict[str, Any]:
-    """The user's own layout against the best of the whole space."""
-    question = Question(model=model, job=job, cluster=cluster, runtime=runtime, wishes=Wishes(), headroom=headroom)
+    """The user's own layout against the best of the whole space; `watch` is told how far it is."""
+    question = Question(
+        model=model,
+        job=job,
+        cluster=cluster,
+        runtime=runtime,
+        wishes=Wishes(),
+        headroom=headroom,
+        watch=watch or Watch(),
+    )
     result = question.search()
     setting, own = (
         Setting(model=model, job=job, cluster=cluster, runtime=runtime),
@@ -104,7 +117,8 @@ def explain_layout(
         "subject": {"model": model.name, "cluster": cluster.name, "job": dataclasses.asdict(job)},
         "binds": what_binds(answer, setting, headroom) if answer["time"] else [],
         "placement": placement_document(setting, own) if answer["time"] else None,
-        "one_change": [],
+        "one_change": own_changes(question, own) if answer["time"] else [],
+        "one_change_keeps": "layout",
         "one_change_of": figure_of(question).words,
         "network_needed": network_needed(question, own) if answer["time"] else None,
         "runners_up": [],

@@ -4,7 +4,7 @@ needs."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,7 @@ from shardplan.planner.mixed_search import estimated_on_parts
 from shardplan.planner.ranking import Objective, SearchResult
 from shardplan.planner.search import search
 from shardplan.planner.space import Wishes
+from shardplan.planner.watch import StepWatch, Watch
 
 MORE = 1.1
 ROWS_FOR_RATES = 5000
@@ -54,10 +55,14 @@ class Question:
     wishes: Wishes
     headroom: float
     objective: Objective = "throughput"
+    watch: Watch = field(default_factory=Watch)
+    """Told how far answers to it are."""
 
     def search(self, objective: Objective = "throughput", **changed: Any) -> SearchResult:
         """The search of this question with parts of it changed."""
-        parts = {name: getattr(self, name) for name in ("model", "job", "cluster", "runtime", "wishes", "headroom")}
+        parts = {
+            name: getattr(self, name) for name in ("model", "job", "cluster", "runtime", "wishes", "headroom", "watch")
+        }
         return search(**{**parts, **changed}, objective=objective)
 
 
@@ -149,7 +154,8 @@ def one_change(question: Question) -> list[dict[str, Any]]:
 
     A plan by cost or for a deadline is looked at on its number of GPUs, and on one node more and less."""
     figure = figure_of(question)
-    today = question.search(figure.searched)
+    steps = 1 + len(_searched_changes(question, figure))
+    today = question.search(figure.searched, watch=StepWatch(question.watch, "as it is", 0.0, 1.0 / steps))
     if today.ranked is None:
         return []
     best, before = today.ranked.layouts.row(0), figure.value(question, today)
@@ -174,22 +180,32 @@ def one_change(question: Question) -> list[dict[str, Any]]:
 def _by_rates(question: Question, today: SearchResult) -> Iterator[tuple[str, Question, SearchResult]]:
     """(change, question, what it finds) with one rate of the machine higher."""
     fastest = _ranked(today).layouts.take(np.arange(min(ROWS_FOR_RATES, len(_ranked(today)))))
-    for change, faster in RATES.items():
-        if "between nodes" in change and question.cluster.nodes == 1:
-            continue
-        cluster = faster(today.cluster)
+    for change, cluster in faster_machines(today.cluster):
         at = Setting(model=question.model, job=question.job, cluster=cluster, runtime=question.runtime)
         found = estimated_on_parts(at, fastest) if cluster.parts else estimated(at, fastest)
         first: NDArray[np.intp] = np.asarray([int(found.step_s.argmin())])
         yield change, question, replace(today, cluster=cluster, ranked=found.take(first))
 
 
+def faster_machines(cluster: Cluster) -> Iterator[tuple[str, Cluster]]:
+    """(change, the cluster with it) of each of RATES that it has: no network on one node, no links on one GPU."""
+    absent = {
+        "10 % faster network between nodes": cluster.nodes == 1,
+        "10 % faster links inside the node": cluster.gpus == 1,
+    }
+    for change, faster in RATES.items():
+        if not absent.get(change, False):
+            yield change, faster(cluster)
+
+
 def _by_searches(question: Question, figure: Figure) -> Iterator[tuple[str, Question, SearchResult]]:
     """(change, question, what it finds) with more memory, another batch or other GPUs."""
-    for change in _searched_changes(question, figure):
+    changes = _searched_changes(question, figure)
+    for at, change in enumerate(changes, start=1):
+        watch = StepWatch(question.watch, change, at / (1 + len(changes)), (at + 1) / (1 + len(changes)))
         try:
             parts = CHANGES[change](question)
-            found = question.search(figure.searched, **parts)
+            found = question.search(figure.searched, **parts, watch=watch)
         except InputError:  # not a size of this cluster, no half of the batch
             continue
         if found.ranked is not None:

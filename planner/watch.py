@@ -1,4 +1,4 @@
-"""Who watches a search: told how far it is, and whether an interrupt shall leave the best so far instead of ending it."""
+"""Who watches searches: told how far they are, and whether an interrupt shall leave the best so far instead of ending it."""
 
 from __future__ import annotations
 
@@ -14,3 +14,16 @@ class Watch:
 
     def phase(self, name: str, done: float, looked_at: int) -> None:
         """Now at `name`, about `done` (0 to 1) of it behind, so many layouts looked at."""
+
+
+class StepWatch(Watch):
+    """One of several searches that are watched as one: what it is told is passed on as part of the whole. An interrupt ends it."""
+
+    def __init__(self, whole: Watch, name: str, start: float, end: float) -> None:
+        super().__init__()
+        self._whole, self._name, self._start, self._share = whole, name, start, end - start
+        whole.phase(name, start, 0)
+
+    def phase(self, name: str, done: float, looked_at: int) -> None:
+        """Passed on under the name of the step."""
+        self._whole.phase(self._name, self._start + done * self._share, looked_at)

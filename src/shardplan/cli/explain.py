@@ -10,6 +10,7 @@ from shardplan.cli import options
 
 if TYPE_CHECKING:
     from shardplan.planner.plan import Plan
+    from shardplan.planner.watch import Watch
 
 
 def explain(
@@ -115,6 +116,7 @@ def _of_plan(
     """The plan, with another token budget, price or failure rate where given; or a `layout` beside it, on its machine for its job."""
     from dataclasses import replace
 
+    from shardplan.cli.progress import TerminalWatch
     from shardplan.hw_profiles.errors import InputError
     from shardplan.planner.explain import explain_plan
     from shardplan.planner.plan import Plan
@@ -130,7 +132,8 @@ def _of_plan(
         document, _ = options.with_given_figures(dict(plan.cluster), plan.gpus, price, gpu_hours_per_failure)
         job = plan.job if tokens is None else replace(plan.job, tokens=tokens)
         plan = replace(plan, cluster=document, job=job)
-        return explain_plan(plan) if layout is None else _beside_plan(plan, layout)
+        with TerminalWatch(keeps_best=False) as watch:
+            return explain_plan(plan, watch) if layout is None else _beside_plan(plan, layout, watch)
     except InputError as bad:
         beside = {
             "layout": layout,
@@ -143,7 +146,7 @@ def _of_plan(
         raise InputError(bad.problem, place=f"{path}: {bad.place}", remedy=bad.remedy) from None
 
 
-def _beside_plan(plan: Plan, words: str) -> dict[str, Any]:
+def _beside_plan(plan: Plan, words: str, watch: Watch) -> dict[str, Any]:
     from shardplan.cli.estimate import judged
     from shardplan.costmodel.estimates import DEFAULT_HEADROOM
     from shardplan.costmodel.runtime import load_runtime
@@ -157,7 +160,7 @@ def _beside_plan(plan: Plan, words: str) -> dict[str, Any]:
         "runtime": load_runtime(plan.runtime),
         "headroom": float(plan.search.get("headroom", DEFAULT_HEADROOM)),
     }
-    return explain_layout(judged(words, **asked), **asked)
+    return explain_layout(judged(words, **asked), **asked, watch=watch)
 
 
 def _of_layout(
@@ -171,6 +174,7 @@ def _of_layout(
     **job_words: Any,
 ) -> dict[str, Any]:
     from shardplan.cli.estimate import evaluate
+    from shardplan.cli.progress import TerminalWatch
     from shardplan.hw_profiles.errors import InputError
     from shardplan.planner.explain import explain_layout
 
@@ -182,6 +186,13 @@ def _of_layout(
     job_words = {**job_words, "global_batch": global_batch, "seq": seq}
     answer = evaluate(model, layout, cluster, gpus, headroom=headroom, **job_words)
     inputs = options.read_inputs(model, cluster, answer["gpus"] if gpus is None else gpus, **job_words)
-    return explain_layout(
-        answer, model=inputs.model, job=inputs.job, cluster=inputs.cluster, runtime=inputs.runtime, headroom=headroom
-    )
+    with TerminalWatch(keeps_best=False) as watch:
+        return explain_layout(
+            answer,
+            model=inputs.model,
+            job=inputs.job,
+            cluster=inputs.cluster,
+            runtime=inputs.runtime,
+            headroom=headroom,
+            watch=watch,
+        )

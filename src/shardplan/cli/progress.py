@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from shardplan.planner.watch import Watch
 
@@ -17,8 +17,8 @@ QUIET_S = 1.0
 class TerminalWatch(Watch):
     """Draws on stderr; nothing where that is no terminal."""
 
-    def __init__(self) -> None:
-        super().__init__(keeps_best=True)
+    def __init__(self, *, keeps_best: bool = True) -> None:
+        super().__init__(keeps_best=keeps_best)
         self._start = time.monotonic()
         self._bar: Progress | None = None
 
@@ -30,11 +30,18 @@ class TerminalWatch(Watch):
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn
 
-            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[layouts]} layouts"))
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[layouts]}"))
             self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
-            self._bar.add_task(name, total=1.0, layouts="0")
+            self._bar.add_task(name, total=1.0, layouts="")
             self._bar.start()
-        self._bar.update(self._bar.task_ids[0], description=name, completed=done, layouts=f"{looked_at:,}")
+        layouts = f"{looked_at:,} layouts" if looked_at else ""
+        self._bar.update(self._bar.task_ids[0], description=name, completed=done, layouts=layouts)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Take the bar away."""

@@ -28,8 +28,16 @@ def seconds(value: float) -> str:
 
 
 def new_table(title: str, *columns: tuple[str, str]) -> Table:
-    """A table without lines; columns as (heading, side)."""
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=None, pad_edge=False)
+    """A table without lines, as wide as its title; columns as (heading, side)."""
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        header_style="dim",
+        box=None,
+        pad_edge=False,
+        min_width=min(len(title), 80),
+    )
     for name, side in columns:
         table.add_column(name, justify="right" if side == "right" else "left", overflow="fold")
     return table
@@ -168,14 +176,20 @@ def print_breakdown(console: Console, prediction: Mapping[str, Any]) -> None:
         console.print(escape(line))
 
 
+SHORT = {"parameters": "params", "gradients": "grads", "optimizer": "optim", "activations": "activ"}
+"""Heads of the memory table where stages also say what they lie on: 120 columns hold it."""
+
+
 def _print_stages(console: Console, memory: Mapping[str, Any], timed: Mapping[int, Mapping[str, Any]]) -> None:
     right = "right"
     names = ("parameters", "gradients", "optimizer", "activations", "buffers")
+    rooms = {one["part"]: one["capacity_bytes"] for one in timed.values() if one["part"]}
+    capacity = ", ".join(f"{gib(size)} on {part}" for part, size in rooms.items()) or gib(memory["capacity_bytes"])
     table = new_table(
-        f"Memory per GPU in GiB, capacity {gib(memory['capacity_bytes'])}",
+        f"Memory per GPU in GiB, capacity {capacity}",
         ("stage", right),
         ("layers", right),
-        *((name, right) for name in names),
+        *((SHORT.get(name, name) if rooms else name, right) for name in names),
         ("slack", right),
         ("context", right),
         ("device", right),
@@ -220,7 +234,6 @@ def _more_columns(timed: Mapping[int, Mapping[str, Any]]) -> dict[str, Callable[
     columns["micro-batch"] = lambda one: seconds(one["micro_batch_s"])
     if any(one["part"] for one in stages):
         columns["on"] = lambda one: str(one["part"])
-        columns["capacity"] = lambda one: gib(one["capacity_bytes"])
     return columns
 
 
@@ -311,17 +324,13 @@ def _print_changes(console: Console, document: Mapping[str, Any]) -> None:
     """What one change would do, and how much network the layout needs."""
     if document["one_change"]:
         console.print()
-        figure = document["one_change_of"]
-        table = new_table(
-            f"One change, planned again: {figure}",
-            ("", "left"),
-            ("gain", "right"),
-            (figure, "right"),
-            ("layout, where another is best", "left"),
-        )
+        figure, keeps = document["one_change_of"], document["one_change_keeps"] == "layout"
+        title = "One change, the rest of the layout kept" if keeps else "One change, planned again"
+        named = [] if keeps else [("layout, where another is best", "left")]
+        table = new_table(f"{title}: {figure}", ("", "left"), ("gain", "right"), (figure, "right"), *named)
         for row in document["one_change"]:
-            gain = f"{row['gain_fraction']:+.1%}"
-            table.add_row(row["change"], gain, row["becomes"], escape(row["layout"] or ""))
+            layout = [] if keeps else [escape(row["layout"] or "")]
+            table.add_row(escape(row["change"]), f"{row['gain_fraction']:+.1%}", row["becomes"], *layout)
         console.print(table)
     need = document["network_needed"]
     if need:
@@ -334,19 +343,24 @@ def _print_changes(console: Console, document: Mapping[str, Any]) -> None:
 def print_nothing_fits(document: Mapping[str, Any]) -> None:
     """Nothing fits: how far off, and what would have to change."""
     from shardplan.costmodel.layout import layout_from_document
+    from shardplan.planner.nothing_fits import NONE_DOES, ROOM
 
     console = make_console()
     late = any(one["rule"] == "deadline" for one in document["rejections"])
     console.print("[red]no layout is in time[/red]" if late else "[red]no layout fits[/red]")
     print_account(console, document["search"])
+    told = document["search"]["refused"]
     if document["closest"]:
         console.print(f"\nclosest: {escape(layout_from_document(document['closest']['layout']).words())}")
     for one in document["rejections"][:5]:
-        remedy = f"; {one['remedy']}" if one["remedy"] else ""
-        console.print(f"  {escape(one['rule'])}: {escape(one['detail'])}{escape(remedy)}")
+        reason = [one["detail"]] if one["rule"] not in told else []  # the account has the others'
+        remedy = [one["remedy"]] if one["rule"] not in ROOM or not document["closest"] else []
+        console.print(f"  {escape(one['rule'])}: {escape('; '.join((*reason, *remedy)))}")
+    if document["closest"]:
+        console.print("no layout is nearer to fitting")
     if document["would_fit"]:
         console.print("\nwhat would fit instead:")
         for change in document["would_fit"]:
             console.print(f"  • {escape(change)}")
     elif not late:
-        console.print("\nneither more GPUs of this kind, shorter sequences nor another runtime alone makes it fit")
+        console.print(f"\n{NONE_DOES}")
