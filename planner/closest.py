@@ -43,12 +43,16 @@ def _share(needed_bytes: FloatArray, room_bytes: float) -> FloatArray:
     return np.where(needed_bytes > 0.0, np.inf, 0.0)
 
 
-def closest_layout(setting: Setting, wishes: Wishes, headroom: float, known: Estimates) -> Estimates:
+def closest_layout(
+    setting: Setting, wishes: Wishes, headroom: float, known: Estimates, watch: Watch | None = None
+) -> Estimates:
     """The layout nearest to fitting, at least as near as the best of the `known`; on a mixed cluster that one."""
+    watching = watch or Watch()
     every = needed_share(known, headroom)
     best, share = known.take(np.asarray([int(every.argmin())])), float(every.min())
     while not setting.cluster.parts and np.isfinite(share):
         more = replace(setting, cluster=with_more_memory(setting.cluster, share * (1.0 + 1e-9)))
+        watching.phase("nearest", 1.0 - 1.0 / max(share, 1.0), 0)
         ranked = search_one_size(more, wishes, "memory", headroom, Watch()).ranked
         if ranked is None:
             break

@@ -64,5 +64,6 @@ def late(fastest: SearchResult, needed: float, days: float) -> SearchResult:
         rule=DEADLINE,
         count=fastest.looked_at - refused - fastest.slower - fastest.does_not_fit,
         example=f"the fastest, on {fastest.cluster.gpus} GPUs, takes {needed:.3g} days, the deadline is {days:g}",
+        remedy="give more days or more GPUs",
     )
     return replace(fastest, ranked=None, refused=(refusal, *fastest.refused))

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from shardplan.costmodel.job import METHODS, PRECISIONS, Job
 from shardplan.costmodel.model import Model
 from shardplan.costmodel.rule import Setting
-from shardplan.costmodel.runtime import Runtime
+from shardplan.costmodel.runtime import Runtime, load_runtime
 from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.machine import Cluster
 from shardplan.planner.closest import closest_layout, needed_share
 from shardplan.planner.deadline import DEADLINE
+from shardplan.planner.one_size import anything_fits
 from shardplan.planner.search import SearchResult, judge, search, search_document
 from shardplan.planner.space import Wishes, asked, fixes_pipeline
+from shardplan.planner.watch import StepWatch, Watch
 
 ROOM = ("device-memory", "host-memory", "nvme-capacity")
 """Rules of what does not fit."""
@@ -26,6 +28,12 @@ MOST_HALVINGS, SHORTEST = 4, 256
 """Of the sequence, and its tokens."""
 SMALLER_OPTIMIZERS = ("adamw16bit", "adamw8bit", "paged_adamw8bit", "adafactor")
 """That hold less than Adam in fp32, the nearest to it first."""
+
+
+NONE_DOES = (
+    "no single change makes one fit: none of wishes, headroom, gradients, optimizer, GPUs of this kind, sequence, batch, method, precision "
+    "and runtime alone"
+)
 
 
 def what_would_fit(
@@ -37,18 +45,23 @@ def what_would_fit(
     runtime: Runtime,
     wishes: Wishes,
     headroom: float,
+    watch: Watch | None = None,
 ) -> dict[str, Any]:
-    """The account of a search that found nothing: the closest layout, its rejections, and changes that would fit."""
+    """The account of a search that found nothing: the closest layout, its rejections, and changes that would fit; `watch` is told how far
+    it is."""
+    watching = watch or Watch()
     document: dict[str, Any] = {"fits": False, "rejections": [], "search": search_document(result, 0), "closest": None}
     if result.refused and result.refused[0].rule == DEADLINE:
-        late = result.refused[0].example
-        document["rejections"] = [{"rule": DEADLINE, "detail": late, "remedy": "give more days or more GPUs"}]
+        late = result.refused[0]
+        document["rejections"] = [{"rule": DEADLINE, "detail": late.example, "remedy": late.remedy}]
         document["would_fit"] = []
         return document
     headroom_that_fits = None
+    setting = Setting(model=model, job=job, cluster=cluster, runtime=runtime)
     if result.closest is not None:
-        setting = Setting(model=model, job=job, cluster=cluster, runtime=runtime)
-        nearest = closest_layout(setting, wishes, headroom, result.closest)
+        nearest = closest_layout(
+            setting, wishes, headroom, result.closest, StepWatch(watching, "the nearest layout", 0.0, 0.5)
+        )
         headroom_that_fits = 1.0 - float(needed_share(nearest, 0.0)[0])
         judged = judge(
             nearest.layouts.row(0), model=model, job=job, cluster=cluster, runtime=runtime, headroom=headroom
@@ -57,14 +70,16 @@ def what_would_fit(
             document["closest"], document["rejections"] = judged, judged["rejections"]
     else:
         document["rejections"] = [
-            {"rule": r.rule, "detail": f"{r.count} layouts: {r.example}", "remedy": ""} for r in result.refused
+            {"rule": r.rule, "detail": f"{r.count} layouts: {r.example}", "remedy": r.remedy} for r in result.refused
         ] or [_no_factorisation(job, cluster, wishes)]
-    told = document["would_fit"] = list(_changes(model, job, cluster, runtime, wishes, headroom))
+    told = document["would_fit"] = list(
+        _changes(setting, wishes, headroom, StepWatch(watching, "what would fit", 0.5, 1.0))
+    )
     if headroom_that_fits is not None and 0.0 <= headroom_that_fits < headroom:
         told.insert(0, f"--headroom {math.floor(1000.0 * headroom_that_fits) / 1000.0:g} instead of {headroom:g}")
     for one in document["rejections"] if document["closest"] else ():
         if one["rule"] in ROOM:  # what its own words could do was tried: no layout is nearer
-            first = f"first try {told[0]}" if told else "no single change makes one fit"
+            first = f"first try {told[0]}" if told else NONE_DOES
             one["remedy"] = f"no layout is nearer to fitting; {first}"
     return document
 
@@ -103,37 +118,53 @@ def _no_factorisation(job: Job, cluster: Cluster, wishes: Wishes) -> dict[str, s
     }
 
 
-def _changes(model: Model, job: Job, cluster: Cluster, runtime: Runtime, wishes: Wishes, headroom: float) -> list[str]:
-    """One change each that makes something fit, tried by searching."""
+def _changes(setting: Setting, wishes: Wishes, headroom: float, watch: Watch) -> Iterator[str]:
+    """One change each that makes something fit, or else two, tried by searching."""
+    job, cluster, runtime = setting.job, setting.cluster, setting.runtime
 
-    def fits(**changed: Any) -> bool:
-        inputs: dict[str, Any] = {
-            "model": model,
-            "job": job,
-            "cluster": cluster,
-            "runtime": runtime,
-            "wishes": wishes,
-            "headroom": headroom,
-        }
-        return search(**{**inputs, **changed}).ranked is not None
+    def fits(changed: Mapping[str, Any], wishes: Wishes = wishes) -> bool:
+        at = replace(setting, **changed)
+        if not at.cluster.parts:
+            return anything_fits(at, wishes, headroom, Watch())
+        found = search(
+            model=at.model, job=at.job, cluster=at.cluster, runtime=at.runtime, wishes=wishes, headroom=headroom
+        )
+        return found.ranked is not None
 
-    told: list[str] = []
-    if (wishes.fixed_words or wishes.forbidden) and fits(wishes=Wishes()):
+    if (wishes.fixed_words or wishes.forbidden) and fits({}, Wishes()):
         words = [word for word, given in (("--fix", wishes.fixed_words), ("--forbid", wishes.forbidden)) if given]
-        told.append(f"dropping {' and '.join(words)}")
-    smaller = list(_smaller_states(job, runtime))
+        yield f"dropping {' and '.join(words)}"
     more_gpus = [
         (f"{one.gpus} GPUs of the same kind (tried by doubling)", {"cluster": one}) for one in _doubled(cluster)
     ]
-    for kind in (*smaller, more_gpus, *_other_jobs(job, cluster, runtime)):
-        first = next((words for words, changed in kind if fits(**changed)), None)
-        told += [] if first is None else [first]
-    for name in ("megatron", "fsdp2", "deepspeed"):
-        if name != runtime.name and fits(runtime=name):
-            told.append(f"--runtime {name}")
-    return told
+    others = [
+        [(f"--runtime {name}", {"runtime": load_runtime(name)})] for name in OTHER_RUNTIMES if name != runtime.name
+    ]
+    kinds: list[_Kind] = [*_smaller_states(job, runtime), more_gpus, *_other_jobs(job, cluster, runtime), *others]
+    found = False
+    for at, kind in enumerate(kinds):
+        for words, changed in kind:
+            watch.phase(words, at / len(kinds), 0)
+            if fits(changed):
+                found = True
+                yield words
+                break
+    for words, changed in () if found else _two_changes(job, runtime):
+        if fits(changed):
+            yield words
+            return
 
 
+def _two_changes(job: Job, runtime: Runtime) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Adapters alone in another runtime."""
+    for name in OTHER_RUNTIMES if job.method == "full" else ():
+        other = load_runtime(name)
+        for words, changed in _changed(job, {f"--method {word}": {"method": word} for word in METHODS[1:]}):
+            if name != runtime.name and changed["job"].method in other.abilities.methods:
+                yield f"--runtime {name} {words}, which trains adapters alone", {**changed, "runtime": other}
+
+
+OTHER_RUNTIMES = ("megatron", "fsdp2", "deepspeed")
 _Kind = list[tuple[str, dict[str, Any]]]
 """Changes of one kind, the smallest first: only the first that fits is told."""
 
@@ -167,7 +198,7 @@ def _changed(job: Job, changes: Mapping[str, Mapping[str, Any]]) -> _Kind:
     found: _Kind = []
     for words, values in changes.items():
         with suppress(InputError):
-            found.append((words, {"job": dataclasses.replace(job, **values)}))
+            found.append((words, {"job": replace(job, **values)}))
     return found
 
 

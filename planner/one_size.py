@@ -119,6 +119,15 @@ def quickest_s(setting: Setting, wishes: Wishes, headroom: float, below_s: float
     return found if found < below_s else np.inf
 
 
+def anything_fits(setting: Setting, wishes: Wishes, headroom: float, watch: Watch) -> bool:
+    """Whether any layout does: what is estimated without knobs and cuts is asked first."""
+    state = State()
+    look(setting, wishes, headroom, state, watch)
+    if not any(one.fits(headroom).any() for one in state.space):
+        settle(setting, wishes, "throughput", headroom, state, watch)
+    return state.ranked is not None or any(one.fits(headroom).any() for one in state.space)
+
+
 def look(setting: Setting, wishes: Wishes, headroom: float, state: State, watch: Watch) -> None:
     """Estimate the layouts of the space that no rule refuses, but for those with context parallelism."""
     with state.phase(watch):

@@ -22,11 +22,12 @@ from shardplan.planner.watch import Watch
 
 @dataclass(frozen=True, kw_only=True)
 class Refusal:
-    """How many layouts one rule refused, with one example told in words."""
+    """How many layouts one rule refused, with one example told in words and what to change in it."""
 
     rule: str
     count: int
     example: str
+    remedy: str
 
 
 @dataclass(kw_only=True)
@@ -176,8 +177,13 @@ def _refused_pairs(
 def _count(setting: Setting, rule: Rule, count: int, rows: LayoutTable, refused: dict[str, Refusal]) -> None:
     """Add layouts that break a rule to the account; the first of `rows` is the example of a rule that has none yet."""
     before = refused.get(rule.id)
-    example = before.example if before else rule.detail(setting, rows.row(0))
-    refused[rule.id] = Refusal(rule=rule.id, count=count + (before.count if before else 0), example=example)
+    if before:
+        refused[rule.id] = replace(before, count=count + before.count)
+        return
+    first = rows.row(0)
+    refused[rule.id] = Refusal(
+        rule=rule.id, count=count, example=rule.detail(setting, first), remedy=rule.remedy(setting, first)
+    )
 
 
 def largest_first(refused: Mapping[str, Refusal]) -> tuple[Refusal, ...]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from shardplan.cli import app
 from shardplan.costmodel.job import Job
 from shardplan.costmodel.layout import parse_layout
 from shardplan.costmodel.model_config import load_model
 from shardplan.costmodel.runtime import load_runtime
 from shardplan.hw_profiles.load import load_cluster
-from shardplan.planner.nothing_fits import what_would_fit
+from shardplan.planner.nothing_fits import NONE_DOES, what_would_fit
 from shardplan.planner.search import judge, search
 from shardplan.planner.space import parse_wishes
 
@@ -76,3 +78,37 @@ def test_changes_that_are_told_do_fit() -> None:
     assert search(**{**asked, "runtime": "fsdp2"}).ranked is not None
     assert not any(change.startswith("--headroom") for change in changes)  # not even all of the memory is enough
     assert search(**{**asked, "headroom": 0.0}).ranked is None
+
+
+def test_two_changes_are_told_where_no_single_one_does() -> None:
+    asked = {
+        "model": load_model("llama-3-70b"),
+        "job": Job(seq=2048, global_batch=16, precision="bf16"),
+        "cluster": load_cluster("4x3090"),
+        "runtime": load_runtime("megatron"),
+        "headroom": 0.05,
+    }
+    wishes = parse_wishes("")
+    document = what_would_fit(search(**asked, wishes=wishes), **asked, wishes=wishes)
+    assert document["would_fit"] == ["--runtime fsdp2 --method qlora, which trains adapters alone"]
+    adapters = Job(seq=2048, global_batch=16, precision="bf16", method="qlora")
+    assert search(**{**asked, "job": adapters, "runtime": "fsdp2"}).ranked is not None
+    assert search(**{**asked, "runtime": "fsdp2"}).ranked is None
+
+
+def test_what_no_rule_allows_says_what_to_change() -> None:
+    document, _ = told("llama-3-8b", "megatron", 8, fix="micro_batch=128")
+    (refused,) = document["rejections"]
+    assert (refused["rule"], document["closest"]) == ("batch-divisible", None)
+    assert refused["remedy"].startswith("use a global batch of")
+
+
+def test_no_remedy_is_printed_twice() -> None:
+    start = " ".join(NONE_DOES.split()[:6])
+    for words, changes in (("llama-3-8b --cluster 8x4090 --gpus 1", True), ("mixtral-8x7b --cluster 4x3090", False)):
+        asked = f"plan {words} --global-batch 16 --seq 2048 --runtime megatron"
+        printed = CliRunner().invoke(app, asked.split())
+        assert printed.exit_code == 1
+        assert printed.output.count("no layout is nearer to fitting") == 1
+        assert printed.output.count("what would fit instead") == changes
+        assert printed.output.count(start) == (not changes)

@@ -241,18 +241,21 @@ def _nothing_fits(
     inputs: options.Inputs, result: SearchResult, fix: str, forbid: list[str], headroom: float, *, as_json: bool
 ) -> None:
     """Say what was looked at, how far the closest layout is off and what would have to change."""
+    from shardplan.cli.progress import TerminalWatch
     from shardplan.planner.nothing_fits import what_would_fit
     from shardplan.planner.space import parse_wishes
 
-    document: dict[str, Any] = what_would_fit(
-        result,
-        model=inputs.model,
-        job=inputs.job,
-        cluster=inputs.cluster,
-        runtime=inputs.runtime,
-        wishes=parse_wishes(fix, forbid),
-        headroom=headroom,
-    )
+    with TerminalWatch(keeps_best=False) as watch:
+        document: dict[str, Any] = what_would_fit(
+            result,
+            model=inputs.model,
+            job=inputs.job,
+            cluster=inputs.cluster,
+            runtime=inputs.runtime,
+            wishes=parse_wishes(fix, forbid),
+            headroom=headroom,
+            watch=watch,
+        )
     if as_json:
         import json
 
