@@ -25,6 +25,11 @@ def with_gpu_memory(cluster: Cluster, memory_bytes: float) -> Cluster:
     return with_gpus_changed(cluster, lambda gpu: replace(gpu, memory_bytes=memory_bytes))
 
 
+def with_memory_times(cluster: Cluster, times: float) -> Cluster:
+    """The cluster with this many times the memory of every GPU."""
+    return with_gpus_changed(cluster, lambda gpu: replace(gpu, memory_bytes=times * gpu.memory_bytes))
+
+
 def with_network_times(cluster: Cluster, times: float) -> Cluster:
     """The cluster with this many times the rate between nodes."""
     parts = tuple(replace(part, network=_times(part.network, times)) for part in cluster.parts)

@@ -26,6 +26,7 @@ from shardplan.planner.deadline import days_needed
 from shardplan.planner.machines import (
     network_gbps_per_gpu,
     with_gpus_changed,
+    with_memory_times,
     with_network_rate,
     with_network_times,
     with_nodes,
@@ -213,9 +214,7 @@ def _by_searches(question: Question, figure: Figure) -> Iterator[tuple[str, Ques
 
 
 CHANGES: dict[str, Callable[[Question], dict[str, Any]]] = {
-    "10 % more GPU memory": lambda q: {
-        "cluster": with_gpus_changed(q.cluster, lambda gpu: replace(gpu, memory_bytes=MORE * gpu.memory_bytes))
-    },
+    "10 % more GPU memory": lambda q: {"cluster": with_memory_times(q.cluster, MORE)},
     "twice the global batch": lambda q: {"job": replace(q.job, global_batch=2 * q.job.global_batch)},
     "half the global batch": lambda q: {"job": replace(q.job, global_batch=q.job.global_batch // 2)},
     "sequences half as long": lambda q: {"job": replace(q.job, seq=q.job.seq // 2)},

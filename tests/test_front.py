@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,13 @@ from typer.testing import CliRunner
 from shardplan.cli import app
 from shardplan.cli.sweep_table import SHOWN_SAVING, thinned
 from shardplan.costmodel.job import Job
+from shardplan.costmodel.mixed import estimate_any
 from shardplan.costmodel.model_config import load_model
 from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.runtime import load_runtime
-from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.load import load_cluster
 from shardplan.planner.front import FRONT_SAVING, memory_points, searched_front
-from shardplan.planner.machines import with_gpu_memory
+from shardplan.planner.machines import with_gpu_memory, with_memory_times
 from shardplan.planner.one_size import LEAN_STEP, memory_for
 from shardplan.planner.search import search
 from shardplan.planner.space import Wishes
@@ -82,15 +83,40 @@ def test_the_leanest_layout_has_its_stages_cut() -> None:
     assert search(**asked, cluster=same).ranked is not None
 
 
-def test_mixed_nodes_have_no_searched_front() -> None:
-    mixed = Setting(
-        model=load_model("llama-2-7b"),
-        job=Job(seq=4096, global_batch=64, precision="bf16"),
-        cluster=load_cluster(EXAMPLE),
-        runtime=load_runtime("megatron"),
-    )
-    with pytest.raises(InputError, match="--front"):
-        list(memory_points(mixed, Wishes(), HEADROOM))
+def mixed() -> Setting:
+    cluster = load_cluster(EXAMPLE)
+    small = replace(cluster, parts=tuple(part.with_gpus(8) for part in cluster.parts))
+    small = replace(small, node_runs=tuple(run for part in small.parts for run in part.node_runs))
+    return replace(setting(), cluster=small)
+
+
+def test_on_mixed_nodes_every_point_is_the_best_of_a_search_with_that_share_of_memory() -> None:
+    at = mixed()
+    points = list(memory_points(at, Wishes(), HEADROOM))
+    assert len(points) > 4
+    times = 1.0
+    for point in points:
+        cluster = with_memory_times(at.cluster, times)
+        found = search(model=at.model, job=at.job, cluster=cluster, runtime=at.runtime).ranked
+        assert found is not None
+        assert point.step_s == pytest.approx(float(found.step_s[0]), rel=1e-9)
+        own = Setting(model=at.model, job=at.job, cluster=point.cluster, runtime=at.runtime)
+        again = estimate_any(own, point.found.layouts.row(0))
+        assert float(again.step_s[0]) == pytest.approx(point.step_s, rel=1e-9)
+        assert bool(again.fits(HEADROOM)[0])
+        assert point.share <= times
+        times = memory_for(at, (1.0 - FRONT_SAVING) * point.share, HEADROOM)
+
+
+def test_the_front_of_mixed_nodes_gets_leaner_and_slower() -> None:
+    rows, stopped = searched_front(mixed(), Wishes(), HEADROOM, Watch())
+    assert not stopped
+    assert {tuple(sorted(row["parts"])) for row in rows} == {("a100-80gb", "h100-sxm")}
+    for one, other in pairwise(rows):
+        assert other["step_s"] > one["step_s"]
+        assert 1.0 - other["headroom_fraction"] <= (1.0 - FRONT_SAVING) * (1.0 - one["headroom_fraction"]) * (
+            1.0 + 1e-12
+        )
 
 
 class Stopping(Watch):

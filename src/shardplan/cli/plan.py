@@ -105,10 +105,6 @@ def plan(
         gpu_hours_per_failure=gpu_hours_per_failure,
     )
     options.check_writable(Path(output) if output else None)
-    if front:
-        from shardplan.planner.front import check_one_kind
-
-        check_one_kind(inputs.cluster)
     words = [word.lower() for item in allow or [] for word in item.replace(",", " ").split()]
     asked: dict[str, Any] = {
         "fix": " ".join(fix or []),
