@@ -39,7 +39,7 @@ from shardplan.planner.sift import Sifted, largest_first, sift, sift_space
 from shardplan.planner.space import Wishes
 from shardplan.planner.stage_options import Part, Wanted
 from shardplan.planner.stage_search import STRUCTURE, leaves_stages_open, wanted_of
-from shardplan.planner.stages import can_cut, counted_in_full, cut_stages, mean_stage_seconds
+from shardplan.planner.stages import can_cut, cut_stages, mean_stage_seconds
 from shardplan.planner.watch import Watch
 
 NONE, FULL = RECOMPUTE.index("none"), RECOMPUTE.index("full")
@@ -262,15 +262,16 @@ def _cut_ones(setting: Setting, staged: LayoutTable, wanted: Wanted, fastest: fl
             rows = alike[bounds[some[alike]] < fastest]
             if not len(rows):
                 continue
-            least_s = float(bounds[some[rows]].min())
+            least_s = bounds[some[rows]]
             if not can_cut(setting.model, chosen.row(int(rows[0]))):
-                uncut_s = min(uncut_s, least_s)
+                uncut_s = min(uncut_s, float(least_s.min()))
                 continue
-            cut = _cut(setting, chosen.take(rows), wanted, fastest - bounds[some[rows]])
+            cuts = cut_stages(_parts(setting, chosen.take(rows)), wanted, fastest - least_s)
+            unsure_s = least_s + np.asarray([one.unsure_s(setting) for one in cuts])
+            uncut_s = min(uncut_s, float(unsure_s.min()))
+            cut = _valid(setting, [one for each in cuts for one in each.layouts])
             if cut is None:
                 continue
-            if not all(counted_in_full(setting, cut.row(row)) for row in range(len(cut))):
-                uncut_s = min(uncut_s, least_s)
             its = _on_parts(setting, cut)
             found.append(its)
             fit = its.fits(wanted.headroom)
@@ -301,8 +302,8 @@ def _parts(setting: Setting, table: LayoutTable) -> list[Part]:
     ]
 
 
-def _cut(setting: Setting, table: LayoutTable, wanted: Wanted, slack_s: FloatArray) -> LayoutTable | None:
-    cut: list[Layout] = [one for each in cut_stages(_parts(setting, table), wanted, slack_s) for one in each]
+def _valid(setting: Setting, cut: list[Layout]) -> LayoutTable | None:
+    """Those of the layouts that break no rule on any part; None where there are none."""
     if not cut:
         return None
     found = layout_table(cut)

@@ -34,7 +34,7 @@ from shardplan.planner.partial_recompute import only_stands_for_others, recomput
 from shardplan.planner.placement import as_innermost, in_other_orders, movable, only_outer, open_orders
 from shardplan.planner.space import Wishes, allowed, asked
 from shardplan.planner.stage_options import Part, Wanted
-from shardplan.planner.stages import Cuttable, can_cut, counted_in_full
+from shardplan.planner.stages import Cuttable, can_cut
 
 BoolArray = NDArray[np.bool_]
 FloatArray = NDArray[np.float64]
@@ -77,8 +77,8 @@ class _State:
     cut: int = 0
     proved: bool = True
     uncut_s: float = np.inf
-    """The least bound of what is not cut exactly: it keeps the runtime's rule (`stages.can_cut`), or its best cut waits for longer chunks
-    than it was chosen for (`stages.counted_in_full`)."""
+    """The least bound of what is not cut exactly: it keeps the runtime's rule (`stages.can_cut`), or has more cuts than are written out, or
+    cuts that wait for longer chunks than they were chosen for (`stages.Cuts.unsure_s`)."""
 
 
 def search_stages(
@@ -368,9 +368,9 @@ def _cut_some(state: _State, layouts: LayoutTable, bounds: FloatArray) -> None:
         at, size, state.cut = at + size, min(2 * size, MOST_CUT_AT_ONCE), state.cut + len(chosen)
         slack_s = (state.fastest - bounds[chosen]) * longer[chosen]
         cut = [ready[of[row]].cuts(int(place[row]), float(s)) for row, s in zip(chosen, slack_s, strict=True)]
-        unequal = [bool(its) and not counted_in_full(state.setting, its[0]) for its in cut]
-        state.uncut_s = min(state.uncut_s, float(least_s[chosen].min(where=unequal, initial=np.inf)))
-        _keep(state, [one for each in cut for one in each])
+        unsure_s = bounds[chosen] + np.asarray([its.unsure_s(state.setting) for its in cut]) / longer[chosen]
+        state.uncut_s = min(state.uncut_s, float(unsure_s.min()))
+        _keep(state, [one for each in cut for one in each.layouts])
         state.told(state.looked_at)
 
 

@@ -37,7 +37,7 @@ def counted_in_full(setting: Setting, layout: Layout) -> bool:
     """Whether a pipeline takes what its cut was chosen for: chunks as equal as the layers allow, and no rounds that wait for long ones
     (`pipeline.uneven_chunks_s`), which `chain.best_cut` knows nothing of."""
     pp, chunks, layers = layout.pp, layout.virtual_stages, setting.model.layer_count
-    if chunks == 1:
+    if chunks == 1 or layout.schedule in V_PLACED:
         return True
     split = layout.stage_layers or split_layers(layers, pp * chunks, setting.runtime.stages)
     most, least = chunk_lengths(split, pp, chunks)
@@ -48,6 +48,23 @@ def counted_in_full(setting: Setting, layout: Layout) -> bool:
 def _least_longest(layers: int, chunks: int) -> float:
     """What the `most` of `pipeline.chunk_lengths` is at least with so many chunks a rank: layers are whole."""
     return -(-layers // chunks) * chunks / layers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cuts:
+    """Cuts of one layout, the fastest pipeline first, then with ever fewer parameters on the fullest stage."""
+
+    layouts: list[Layout]
+    more_s: list[float]
+    """Seconds that the pipeline of each takes longer than with equal stages."""
+    left_s: float
+    """The same of cuts with fewer parameters still that are not among them, at least; infinite where none is in time."""
+
+    def unsure_s(self, setting: Setting) -> float:
+        """Seconds that a pipeline which might be better than its estimate, or is not among the cuts, takes longer at least; infinite where
+        there is none."""
+        sure = [counted_in_full(setting, layout) for layout in self.layouts]
+        return min([self.left_s, *(s for s, known in zip(self.more_s, sure, strict=True) if not known)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +93,8 @@ class Cuttable:
         chain = Chain.of(setting, first)
         on_parts = [part.trials for part in parts]
         peak, fill = pipeline_weights(setting, layouts)
-        longer = np.minimum((_least_longest(len(chain.kinds), chain.chunks) - 1.0) * fill, peak)
+        longest = 1.0 if first.schedule in V_PLACED else _least_longest(len(chain.kinds), chain.chunks)
+        longer = np.minimum((longest - 1.0) * fill, peak)
         least_s, mean_s = mean_stage_seconds(parts)
         most_peak_s = mean_s + slack_s / np.maximum(peak, 1e-9)
         contents = within(chain, on_parts, most_peak_s)
@@ -98,11 +116,11 @@ class Cuttable:
             more_s=np.maximum(peak, 1e-9) * np.maximum(peak_s - mean_s, 0.0),
         )
 
-    def cuts(self, row: int, slack_s: float) -> list[Layout]:
+    def cuts(self, row: int, slack_s: float) -> Cuts:
         """The best cuts of one layout: that with the fastest pipeline, and slower ones whose fullest stage has fewer parameters to
-        exchange and update. None where no cut fits with a step at most `slack_s` longer than with equal stages."""
+        exchange and update. None where no cut fits with a pipeline at most `slack_s` longer than with equal stages."""
         if self.more_s[row] > slack_s * (1.0 + 1e-9):
-            return []
+            return Cuts(layouts=[], more_s=[], left_s=np.inf)
         return _cuts(
             self.layouts.row(row),
             self.chain,
@@ -112,14 +130,17 @@ class Cuttable:
             self.weights[row],
             self.wanted,
             self.setting,
-            float(self.equal_s[row]) + slack_s,
+            float(self.equal_s[row]),
+            slack_s,
         )
 
 
-def cut_stages(parts: Sequence[Part], wanted: Wanted, slack_s: FloatArray) -> list[list[Layout]]:
+def cut_stages(parts: Sequence[Part], wanted: Wanted, slack_s: FloatArray) -> list[Cuts]:
     """The best cuts (`Cuttable.cuts`) of each of N layouts that agree in pp, schedule, virtual stages and kind of recompute."""
     ready, rows = Cuttable.of(parts, wanted, slack_s), range(len(parts[0].trials.layouts))
-    return [[] if ready is None else ready.cuts(row, float(slack_s[row])) for row in rows]
+    if ready is None:
+        return [Cuts(layouts=[], more_s=[], left_s=np.inf) for _ in rows]
+    return [ready.cuts(row, float(slack_s[row])) for row in rows]
 
 
 def mean_stage_seconds(parts: Sequence[Part]) -> tuple[FloatArray, FloatArray]:
@@ -139,15 +160,16 @@ def _cuts(
     weights: FloatArray,
     wanted: Wanted,
     setting: Setting,
-    most_s: float,
-) -> list[Layout]:
-    """The layout with its best cuts, the pipeline of each at most `most_s`: the fastest first, then with ever fewer parameters."""
-    found, fewer = list[Layout](), np.inf
+    equal_s: float,
+    slack_s: float,
+) -> Cuts:
+    """The layout with its best cuts, the pipeline of each at most `equal_s` and `slack_s`."""
+    found, more_s, fewer, most_s, left_s = list[Layout](), list[float](), np.inf, equal_s + slack_s, np.inf
     least = int(wanted.some_recomputed and layout.recompute == "none")
     most = max(int(options.fewest[row].max()), least)
     uniform = (not wanted.by_stage or chain.chunks > 1) and most > 0
     depths = range(least, most + 1) if uniform else (-1,)
-    while len(found) < wanted.most_cuts:
+    while True:
         best, chosen, holds = np.inf, None, 0.0
         for depth in depths:
             cut = _fastest(chain, segments, options, row, depth, fewer, weights, min(most_s, best))
@@ -158,9 +180,13 @@ def _cuts(
                 chosen = _with_stages(layout, chain, cut.counts, repeated, depth, setting)
         if chosen is None:
             break
+        if len(found) == wanted.most_cuts:
+            left_s = best - equal_s
+            break
         found.append(chosen)
+        more_s.append(best - equal_s)
         fewer = holds
-    return found
+    return Cuts(layouts=found, more_s=more_s, left_s=left_s)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,9 +20,11 @@ from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.rules import broken_rules, rejections
 from shardplan.costmodel.runtime import load_runtime
 from shardplan.hw_profiles.load import load_cluster
+from shardplan.planner import stage_search
 from shardplan.planner.machines import with_network_rate
 from shardplan.planner.search import search
 from shardplan.planner.space import Wishes, allowed, layout_space, parse_wishes
+from shardplan.planner.stage_search import wanted_of
 
 NONE, FULL = RECOMPUTE.index("none"), RECOMPUTE.index("full")
 NOT_WRITTEN_OUT = (
@@ -227,6 +229,101 @@ def test_chunks_more_unequal_than_need_be_prove_nothing(model: str, layers: int)
     behind = float(found.ranked.step_s[0]) / float(every.step_s[every.fits()].min())
     assert 1.002 < behind < 1.01
     assert not found.proved
+
+
+V_CASES = (
+    Case(
+        runtime="fsdp2",
+        model="llama-2-7b",
+        layers=10,
+        cluster="h100-ib",
+        gpus=4,
+        gib=23.25,
+        batch=8,
+        seq=512,
+        fix="pp=4 micro_batch=1 zero=1 tp=1 schedule=zero_bubble_v",
+    ),
+    Case(
+        runtime="shardplan",
+        model="gpt2",
+        layers=11,
+        cluster="selene",
+        gpus=8,
+        gib=4.75,
+        batch=64,
+        seq=512,
+        fix="pp=4 micro_batch=1 zero=1 tp=1 schedule=dualpipe_v",
+    ),
+    Case(
+        runtime="fsdp2",
+        model="mixtral-8x7b",
+        layers=10,
+        cluster="h100-ib",
+        gpus=8,
+        gib=80.0,
+        batch=16,
+        fix="pp=4 micro_batch=1 zero=1 tp=1 schedule=dualpipe_v",
+    ),
+)
+
+
+@pytest.mark.parametrize("case", V_CASES, ids=lambda case: f"{case.runtime}-{case.model}-{case.layers}")
+def test_no_order_of_the_chunks_of_a_v_is_better(case: Case) -> None:
+    """Ranks of an odd number of layers have a longer chunk, on the way down or on the way up."""
+    at, wishes = case.setting(), parse_wishes(f"{case.fix} cp=1", [*NOT_WRITTEN_OUT, "recompute=full"])
+    layouts = written_out(at, wishes)
+    every = estimate(model=at.model, job=at.job, cluster=at.cluster, layouts=layouts, runtime=at.runtime)
+    found = search(model=at.model, job=at.job, cluster=at.cluster, runtime=at.runtime, wishes=wishes)
+    assert found.ranked is not None
+    assert found.proved
+    best = np.flatnonzero(every.fits())[every.step_s[every.fits()].argmin()]
+    words = layouts.row(int(best)).words(), found.ranked.layouts.row(0).words()
+    assert float(found.ranked.step_s[0]) == pytest.approx(float(every.step_s[best]), rel=1e-6), words
+
+
+FEWER_PARAMETERS = (
+    Case(
+        runtime="megatron",
+        model="llama-3-8b",
+        layers=6,
+        cluster="h100-ib",
+        gpus=6,
+        gib=80.0,
+        batch=12,
+        seq=512,
+        fix="pp=3 micro_batch=2 zero=1 tp=1 schedule=1f1b",
+    ),
+    Case(
+        runtime="shardplan",
+        model="llama-3-8b",
+        layers=10,
+        cluster="h100-ib",
+        gpus=3,
+        gib=80.0,
+        batch=6,
+        seq=512,
+        gbps=10.0,
+        fix="pp=3 micro_batch=2 zero=2 schedule=1f1b",
+    ),
+)
+
+
+@pytest.mark.parametrize("case", FEWER_PARAMETERS, ids=lambda case: f"{case.runtime}-{case.layers}")
+def test_what_is_cut_off_the_list_of_cuts_is_not_proved(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best cut has a slower pipeline than the first of the list, and fewer parameters to exchange and update."""
+    at, wishes = case.setting(), parse_wishes(f"{case.fix} cp=1", [*NOT_WRITTEN_OUT, "recompute=full"])
+    layouts = written_out(at, wishes)
+    every = estimate(model=at.model, job=at.job, cluster=at.cluster, layouts=layouts, runtime=at.runtime)
+    least_s = float(every.step_s[every.fits()].min())
+    whole = search(model=at.model, job=at.job, cluster=at.cluster, runtime=at.runtime, wishes=wishes)
+    assert whole.ranked is not None
+    assert float(whole.ranked.step_s[0]) == pytest.approx(least_s, rel=1e-6)
+    assert whole.proved
+    monkeypatch.setattr(stage_search, "wanted_of", lambda *of: replace(wanted_of(*of), most_cuts=1))
+    short = search(model=at.model, job=at.job, cluster=at.cluster, runtime=at.runtime, wishes=wishes)
+    assert short.ranked is not None
+    assert float(short.ranked.step_s[0]) > 1.01 * least_s
+    assert not short.proved
 
 
 def test_the_runtimes_own_uneven_stages_count_like_explicit_ones() -> None:
