@@ -159,8 +159,6 @@ BAD = [
     (("plan", "llama-3-8b", *JOB, "--forbid", "offlod"), ("--forbid", "offlod", "did you mean offload")),
     (("plan", "llama-3-8b", *JOB, "--headroom", "2"), ("headroom=2", "--headroom")),
     (("plan", "llama-3-8b", *JOB, "-o", "/nonexistent-folder/plan.json"), ("/nonexistent-folder", "create it")),
-    (("plan", "llama-3-8b", "--cluster", MIXED, *JOB[4:], "--front"), ("--front", "a100-h100", "leave it out")),
-    (("sweep", "llama-3-8b", "--cluster", MIXED, *JOB[4:], "--front"), ("--front", "a100-h100")),
     (("plan", "llama-3-8b", "--cluster", "selene", *JOB[2:], "--objective", "cost"), ("selene", "no price", "--price")),
     (("plan", "llama-3-8b"), ("--cluster",)),
     (("plan", "llama-3-8b", *JOB, "--gpuss", "8"), ("--gpuss",)),
