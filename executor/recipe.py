@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,6 +13,7 @@ import numpy as np
 from shardplan.executor.check import plan_cluster
 from shardplan.executor.checkpoint_files import Progress
 from shardplan.executor.data import ShippedText, TokenArray
+from shardplan.executor.export_folder import check_export
 from shardplan.executor.hugging_face import USUAL_CONSTANTS, Constants, Folder, check_shape, check_weights, open_folder
 from shardplan.executor.job_file import DataFile, JobFile
 from shardplan.executor.loader import Loader
@@ -161,21 +161,7 @@ def check_job(plan: Plan, job: JobFile) -> None:
         check_weights(plan.model, recipe.initial)
     if recipe.export is not None:
         check_shape(plan.model)
-        if recipe.export.exists():
-            raise InputError("exists already", place=str(recipe.export), remedy="name a new folder in weights.export")
-        _check_writable(recipe.export)
-
-
-def _check_writable(target: Path) -> None:
-    """The folder in which weights go is made now: they would be lost after the last step."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=target.parent, prefix=f"{target.name}."):
-            pass
-    except OSError as bad:
-        raise InputError(
-            f"cannot be written ({bad.strerror})", place=str(target), remedy="name another folder in weights.export"
-        ) from None
+        check_export(recipe.export)
 
 
 def _check_documents(file: TokenFile, said: DataFile) -> None:

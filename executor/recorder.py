@@ -28,6 +28,8 @@ class RankRecorder:
     """Appends a rank's steps to its file; an exception that passes through is written beside it, with its time."""
 
     def __init__(self, folder: Path, *, rank: int) -> None:
+        self.folder = folder
+        """Of the run."""
         self.path = rank_file(folder, rank)
         self.file: TextIO | None = None
         self.details: list[str] = []

@@ -76,7 +76,7 @@ def train(
     if checkpoints is not None:
         finish_saving(checkpoints, steps)
     recorder.write_memory(memory(trainer))
-    trainer.export(recorder.alive)
+    trainer.export(recorder.folder, recorder.alive)
 
 
 def finish_saving(checkpoints: Checkpoints, step: int) -> None:

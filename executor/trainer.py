@@ -298,8 +298,9 @@ class Trainer:
             [self.loss(self.chunks[0](x, *positions), y) for x, y, *positions in self._pieces(batch)]
         ).mean()
 
-    def export(self, on_tensor: Callable[[], None] = lambda: None) -> None:
-        """Write the trained values where the recipe wants them, under Hugging Face's names; all ranks call it together."""
+    def export(self, run: Path, on_tensor: Callable[[], None] = lambda: None) -> None:
+        """Write the trained values where the recipe wants them, under Hugging Face's names; all ranks of the run of folder `run` call it
+        together."""
         if self.recipe.export is not None:
             from shardplan.executor import weights  # needs safetensors
 
@@ -308,6 +309,7 @@ class Trainer:
                 self.plan,
                 self.mesh,
                 self.recipe.export,
+                run=run,
                 dtype=self.recipe.export_dtype,
                 origin=self.recipe.initial,
                 on_tensor=on_tensor,

@@ -1,7 +1,7 @@
 """Moves weights between a `Transformer` and a folder with Hugging Face's names (`hugging_face`), for every layout.
 
 Reading happens before a chunk is spread, so each rank reads what its chunk holds. Writing gathers one parameter after the other; the first
-rank of each pipeline stage writes its files, rank 0 the index, and the folder gets its name when everything is in it.
+rank of each pipeline stage writes its files, rank 0 the index, and the folder gets its name when everything is in it. (`export_folder`).
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from shardplan.executor.export_folder import give_name, part_of, run_mark, written_by
 from shardplan.executor.hugging_face import CONFIG, INDEX, Constants, Folder, config_of, is_stack, their_names
 from shardplan.executor.mesh import data_rank
 from shardplan.executor.recompute import parameter_name
 from shardplan.executor.transformer import Transformer
+from shardplan.hw_profiles.errors import InputError
 from shardplan.planner.plan import Plan
 
 DTYPES = {"fp32": (torch.float32, "float32"), "bf16": (torch.bfloat16, "bfloat16"), "fp16": (torch.float16, "float16")}
@@ -47,21 +49,26 @@ def save(
     mesh: DeviceMesh,
     target: Path,
     *,
+    run: Path,
     dtype: str,
     origin: Folder | None,
     constants: Constants,
     on_tensor: Callable[[], None] = lambda: None,
 ) -> None:
-    """Write the whole model to the new folder `target`, unless it is there; every rank calls this."""
+    """Write the whole model to the new folder `target`, unless an earlier attempt of the run of folder `run` has; every rank calls this.
+
+    InputError where something else has come to lie at `target` meanwhile: the weights then stay in the temporary folder, which it names.
+    """
     torch_dtype, word = DTYPES[dtype]
     stage, writes = mesh.get_local_rank("pp"), data_rank(mesh) == 0 and mesh.get_local_rank("tp") == 0
-    part = target.with_name(target.name + ".tmp")
-    there = [target.exists()]
-    dist.broadcast_object_list(there, src=0)
-    if there[0]:  # `check_job` saw none: an attempt of this run ended after it was complete
+    mark = run_mark(run)
+    part = part_of(target, mark)
+    done = [written_by(target) == mark]
+    dist.broadcast_object_list(done, src=0)
+    if done[0]:  # an attempt of this run ended after its export was complete
         return
     if dist.get_rank() == 0 and part.exists():
-        shutil.rmtree(part)  # of an export that failed, perhaps in another layout
+        shutil.rmtree(part)  # of an attempt of this run that failed meanwhile
     dist.barrier()
     part.mkdir(parents=True, exist_ok=True)
     found: dict[str, str] = {}
@@ -88,12 +95,19 @@ def save(
     dist.all_gather_object(every, (found, size_bytes))
     if dist.get_rank() == 0:
         names = {name: file for files, _ in every for name, file in files.items()}
-        index = {"metadata": {"total_size": sum(size for _, size in every)}, "weight_map": dict(sorted(names.items()))}
+        metadata = {"total_size": sum(size for _, size in every), "run": mark}
+        index = {"metadata": metadata, "weight_map": dict(sorted(names.items()))}
         (part / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
         config = config_of(plan.model, seq=plan.job.seq, dtype=word, folder=origin, constants=constants)
         (part / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-        part.replace(target)
-    dist.barrier()
+    done = [dist.get_rank() == 0 and give_name(part, target)]
+    dist.broadcast_object_list(done, src=0)
+    if not done[0]:
+        raise InputError(
+            "came to lie there while the run trained, and is left as it is",
+            place=str(target),
+            remedy=f"the weights are in {part}, complete: move them where you want them",
+        )
 
 
 def _matrices(name: str, value: Tensor) -> tuple[list[str], Sequence[Tensor]]:

@@ -15,6 +15,7 @@ from shardplan.costmodel.model_config import load_model
 from shardplan.executor.checkpoint_files import Progress, read_progress
 from shardplan.executor.data import ShippedText
 from shardplan.executor.hugging_face import (
+    INDEX,
     check_shape,
     check_weights,
     config_of,
@@ -23,7 +24,7 @@ from shardplan.executor.hugging_face import (
     unlike_its_config,
 )
 from shardplan.executor.job_file import parse_job
-from shardplan.executor.recipe import Recipe, check_job, follow
+from shardplan.executor.recipe import Recipe, follow
 from shardplan.executor.schedule import AdamWords
 from shardplan.hw_profiles.errors import InputError
 from shardplan.planner.plan import Plan
@@ -123,13 +124,10 @@ def test_a_spread_model_comes_back_bit_for_bit(tmp_path, checkpoint, words, tied
 
     source = tied_checkpoint(tmp_path / "tied") if tied else checkpoint
     weights = {"initial": str(source), "export": str(tmp_path / "out"), "dtype": "fp32"}
-    failed = tmp_path / "out.tmp"  # left by an export that a full disk ended
-    failed.mkdir()
-    (failed / "model-stage-003-00000.safetensors").write_bytes(b"")
     train(tmp_path, source, words, peak=1e-30, weights=weights)
     folder = open_folder(tmp_path / "out")
     assert {path.name for path in folder.files.values()} == {path.name for path in folder.path.glob("*.safetensors")}
-    assert not failed.exists()
+    assert not list(tmp_path.glob("out.*"))
     assert folder.constants.rotary_base == 500_000
     check_weights(load_model(tmp_path / "out"), folder)
     with safe_open(str(source / "model.safetensors"), framework="pt") as given:
@@ -169,9 +167,10 @@ def train(
     weights: dict[str, str],
     steps: int = 1,
     on_step=lambda _: None,
+    ends: bool = True,
     **recovery,
 ):
-    """Train the model of `source` in a layout on tokens made up; returns the run's outcome."""
+    """Train the model of `source` in a layout on tokens made up; returns the run's outcome, which must be its end unless not `ends`."""
     from shardplan.executor.launch import Recovery, run_plan
     from shardplan.executor.token_files import TokenWriter
 
@@ -189,24 +188,39 @@ def train(
         job=job,
         recovery=Recovery(**recovery),
     )
-    assert outcome.error is None, outcome.error
+    assert outcome.error is None or not ends, outcome.error
     return outcome
 
 
 @pytest.mark.distributed
-def test_an_export_that_an_earlier_attempt_of_the_run_finished_is_left_as_it_is(tmp_path):
+@pytest.mark.parametrize("whose", ["the run's own", "somebody else's"])
+def test_an_export_of_the_same_run_is_left_and_one_of_others_costs_no_weights(tmp_path, whose):
+    """While the ranks train, a folder comes to lie where their weights go: by an earlier attempt of the run, or by others."""
     pytest.importorskip("torch", reason="the executor needs torch")
+    from shardplan.executor.export_folder import part_of, run_mark
+
     out = tmp_path / "out"
 
-    def finish(record) -> None:  # while the ranks train on
+    def finish(record) -> None:
         if record.step == 1:
+            (run,) = (tmp_path / "runs").iterdir()
             out.mkdir()
+            mark = run_mark(run) if whose == "the run's own" else run_mark(tmp_path)
+            (out / INDEX).write_text(json.dumps({"metadata": {"run": mark}}))
             (out / "model.safetensors").write_bytes(b"whole")
 
     weights = {"initial": str(CHECKPOINT), "export": str(out), "dtype": "fp32"}
-    train(tmp_path, CHECKPOINT, "dp=2", peak=1e-3, weights=weights, steps=60, on_step=finish)
-    assert [(path.name, path.read_bytes()) for path in out.iterdir()] == [("model.safetensors", b"whole")]
-    assert not out.with_name("out.tmp").exists()
+    outcome = train(tmp_path, CHECKPOINT, "dp=2", peak=1e-3, weights=weights, steps=60, on_step=finish, ends=False)
+    assert {path.name for path in out.iterdir()} == {INDEX, "model.safetensors"}
+    assert (out / "model.safetensors").read_bytes() == b"whole"
+    part = part_of(out, run_mark(outcome.folder))
+    if whose == "the run's own":
+        assert (outcome.error, part.exists()) == (None, False)
+        return
+    assert outcome.error is not None
+    assert f"{out}: came to lie there while the run trained" in outcome.error
+    assert f"the weights are in {part}, complete" in outcome.error
+    check_weights(load_model(part), open_folder(part))
 
 
 @pytest.mark.distributed
@@ -241,18 +255,6 @@ def test_a_checkpoint_of_another_rotary_base_than_the_folders_is_refused():
         follow(made, saved)
     assert follow(made, replace(saved, rotary_base=None, norm_epsilon=None)) == made  # an older checkpoint
     assert follow(replace(made, initial=None), saved).constants.rotary_base == 10_000
-
-
-@pytest.mark.parametrize("export", ["file/out", "/proc/nope/out"])
-def test_a_place_that_cannot_be_written_is_refused_before_training(tmp_path, export):
-    (tmp_path / "file").write_text("no folder")
-    (tmp_path / "train.bin").write_bytes(bytes(2000))
-    plan = make_plan(CHECKPOINT, "dp=1")
-    document = make_job(tmp_path, weights={"export": str(tmp_path / export)})
-    with pytest.raises(InputError, match=r"out: cannot be written \(.*\); name another folder in weights.export"):
-        check_job(plan, parse_job(document, place="job"))
-    check_job(plan, parse_job(make_job(tmp_path, weights={"export": str(tmp_path / "new" / "out")}), place="job"))
-    assert list((tmp_path / "new").iterdir()) == []
 
 
 def tied_checkpoint(folder: Path) -> Path:
