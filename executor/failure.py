@@ -30,10 +30,12 @@ class Failure:
 
 
 def failure(folder: Path, code: int, *, ranks: int) -> Failure:
-    """A rank killed by a signal, else one that answers no more, else the first that raised or was told to end, else the exit code."""
+    """A rank killed by a signal, else one that left no word but an exit code, else one that answers no more, else the first that raised or
+    was told to end, else the exit code."""
     log = _log(folder)
     raised = _raised(folder, log)
-    own = {rank: found for rank, found in raised.items() if not LEFT.search(found["error"])} or raised
+    of_their_own = {rank: found for rank, found in raised.items() if not LEFT.search(found["error"])}
+    own = of_their_own or raised
     first = min(own, key=lambda rank: own[rank]["time"], default=None)
     waited = first is not None and WAITED.search(own[first]["error"]) is not None
     killed = _killed(log)
@@ -41,6 +43,10 @@ def failure(folder: Path, code: int, *, ranks: int) -> Failure:
         rank, number = killed
         hint = " (out of memory?)" if number == signal.SIGKILL else ""
         return Failure(line=f"rank {rank} was killed by signal {number} {signal.Signals(number).name}{hint}")
+    quiet = _left_quietly(folder, log)
+    if quiet is not None and (waited or not of_their_own):
+        rank, exit_code = quiet
+        return Failure(line=f"rank {rank} ended with exit code {exit_code} and left no word")
     if first is not None:
         line = f"rank {first}: {own[first]['error']}"
         silent = sorted(set(range(ranks)) - set(raised))
@@ -80,12 +86,25 @@ def _log(folder: Path) -> str:
 
 def _killed(log: str) -> tuple[int, int] | None:
     """Rank and signal of torchrun's report, without those that torchrun itself ended; of the last start."""
-    report = re.findall(r"rank\s*: (\d+) .*\n\s*exitcode\s*: (-?\d+)", log)
-    for rank, exit_code in report:
-        number = -int(exit_code)
-        if number > 0 and number != signal.SIGTERM:
-            return int(rank), number
+    for rank, exit_code in _exit_codes(log):
+        if exit_code < 0 and -exit_code != signal.SIGTERM:
+            return rank, -exit_code
     return None
+
+
+def _left_quietly(folder: Path, log: str) -> tuple[int, int] | None:
+    """Rank and exit code of torchrun's report, of a rank that left no word: with 1 Python ends what it could not start, and says why in the
+    log."""
+    for rank, exit_code in _exit_codes(log):
+        if exit_code > 1 and not measure.rank_file(folder, rank).with_suffix(".error.json").exists():
+            return rank, exit_code
+    return None
+
+
+def _exit_codes(log: str) -> list[tuple[int, int]]:
+    """Rank and exit code by torchrun's report, the root cause among them."""
+    report = re.findall(r"rank\s*: (\d+) .*\n\s*exitcode\s*: (-?\d+)", log)
+    return [(int(rank), int(exit_code)) for rank, exit_code in report]
 
 
 def _raised(folder: Path, log: str) -> dict[int, dict[str, Any]]:

@@ -92,8 +92,9 @@ STAGE_WORK = {
     "forward_one_chunk": "forward",
     "backward_one_chunk": "backward",
     "backward_weight_one_chunk": "backward",
+    "perform_reduce_grad": "backward",
 }
-"""Methods of torch.distributed.pipelining.PipelineStage -> phase."""
+"""Methods of torch.distributed.pipelining.PipelineStage -> phase; those that the installed version has."""
 
 
 def watch_stages(schedule: Any, clock: StepClock) -> None:
@@ -101,7 +102,8 @@ def watch_stages(schedule: Any, clock: StepClock) -> None:
     single = getattr(schedule, "_stage", None)
     for stage in [single] if single is not None else schedule._stages:
         for method, phase in STAGE_WORK.items():
-            setattr(stage, method, in_phase(getattr(stage, method), clock, phase))
+            if hasattr(stage, method):
+                setattr(stage, method, in_phase(getattr(stage, method), clock, phase))
 
 
 def in_phase(method: Any, clock: StepClock, phase: str) -> Any:

@@ -152,6 +152,7 @@ def check_job(plan: Plan, job: JobFile) -> None:
     for one in [*job.data.files, *(job.validation.files if job.validation else ())]:
         file = _open(one)
         check_vocabulary(file, plan.model.vocab)
+        _check_index(file, one)
         if not job.data.attend_across_documents:
             _check_documents(file, one)
     recipe = job_recipe(plan, job)
@@ -164,8 +165,8 @@ def check_job(plan: Plan, job: JobFile) -> None:
         check_export(recipe.export)
 
 
-def _check_documents(file: TokenFile, said: DataFile) -> None:
-    """A token that ends no document keeps none apart; an index tells where documents end, which the token must not deny."""
+def _check_index(file: TokenFile, said: DataFile) -> None:
+    """An index tells where documents end, which the token must not deny, whether or not anything goes by it."""
     end = said.end_of_document
     if not file.plain and end is not None:
         last = file.tokens[file.starts[1 : LOOKED_AT_DOCUMENTS + 1] - 1]
@@ -176,6 +177,11 @@ def _check_documents(file: TokenFile, said: DataFile) -> None:
                 place=str(file.path),
                 remedy="leave end_of_document out, or take the .idx away to go by the token",
             )
+
+
+def _check_documents(file: TokenFile, said: DataFile) -> None:
+    """A token that ends no document keeps none apart."""
+    end = said.end_of_document
     if file.plain and end is not None and file.documents == 1 and int(file.tokens[-1]) != end:
         raise InputError(
             f"end_of_document={end} occurs nowhere in it, so that data.attend_across_documents=false keeps nothing apart",

@@ -1,7 +1,7 @@
 """Moves weights between a `Transformer` and a folder with Hugging Face's names (`hugging_face`), for every layout.
 
 Reading happens before a chunk is spread, so each rank reads what its chunk holds. Writing gathers one parameter after the other; the first
-rank of each pipeline stage writes its files, rank 0 the index, and the folder gets its name when everything is in it. (`export_folder`).
+rank of each pipeline stage writes its files, rank 0 the index, and the folder gets its name when everything is in it (`export_folder`).
 """
 
 from __future__ import annotations

@@ -208,17 +208,20 @@ def test_an_index_and_the_token_that_ends_documents_agree(tmp_path):
         writer.end_document()
     writer.close()
 
-    def check(end: int | None) -> None:
+    def check(end: int | None, *, across: bool) -> None:
         files = [{"path": str(tmp_path / "tokens.bin"), **({} if end is None else {"end_of_document": end})}]
-        data = {"files": files, "attend_across_documents": False}
+        data = {"files": files, "attend_across_documents": across}
         check_job(
             make_plan("dp=1"), parse_job({"steps": 1, "data": data, "learning_rate": {"peak": 1e-3}}, place="job")
         )
 
-    check(None)
-    check(END)
-    with pytest.raises(InputError, match=f"end_of_document=7, but document 0 of the .idx beside it ends with {END}"):
-        check(7)
+    for across in (False, True):
+        check(None, across=across)
+        check(END, across=across)
+        with pytest.raises(
+            InputError, match=f"end_of_document=7, but document 0 of the .idx beside it ends with {END}"
+        ):
+            check(7, across=across)
 
 
 def test_own_kernels_take_documents_over_packed_sequences(monkeypatch):

@@ -64,6 +64,25 @@ def test_a_killed_rank_is_told_before_those_that_lost_it(tmp_path):
     assert failure(tmp_path, 1, ranks=2).line == "rank 1 was killed by signal 9 SIGKILL (out of memory?)"
 
 
+QUIET = "rank 1 ended with exit code 7 and left no word"
+
+
+@pytest.mark.parametrize(
+    ("code", "error", "told"),
+    [
+        (7, None, QUIET),
+        (7, "RuntimeError: Connection reset by peer", QUIET),
+        (7, "RuntimeError: Timed out waiting 60000ms", QUIET),
+        (7, "ValueError: the cause", "rank 0: ValueError: the cause"),
+        (1, None, "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: "),
+    ],
+)
+def test_a_rank_that_ends_without_a_word_is_told_by_its_exit_code(tmp_path, code, error, told):
+    log = "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: \n" + REPORT.format(rank=1, code=code)
+    left_by(tmp_path, log=log, errors=[(0, 1.0, error)] if error else [], steps=(2, 2))
+    assert failure(tmp_path, 1, ranks=2).line == told.rstrip()
+
+
 TERMINATED = "ended by signal 15 (SIGTERM)"
 
 
