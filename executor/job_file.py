@@ -175,7 +175,9 @@ def read_job(path: str | Path, *, steps: int | None = None) -> JobFile:
     file = Path(path)
     document = _read(file)
     if steps is not None:
-        document.setdefault("steps", steps)
+        own = document.setdefault("steps", steps)
+        if type(own) is int and 1 <= own < steps:  # a warm-up may be longer than the file's own
+            document["steps"] = steps
     job = parse_job(document, place=str(file))
     return _absolute(job if steps is None else _up_to(job, steps), file.absolute().parent)
 

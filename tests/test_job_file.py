@@ -44,6 +44,13 @@ def test_a_run_of_fewer_steps_learns_at_the_rates_of_the_whole_one(write):
     assert (few.steps, few.decay_steps, more.steps, more.decay_steps) == (7, 100, 300, 300)
     warm = SMALLEST.replace("peak = 1e-3", "peak = 1e-3\nwarmup_steps = 10")
     assert read_job(write(warm), steps=5).learning_rate.warmup_steps == 10
+    longer = SMALLEST.replace("peak = 1e-3", "peak = 1e-3\nwarmup_steps = 150")
+    assert read_job(write(longer), steps=300).decay_steps == 300
+    with pytest.raises(InputError, match="warmup_steps = 150 is not below the last step of the decay, 120; give fewer"):
+        read_job(write(longer), steps=120)
+    for bad in ("0", "true", "-5"):
+        with pytest.raises(InputError, match="steps = "):
+            read_job(write(SMALLEST.replace("steps = 100", f"steps = {bad}")), steps=300)
     said = SMALLEST.replace("peak = 1e-3", "peak = 1e-3\ndecay_steps = 50")
     assert [read_job(write(said), steps=steps).decay_steps for steps in (7, 300)] == [50, 50]
     assert read_job(write(SMALLEST.replace("steps = 100", "")), steps=7).decay_steps == 7
