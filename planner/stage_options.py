@@ -154,6 +154,8 @@ def within(chain: Chain, on_parts: Sequence[StageTrials], most_peak_s: FloatArra
 class Options:
     """What every content takes on every stage, for N layouts; O = stages * contents, stage by stage."""
 
+    stage: IntArray
+    """Position of each option in the pipeline, (O,)."""
     layers: IntArray
     """Layers of each option, prediction modules included, (O,)."""
     plain_s: FloatArray
@@ -200,14 +202,20 @@ class Options:
         inner = (stage != 0) & (stage != chain.pp - 1)
         fewest[:, inner & (contents[which].sum(axis=1) < chain.chunks)] = -1
         repeating = (full - plain) / np.maximum(layers, 1)
-        return Options(layers=layers, plain_s=plain, repeating_s=repeating, fewest=fewest, parameters=parameters)
+        return Options(
+            stage=stage, layers=layers, plain_s=plain, repeating_s=repeating, fewest=fewest, parameters=parameters
+        )
 
-    def seconds(self, row: int, depth: int) -> tuple[FloatArray, IntArray]:
+    def seconds(self, row: int, depth: int, recomputing: int | None = None) -> tuple[FloatArray, IntArray]:
         """(seconds, more layers recomputed) of every option, (O,): as few as make it fit, or `depth` of each stage where that is not
-        -1."""
+        -1; one at least on the stage `recomputing`."""
         fewest = self.fewest[row]
         taken = fewest if depth < 0 else np.minimum(depth, self.layers)
         fits = (fewest >= 0) & (taken >= fewest)
+        if recomputing is not None:
+            its = self.stage == recomputing
+            fits &= ~its | (self.layers > 0)
+            taken = np.where(its, np.maximum(taken, 1), taken)
         return np.where(fits, self.plain_s[row] + taken * self.repeating_s[row], np.inf), taken
 
     def least_peak(self, chain: Chain, most_peak_s: FloatArray) -> FloatArray:

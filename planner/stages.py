@@ -173,10 +173,14 @@ def _cuts(
         best, chosen, holds = np.inf, None, 0.0
         for depth in depths:
             cut = _fastest(chain, segments, options, row, depth, fewer, weights, min(most_s, best))
+            if cut is not None and least and not any(cut.repeated):  # on the stage where one layer costs least
+                on_each = (
+                    _fastest(chain, segments, options, row, depth, fewer, weights, most_s, stage)
+                    for stage in range(chain.pp)
+                )
+                cut = min(filter(None, on_each), key=_pipeline_s, default=None)
             if cut is not None and cut.seconds < best:
                 best, holds, repeated = cut.seconds, cut.parameters, cut.repeated
-                if least and not any(repeated):  # the first stage that has a layer
-                    repeated[next(stage for stage, held in enumerate(cut.counts) if held)] = 1
                 chosen = _with_stages(layout, chain, cut.counts, repeated, depth, setting)
         if chosen is None:
             break
@@ -202,6 +206,10 @@ class _Cut:
     """Of the stage that holds most."""
 
 
+def _pipeline_s(cut: _Cut) -> float:
+    return cut.seconds
+
+
 def _fastest(
     chain: Chain,
     segments: IntArray,
@@ -211,10 +219,11 @@ def _fastest(
     fewer: float,
     weights: FloatArray,
     most_s: float,
+    recomputing: int | None = None,
 ) -> _Cut | None:
-    """The fastest pipeline whose stages hold `fewer` parameters than that."""
+    """The fastest pipeline whose stages hold `fewer` parameters than that; a layer at least of the stage `recomputing` is recomputed."""
     peak_weight, sum_weight = (float(weight) for weight in weights)
-    seconds, taken = options.seconds(row, depth)
+    seconds, taken = options.seconds(row, depth, recomputing)
     seconds = np.where(options.parameters[row] < fewer, seconds, np.inf)
     seconds = np.where(seconds <= most_s / max(peak_weight, 1e-9), seconds, np.inf)
     if not options.holds_all(chain, np.isfinite(seconds)[None])[0]:

@@ -193,6 +193,19 @@ CASES = (
         fix="pp=2 micro_batch=4 zero=0",
         forbid=("recompute=none",),
     ),
+    # the one layer costs least on another stage than the first
+    Case(
+        runtime="fsdp2",
+        model="llama-2-7b",
+        layers=5,
+        cluster="h100-ib",
+        gpus=2,
+        gib=20.0,
+        batch=8,
+        seq=2048,
+        fix="pp=2 micro_batch=1 zero=0 tp=1",
+        forbid=("recompute=none",),
+    ),
 )
 
 
