@@ -88,13 +88,15 @@ def test_a_step_is_on_disk_before_it_is_validated(tmp_path, monkeypatch):
         return 2.0
 
     held_out = SimpleNamespace(data=None, batches=1, due=lambda step, steps: step == steps)
-    exported = []
-    trainer = SimpleNamespace(recipe=SimpleNamespace(validation=held_out), validate=validate, export=exported.append)
+    exported: list[tuple[Path, object]] = []
+    trainer = SimpleNamespace(
+        recipe=SimpleNamespace(validation=held_out), validate=validate, export=lambda *args: exported.append(args)
+    )
     monkeypatch.setattr(train, "run_step", lambda _trainer, step, _waits: record(step))
     monkeypatch.setattr(train, "memory", lambda _: {})
     with RankRecorder(tmp_path, rank=0) as recorder:
         train.train(trainer, recorder, steps=2, look_every=0)  # type: ignore[arg-type]
-        assert exported == [recorder.alive]
+        assert exported == [(tmp_path, recorder.alive)]
     assert seen == [[1, 2]]
     assert [one.validation_loss for one in measure.read_records(tmp_path)[0]] == [None, 2.0]
 
