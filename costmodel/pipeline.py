@@ -238,6 +238,16 @@ def layers_of_ranks(split: Sequence[int], pp: int, virtual_stages: int, *, v_pla
     return held
 
 
+def first_layers(model: Model, split: Sequence[int], rank: int, number: float, table: LayoutTable) -> IntArray:
+    """Layers of each run among the first `number` that `rank` of the one pipeline of `table` holds, prediction modules last, (runs,)."""
+    pp, v_placed = int(table.pp[0]), bool(table.v_placed[0])
+    held_by = np.repeat(_chunk_ranks(pp, int(table.virtual_stages[0]), v_placed=v_placed), split)
+    kinds = np.asarray(layer_order(model), dtype=np.int64)[held_by == rank]
+    if rank == (0 if v_placed else pp - 1):
+        kinds = np.concatenate([kinds, np.full(model.mtp_modules, len(model.layers))])
+    return np.bincount(kinds[: int(number)], minlength=len(model.runs))
+
+
 def _relative_work(model: Model) -> FloatArray:
     """Matrix products and attention of one layer of each run, all together a hundredth of a layer: ranks stages that have as many."""
     seq = model.max_positions or 0

@@ -21,6 +21,7 @@ from shardplan.costmodel.memory import SELECTIVE, gradient_bytes, parameter_byte
 from shardplan.costmodel.model import Model
 from shardplan.costmodel.op import Op
 from shardplan.costmodel.pace import boundary_bytes
+from shardplan.costmodel.pipeline import first_layers, split_layers
 from shardplan.costmodel.rank_groups import StateGroups, dense_groups, expert_groups
 from shardplan.costmodel.runtime import Runtime
 from shardplan.costmodel.stage_cost import stage_parameters, stage_rows
@@ -34,7 +35,8 @@ def communication_volumes(
 ) -> list[Volumes]:
     """Payload bytes per step of a rank of each pipeline stage, tensor-parallel collectives below `smallest_bytes` left out.
 
-    Tokens go to experts evenly: those of real ranks vary about these, with the same sum.
+    Tokens go to experts evenly: those of real ranks vary about these, with the same sum. Of `full:N` the first N layers of a rank run
+    again, as in the executor and Megatron's `block`, also where seconds and memory take an even mix of the rank's kinds of layers.
     """
     table = layout_table([layout])
     micro_batches = job.global_batch / (layout.dp * layout.micro_batch)
@@ -42,11 +44,14 @@ def communication_volumes(
     ops = block_ops(model, job, table, runtime)
     held = stage_parameters(model, job, table, runtime, stages)
     boundary = float(boundary_bytes(model, job, table, runtime)[0])
+    split = table.splits[int(table.split[0])] or split_layers(
+        model.layer_count, layout.pp * layout.virtual_stages, runtime.stages
+    )
     found: list[Volumes] = []
     for stage in range(layout.pp):
         layers = stages.layers[0, stage]
         ends = float(stages.embedding[0, stage] + stages.head[0, stage])
-        depth = float(stages.recomputed[0, stage] / max(layers.sum(), 1.0))
+        again = first_layers(model, split, stage, stages.recomputed[0, stage], table)
         spread = 0.0 if held.experts is None else float(held.experts[0, stage])
         dense = float(held.stage[0, stage]) - spread
         states = (job, runtime, micro_batches)
@@ -55,7 +60,8 @@ def communication_volumes(
             _add(total, _states(spread, 0.0, expert_groups(table), table, *states))
         for run, count in enumerate(layers):
             block = ops.spread.get(run, ops.layers[run])
-            _add(total, _layer(block, table, runtime, depth, smallest_bytes), micro_batches * float(count))
+            for depth, number in ((1.0, float(again[run])), (0.0, float(count - again[run]))):
+                _add(total, _layer(block, table, runtime, depth, smallest_bytes), micro_batches * number)
         for count, block in ((stages.embedding, ops.embedding), (stages.head, ops.head)):
             _add(total, _collectives(block, smallest_bytes, backward=True), micro_batches * float(count[0, stage]))
         if layout.pp > 1:  # the first chunk sends nothing back, the last nothing on, the turn of a V stays on its rank
@@ -104,7 +110,7 @@ def _states(
 
 
 def _layer(block: Sequence[Op], table: LayoutTable, runtime: Runtime, depth: float, smallest_bytes: float) -> Volumes:
-    """One layer and micro-batch; `depth` is the share of it under full recompute."""
+    """One layer and micro-batch; `depth` is 1 under full recompute, else 0."""
     found = _collectives(block, smallest_bytes, backward=True)
     how = runtime.communication
     split = bool(table.sequence_parallel[0])

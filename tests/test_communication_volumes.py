@@ -83,6 +83,12 @@ CASES = [
     (2, "mixtral", 128, 2, "bf16", "cp=2 ep=2 cp_kind=all_gather zero=2 recompute=selective"),
     (2, "mixtral", 128, 4, "fp32", "pp=2 schedule=zero_bubble"),
     (2, "mixtral", 128, 4, "fp32", "pp=2 schedule=zero_bubble_v virtual_stages=2"),
+    (2, "mixed", 128, 4, "fp32", "dp=2 ep=2 zero=1 recompute=full:2"),
+    (2, "mixed", 128, 2, "fp32", "tp=2 sequence_parallel=true recompute=full:3"),
+    (2, "mixed", 128, 2, "fp32", "tp=2 ep=2 sequence_parallel=true zero=1 recompute=full:1"),
+    (2, "turns", 128, 2, "fp32", "tp=2 ep=2 sequence_parallel=true zero=1 recompute=full:3"),
+    (4, "turns", 128, 8, "fp32", "dp=2 pp=2 ep=2 zero=1 schedule=interleaved virtual_stages=2 recompute=full:1"),
+    (4, "mixed", 128, 8, "fp32", "dp=2 pp=2 ep=2 zero=1 recompute=full:1,2"),
     (4, "tied", 128, 8, "fp32", "dp=2 pp=2 zero=3"),
     (4, "tied", 128, 8, "fp32", "dp=2 pp=2 zero=0"),
     (4, "tied", 128, 4, "fp32", "tp=2 pp=2 sequence_parallel=true"),
@@ -135,6 +141,17 @@ def models() -> dict[str, Model]:
         "llama": Model(name="llama", family="llama", layers=((llama, 4),), vocab=256, tied_embeddings=False),
         "tied": Model(name="tied", family="llama", layers=((llama, 4),), vocab=256, tied_embeddings=True),
         "mixtral": Model(name="mixtral", family="mixtral", layers=((experts, 4),), vocab=256, tied_embeddings=False),
+        "mixed": Model(
+            name="mixed", family="mixtral", layers=((llama, 2), (experts, 2)), vocab=256, tied_embeddings=False
+        ),
+        "turns": Model(
+            name="turns",
+            family="mixtral",
+            layers=((experts, 2), (llama, 2)),
+            pattern=(0, 1),
+            vocab=256,
+            tied_embeddings=False,
+        ),
         "gpt": Model(
             name="gpt", family="gpt2", layers=((gpt, 4),), vocab=256, tied_embeddings=False, learned_positions=128
         ),
