@@ -18,10 +18,11 @@ from shardplan.costmodel.fitted import Fitted
 from shardplan.costmodel.job import Job
 from shardplan.costmodel.keys import LazyColumns, in_pieces
 from shardplan.costmodel.layout import Layout, LayoutTable, layout_table
-from shardplan.costmodel.memory import FULL
 from shardplan.costmodel.model import Model, attended_tokens, matrix_parameters
 from shardplan.costmodel.offload import NVME, activation_copies_s
-from shardplan.costmodel.pace import backward_split, fill_weight, pipeline_pace, pipeline_transfers_s, stage_seconds
+from shardplan.costmodel.owner import Owner, heaviest_owner
+from shardplan.costmodel.pace import most_idle_s, pipeline_pace, pipeline_transfers_s, stage_seconds
+from shardplan.costmodel.pipeline_weights import sustained_weights
 from shardplan.costmodel.recompute import BY_STAGE
 from shardplan.costmodel.row_keys import RowKeys, row_keys
 from shardplan.costmodel.rule import Setting
@@ -46,9 +47,7 @@ from shardplan.costmodel.step_memory import (
     stage_activations,
 )
 from shardplan.costmodel.step_time import (
-    Owner,
     StepTime,
-    heaviest_owner,
     held_times,
     paced_times,
 )
@@ -116,17 +115,6 @@ def on_mean_stage(setting: Setting, layouts: LayoutTable, *, hides_all: bool = F
     """
     stages: StageChoice = "mean, all hidden" if hides_all else "mean"
     return _estimate_table(setting.model, setting.job, setting.cluster, layouts, setting.runtime, None, stages=stages)
-
-
-def pipeline_weights(setting: Setting, layouts: LayoutTable) -> tuple[FloatArray, FloatArray]:
-    """(micro-batches of the slowest stage, and of all stages, whose sum is a step's pipeline), each (N,)."""
-    return _pipeline_weights(prepared(setting), layouts)
-
-
-def _pipeline_weights(ready: Setting, layouts: LayoutTable) -> tuple[FloatArray, FloatArray]:
-    batches, full = micro_batches(ready, layouts), (layouts.recompute == FULL).astype(np.float64)
-    fill = fill_weight(layouts, batches, backward_split(ready, layouts, full, batches))
-    return np.maximum(batches - fill, 0.0), fill
 
 
 def on_stages(setting: Setting, layouts: LayoutTable, some: slice) -> Estimates:
@@ -227,7 +215,7 @@ def _estimate_rows(
         hides_s = np.full(len(keys.work_of_pace), np.inf) if mean else None
         if chosen == "mean":
             hides_s = time.hides_at_most_s(
-                keys.pace, micro_batches(setting, keys.pace), _pipeline_weights(setting, keys.pace)[0]
+                keys.pace, micro_batches(setting, keys.pace), sustained_weights(setting, keys.pace)[0]
             )
         parts, hidden = time.parts(hides_s=hides_s), time.hidden()
         flop = _hardware_flop(model, job, keys.work, blocks, stages.recomputed_total)
@@ -355,6 +343,7 @@ def _step_time(
         held=held,
         pace_of=keys.pace_of,
         states_of=keys.states_of,
+        idle_s=most_idle_s(setting, keys.pace, blocks.take(of), batches) if at_least else None,
     )
 
 

@@ -70,14 +70,17 @@ def stage_seconds(
     blocks: BlockRows,
     stages: StageRows,
     micro_batches: FloatArray,
+    *,
+    idle: bool = False,
 ) -> FloatArray:
-    """Seconds of one micro-batch on each stage, (N, S)."""
+    """Seconds of one micro-batch on each stage, (N, S), or of them those that it is `idle` behind launches."""
     total = stages.layers.sum(axis=2)
     share = np.divide(stages.recomputed, total, out=np.zeros_like(total), where=total > 0)
     each_micro_batch = _each_micro_batch(job, cluster, layouts, runtime, micro_batches)
     paces = _block_paces(cluster.gpu, runtime, blocks, share, each_micro_batch)
     counts = [*np.moveaxis(stages.layers, 2, 0), stages.embedding, stages.head]
-    return np.broadcast_to(_over_blocks(counts, [_busy(pace) for pace in paces]), total.shape)
+    each = [pace["host"] if idle else _busy(pace) for pace in paces]
+    return np.broadcast_to(_over_blocks(counts, each), total.shape)
 
 
 def bubble_s(
@@ -121,6 +124,17 @@ def backward_split(
     each_micro_batch = _each_micro_batch(job, cluster, layouts, runtime, micro_batches)
     paces = _block_paces(cluster.gpu, runtime, blocks, recomputed[:, None], each_micro_batch)
     return _passes_of(model, layouts, blocks, paces)
+
+
+def most_idle_s(setting: Setting, layouts: LayoutTable, blocks: BlockRows, micro_batches: FloatArray) -> FloatArray:
+    """Seconds per step, (N,), that GPUs wait for launches if one stage held all layers, with none or all of them recomputed, whichever
+    is more; `blocks` are those of the layouts, the setting is at sustained rates."""
+    job, cluster, runtime = setting.job, setting.cluster, setting.runtime
+    each_micro_batch = _each_micro_batch(job, cluster, layouts, runtime, micro_batches)
+    none_and_all = np.tile([0.0, 1.0], (len(layouts), 1))
+    paces = _block_paces(cluster.gpu, runtime, blocks, none_and_all, each_micro_batch)
+    counts = [*(float(count) for _, count in setting.model.runs), 1.0, 1.0]
+    return micro_batches * _over_blocks(counts, [pace["host"].max(axis=1) for pace in paces])
 
 
 def _passes_of(
@@ -255,40 +269,44 @@ def _block_pace(
     accumulating: FloatArray,
     showing: FloatArray,
 ) -> dict[str, FloatArray]:
-    """Seconds of one block and micro-batch; `recomputed` is the share of it under full recompute, `showing` the share of its
-    tensor-parallel communication that nothing hides."""
+    """Seconds of one block and micro-batch, of layers of which the share `recomputed` is under full recompute; `showing` is the share of
+    its tensor-parallel communication that nothing hides. What hides behind compute hides in each layer by itself."""
 
     def of(name: str) -> FloatArray:
         return block[name][:, None]
 
-    forward = of("forward_s")
-    recompute = recomputed * of("full_s") + selects * of("selective_s")
-    tensor = of("tensor_forward_s") + of("tensor_backward_s")
-    tensor = tensor + recomputed * of("tensor_full_s") + selects * of("tensor_selective_s")
-    exposed = tensor * showing
-    backward = of("backward_s") + accumulating * of("accumulate_s")
-    busy = forward + backward + recompute + exposed
-    context = _context_pace(block, recomputed, selects)
-    if context:
-        busy = busy + context["context_exposed"]
-    experts = _expert_pace(runtime, block, recomputed, forward + backward)
-    if experts:
-        busy = busy + experts["expert_exposed"]
-    launching = of("host_forward_s") * (1.0 + BACKWARD_LAUNCHES + recomputed) + exchanging
-    if runtime.execution.reduce_launches:
-        launching = launching + reducing * of("reduce_host_s")
-    # a CPU runs the operation it dispatches, a GPU only idles when launches come too slowly
-    host = launching if gpu.device == "cpu" else np.maximum(launching - busy, 0.0)
-    return {
+    forward, backward = of("forward_s"), of("backward_s") + accumulating * of("accumulate_s")
+    selective = selects * of("selective_s")
+    tensor = of("tensor_forward_s") + of("tensor_backward_s") + selects * of("tensor_selective_s")
+    found = {
         "forward": forward,
         "backward": backward,
-        "recompute": recompute,
-        "tensor": tensor,
-        "tensor_exposed": exposed,
-        "host": host,
-        **context,
-        **experts,
+        "recompute": recomputed * of("full_s") + selective,
+        "tensor": tensor + recomputed * of("tensor_full_s"),
     }
+    found["tensor_exposed"] = found["tensor"] * showing
+    found |= _context_pace(block, recomputed, selects)
+    busy, again = forward + backward + selective + tensor * showing, of("full_s") + of("tensor_full_s") * showing
+    context = _context_pace(block, 0.0, selects)
+    if context:
+        busy, again = busy + context["context_exposed"], again + of("context_forward_exposed_s")
+    experts = [_expert_pace(runtime, block, repeats, forward + backward) for repeats in (0.0, 1.0)]
+    if experts[0]:
+        found |= {name: _mixed(recomputed, *(one[name] for one in experts)) for name in experts[0]}
+        plain, full = (one["expert_exposed"] for one in experts)
+        busy, again = busy + plain, again + full - plain
+    launching = of("host_forward_s") * (1.0 + BACKWARD_LAUNCHES) + exchanging
+    if runtime.execution.reduce_launches:
+        launching = launching + reducing * of("reduce_host_s")
+    idle = [launching, launching + of("host_forward_s")]
+    if gpu.device != "cpu":  # a CPU runs the operation it dispatches, a GPU only idles when launches come too slowly
+        idle = [np.maximum(idle[0] - busy, 0.0), np.maximum(idle[1] - busy - again, 0.0)]
+    return {**found, "host": _mixed(recomputed, *idle)}
+
+
+def _mixed(recomputed: Share, plain: FloatArray, full: FloatArray) -> FloatArray:
+    """Mean seconds of a layer where a share of the layers is under full recompute."""
+    return plain + recomputed * (full - plain)
 
 
 def _context_pace(block: BlockColumns, recomputed: Share, selects: Share) -> dict[str, FloatArray]:
@@ -306,14 +324,12 @@ def _context_pace(block: BlockColumns, recomputed: Share, selects: Share) -> dic
     }
 
 
-def _expert_pace(
-    runtime: Runtime, block: BlockColumns, recomputed: Share, compute: FloatArray
-) -> dict[str, FloatArray]:
+def _expert_pace(runtime: Runtime, block: BlockColumns, repeats: float, compute: FloatArray) -> dict[str, FloatArray]:
     """Seconds of the exchanges of tokens with experts of one block and micro-batch, exposed and hidden behind `compute`; none where no
-    layout has any. Full recompute repeats those of the forward."""
+    layout has any. Full recompute `repeats` those of the forward."""
     if "expert_s" not in block:
         return {}
-    exchange = block["expert_s"][:, None] * (2.0 + recomputed)
+    exchange = block["expert_s"][:, None] * (2.0 + repeats)
     hidden = np.minimum(runtime.expert_parallel.overlap * exchange, compute)
     return {"expert_exposed": exchange - hidden, "expert_hidden": hidden}
 

@@ -84,6 +84,12 @@ class StageTrials:
         """Seconds of one micro-batch, (N, S)."""
         return self._seconds(self._rows(trials))
 
+    def idle_seconds(self, trials: Trials) -> FloatArray:
+        """Of `seconds`, those in which the GPU waits for launches: nothing on a CPU, where launches are work."""
+        if self.setting.cluster.gpu.device == "cpu":
+            return np.zeros((len(self.layouts), len(trials.stage)))
+        return self._seconds(self._rows(trials), idle=True)
+
     def mean_seconds(self, recomputed_share: FloatArray | None = None) -> FloatArray:
         """The same of a stage that holds 1/pp of everything, (N,); of its layers the layout's own are recomputed, or this share, (N,)."""
         stages = mean_stage_rows(self.setting.model, self.layouts)
@@ -123,9 +129,10 @@ class StageTrials:
         )
         return memory.parts()["device"]
 
-    def _seconds(self, stages: StageRows) -> FloatArray:
+    def _seconds(self, stages: StageRows, *, idle: bool = False) -> FloatArray:
         ready = self.setting
-        return stage_seconds(ready.job, ready.cluster, self.layouts, ready.runtime, self._blocks, stages, self._batches)
+        its = (self.layouts, ready.runtime, self._blocks, stages, self._batches)
+        return stage_seconds(ready.job, ready.cluster, *its, idle=idle)
 
     def _rows(self, trials: Trials) -> StageRows:
         rows, recomputed = np.zeros(len(self.layouts), dtype=np.int64), trials.recomputed.astype(np.float64)

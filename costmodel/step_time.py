@@ -31,7 +31,6 @@ from shardplan.costmodel.keys import ROWS_IN_CACHE, LazyColumns
 from shardplan.costmodel.layout import LayoutTable
 from shardplan.costmodel.memory import (
     exchanges_alone,
-    frozen_element_bytes,
     gradient_bytes,
     paging_s,
     parameter_bytes,
@@ -47,9 +46,9 @@ from shardplan.costmodel.offload import (
     optimizer_share,
     tier_times,
 )
+from shardplan.costmodel.owner import Owner
 from shardplan.costmodel.pace import LEAST_PEAK_WEIGHT
 from shardplan.costmodel.runtime import Runtime
-from shardplan.costmodel.stage_cost import StageParameters, StageRows
 from shardplan.hw_profiles.machine import Cluster
 from shardplan.hw_profiles.topology import TierTable
 
@@ -70,57 +69,6 @@ TIME_PARTS = (
     "host_s",
 )
 """They add up to step_s."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Owner:
-    """The stage with most parameters, (K,): it exchanges and updates most."""
-
-    parameters: FloatArray
-    trained: FloatArray
-    """Parameters with gradients: all of them, or those of adapters."""
-    gathered: FloatArray
-    """Parameters as they are gathered ahead of layers, in 16-bit equivalents."""
-    units: FloatArray
-    """Groups of parameters that are exchanged together: layers, embedding, head."""
-    kept_share: FloatArray
-    """Share of the parameters that stays gathered after the forward under ZeRO-3."""
-    experts: FloatArray | None = None
-    """Those of `parameters` in experts that tokens are dispatched to; None where there are none."""
-
-    def take(self, rows: IntArray) -> Owner:
-        """The rows at `rows`."""
-        return Owner(
-            parameters=self.parameters.take(rows),
-            trained=self.trained.take(rows),
-            gathered=self.gathered.take(rows),
-            units=self.units.take(rows),
-            kept_share=self.kept_share.take(rows),
-            experts=None if self.experts is None else self.experts.take(rows),
-        )
-
-
-def heaviest_owner(parameters: StageParameters, stages: StageRows, job: Job, runtime: Runtime) -> Owner:
-    """The stage with most parameters of each key."""
-    heaviest = parameters.stage.argmax(axis=1)[:, None]
-    units = stages.layers.sum(axis=2) + stages.embedding + stages.head
-    adapters = parameters.stage if parameters.adapters is None else parameters.adapters
-    owned, root, groups, trained = (
-        np.take_along_axis(values, heaviest, axis=1)[:, 0]
-        for values in (parameters.stage, parameters.root, units, adapters)
-    )
-    kept_share = root / owned if runtime.working_set.root_stays_gathered else np.zeros_like(owned)
-    of_layers, usual = frozen_element_bytes(runtime, job)
-    gathered = owned if of_layers == usual else root + (owned - root) * of_layers / usual
-    spread = parameters.experts
-    return Owner(
-        parameters=owned,
-        trained=trained,
-        gathered=gathered,
-        units=groups,
-        kept_share=kept_share,
-        experts=None if spread is None else np.take_along_axis(spread, heaviest, axis=1)[:, 0],
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,29 +239,36 @@ class StepTime:
     held: HeldTimes
     pace_of: IntArray
     states_of: IntArray
+    idle_s: FloatArray | None = None
+    """Of a lower bound: seconds per step, (K,) over the keys of the pace, that GPUs wait for launches at most (`pace.most_idle_s`)."""
 
     def parts(self, *, hides_s: FloatArray | None = None) -> Mapping[str, FloatArray]:
         """Seconds by part (TIME_PARTS), `step_s` and, of compute, `forward_s`, (N,). What a row has from its keys alone is gathered when
         it is read.
 
         With `hides_s`, (K,) over the keys of the pace, a lower bound: of exchanges so many seconds hide if they can, of copies to other
-        tiers all that can; copies of activations cost nothing.
+        tiers all that can; copies of activations cost nothing, and a stage that waits longest for launches hides most of its exchanges
+        behind them: `behind_host_s` (`host_s` may be below zero).
         """
         rows, paced = len(self.pace_of), self.paced
         own = ("dp_exposed_s", "offload_exposed_s", "host_s", "step_s")
+        if self.idle_s is not None:
+            own = (*own, "behind_host_s")
         time = {name: np.empty(rows) for name in own}
         together = np.sum(list(paced.parts.values()), axis=0)
         for start in range(0, rows, ROWS_IN_CACHE):
             some = slice(start, start + ROWS_IN_CACHE)
             at, of = self.pace_of[some], self.states_of[some]
+            behind = np.zeros(len(at))
             exposed, _ = self._data_parallel(at, of, hides_s)
             offload, _ = self._offload(at, of, exposed, endless=hides_s is not None)
             host = paced.host_s.take(at)
             if self.cluster.gpu.device != "cpu":  # while a GPU waits for its links, the host launches ahead
-                host = np.maximum(host - exposed - offload, 0.0)
+                behind = np.minimum(host if self.idle_s is None else self.idle_s.take(at), exposed + offload)
+                host -= behind
             host += self.held.launching_s.take(of) + self.runtime.execution.step_overhead_s
             step = together.take(at) + exposed + offload + self.held.optimizer_s.take(of) + host
-            for name, column in zip(own, (exposed, offload, host, step), strict=True):
+            for name, column in zip(own, (exposed, offload, host, step, behind), strict=False):
                 time[name][some] = column
         makers = {name: partial(self._of_pace, paced.parts.get(name)) for name in TIME_PARTS}
         makers["forward_s"] = partial(self._of_pace, paced.forward_s)

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.costmodel.layout import LayoutTable
+from shardplan.costmodel.pace import LEAST_PEAK_WEIGHT
 from shardplan.costmodel.recompute import ALL_LAYERS, RECOMPUTE
 from shardplan.costmodel.row_keys import row_keys
 from shardplan.costmodel.rule import Setting
@@ -59,6 +60,12 @@ def recomputing_mean_s(
         trials = StageTrials.of(setting, some)
         longer_s[at] = trials.mean_seconds(share) - trials.mean_seconds()
     return longer_s
+
+
+def waiting(weight: FloatArray) -> FloatArray:
+    """Seconds of pipeline that a step must be longer by a second for, (N,): while it waits, a little more of its exchanges hides.
+    `weight` is its `peak_weight`."""
+    return np.where(weight >= LEAST_PEAK_WEIGHT, weight / np.maximum(weight - 1.0, 1.0), 1.0)
 
 
 def least_peak_s(

@@ -16,12 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.costmodel.error_band import memory_band
-from shardplan.costmodel.estimate import lower_bounds, on_mean_stage, pipeline_weights
+from shardplan.costmodel.estimate import lower_bounds, on_mean_stage
 from shardplan.costmodel.estimates import Estimates, joined
 from shardplan.costmodel.keys import unique_keys
 from shardplan.costmodel.layout import Layout, LayoutTable, layout_table
 from shardplan.costmodel.layout_join import stacked
 from shardplan.costmodel.mixed import estimate_spread, estimate_staged, part_settings, stages_on_parts
+from shardplan.costmodel.pipeline_weights import pipeline_weights
 from shardplan.costmodel.recompute import RECOMPUTE
 from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.stage_trials import StageTrials

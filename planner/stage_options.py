@@ -166,6 +166,10 @@ class Options:
     """Fewest more layers to recompute that make it fit, (N, O); -1 where nothing does."""
     parameters: FloatArray
     """Parameters a rank holds, (N, O)."""
+    idle_s: FloatArray | None = None
+    """Of `plain_s`, seconds in which the GPU waits for launches, (N, O); None where it never does, whatever is recomputed."""
+    repeating_idle_s: FloatArray | None = None
+    """The same of `repeating_s`."""
 
     @staticmethod
     def of(
@@ -186,6 +190,7 @@ class Options:
         partly = recompute == "none" and wanted.partial_recompute
         shape = (len(on_parts[0].layouts), len(stage))
         plain, full, parameters = np.empty(shape), np.empty(shape), on_parts[0].parameters(trials)
+        idle, idle_full = np.empty(shape), np.empty(shape)
         fewest, end = np.empty(shape, dtype=np.int64), 0
         band = max(memory_band(part.setting.cluster) for part in parts)
         for part, tried in zip(parts, on_parts, strict=True):
@@ -194,16 +199,25 @@ class Options:
             own = trials.take(some)
             usable = part.setting.cluster.gpu.memory_bytes * (1.0 - wanted.headroom) / (1.0 + band)
             plain[:, some] = full[:, some] = tried.seconds(own)
+            idle[:, some] = idle_full[:, some] = tried.idle_seconds(own)
             if partly:
-                full[:, some] = tried.seconds(replace(own, recomputed=layers[some]))
+                every = replace(own, recomputed=layers[some])
+                full[:, some], idle_full[:, some] = tried.seconds(every), tried.idle_seconds(every)
             fewest[:, some] = _fewest(tried, own, layers[some] if partly else own.recomputed, usable)
         if partly:
             fewest[(fewest > 0) & ~may_recompute(parts[0].setting, on_parts[0].layouts)[:, None]] = -1
         inner = (stage != 0) & (stage != chain.pp - 1)
         fewest[:, inner & (contents[which].sum(axis=1) < chain.chunks)] = -1
-        repeating = (full - plain) / np.maximum(layers, 1)
+        waits = bool(idle.any() or idle_full.any())
         return Options(
-            stage=stage, layers=layers, plain_s=plain, repeating_s=repeating, fewest=fewest, parameters=parameters
+            stage=stage,
+            layers=layers,
+            plain_s=plain,
+            repeating_s=(full - plain) / np.maximum(layers, 1),
+            fewest=fewest,
+            parameters=parameters,
+            idle_s=idle if waits else None,
+            repeating_idle_s=(idle_full - idle) / np.maximum(layers, 1) if waits else None,
         )
 
     def seconds(self, row: int, depth: int, recomputing: int | None = None) -> tuple[FloatArray, IntArray]:
@@ -217,6 +231,12 @@ class Options:
             fits &= ~its | (self.layers > 0)
             taken = np.where(its, np.maximum(taken, 1), taken)
         return np.where(fits, self.plain_s[row] + taken * self.repeating_s[row], np.inf), taken
+
+    def idle(self, row: int, taken: IntArray) -> FloatArray | None:
+        """Of the seconds of every option, (O,), those in which its GPU waits for launches; None where none does."""
+        if self.idle_s is None or self.repeating_idle_s is None:
+            return None
+        return self.idle_s[row] + taken * self.repeating_idle_s[row]
 
     def least_peak(self, chain: Chain, most_peak_s: FloatArray) -> FloatArray:
         """Seconds, (N,), of the slowest stage below which no cut of the layers gets: with less, stages that are in time and fit hold too

@@ -10,24 +10,23 @@ are; then those that could still win with other words beside, whatever these do 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import combinations, product
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shardplan.costmodel.error_band import memory_band
-from shardplan.costmodel.estimate import memory_alone, on_mean_stage, pipeline_weights
+from shardplan.costmodel.estimate import on_mean_stage
 from shardplan.costmodel.estimates import Estimates, joined
 from shardplan.costmodel.keys import unique_keys
 from shardplan.costmodel.layout import Layout, LayoutTable, layout_table
 from shardplan.costmodel.layout_join import stacked
-from shardplan.costmodel.pace import LEAST_PEAK_WEIGHT
+from shardplan.costmodel.pipeline_weights import pipeline_weights
 from shardplan.costmodel.recompute import RECOMPUTE
 from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.stage_trials import StageTrials
 from shardplan.planner.at_setting import estimated, unbroken
-from shardplan.planner.cut_bounds import over_mean_s, recomputing_mean_s
+from shardplan.planner.cut_bounds import over_mean_s, recomputing_mean_s, waiting
+from shardplan.planner.cut_room import Room
 from shardplan.planner.knobs import Knob, knobs_of, least_s_with, named_recompute, variants_of
 from shardplan.planner.named_recompute import with_needed_parts
 from shardplan.planner.partial_recompute import only_stands_for_others, recomputes_layers, standing_for_others
@@ -80,6 +79,11 @@ class _State:
     """The least bound of what is not cut exactly: it keeps the runtime's rule (`stages.can_cut`), or has more cuts than are written out, or
     cuts that wait for longer chunks than they were chosen for (`stages.Cuts.unsure_s`)."""
 
+    @property
+    def room(self) -> Room:
+        """What the GPUs have room for."""
+        return Room(setting=self.setting, wanted=self.wanted)
+
 
 def search_stages(
     setting: Setting,
@@ -101,10 +105,10 @@ def search_stages(
     )
     turned = (*knobs_of(setting, wishes), *named_recompute(setting, wishes))
     piped = _pipelines(layouts, wishes)
-    piped = piped.take(np.flatnonzero(_may_have_room(state, piped, turned)))
+    piped = piped.take(np.flatnonzero(state.room.may_hold(piped, turned)))
     if len(piped):
         bounds = on_mean_stage(setting, piped)
-        _best_first(state, _could_fit(state, bounds.take(np.flatnonzero(_plain(state, bounds)))))
+        _best_first(state, state.room.holding(bounds.take(np.flatnonzero(_plain(state, bounds)))))
         if not np.isfinite(state.fastest):  # other words than these need no less memory
             saving = [knob for knob in turned if knob.saves_memory]
             for some in _with_knobs(state, bounds, saving):
@@ -131,7 +135,7 @@ def least_cut_bytes(setting: Setting, layouts: LayoutTable, wishes: Wishes, head
     saving = [knob for knob in (*knobs_of(setting, wishes), *named_recompute(setting, wishes)) if knob.saves_memory]
     bounds = on_mean_stage(setting, piped)
     every = [bounds, *_with_knobs(state, bounds, saving)]
-    return min(float(_least_bytes(state, one.layouts).min()) for one in every)
+    return min(float(state.room.least_bytes(one.layouts).min()) for one in every)
 
 
 def leaves_stages_open(setting: Setting, wishes: Wishes) -> bool:
@@ -190,7 +194,7 @@ def _could_win_recomputing(state: _State, bounds: Estimates) -> BoolArray:
 def _in_a_step(state: _State, layouts: LayoutTable, longer_s: FloatArray) -> FloatArray:
     """Seconds that a step takes longer where a micro-batch takes `longer_s` longer on the slowest stage."""
     weight = pipeline_weights(state.setting, layouts)[0]
-    return longer_s * weight / _waiting(weight)
+    return longer_s * weight / waiting(weight)
 
 
 def _could_win_elsewhere(
@@ -214,57 +218,6 @@ def _could_win_elsewhere(
     return found
 
 
-def _waiting(weight: FloatArray) -> FloatArray:
-    """Seconds of pipeline that a step must be longer by a second for, (N,): while it waits, a little more of its exchanges hides.
-    `weight` is its `peak_weight`."""
-    return np.where(weight >= LEAST_PEAK_WEIGHT, weight / np.maximum(weight - 1.0, 1.0), 1.0)
-
-
-def _could_fit(state: _State, bounds: Estimates) -> Estimates:
-    """Those whose states and, recomputing every layer, activations fit if they were spread evenly."""
-    return bounds.take(np.flatnonzero(_have_room(state, bounds.layouts))) if len(bounds) else bounds
-
-
-def _may_have_room(state: _State, layouts: LayoutTable, turned: Sequence[Knob]) -> BoolArray:
-    """Those of them that fit so as they are, or with knobs turned that save memory: most of a space do not, and need no bound of their
-    time."""
-    if not len(layouts):
-        return np.zeros(0, dtype=bool)
-    found, saving = _have_room(state, layouts), [knob for knob in turned if knob.saves_memory]
-    together = (some for size in range(1, len(saving) + 1) for some in combinations(saving, size))
-    for some in together:
-        useful = np.all([knob.rows(layouts) for knob in some], axis=0)
-        for variants in product(*(knob.variants for knob in some)):
-            at = np.flatnonzero(useful & ~found)
-            if len(at):
-                columns = {name: np.full(len(at), value) for words in variants for name, value in words.items()}
-                found[at] = _have_room(state, replace(layouts.take(at), **columns))
-    return found
-
-
-def _have_room(state: _State, layouts: LayoutTable) -> BoolArray:
-    usable = state.setting.cluster.gpu.memory_bytes * (1.0 - state.wanted.headroom)
-    return _least_bytes(state, layouts) * (1.0 + memory_band(state.setting.cluster)) <= usable
-
-
-def _have_room_below(state: _State, bounds: Estimates) -> BoolArray:
-    """Rows whose states in host memory and on flash fit there if they were spread evenly, with the words as they are: how many activations
-    are offloaded depends on how many layers are recomputed."""
-    found = bounds.fits_below_gpu(state.wanted.headroom)
-    at = np.flatnonzero(~found & (bounds.layouts.offload_activations > 0))
-    if len(at):
-        states = replace(bounds.layouts.take(at), offload_activations=np.zeros(len(at), dtype=np.int64))
-        found[at] = memory_alone(state.setting, states, stages="mean").fits_below_gpu(state.wanted.headroom)
-    return found
-
-
-def _least_bytes(state: _State, layouts: LayoutTable) -> FloatArray:
-    """Bytes on the device that each needs at least, (N,), however it is cut."""
-    if state.wanted.partial_recompute:
-        layouts = replace(layouts, recompute=np.where(layouts.recompute == NONE, FULL, layouts.recompute))
-    return memory_alone(state.setting, layouts, stages="mean").device_peak_bytes
-
-
 def _with_other_words(state: _State, bounds: Estimates, turned: Sequence[Knob]) -> list[Estimates]:
     """Bounds of what could be the fastest with knobs turned, in another order of axes, or both."""
     setting, wishes = state.setting, state.wishes
@@ -277,7 +230,7 @@ def _with_other_words(state: _State, bounds: Estimates, turned: Sequence[Knob]) 
         if batch is bounds and state.wanted.partial_recompute:
             rows = batch.layouts.recompute != FULL
         good = _could_win_elsewhere(state, batch, (), rows, as_they_are=True)
-        some = _could_fit(state, batch.take(np.flatnonzero(good)))
+        some = state.room.holding(batch.take(np.flatnonzero(good)))
         ordered = in_other_orders(setting, some.layouts, wishes) if len(some) else some.layouts
         if len(ordered) > MOST_ROWS:
             state.proved = False
@@ -299,7 +252,7 @@ def _with_knobs(state: _State, bounds: Estimates, turned: Sequence[Knob]) -> lis
             useful = _could_win_elsewhere(state, batch, turned[at:], useful)
             rows = np.flatnonzero(useful)
             if len(rows) and not knob.saves_memory:
-                rows = rows[_have_room(state, batch.layouts.take(rows))]
+                rows = rows[state.room.holds(batch.layouts.take(rows))]
             if len(rows) and "recompute" in knob.words:
                 rows = rows[_could_win_by_parts(state, batch.layouts.take(rows))]
             most = MOST_ROWS // len(knob.variants)
@@ -313,7 +266,7 @@ def _with_knobs(state: _State, bounds: Estimates, turned: Sequence[Knob]) -> lis
             its = on_mean_stage(setting, table)
             every = np.ones(len(its), dtype=bool)
             its = its.take(np.flatnonzero(_could_win_elsewhere(state, its, turned[at + 1 :], every)))
-            its = _could_fit(state, its)
+            its = state.room.holding(its)
             if len(its):
                 made.append(its)
     return made
@@ -328,31 +281,38 @@ def _could_win_by_parts(state: _State, layouts: LayoutTable) -> BoolArray:
 
 def _best_first(state: _State, *candidates: Estimates) -> None:
     """Cut the candidates, least bound first, until no bound is below the fastest."""
-    roomy = [one.take(np.flatnonzero(_have_room_below(state, one))) for one in candidates]
+    roomy = [one.take(np.flatnonzero(state.room.holds_below(one))) for one in candidates]
     some = [one.take(np.flatnonzero(_could_win_recomputing(state, one))) for one in roomy if len(one)]
     if not any(map(len, some)):
         return
     layouts = stacked([one.layouts for one in some])
     bounds = np.concatenate([one.step_s for one in some])
+    waits = np.concatenate([_waits(one) for one in some])
     rows = np.argsort(bounds, kind="stable")
     at, size = 0, FIRST_LOOKED_AT
     while at < len(rows) and bounds[rows[at]] < state.fastest and state.proved:
         chosen = rows[at : at + size]
         chosen = chosen[bounds[chosen] < state.fastest]
         at, size = at + size, AT_ONCE
-        _cut_some(state, layouts.take(chosen), bounds[chosen])
+        _cut_some(state, layouts.take(chosen), bounds[chosen], waits[chosen])
 
 
-def _cut_some(state: _State, layouts: LayoutTable, bounds: FloatArray) -> None:
+def _waits(bounds: Estimates) -> FloatArray:
+    """`stages.Cuttable.waits_s` of layouts with these bounds, (N, 2)."""
+    time = bounds.time
+    return np.stack([time["dp_exposed_s"] + time["offload_exposed_s"], time["behind_host_s"]], axis=1)
+
+
+def _cut_some(state: _State, layouts: LayoutTable, bounds: FloatArray, waits: FloatArray) -> None:
     """Cut layouts, least bound first, once what their stages can hold in whole layers says more than `bounds` do."""
     ready: list[Cuttable] = []
     of, place, least_s = np.zeros(len(layouts), dtype=np.int64), np.zeros(len(layouts), dtype=np.int64), bounds + np.inf
-    longer = _waiting(pipeline_weights(state.setting, layouts)[0])
+    longer = waiting(pipeline_weights(state.setting, layouts)[0])
     for rows, part in _alike(state.setting, layouts):
         if part is None:
             state.uncut_s = min(state.uncut_s, float(bounds[rows].min()))
             continue
-        found = Cuttable.of([part], state.wanted, (state.fastest - bounds[rows]) * longer[rows])
+        found = Cuttable.of([part], state.wanted, (state.fastest - bounds[rows]) * longer[rows], waits[rows])
         if found is not None:
             of[rows], place[rows] = len(ready), np.arange(len(rows))
             least_s[rows] = bounds[rows] + found.more_s / longer[rows]

@@ -14,18 +14,26 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from shardplan.costmodel.estimate import pipeline_weights
 from shardplan.costmodel.layout import V_PLACED, Layout, LayoutTable
 from shardplan.costmodel.model import Model
+from shardplan.costmodel.pace import LEAST_PEAK_WEIGHT
 from shardplan.costmodel.pipeline import chunk_lengths, split_layers
+from shardplan.costmodel.pipeline_weights import pipeline_weights
 from shardplan.costmodel.recompute import RECOMPUTE
 from shardplan.costmodel.rule import Setting
-from shardplan.planner.chain import best_cut, bounds_of
+from shardplan.planner.chain import best_cut, bounds_of, every_cut, slowest
+from shardplan.planner.cut_bounds import waiting
 from shardplan.planner.stage_options import Chain, Options, Part, Wanted, within
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 FULL, NONE = RECOMPUTE.index("full"), RECOMPUTE.index("none")
+NEVER_S = 1e9
+"""Longer than any step."""
+MOST_WAITS = 8
+"""Different times that slowest stages wait for launches of which the best cuts of a layout are written out."""
+MOST_WRITTEN_OUT = 256
+"""Cuts of a layout that are all written out where its micro-batches are too few for the fastest pipeline to be the fastest step."""
 
 
 def can_cut(model: Model, layout: Layout) -> bool:
@@ -58,7 +66,7 @@ class Cuts:
     more_s: list[float]
     """Seconds that the pipeline of each takes longer than with equal stages."""
     left_s: float
-    """The same of cuts with fewer parameters still that are not among them, at least; infinite where none is in time."""
+    """The same of cuts that are not among them but may be better, at least; infinite where none is in time."""
 
     def unsure_s(self, setting: Setting) -> float:
         """Seconds that a pipeline which might be better than its estimate, or is not among the cuts, takes longer at least; infinite where
@@ -82,11 +90,16 @@ class Cuttable:
     (`_least_longest`)."""
     equal_s: FloatArray
     """Seconds of the pipeline if every stage held 1/pp of everything, (N,)."""
+    waits_s: FloatArray | None
+    """(what a step waits for links if every stage held that, what of it may hide behind launches), (N, 2); None where the bounds of the
+    layouts leave that out."""
     more_s: FloatArray
     """Seconds that the best cut takes longer at least, (N,); infinite where no cut fits."""
 
     @staticmethod
-    def of(parts: Sequence[Part], wanted: Wanted, slack_s: FloatArray) -> Cuttable | None:
+    def of(
+        parts: Sequence[Part], wanted: Wanted, slack_s: FloatArray, waits_s: FloatArray | None = None
+    ) -> Cuttable | None:
         """What stages of pipelines at most `slack_s`, (N,), longer than equal ones could hold; None where no layout has any."""
         layouts, setting = parts[0].trials.layouts, parts[0].setting
         first = layouts.row(0)
@@ -113,6 +126,7 @@ class Cuttable:
             options=options,
             weights=np.stack([peak - longer, fill + longer], axis=1),
             equal_s=peak * mean_s + fill * chain.pp * least_s,
+            waits_s=waits_s,
             more_s=np.maximum(peak, 1e-9) * np.maximum(peak_s - mean_s, 0.0),
         )
 
@@ -121,18 +135,142 @@ class Cuttable:
         exchange and update. None where no cut fits with a pipeline at most `slack_s` longer than with equal stages."""
         if self.more_s[row] > slack_s * (1.0 + 1e-9):
             return Cuts(layouts=[], more_s=[], left_s=np.inf)
-        return _cuts(
-            self.layouts.row(row),
-            self.chain,
-            self.segments,
-            self.options,
-            row,
-            self.weights[row],
-            self.wanted,
-            self.setting,
-            float(self.equal_s[row]),
-            slack_s,
+        wanted, layout = self.wanted, self.layouts.row(row)
+        least = int(wanted.some_recomputed and layout.recompute == "none")
+        most = max(int(self.options.fewest[row].max()), least)
+        uniform = (not wanted.by_stage or self.chain.chunks > 1) and most > 0
+        depths = range(least, most + 1) if uniform else range(-1, 0)
+        most_s = float(self.equal_s[row]) + slack_s
+        few = bool(self.weights[row, 0] < LEAST_PEAK_WEIGHT)
+        found = self._written_out(row, depths, least) if few else None
+        left_s = np.inf
+        if found is None:
+            found, left_s = self._fastest_ones(row, depths, least, most_s)
+            if found and (few or (self.waits_s is None and self.options.idle_s is not None)):
+                left_s = min(found[0].seconds, float(self.equal_s[row]))
+        return Cuts(
+            layouts=[_with_stages(layout, self.chain, cut, self.setting) for cut in found],
+            more_s=[cut.seconds - float(self.equal_s[row]) for cut in found],
+            left_s=left_s - float(self.equal_s[row]),
         )
+
+    def _fastest_ones(self, row: int, depths: range, least: int, most_s: float) -> tuple[list[_Cut], float]:
+        """(the fastest pipeline, and slower ones with ever fewer parameters on the fullest stage, `most_cuts` of them; seconds of the
+        next); each takes `most_s` at most, and recomputes `least` layers or more.
+
+        The same again for slowest stages that wait for launches as long as none of the others': more of their exchanges may hide.
+        """
+        found, known, left_s = list[_Cut](), list[float](), np.inf
+        while True:
+            first = self._fastest_of(row, depths, least, _Asked(most_s=most_s, waits_unlike=tuple(known)))
+            if first is None or len(known) == MOST_WAITS:
+                left_s = left_s if first is None else min(left_s, first.seconds)
+                return sorted(found, key=_pipeline_s), left_s
+            best: _Cut | None = first
+            count = 0
+            while best is not None and count < self.wanted.most_cuts:
+                found.append(best)
+                count += 1
+                asked = _Asked(most_s=most_s, fewer=best.parameters, waits_like=first.idle_s)
+                best = self._fastest_of(row, depths, least, asked)
+            left_s = left_s if best is None else min(left_s, best.seconds)
+            known.append(first.idle_s)
+
+    def _fastest_of(self, row: int, depths: range, least: int, asked: _Asked) -> _Cut | None:
+        """The fastest pipeline with any of the numbers of recomputed layers, `least` layers or more in all."""
+        best: _Cut | None = None
+        for depth in depths:
+            its = asked if best is None else replace(asked, most_s=best.seconds)
+            cut = self._fastest(row, depth, its)
+            if cut is not None and least and not any(cut.repeated):  # on the stage where one layer costs least
+                on_each = (self._fastest(row, depth, its, stage) for stage in range(self.chain.pp))
+                cut = min(filter(None, on_each), key=_pipeline_s, default=None)
+            if cut is not None and (best is None or cut.seconds < best.seconds):
+                best = cut
+        return best
+
+    def _fastest(self, row: int, depth: int, asked: _Asked, recomputing: int | None = None) -> _Cut | None:
+        """The fastest pipeline with so many recomputed layers; one at least of stage `recomputing`."""
+        options, most_s = self.options, asked.most_s
+        seconds, taken = options.seconds(row, depth, recomputing)
+        seconds = np.where(options.parameters[row] < asked.fewer, seconds, np.inf)
+        seconds = np.where(seconds <= most_s / max(float(self.weights[row, 0]), 1e-9), seconds, np.inf)
+        penalty_s, idle_s = self._penalty_s(row, taken), options.idle(row, taken)
+        if penalty_s is not None and idle_s is not None:
+            penalty_s = np.where(asked.refuses(idle_s), NEVER_S, penalty_s)
+        elif asked.waits_unlike:
+            return None
+        counts = self._best_cut(row, seconds, penalty_s)
+        cut = None if counts is None else self._cut(row, depth, counts, seconds, taken, penalty_s)
+        return cut if cut is not None and cut.seconds <= min(most_s * (1.0 + 1e-9), NEVER_S) else None
+
+    def _best_cut(self, row: int, seconds: FloatArray, penalty_s: FloatArray | None) -> tuple[int, ...] | None:
+        """`chain.best_cut` of options that take so many `seconds`, (O,)."""
+        if not self.options.holds_all(self.chain, np.isfinite(seconds)[None])[0]:
+            return None
+        peak_weight, sum_weight = self.weights[row].tolist()
+        return best_cut(
+            self._of_cuts(seconds, np.inf),
+            peak_weight=peak_weight,
+            sum_weight=sum_weight,
+            penalty_s=None if penalty_s is None else self._of_cuts(penalty_s, 0.0),
+        )
+
+    def _of_cuts(self, of_options: FloatArray, otherwise: float) -> FloatArray:
+        """A figure of each option, (O,), as one of each stage with layers i to j - 1, (pp, layers + 1, layers + 1)."""
+        table = of_options.reshape(self.chain.pp, -1)
+        return np.where(self.segments >= 0, table[:, self.segments], otherwise)
+
+    def _cut(
+        self,
+        row: int,
+        depth: int,
+        counts: tuple[int, ...],
+        seconds: FloatArray,
+        taken: IntArray,
+        penalty_s: FloatArray | None,
+    ) -> _Cut:
+        """The cut with so many layers of each stage, where options take so many `seconds`."""
+        pp, (peak_weight, sum_weight) = self.chain.pp, self.weights[row].tolist()
+        stages, at = np.arange(pp), self.segments[bounds_of(counts)]
+        times, idle_s = seconds.reshape(pp, -1)[stages, at], self.options.idle(row, taken)
+        penalties = np.zeros(pp) if penalty_s is None else penalty_s.reshape(pp, -1)[stages, at]
+        worst = slowest(times, penalties)
+        worth = float(peak_weight * times.max() + sum_weight * times.sum())
+        return _Cut(
+            counts=counts,
+            repeated=taken.reshape(pp, -1)[stages, at].tolist(),
+            depth=depth,
+            seconds=worth + float(penalties[worst]),
+            parameters=float(self.options.parameters[row].reshape(pp, -1)[stages, at].max()),
+            idle_s=0.0 if idle_s is None else float(idle_s.reshape(pp, -1)[worst, at[worst]]),
+        )
+
+    def _penalty_s(self, row: int, taken: IntArray) -> FloatArray | None:
+        """Seconds of pipeline, (O,), that a step with each option as its slowest stage takes beyond its bound and its pipeline: of what it
+        waits for links less hides behind launches than if that stage had all layers. None where nothing does."""
+        idle_s = self.options.idle(row, taken)
+        if idle_s is None or self.waits_s is None or not self.waits_s[row, 1]:
+            return None
+        (waits_s, most_s), layout = self.waits_s[row].tolist(), self.layouts.row(row)
+        batches = self.setting.job.global_batch / (layout.dp * layout.micro_batch)
+        return waiting(self.weights[row, 0]) * np.maximum(most_s - np.minimum(batches * idle_s, waits_s), 0.0)
+
+    def _written_out(self, row: int, depths: range, least: int) -> list[_Cut] | None:
+        """All cuts that fit, each with as few recomputed layers as make it, `least` or more, on any stage; None where there are more
+        than MOST_WRITTEN_OUT."""
+        fewest = self.options.fewest[row]
+        every = every_cut(self._of_cuts(fewest.astype(np.float64), -1.0) >= 0, MOST_WRITTEN_OUT)
+        if every is None:
+            return None
+        found, pp = list[_Cut](), self.chain.pp
+        for counts in every:
+            needed = int(fewest.reshape(pp, -1)[np.arange(pp), self.segments[bounds_of(counts)]].max())
+            depth = -1 if depths.start < 0 else max(needed, depths.start)
+            for recomputing in range(pp) if least > max(needed, depth) else (None,):
+                seconds, taken = self.options.seconds(row, depth, recomputing)
+                found.append(self._cut(row, depth, counts, seconds, taken, self._penalty_s(row, taken)))
+        return sorted((cut for cut in found if np.isfinite(cut.seconds)), key=_pipeline_s)
 
 
 def cut_stages(parts: Sequence[Part], wanted: Wanted, slack_s: FloatArray) -> list[Cuts]:
@@ -151,48 +289,6 @@ def mean_stage_seconds(parts: Sequence[Part]) -> tuple[FloatArray, FloatArray]:
     return each.min(axis=0), stages.sum() / (stages[:, None] / each).sum(axis=0)
 
 
-def _cuts(
-    layout: Layout,
-    chain: Chain,
-    segments: IntArray,
-    options: Options,
-    row: int,
-    weights: FloatArray,
-    wanted: Wanted,
-    setting: Setting,
-    equal_s: float,
-    slack_s: float,
-) -> Cuts:
-    """The layout with its best cuts, the pipeline of each at most `equal_s` and `slack_s`."""
-    found, more_s, fewer, most_s, left_s = list[Layout](), list[float](), np.inf, equal_s + slack_s, np.inf
-    least = int(wanted.some_recomputed and layout.recompute == "none")
-    most = max(int(options.fewest[row].max()), least)
-    uniform = (not wanted.by_stage or chain.chunks > 1) and most > 0
-    depths = range(least, most + 1) if uniform else (-1,)
-    while True:
-        best, chosen, holds = np.inf, None, 0.0
-        for depth in depths:
-            cut = _fastest(chain, segments, options, row, depth, fewer, weights, min(most_s, best))
-            if cut is not None and least and not any(cut.repeated):  # on the stage where one layer costs least
-                on_each = (
-                    _fastest(chain, segments, options, row, depth, fewer, weights, most_s, stage)
-                    for stage in range(chain.pp)
-                )
-                cut = min(filter(None, on_each), key=_pipeline_s, default=None)
-            if cut is not None and cut.seconds < best:
-                best, holds, repeated = cut.seconds, cut.parameters, cut.repeated
-                chosen = _with_stages(layout, chain, cut.counts, repeated, depth, setting)
-        if chosen is None:
-            break
-        if len(found) == wanted.most_cuts:
-            left_s = best - equal_s
-            break
-        found.append(chosen)
-        more_s.append(best - equal_s)
-        fewer = holds
-    return Cuts(layouts=found, more_s=more_s, left_s=left_s)
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Cut:
     """One cut of the layers."""
@@ -200,55 +296,42 @@ class _Cut:
     counts: tuple[int, ...]
     repeated: list[int]
     """Layers recomputed on each stage beyond those the layout says."""
+    depth: int
+    """The same of every stage if it has as many; -1: what each needs."""
     seconds: float
-    """The slowest stage for all micro-batches, and filling and draining the others."""
+    """The slowest stage for all micro-batches, filling and draining the others, and what `Cuttable._penalty_s` adds."""
     parameters: float
     """Of the stage that holds most."""
+    idle_s: float
+    """Of a micro-batch on the slowest stage, what it waits for launches."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """Which cuts are asked for."""
+
+    most_s: float
+    """Seconds of the pipeline, at most."""
+    fewer: float = np.inf
+    """Parameters that no stage has as many as."""
+    waits_like: float | None = None
+    """What the slowest stage waits for launches, seconds of a micro-batch."""
+    waits_unlike: tuple[float, ...] = ()
+    """What it does not."""
+
+    def refuses(self, idle_s: FloatArray) -> NDArray[np.bool_]:
+        """Options that are not to be the slowest stage."""
+        if self.waits_like is not None:
+            return idle_s != self.waits_like
+        return np.isin(idle_s, self.waits_unlike)
 
 
 def _pipeline_s(cut: _Cut) -> float:
     return cut.seconds
 
 
-def _fastest(
-    chain: Chain,
-    segments: IntArray,
-    options: Options,
-    row: int,
-    depth: int,
-    fewer: float,
-    weights: FloatArray,
-    most_s: float,
-    recomputing: int | None = None,
-) -> _Cut | None:
-    """The fastest pipeline whose stages hold `fewer` parameters than that; a layer at least of the stage `recomputing` is recomputed."""
-    peak_weight, sum_weight = (float(weight) for weight in weights)
-    seconds, taken = options.seconds(row, depth, recomputing)
-    seconds = np.where(options.parameters[row] < fewer, seconds, np.inf)
-    seconds = np.where(seconds <= most_s / max(peak_weight, 1e-9), seconds, np.inf)
-    if not options.holds_all(chain, np.isfinite(seconds)[None])[0]:
-        return None
-    table, taken = seconds.reshape(chain.pp, -1), taken.reshape(chain.pp, -1)
-    of_cut = np.where(segments >= 0, table[:, segments], np.inf)
-    counts = best_cut(of_cut, peak_weight=peak_weight, sum_weight=sum_weight)
-    if counts is None:
-        return None
-    stages, at = np.arange(chain.pp), segments[bounds_of(counts)]
-    times = table[stages, at]
-    worth = float(peak_weight * times.max() + sum_weight * times.sum())
-    if worth > most_s * (1.0 + 1e-9):
-        return None
-    return _Cut(
-        counts=counts,
-        repeated=taken[stages, at].tolist(),
-        seconds=worth,
-        parameters=float(options.parameters[row].reshape(chain.pp, -1)[stages, at].max()),
-    )
-
-
-def _with_stages(
-    layout: Layout, chain: Chain, counts: tuple[int, ...], repeated: list[int], depth: int, setting: Setting
-) -> Layout:
+def _with_stages(layout: Layout, chain: Chain, cut: _Cut, setting: Setting) -> Layout:
+    counts, repeated = cut.counts, cut.repeated
     split = _chunks(counts, chain, layout)
     usual = split_layers(len(chain.kinds), layout.pp * layout.virtual_stages, setting.runtime.stages)
     word = layout.recompute
@@ -256,7 +339,7 @@ def _with_stages(
         held = [n + (int(chain.extra.sum()) if k == chain.last else 0) for k, n in enumerate(counts)]
         if repeated == held:
             word = "full"
-        elif depth > 0 or len(set(repeated)) == 1:
+        elif cut.depth > 0 or len(set(repeated)) == 1:
             word = f"full:{max(repeated)}"
         else:
             word = f"full:{','.join(map(str, repeated))}"
