@@ -113,18 +113,18 @@ def _neighbours(setting: Setting, layout: Layout) -> Iterator[tuple[Layout, str]
             continue
         changed = {name: value for name, value in values.items() if getattr(layout, name) != value}
         if other != layout and changed:
-            yield (
-                other,
-                " ".join(f"{name}={str(value).lower()}" for name, value in changed.items() if value is not None),
-            )
+            yield other, " ".join(_told(name, value) for name, value in changed.items())
+
+
+def _told(name: str, value: Any) -> str:
+    return f"without {name}" if value is None else f"{name}={str(value).lower()}"
 
 
 def _one_change_each(setting: Setting, layout: Layout) -> Iterator[dict[str, Any]]:
     abilities, offload = setting.runtime.abilities, setting.runtime.offload
     for name in ("micro_batch", "ep"):
-        yield {name: 2 * getattr(layout, name)}
-        if getattr(layout, name) % 2 == 0:
-            yield {name: getattr(layout, name) // 2}
+        degree = getattr(layout, name)
+        yield from ({name: other} for other in (2 * degree, *_divisors(degree)))
     for more, less in permutations(("dp", "tp", "pp", "cp"), 2):
         degree = getattr(layout, less)
         factor = next((prime for prime in (2, 3, 5, 7) if degree % prime == 0), degree)
@@ -143,6 +143,11 @@ def _one_change_each(setting: Setting, layout: Layout) -> Iterator[dict[str, Any
     yield from ({"offload_activations": tier} for tier in ("none", *offload.activations))
     yield from ({"cp_kind": kind} for kind in CODES["cp_kind"] if layout.cp > 1)
     yield from ({"order": order} for order in open_orders(setting, Wishes()))
+
+
+def _divisors(degree: int) -> list[int]:
+    """Those below it, down to one."""
+    return [one for one in range(degree // 2, 0, -1) if degree % one == 0]
 
 
 def _consequences(layout: Layout) -> dict[str, Any]:

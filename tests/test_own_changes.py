@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -104,6 +105,28 @@ def test_a_layout_that_does_not_fit_is_told_what_makes_it_fit() -> None:
     rows = own_changes(asked, own)
     assert rows
     assert all(row["layout"] is not None and rate(asked, row["layout"]) for row in rows if row["change"] not in AROUND)
+
+
+def test_the_micro_batch_is_tried_down_to_one_and_words_that_go_are_named() -> None:
+    asked, own = question(gpus=16), parse_layout("dp=4 tp=4 zero=1 sequence_parallel=true micro_batch=16")
+    changes = [row["change"] for row in own_changes(asked, own)]
+    assert {"micro_batch=4", "micro_batch=1"} < set(changes)
+    assert "micro_batch=8" not in changes
+    asked = question(gpus=32, runtime="fsdp2")
+    rows = own_changes(asked, parse_layout("dp=32 zero=3 dp_shard=8 recompute=full"))
+    (row,) = (row for row in rows if row["change"] == "without dp_shard")
+    assert row["layout"] == "dp=32 tp=1 pp=1 micro_batch=1 zero=3 recompute=full"
+
+
+def test_a_layout_of_the_users_own_is_held_against_what_has_its_words_too() -> None:
+    """Quantised gathers are not searched unless asked for: a layout that has them is not to be faster than the best."""
+    words = "explain qwen2.5-14b --cluster h100-ib --gpus 32 --global-batch 64 --seq 4096 --runtime deepspeed --layout"
+    own = "dp=32 zero=3 qwz=true qgz=true hpz=8 recompute=full"
+    printed = CliRunner().invoke(app, [*words.split(), own, "--json"])
+    told = json.loads(printed.output)
+    against = parse_layout(told["runners_up"][0]["layout"])
+    assert told["time"]["step_s"] >= told["runners_up"][0]["step_s"]
+    assert against.qwz or against.qgz or against.zero < 3
 
 
 def test_one_gpu_has_no_links_to_change() -> None:
