@@ -25,6 +25,7 @@ from shardplan.costmodel.recompute import RECOMPUTE
 from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.stage_trials import StageTrials
 from shardplan.planner.at_setting import estimated, unbroken
+from shardplan.planner.chunk_climb import climbed
 from shardplan.planner.cut_bounds import over_mean_s, recomputing_mean_s, waiting
 from shardplan.planner.cut_room import Room
 from shardplan.planner.knobs import Knob, knobs_of, least_s_with, named_recompute, variants_of
@@ -44,6 +45,8 @@ FIRST_CUT, MOST_CUT_AT_ONCE = 4, 128
 """Of them, cut before bounds are looked at again: first, and twice as many each time up to."""
 MOST_CUT = 8192
 """Layouts cut in one search; where it is reached the search says so."""
+MOST_CLIMBED = 8
+"""Layouts whose chunks are moved layer by layer."""
 MOST_ROWS = 300_000
 """Variants by one knob, or in other orders, that get a bound; where there are more the search says so."""
 STRUCTURE = ("pp", "schedule", "virtual_stages", "recompute", "recompute_layers")
@@ -75,6 +78,8 @@ class _State:
     looked_at: int = 0
     cut: int = 0
     proved: bool = True
+    uncuttable: list[tuple[FloatArray, LayoutTable]] = field(default_factory=list[tuple[FloatArray, LayoutTable]])
+    """(bounds, layouts) whose chunks are moved layer by layer instead (`chunk_climb`)."""
     uncut_s: float = np.inf
     """The least bound of what is not cut exactly: it keeps the runtime's rule (`stages.can_cut`), or has more cuts than are written out, or
     cuts that wait for longer chunks than they were chosen for (`stages.Cuts.unsure_s`)."""
@@ -115,6 +120,7 @@ def search_stages(
                 _best_first(state, some)
         if np.isfinite(state.fastest):
             _best_first(state, *_with_other_words(state, bounds, turned))
+    _climb(state)
     found = joined(state.kept, stacked([one.layouts for one in state.kept])) if state.kept else None
     proved = state.proved and state.uncut_s >= state.fastest
     return CutStages(found=found, looked_at=state.looked_at, proved=proved)
@@ -311,6 +317,7 @@ def _cut_some(state: _State, layouts: LayoutTable, bounds: FloatArray, waits: Fl
     for rows, part in _alike(state.setting, layouts):
         if part is None:
             state.uncut_s = min(state.uncut_s, float(bounds[rows].min()))
+            state.uncuttable.append((bounds[rows], layouts.take(rows)))
             continue
         found = Cuttable.of([part], state.wanted, (state.fastest - bounds[rows]) * longer[rows], waits[rows])
         if found is not None:
@@ -332,6 +339,20 @@ def _cut_some(state: _State, layouts: LayoutTable, bounds: FloatArray, waits: Fl
         state.uncut_s = min(state.uncut_s, float(unsure_s.min()))
         _keep(state, [one for each in cut for one in each.layouts])
         state.told(state.looked_at)
+
+
+def _climb(state: _State) -> None:
+    """Move chunks of the most hopeful pipelines that cannot be cut exactly, layer by layer."""
+    if not state.uncuttable:
+        return
+    bounds = np.concatenate([bounds for bounds, _ in state.uncuttable])
+    layouts = stacked([table for _, table in state.uncuttable])
+    hopeful = np.argsort(bounds, kind="stable")[:MOST_CLIMBED]
+    hopeful = hopeful[bounds[hopeful] < state.fastest]
+    if len(hopeful):
+        moved, looked_at = climbed(state.setting, layouts.take(hopeful), state.wishes, state.wanted, state.fastest)
+        state.looked_at += looked_at
+        _keep(state, moved)
 
 
 def _alike(setting: Setting, layouts: LayoutTable) -> Iterator[tuple[NDArray[np.intp], Part | None]]:
