@@ -245,14 +245,22 @@ def _exchange_host(
 def _block_paces(
     gpu: Gpu, runtime: Runtime, blocks: BlockRows, share: FloatArray, each_micro_batch: dict[str, FloatArray]
 ) -> list[dict[str, FloatArray]]:
-    """Seconds of one micro-batch by part of one layer of each run, of the embedding and of the head, shape of `share`."""
+    """Seconds of one micro-batch by part of one layer of each run, of the embedding and of the head, shape of `share`: the share of the
+    layers that are under full recompute, each wholly or not at all."""
     wide = {name: column[:, None] for name, column in each_micro_batch.items()}
     of_embedding = wide.pop("embedding_exchanging")
 
-    def pace(block: BlockColumns, recomputed: Share, selected: Share, **own: FloatArray) -> dict[str, FloatArray]:
-        return _block_pace(gpu, runtime, block, recomputed=recomputed, selects=selected, **{**wide, **own})
+    def pace(
+        block: BlockColumns, recomputed: Share, selected: Share, *, whole: bool = True, **own: FloatArray
+    ) -> dict[str, FloatArray]:
+        its = {**wide, **own}
+        if whole:
+            return _block_pace(gpu, runtime, block, recomputed=recomputed, selects=selected, **its)
+        none, every = (_block_pace(gpu, runtime, block, recomputed=one, selects=selected, **its) for one in (0.0, 1.0))
+        return {part: none[part] + recomputed * (every[part] - none[part]) for part in none}
 
-    layers = [pace(block, share, blocks.selects[:, None]) for block in blocks.layers]
+    whole = bool(((share == 0.0) | (share == 1.0)).all())
+    layers = [pace(block, share, blocks.selects[:, None], whole=whole) for block in blocks.layers]
     embedding = pace(blocks.embedding, 0.0, 0.0, exchanging=of_embedding)
     return [*layers, embedding, pace(blocks.head, 0.0, 0.0)]
 
@@ -269,44 +277,40 @@ def _block_pace(
     accumulating: FloatArray,
     showing: FloatArray,
 ) -> dict[str, FloatArray]:
-    """Seconds of one block and micro-batch, of layers of which the share `recomputed` is under full recompute; `showing` is the share of
-    its tensor-parallel communication that nothing hides. What hides behind compute hides in each layer by itself."""
+    """Seconds of one block and micro-batch; `recomputed` is 1 where it is under full recompute, else 0, `showing` the share of its
+    tensor-parallel communication that nothing hides."""
 
     def of(name: str) -> FloatArray:
         return block[name][:, None]
 
-    forward, backward = of("forward_s"), of("backward_s") + accumulating * of("accumulate_s")
-    selective = selects * of("selective_s")
-    tensor = of("tensor_forward_s") + of("tensor_backward_s") + selects * of("tensor_selective_s")
-    found = {
-        "forward": forward,
-        "backward": backward,
-        "recompute": recomputed * of("full_s") + selective,
-        "tensor": tensor + recomputed * of("tensor_full_s"),
-    }
-    found["tensor_exposed"] = found["tensor"] * showing
-    found |= _context_pace(block, recomputed, selects)
-    busy, again = forward + backward + selective + tensor * showing, of("full_s") + of("tensor_full_s") * showing
-    context = _context_pace(block, 0.0, selects)
+    forward = of("forward_s")
+    recompute = recomputed * of("full_s") + selects * of("selective_s")
+    tensor = of("tensor_forward_s") + of("tensor_backward_s")
+    tensor = tensor + recomputed * of("tensor_full_s") + selects * of("tensor_selective_s")
+    exposed = tensor * showing
+    backward = of("backward_s") + accumulating * of("accumulate_s")
+    busy = forward + backward + recompute + exposed
+    context = _context_pace(block, recomputed, selects)
     if context:
-        busy, again = busy + context["context_exposed"], again + of("context_forward_exposed_s")
-    experts = [_expert_pace(runtime, block, repeats, forward + backward) for repeats in (0.0, 1.0)]
-    if experts[0]:
-        found |= {name: _mixed(recomputed, *(one[name] for one in experts)) for name in experts[0]}
-        plain, full = (one["expert_exposed"] for one in experts)
-        busy, again = busy + plain, again + full - plain
-    launching = of("host_forward_s") * (1.0 + BACKWARD_LAUNCHES) + exchanging
+        busy = busy + context["context_exposed"]
+    experts = _expert_pace(runtime, block, recomputed, forward + backward)
+    if experts:
+        busy = busy + experts["expert_exposed"]
+    launching = of("host_forward_s") * (1.0 + BACKWARD_LAUNCHES + recomputed) + exchanging
     if runtime.execution.reduce_launches:
         launching = launching + reducing * of("reduce_host_s")
-    idle = [launching, launching + of("host_forward_s")]
-    if gpu.device != "cpu":  # a CPU runs the operation it dispatches, a GPU only idles when launches come too slowly
-        idle = [np.maximum(idle[0] - busy, 0.0), np.maximum(idle[1] - busy - again, 0.0)]
-    return {**found, "host": _mixed(recomputed, *idle)}
-
-
-def _mixed(recomputed: Share, plain: FloatArray, full: FloatArray) -> FloatArray:
-    """Mean seconds of a layer where a share of the layers is under full recompute."""
-    return plain + recomputed * (full - plain)
+    # a CPU runs the operation it dispatches, a GPU only idles when launches come too slowly
+    host = launching if gpu.device == "cpu" else np.maximum(launching - busy, 0.0)
+    return {
+        "forward": forward,
+        "backward": backward,
+        "recompute": recompute,
+        "tensor": tensor,
+        "tensor_exposed": exposed,
+        "host": host,
+        **context,
+        **experts,
+    }
 
 
 def _context_pace(block: BlockColumns, recomputed: Share, selects: Share) -> dict[str, FloatArray]:
@@ -324,12 +328,14 @@ def _context_pace(block: BlockColumns, recomputed: Share, selects: Share) -> dic
     }
 
 
-def _expert_pace(runtime: Runtime, block: BlockColumns, repeats: float, compute: FloatArray) -> dict[str, FloatArray]:
+def _expert_pace(
+    runtime: Runtime, block: BlockColumns, recomputed: Share, compute: FloatArray
+) -> dict[str, FloatArray]:
     """Seconds of the exchanges of tokens with experts of one block and micro-batch, exposed and hidden behind `compute`; none where no
-    layout has any. Full recompute `repeats` those of the forward."""
+    layout has any. Full recompute repeats those of the forward."""
     if "expert_s" not in block:
         return {}
-    exchange = block["expert_s"][:, None] * (2.0 + repeats)
+    exchange = block["expert_s"][:, None] * (2.0 + recomputed)
     hidden = np.minimum(runtime.expert_parallel.overlap * exchange, compute)
     return {"expert_exposed": exchange - hidden, "expert_hidden": hidden}
 

@@ -27,20 +27,29 @@ def best_cut(
     seconds: FloatArray, *, peak_weight: float, sum_weight: float, penalty_s: FloatArray | None = None
 ) -> tuple[int, ...] | None:
     """Layers of each stage, or None where no cut is possible; `seconds` of shape (stages, layers + 1, layers + 1), inf = impossible.
-    `penalty_s`, 0 or more, of the same shape, is added for the slowest stage."""
+    `penalty_s`, 0 or more, inf = never, of the same shape, is added for the slowest stage."""
     least_peak = _least(seconds, np.maximum)[0]
     if not np.isfinite(least_peak):
         return None
     least_sum = _least(seconds, np.add)[0]
     caps = np.unique(seconds[np.isfinite(seconds) & (seconds >= least_peak)])
-    penalty_s = np.zeros_like(seconds) if penalty_s is None else penalty_s
     best, cut = np.inf, None
     for cap in caps:
         if peak_weight * cap + sum_weight * least_sum >= best:
             break
+        at_cap = seconds == cap
+        if penalty_s is not None and not penalty_s[at_cap].min() < best - peak_weight * cap - sum_weight * least_sum:
+            continue
         below = np.where(seconds <= cap, seconds, np.inf)
         even = below * (1.0 + EVENNESS * np.where(np.isfinite(below), below, 0.0) / cap)
-        for some in (even, *_slowest_in_turn(even, seconds == cap, penalty_s)):
+        _, found = _least(even, np.add)
+        worth = _worth_s(seconds, found, penalty_s, peak_weight=peak_weight, sum_weight=sum_weight)
+        if worth < best * (1.0 - 1e-12):
+            best, cut = worth, found
+        if penalty_s is None:
+            continue
+        slower_s = peak_weight * cap + sum_weight * _at(seconds, found).sum()  # with any stage of these as the slowest
+        for some in _slowest_in_turn(even, at_cap & (penalty_s < best * (1.0 - 1e-9) - slower_s), penalty_s):
             total, found = _least(some, np.add)
             if not np.isfinite(total):
                 continue
@@ -51,11 +60,15 @@ def best_cut(
 
 
 def _worth_s(
-    seconds: FloatArray, counts: Sequence[int], penalty_s: FloatArray, *, peak_weight: float, sum_weight: float
+    seconds: FloatArray, counts: Sequence[int], penalty_s: FloatArray | None, *, peak_weight: float, sum_weight: float
 ) -> float:
     """Seconds of a step that the cut with these layers of each stage takes, the penalty of its slowest stage included."""
-    times, penalties = _at(seconds, counts), _at(penalty_s, counts)
-    return float(peak_weight * times.max() + sum_weight * times.sum() + penalties[slowest(times, penalties)])
+    times = _at(seconds, counts)
+    worth = float(peak_weight * times.max() + sum_weight * times.sum())
+    if penalty_s is None:
+        return worth
+    penalties = _at(penalty_s, counts)
+    return worth + float(penalties[slowest(times, penalties)])
 
 
 def slowest(times: FloatArray, penalties: FloatArray) -> int:
@@ -63,15 +76,12 @@ def slowest(times: FloatArray, penalties: FloatArray) -> int:
     return int(np.where(times >= times.max() * (1.0 - AS_LONG), penalties, np.inf).argmin())
 
 
-def _slowest_in_turn(seconds: FloatArray, at_cap: NDArray[np.bool_], penalty_s: FloatArray) -> Iterator[FloatArray]:
-    """The seconds once for each stage that can be the slowest, and each penalty it can have there, so that it is; none where there are no
-    penalties."""
-    if not penalty_s.any():
-        return
-    for stage in np.flatnonzero(at_cap.any(axis=(1, 2))):
-        for penalty in np.unique(penalty_s[stage][at_cap[stage]]):
+def _slowest_in_turn(seconds: FloatArray, may_be: NDArray[np.bool_], penalty_s: FloatArray) -> Iterator[FloatArray]:
+    """The seconds once for each stage that `may_be` the slowest, and each penalty it can have there, so that it is."""
+    for stage in np.flatnonzero(may_be.any(axis=(1, 2))):
+        for penalty in np.unique(penalty_s[stage][may_be[stage]]):
             some = seconds.copy()
-            some[stage] = np.where(at_cap[stage] & (penalty_s[stage] == penalty), some[stage], np.inf)
+            some[stage] = np.where(may_be[stage] & (penalty_s[stage] == penalty), some[stage], np.inf)
             yield some
 
 

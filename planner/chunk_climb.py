@@ -58,7 +58,20 @@ def climbed(
     moving = [
         one for one in best if one and (np.isinf(fastest) or (one.worth[0] <= most[0] and one.worth[1] <= most[1]))
     ]
-    found = list[_Known]()
+    found, more = _moved(setting, moving, wishes, wanted)
+    return found, looked_at + more
+
+
+def nudged(setting: Setting, layout: Layout, wishes: Wishes, wanted: Wanted) -> tuple[list[Layout], int]:
+    """(what the pipeline `layout`, which no rule refuses, becomes layer by layer; layouts estimated for it)."""
+    known, looked_at = _judged(setting, [[layout]], wishes, wanted)
+    found, more = _moved(setting, list(known.values()), wishes, wanted)
+    return found, looked_at + more
+
+
+def _moved(setting: Setting, moving: list[_Known], wishes: Wishes, wanted: Wanted) -> tuple[list[Layout], int]:
+    """(what each becomes once no step from it is better; layouts estimated for it)."""
+    found, looked_at = list[_Known](), 0
     for _ in range(MOST_STEPS):
         if not moving:
             break

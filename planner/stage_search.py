@@ -25,7 +25,7 @@ from shardplan.costmodel.recompute import RECOMPUTE
 from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.stage_trials import StageTrials
 from shardplan.planner.at_setting import estimated, unbroken
-from shardplan.planner.chunk_climb import climbed
+from shardplan.planner.chunk_climb import climbed, nudged
 from shardplan.planner.cut_bounds import over_mean_s, recomputing_mean_s, waiting
 from shardplan.planner.cut_room import Room
 from shardplan.planner.knobs import Knob, knobs_of, least_s_with, named_recompute, variants_of
@@ -342,7 +342,15 @@ def _cut_some(state: _State, layouts: LayoutTable, bounds: FloatArray, waits: Fl
 
 
 def _climb(state: _State) -> None:
-    """Move chunks of the most hopeful pipelines that cannot be cut exactly, layer by layer."""
+    """Move chunks of the most hopeful pipelines that cannot be cut exactly, and of the fastest cut, layer by layer: what a stage exchanges
+    may take less time with a layer more."""
+    if state.kept:
+        best = min(state.kept, key=lambda one: float(one.step_s.min()))
+        found, looked_at = nudged(
+            state.setting, best.layouts.row(int(best.step_s.argmin())), state.wishes, state.wanted
+        )
+        state.looked_at += looked_at
+        _keep(state, found)
     if not state.uncuttable:
         return
     bounds = np.concatenate([bounds for bounds, _ in state.uncuttable])

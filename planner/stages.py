@@ -21,15 +21,13 @@ from shardplan.costmodel.pipeline import chunk_lengths, split_layers
 from shardplan.costmodel.pipeline_weights import pipeline_weights
 from shardplan.costmodel.recompute import RECOMPUTE
 from shardplan.costmodel.rule import Setting
-from shardplan.planner.chain import best_cut, bounds_of, every_cut, slowest
+from shardplan.planner.chain import AS_LONG, best_cut, bounds_of, every_cut, slowest
 from shardplan.planner.cut_bounds import waiting
 from shardplan.planner.stage_options import Chain, Options, Part, Wanted, within
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 FULL, NONE = RECOMPUTE.index("full"), RECOMPUTE.index("none")
-NEVER_S = 1e9
-"""Longer than any step."""
 MOST_WAITS = 8
 """Different times that slowest stages wait for launches of which the best cuts of a layout are written out."""
 MOST_WRITTEN_OUT = 256
@@ -95,6 +93,10 @@ class Cuttable:
     layouts leave that out."""
     more_s: FloatArray
     """Seconds that the best cut takes longer at least, (N,); infinite where no cut fits."""
+    least_peak_s: FloatArray
+    """Seconds of a micro-batch on the slowest stage, (N,), at least."""
+    whole_s: FloatArray
+    """The same of all stages together."""
 
     @staticmethod
     def of(
@@ -128,6 +130,8 @@ class Cuttable:
             equal_s=peak * mean_s + fill * chain.pp * least_s,
             waits_s=waits_s,
             more_s=np.maximum(peak, 1e-9) * np.maximum(peak_s - mean_s, 0.0),
+            least_peak_s=peak_s,
+            whole_s=chain.pp * least_s,
         )
 
     def cuts(self, row: int, slack_s: float) -> Cuts:
@@ -148,6 +152,8 @@ class Cuttable:
             found, left_s = self._fastest_ones(row, depths, least, most_s)
             if found and (few or (self.waits_s is None and self.options.idle_s is not None)):
                 left_s = min(found[0].seconds, float(self.equal_s[row]))
+        if layout.recompute == "none" and wanted.partial_recompute:
+            left_s = min(left_s, self._repeating_s(row))
         return Cuts(
             layouts=[_with_stages(layout, self.chain, cut, self.setting) for cut in found],
             more_s=[cut.seconds - float(self.equal_s[row]) for cut in found],
@@ -197,12 +203,25 @@ class Cuttable:
         seconds = np.where(seconds <= most_s / max(float(self.weights[row, 0]), 1e-9), seconds, np.inf)
         penalty_s, idle_s = self._penalty_s(row, taken), options.idle(row, taken)
         if penalty_s is not None and idle_s is not None:
-            penalty_s = np.where(asked.refuses(idle_s), NEVER_S, penalty_s)
+            penalty_s = np.where(asked.refuses(idle_s), np.inf, penalty_s)
         elif asked.waits_unlike:
             return None
         counts = self._best_cut(row, seconds, penalty_s)
         cut = None if counts is None else self._cut(row, depth, counts, seconds, taken, penalty_s)
-        return cut if cut is not None and cut.seconds <= min(most_s * (1.0 + 1e-9), NEVER_S) else None
+        return cut if cut is not None and np.isfinite(cut.seconds) and cut.seconds <= most_s * (1.0 + 1e-9) else None
+
+    def _repeating_s(self, row: int) -> float:
+        """Seconds of a pipeline, at least, whose slowest stage recomputes more than it needs to fit, and so waits longer for launches,
+        behind which exchanges hide; infinite where none does."""
+        options, (peak_weight, sum_weight) = self.options, self.weights[row].tolist()
+        penalty_s = self._penalty_s(row, options.layers)
+        if penalty_s is None or options.repeating_idle_s is None:
+            return np.inf
+        more_s = options.layers * options.repeating_s[row]
+        seconds = options.plain_s[row] + more_s
+        least_s = peak_weight * seconds + sum_weight * (float(self.whole_s[row]) + more_s) + penalty_s
+        slow = (seconds >= float(self.least_peak_s[row]) * (1.0 - AS_LONG)) & (options.repeating_idle_s[row] > 0)
+        return float(least_s[slow & (options.fewest[row] >= 0)].min(initial=np.inf))
 
     def _best_cut(self, row: int, seconds: FloatArray, penalty_s: FloatArray | None) -> tuple[int, ...] | None:
         """`chain.best_cut` of options that take so many `seconds`, (O,)."""
