@@ -1,8 +1,8 @@
 """Chunks of pipelines that `stages.py` cannot cut exactly: ranks with several chunks, of models of several kinds of layer.
 
 They start as even as whole layers allow, by what a chunk takes (`chain.best_cut`), and as the runtime splits them. Then one layer at a
-time goes to the chunk before or behind, or one more or less is recomputed, as long as that makes the step shorter, or what does not fit
-need less. Nothing is proved: a better cut may be two such steps away.
+time goes to another chunk, or one more or less is recomputed, as long as that makes the step shorter, or what does not fit need less.
+Nothing is proved: a better cut may be two such steps away. The best of the cuts that are exact is `nudged` in the same way.
 """
 
 from __future__ import annotations

@@ -132,13 +132,14 @@ def explain_layout(
     if against:
         document["runners_up"] = [against]
         slower = answer["time"]["step_s"] / against["step_s"]
-        document["notes"].append(
-            "this layout is the best of the space"
-            if own == best
-            else f"it takes {1.0 - slower:.1%} less than the best layout that the search found: {best.words()}"
-            if answer["fits"] and slower < AS_FAST
-            else f"{slower:.2f} times the step time of the best layout that fits: {best.words()}"
-        )
+        if own == best:
+            document["notes"].append("this layout is the best of the space")
+        elif answer["fits"] and slower < AS_FAST:
+            document["notes"].append(
+                f"{1.0 - slower:.1%} less time than the best layout that was found: {best.words()}"
+            )
+        else:
+            document["notes"].append(f"{slower:.2f} times the step time of the best layout that fits: {best.words()}")
     else:
         document["notes"].append(
             f"best layout that fits: {best.words()} ({float(result.ranked.step_s[0]):.3g} s a step)"
