@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from shardplan.costmodel.keys import one_of
-from shardplan.costmodel.layout import SCHEDULES, SPLIT_BACKWARD, LayoutTable
+from shardplan.costmodel.layout import SCHEDULES, SPLIT_BACKWARD, Layout, LayoutTable
 from shardplan.costmodel.model import Model, attended_tokens, layer_order, matrix_parameters
 from shardplan.costmodel.runtime_stages import StageRule
 
@@ -236,6 +236,11 @@ def layers_of_ranks(split: Sequence[int], pp: int, virtual_stages: int, *, v_pla
     held = np.zeros(pp, dtype=np.int64)
     np.add.at(held, _chunk_ranks(pp, virtual_stages, v_placed=v_placed), split)
     return held
+
+
+def layers_of_chunks(layout: Layout, layers: int, rule: StageRule) -> tuple[int, ...]:
+    """Layers of each chunk in model order: those the layout says, else as the runtime splits `layers`."""
+    return layout.stage_layers or split_layers(layers, layout.pp * layout.virtual_stages, rule)
 
 
 def first_layers(model: Model, split: Sequence[int], rank: int, number: float, table: LayoutTable) -> IntArray:

@@ -268,7 +268,7 @@ class StepTime:
                 host -= behind
             host += self.held.launching_s.take(of) + self.runtime.execution.step_overhead_s
             step = together.take(at) + exposed + offload + self.held.optimizer_s.take(of) + host
-            for name, column in zip(own, (exposed, offload, host, step, behind), strict=False):
+            for name, column in zip(own, (exposed, offload, host, step, behind)[: len(own)], strict=True):
                 time[name][some] = column
         makers = {name: partial(self._of_pace, paced.parts.get(name)) for name in TIME_PARTS}
         makers["forward_s"] = partial(self._of_pace, paced.forward_s)

@@ -21,7 +21,7 @@ from shardplan.costmodel.memory import SELECTIVE, gradient_bytes, parameter_byte
 from shardplan.costmodel.model import Model
 from shardplan.costmodel.op import Op
 from shardplan.costmodel.pace import boundary_bytes
-from shardplan.costmodel.pipeline import first_layers, split_layers
+from shardplan.costmodel.pipeline import first_layers, layers_of_chunks
 from shardplan.costmodel.rank_groups import StateGroups, dense_groups, expert_groups
 from shardplan.costmodel.runtime import Runtime
 from shardplan.costmodel.stage_cost import stage_parameters, stage_rows
@@ -44,9 +44,7 @@ def communication_volumes(
     ops = block_ops(model, job, table, runtime)
     held = stage_parameters(model, job, table, runtime, stages)
     boundary = float(boundary_bytes(model, job, table, runtime)[0])
-    split = table.splits[int(table.split[0])] or split_layers(
-        model.layer_count, layout.pp * layout.virtual_stages, runtime.stages
-    )
+    split = layers_of_chunks(layout, model.layer_count, runtime.stages)
     found: list[Volumes] = []
     for stage in range(layout.pp):
         layers = stages.layers[0, stage]

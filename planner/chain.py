@@ -19,6 +19,7 @@ FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
 AS_LONG = 1e-12
+"""Of the longest time, by which two differ at most that are the same but for rounding."""
 EVENNESS = 1e-7
 """Of the sum: what breaks ties between cuts that take equally long, in favour of equal stages."""
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from shardplan.costmodel.layout import V_PLACED, Layout, LayoutTable, layout_table
 from shardplan.costmodel.model import layer_order
-from shardplan.costmodel.pipeline import split_layers
+from shardplan.costmodel.pipeline import layers_of_chunks
 from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.stage_trials import StageTrials, Trials
 from shardplan.planner.at_setting import estimated, unbroken
@@ -115,7 +115,7 @@ def even_chunks(setting: Setting, layouts: LayoutTable) -> list[tuple[int, ...]]
         table[0] += seconds[count]
         table[-1] += seconds[count + 1] + model.mtp_modules * seconds[count - 1]
         cut = best_cut(table, peak_weight=1.0, sum_weight=0.0)
-        found.append(cut or split_layers(len(kinds), chunks, setting.runtime.stages))
+        found.append(cut or layers_of_chunks(layout, len(kinds), setting.runtime.stages))
     return found
 
 
@@ -140,9 +140,7 @@ def _recomputing(setting: Setting, layout: Layout, cut: tuple[int, ...] | None, 
 
 def _around(setting: Setting, layout: Layout, wanted: Wanted) -> Iterator[Layout]:
     """One layer moved to any chunk (of many: to the next, or to one of a neighbour's), or one recomputed more or less."""
-    split = layout.stage_layers or split_layers(
-        setting.model.layer_count, layout.pp * layout.virtual_stages, setting.runtime.stages
-    )
+    split = layers_of_chunks(layout, setting.model.layer_count, setting.runtime.stages)
     bare = {0, len(split) - 1} if _has_bare_ends(setting, layout) else set[int]()
     everywhere = len(split) ** 2 <= MOST_AROUND
     for giving, taking in permutations(range(len(split)), 2):

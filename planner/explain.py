@@ -204,6 +204,7 @@ def _allocator_line(stage: Mapping[str, Any]) -> list[str]:
 
 
 AS_FAST = 1.0 - 1e-6
+"""Of the best step found, from which on a layout of the user's own is not called faster."""
 EXPANDABLE_SLACK = 0.045
 TIME_WORDS = {
     "compute_s": "compute",

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.costmodel.error_band import memory_band
-from shardplan.costmodel.estimate import lower_bounds, on_mean_stage
+from shardplan.costmodel.estimate import on_mean_stage
 from shardplan.costmodel.estimates import Estimates, joined
 from shardplan.costmodel.keys import unique_keys
 from shardplan.costmodel.layout import Layout, LayoutTable, layout_table
@@ -31,6 +31,7 @@ from shardplan.hw_profiles.machine import Cluster
 from shardplan.hw_profiles.mixed import in_order
 from shardplan.planner.at_setting import estimated, unbroken
 from shardplan.planner.context_search import MOST_WRITTEN, least_s_of
+from shardplan.planner.cut_room import Room
 from shardplan.planner.factors import Factors
 from shardplan.planner.knobs import knobs_of, named_recompute, turn_knobs
 from shardplan.planner.one_size import search_one_size
@@ -43,7 +44,7 @@ from shardplan.planner.stage_search import STRUCTURE, leaves_stages_open, wanted
 from shardplan.planner.stages import can_cut, cut_stages, mean_stage_seconds
 from shardplan.planner.watch import Watch
 
-NONE, FULL = RECOMPUTE.index("none"), RECOMPUTE.index("full")
+FULL = RECOMPUTE.index("full")
 FIRST_CUT, AT_ONCE = 8, 512
 """Layouts cut before bounds are looked at again: first, and four times as many each time up to."""
 MOST_CUT = 8192
@@ -282,13 +283,8 @@ def _cut_ones(setting: Setting, staged: LayoutTable, wanted: Wanted, fastest: fl
 
 def _have_room(setting: Setting, table: LayoutTable, wanted: Wanted) -> NDArray[np.bool_]:
     """Rows whose states and, recomputing every layer, activations would fit if they were spread evenly over GPUs of the largest kind."""
-    if wanted.partial_recompute:
-        table = replace(table, recompute=np.where(table.recompute == NONE, FULL, table.recompute))
     parts = part_settings(setting)
-    least = [
-        lower_bounds(model=one.model, job=one.job, cluster=one.cluster, layouts=table, runtime=one.runtime)[1]
-        for one in parts
-    ]
+    least = [Room(setting=one, wanted=wanted).least_bytes(table) for one in parts]
     usable = max(one.cluster.gpu.memory_bytes for one in parts) * (1.0 - wanted.headroom)
     return np.min(least, axis=0) * (1.0 + memory_band(setting.cluster)) <= usable
 

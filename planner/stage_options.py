@@ -220,16 +220,16 @@ class Options:
             repeating_idle_s=(idle_full - idle) / np.maximum(layers, 1) if waits else None,
         )
 
-    def seconds(self, row: int, depth: int, recomputing: int | None = None) -> tuple[FloatArray, IntArray]:
+    def seconds(self, row: int, depth: int, repeating: tuple[int, int] | None = None) -> tuple[FloatArray, IntArray]:
         """(seconds, more layers recomputed) of every option, (O,): as few as make it fit, or `depth` of each stage where that is not
-        -1; one at least on the stage `recomputing`."""
+        -1; of the stage `repeating[0]` at least `repeating[1]`."""
         fewest = self.fewest[row]
         taken = fewest if depth < 0 else np.minimum(depth, self.layers)
         fits = (fewest >= 0) & (taken >= fewest)
-        if recomputing is not None:
-            its = self.stage == recomputing
-            fits &= ~its | (self.layers > 0)
-            taken = np.where(its, np.maximum(taken, 1), taken)
+        if repeating is not None:
+            its, least = self.stage == repeating[0], repeating[1]
+            fits &= ~its | (self.layers >= least)
+            taken = np.where(its, np.maximum(taken, least), taken)
         return np.where(fits, self.plain_s[row] + taken * self.repeating_s[row], np.inf), taken
 
     def idle(self, row: int, taken: IntArray) -> FloatArray | None:

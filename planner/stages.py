@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 from shardplan.costmodel.layout import V_PLACED, Layout, LayoutTable
 from shardplan.costmodel.model import Model
 from shardplan.costmodel.pace import LEAST_PEAK_WEIGHT
-from shardplan.costmodel.pipeline import chunk_lengths, split_layers
+from shardplan.costmodel.pipeline import chunk_lengths, layers_of_chunks, split_layers
 from shardplan.costmodel.pipeline_weights import pipeline_weights
 from shardplan.costmodel.recompute import RECOMPUTE
 from shardplan.costmodel.rule import Setting
 from shardplan.planner.chain import AS_LONG, best_cut, bounds_of, every_cut, slowest
+from shardplan.planner.cut import Asked, Cut
 from shardplan.planner.cut_bounds import waiting
 from shardplan.planner.stage_options import Chain, Options, Part, Wanted, within
 
@@ -45,7 +46,7 @@ def counted_in_full(setting: Setting, layout: Layout) -> bool:
     pp, chunks, layers = layout.pp, layout.virtual_stages, setting.model.layer_count
     if chunks == 1 or layout.schedule in V_PLACED:
         return True
-    split = layout.stage_layers or split_layers(layers, pp * chunks, setting.runtime.stages)
+    split = layers_of_chunks(layout, layers, setting.runtime.stages)
     most, least = chunk_lengths(split, pp, chunks)
     waits = layout.schedule == "interleaved" and (pp - 1.0) * (most - least) > most
     return not waits and most <= _least_longest(layers, chunks) * (1.0 + 1e-9)
@@ -146,59 +147,87 @@ class Cuttable:
         depths = range(least, most + 1) if uniform else range(-1, 0)
         most_s = float(self.equal_s[row]) + slack_s
         few = bool(self.weights[row, 0] < LEAST_PEAK_WEIGHT)
-        found = self._written_out(row, depths, least) if few else None
-        left_s = np.inf
+        more = layout.recompute == "none" and wanted.partial_recompute
+        found, left_s = self._written_out(row, depths, least, more=more) if few else None, np.inf
         if found is None:
+            hiding_s = self._repeating_s(row) if more else np.inf
+            more &= hiding_s <= most_s
+            if more and depths.start >= 0:
+                depths = range(least, int(self.options.layers.max()) + 1)
             found, left_s = self._fastest_ones(row, depths, least, most_s)
+            if more and depths.start < 0:
+                every = self._repeating_ones(row, most_s)
+                found, left_s = (
+                    ([*found, *every[0]], min(left_s, every[1])) if every else (found, min(left_s, hiding_s))
+                )
             if found and (few or (self.waits_s is None and self.options.idle_s is not None)):
                 left_s = min(found[0].seconds, float(self.equal_s[row]))
-        if layout.recompute == "none" and wanted.partial_recompute:
-            left_s = min(left_s, self._repeating_s(row))
+        best = {
+            (cut.counts, tuple(cut.repeated)): cut for cut in sorted(found, key=_pipeline_s) if cut.seconds <= most_s
+        }
         return Cuts(
-            layouts=[_with_stages(layout, self.chain, cut, self.setting) for cut in found],
-            more_s=[cut.seconds - float(self.equal_s[row]) for cut in found],
+            layouts=[_with_stages(layout, self.chain, cut, self.setting) for cut in best.values()],
+            more_s=[cut.seconds - float(self.equal_s[row]) for cut in best.values()],
             left_s=left_s - float(self.equal_s[row]),
         )
 
-    def _fastest_ones(self, row: int, depths: range, least: int, most_s: float) -> tuple[list[_Cut], float]:
+    def _repeating_ones(self, row: int, most_s: float) -> tuple[list[Cut], float] | None:
+        """`_fastest_ones` with every number of recomputed layers of every one stage, others as few as they need; None where those are more
+        than MOST_WRITTEN_OUT."""
+        longest = int(self.options.layers.max())
+        if self.chain.pp * longest > MOST_WRITTEN_OUT:
+            return None
+        every = [
+            self._fastest_ones(row, range(-1, 0), 0, most_s, (stage, count))
+            for stage in range(self.chain.pp)
+            for count in range(1, longest + 1)
+        ]
+        return [cut for found, _ in every for cut in found], min(left_s for _, left_s in every)
+
+    def _fastest_ones(
+        self, row: int, depths: range, least: int, most_s: float, repeating: tuple[int, int] | None = None
+    ) -> tuple[list[Cut], float]:
         """(the fastest pipeline, and slower ones with ever fewer parameters on the fullest stage, `most_cuts` of them; seconds of the
-        next); each takes `most_s` at most, and recomputes `least` layers or more.
+        next); each takes `most_s` at most, and recomputes `least` layers or more, with `repeating` as `Options.seconds` has it.
 
         The same again for slowest stages that wait for launches as long as none of the others': more of their exchanges may hide.
         """
-        found, known, left_s = list[_Cut](), list[float](), np.inf
+        found, known, left_s = list[Cut](), list[float](), np.inf
         while True:
-            first = self._fastest_of(row, depths, least, _Asked(most_s=most_s, waits_unlike=tuple(known)))
+            first = self._fastest_of(
+                row, depths, least, Asked(most_s=most_s, waits_unlike=tuple(known), repeating=repeating)
+            )
             if first is None or len(known) == MOST_WAITS:
                 left_s = left_s if first is None else min(left_s, first.seconds)
                 return sorted(found, key=_pipeline_s), left_s
-            best: _Cut | None = first
+            best: Cut | None = first
             count = 0
             while best is not None and count < self.wanted.most_cuts:
                 found.append(best)
                 count += 1
-                asked = _Asked(most_s=most_s, fewer=best.parameters, waits_like=first.idle_s)
+                asked = Asked(most_s=most_s, fewer=best.parameters, waits_like=first.idle_s, repeating=repeating)
                 best = self._fastest_of(row, depths, least, asked)
             left_s = left_s if best is None else min(left_s, best.seconds)
             known.append(first.idle_s)
 
-    def _fastest_of(self, row: int, depths: range, least: int, asked: _Asked) -> _Cut | None:
+    def _fastest_of(self, row: int, depths: range, least: int, asked: Asked) -> Cut | None:
         """The fastest pipeline with any of the numbers of recomputed layers, `least` layers or more in all."""
-        best: _Cut | None = None
+        best: Cut | None = None
         for depth in depths:
             its = asked if best is None else replace(asked, most_s=best.seconds)
             cut = self._fastest(row, depth, its)
             if cut is not None and least and not any(cut.repeated):  # on the stage where one layer costs least
-                on_each = (self._fastest(row, depth, its, stage) for stage in range(self.chain.pp))
+                stages = range(self.chain.pp)
+                on_each = (self._fastest(row, depth, replace(its, repeating=(stage, 1))) for stage in stages)
                 cut = min(filter(None, on_each), key=_pipeline_s, default=None)
             if cut is not None and (best is None or cut.seconds < best.seconds):
                 best = cut
         return best
 
-    def _fastest(self, row: int, depth: int, asked: _Asked, recomputing: int | None = None) -> _Cut | None:
-        """The fastest pipeline with so many recomputed layers; one at least of stage `recomputing`."""
+    def _fastest(self, row: int, depth: int, asked: Asked) -> Cut | None:
+        """The fastest pipeline with so many recomputed layers of each stage."""
         options, most_s = self.options, asked.most_s
-        seconds, taken = options.seconds(row, depth, recomputing)
+        seconds, taken = options.seconds(row, depth, asked.repeating)
         seconds = np.where(options.parameters[row] < asked.fewer, seconds, np.inf)
         seconds = np.where(seconds <= most_s / max(float(self.weights[row, 0]), 1e-9), seconds, np.inf)
         penalty_s, idle_s = self._penalty_s(row, taken), options.idle(row, taken)
@@ -214,14 +243,19 @@ class Cuttable:
         """Seconds of a pipeline, at least, whose slowest stage recomputes more than it needs to fit, and so waits longer for launches,
         behind which exchanges hide; infinite where none does."""
         options, (peak_weight, sum_weight) = self.options, self.weights[row].tolist()
-        penalty_s = self._penalty_s(row, options.layers)
-        if penalty_s is None or options.repeating_idle_s is None:
+        if options.repeating_idle_s is None or not (options.repeating_idle_s[row] > 0).any():
             return np.inf
-        more_s = options.layers * options.repeating_s[row]
-        seconds = options.plain_s[row] + more_s
-        least_s = peak_weight * seconds + sum_weight * (float(self.whole_s[row]) + more_s) + penalty_s
-        slow = (seconds >= float(self.least_peak_s[row]) * (1.0 - AS_LONG)) & (options.repeating_idle_s[row] > 0)
-        return float(least_s[slow & (options.fewest[row] >= 0)].min(initial=np.inf))
+        fewest, found = options.fewest[row], np.inf
+        for count in range(1, int(options.layers.max()) + 1):
+            taken = np.minimum(count, options.layers)
+            penalty_s, more_s = self._penalty_s(row, taken), taken * options.repeating_s[row]
+            if penalty_s is None:
+                break
+            seconds = options.plain_s[row] + more_s
+            least_s = peak_weight * seconds + sum_weight * (float(self.whole_s[row]) + more_s) + penalty_s
+            slowest_one = seconds >= float(self.least_peak_s[row]) * (1.0 - AS_LONG)
+            found = min(found, float(least_s[slowest_one & (fewest >= 0) & (taken > fewest)].min(initial=np.inf)))
+        return found
 
     def _best_cut(self, row: int, seconds: FloatArray, penalty_s: FloatArray | None) -> tuple[int, ...] | None:
         """`chain.best_cut` of options that take so many `seconds`, (O,)."""
@@ -248,7 +282,7 @@ class Cuttable:
         seconds: FloatArray,
         taken: IntArray,
         penalty_s: FloatArray | None,
-    ) -> _Cut:
+    ) -> Cut:
         """The cut with so many layers of each stage, where options take so many `seconds`."""
         pp, (peak_weight, sum_weight) = self.chain.pp, self.weights[row].tolist()
         stages, at = np.arange(pp), self.segments[bounds_of(counts)]
@@ -256,7 +290,7 @@ class Cuttable:
         penalties = np.zeros(pp) if penalty_s is None else penalty_s.reshape(pp, -1)[stages, at]
         worst = slowest(times, penalties)
         worth = float(peak_weight * times.max() + sum_weight * times.sum())
-        return _Cut(
+        return Cut(
             counts=counts,
             repeated=taken.reshape(pp, -1)[stages, at].tolist(),
             depth=depth,
@@ -275,21 +309,25 @@ class Cuttable:
         batches = self.setting.job.global_batch / (layout.dp * layout.micro_batch)
         return waiting(self.weights[row, 0]) * np.maximum(most_s - np.minimum(batches * idle_s, waits_s), 0.0)
 
-    def _written_out(self, row: int, depths: range, least: int) -> list[_Cut] | None:
-        """All cuts that fit, each with as few recomputed layers as make it, `least` or more, on any stage; None where there are more
-        than MOST_WRITTEN_OUT."""
-        fewest = self.options.fewest[row]
+    def _written_out(self, row: int, depths: range, least: int, *, more: bool) -> list[Cut] | None:
+        """All cuts that fit, each with as few recomputed layers as make it, `least` or more, on any stage, and with `more` of any one stage
+        (of all, where they recompute as many); None where there are more than MOST_WRITTEN_OUT."""
+        fewest, options, pp = self.options.fewest[row], self.options, self.chain.pp
         every = every_cut(self._of_cuts(fewest.astype(np.float64), -1.0) >= 0, MOST_WRITTEN_OUT)
         if every is None:
             return None
-        found, pp = list[_Cut](), self.chain.pp
+        longest, found = int(options.layers.max()) if more else least, list[Cut]()
+        on_each = [(stage, count) for stage in range(pp) for count in range(1, longest + 1)]
+        by_stage = depths.start < 0 and self.wanted.by_stage and self.chain.chunks == 1
         for counts in every:
-            needed = int(fewest.reshape(pp, -1)[np.arange(pp), self.segments[bounds_of(counts)]].max())
-            depth = -1 if depths.start < 0 else max(needed, depths.start)
-            for recomputing in range(pp) if least > max(needed, depth) else (None,):
-                seconds, taken = self.options.seconds(row, depth, recomputing)
+            needed = max(int(fewest.reshape(pp, -1)[np.arange(pp), self.segments[bounds_of(counts)]].max()), least)
+            asked: list[tuple[int, tuple[int, int] | None]] = [(depth, None) for depth in range(needed, longest + 1)]
+            if by_stage:
+                asked = [*([(-1, None)] if not least or needed > least else []), *((-1, one) for one in on_each)]
+            for depth, repeating in asked or [(needed, None)]:
+                seconds, taken = options.seconds(row, depth, repeating)
                 found.append(self._cut(row, depth, counts, seconds, taken, self._penalty_s(row, taken)))
-        return sorted((cut for cut in found if np.isfinite(cut.seconds)), key=_pipeline_s)
+        return [cut for cut in found if np.isfinite(cut.seconds)]
 
 
 def cut_stages(parts: Sequence[Part], wanted: Wanted, slack_s: FloatArray) -> list[Cuts]:
@@ -308,48 +346,11 @@ def mean_stage_seconds(parts: Sequence[Part]) -> tuple[FloatArray, FloatArray]:
     return each.min(axis=0), stages.sum() / (stages[:, None] / each).sum(axis=0)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Cut:
-    """One cut of the layers."""
-
-    counts: tuple[int, ...]
-    repeated: list[int]
-    """Layers recomputed on each stage beyond those the layout says."""
-    depth: int
-    """The same of every stage if it has as many; -1: what each needs."""
-    seconds: float
-    """The slowest stage for all micro-batches, filling and draining the others, and what `Cuttable._penalty_s` adds."""
-    parameters: float
-    """Of the stage that holds most."""
-    idle_s: float
-    """Of a micro-batch on the slowest stage, what it waits for launches."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Asked:
-    """Which cuts are asked for."""
-
-    most_s: float
-    """Seconds of the pipeline, at most."""
-    fewer: float = np.inf
-    """Parameters that no stage has as many as."""
-    waits_like: float | None = None
-    """What the slowest stage waits for launches, seconds of a micro-batch."""
-    waits_unlike: tuple[float, ...] = ()
-    """What it does not."""
-
-    def refuses(self, idle_s: FloatArray) -> NDArray[np.bool_]:
-        """Options that are not to be the slowest stage."""
-        if self.waits_like is not None:
-            return idle_s != self.waits_like
-        return np.isin(idle_s, self.waits_unlike)
-
-
-def _pipeline_s(cut: _Cut) -> float:
+def _pipeline_s(cut: Cut) -> float:
     return cut.seconds
 
 
-def _with_stages(layout: Layout, chain: Chain, cut: _Cut, setting: Setting) -> Layout:
+def _with_stages(layout: Layout, chain: Chain, cut: Cut, setting: Setting) -> Layout:
     counts, repeated = cut.counts, cut.repeated
     split = _chunks(counts, chain, layout)
     usual = split_layers(len(chain.kinds), layout.pp * layout.virtual_stages, setting.runtime.stages)
