@@ -16,7 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.costmodel.fitted import ARCHITECTURE_BOUNDS, RUNTIME_BOUNDS, SHARES, Fitted, fitted
-from shardplan.costmodel.published_rows import Case, RefusedRowError, Row, names_adapters, number, row_case
+from shardplan.costmodel.published_rows import (
+    Case,
+    RefusedRowError,
+    Row,
+    is_doubtful,
+    names_adapters,
+    number,
+    row_case,
+)
 from shardplan.costmodel.validation import errors, estimate_case
 from shardplan.hw_profiles.errors import InputError
 
@@ -49,7 +57,7 @@ def fit_rows(rows: Sequence[Row]) -> list[FitRow]:
     settled here once."""
     found: list[FitRow] = []
     for row in rows:
-        if not row["step_s"] or row["quality"] not in NOISE or "SUSPECT" in row["notes"]:
+        if not row["step_s"] or row["quality"] not in NOISE or is_doubtful(row):
             continue
         if names_adapters(row) or row["experts"]:
             continue
@@ -261,12 +269,25 @@ def left_out_errors(rows: Sequence[FitRow]) -> dict[str, dict[str, float | int |
     return answer
 
 
+def on_bounds(constants: Fitted) -> list[str]:
+    """Constants that stop at the lowest or highest value they may have, `table.entry.name = value`, to the digits that are written."""
+    return [
+        f"{table}.{entry}.{name} = {value:.3g}"
+        for table, bounds in (("architecture", ARCHITECTURE_BOUNDS), ("runtime", RUNTIME_BOUNDS))
+        for entry, values in sorted(constants.table(table).items())
+        for name, value in values.items()
+        if f"{value:.3g}" in {f"{bound:.3g}" for bound in bounds[name][:2]}
+    ]
+
+
 def fitted_text(constants: Fitted, fitted_on: str) -> str:
     """`fitted.toml`."""
     lines = [
         "# Constants fitted on measured step times; written by `shardplan validate --refit`. Meaning and bounds: fitted.py."
     ]
     lines.append(f'fitted_on = "{fitted_on}"')
+    held = on_bounds(constants)
+    lines += ["# On a bound:"] * bool(held) + [f"#   {one}" for one in held]
     for table, entries in (("architecture", constants.architecture), ("runtime", constants.runtime)):
         for entry in sorted(entries):
             lines += ["", f"[{table}.{entry}]"]

@@ -36,39 +36,52 @@ WAVE_SOFTNESS = 0.5
 (arXiv 2301.03598). A guess between none (plain tiles) and nearly all of it."""
 
 
-def tile_utilisation(gpu: Gpu, m: ArrayLike, n: ArrayLike, count: ArrayLike = 1.0) -> FloatArray:
-    """Share of the multiplier slots that `count` products of m x n outputs keep busy: tile and wave quantisation, best tile."""
+def tile_slots(gpu: Gpu, m: ArrayLike, n: ArrayLike, count: ArrayLike = 1.0) -> FloatArray:
+    """Outputs that the multiprocessors could compute in the time that `count` products of m x n outputs occupy them, with the best tile:
+    at least count m n (tile and wave quantisation), and never fewer for a larger product."""
     m_, n_, products = np.broadcast_arrays(*(np.asarray(x, dtype=np.float64) for x in (m, n, count)))
-    best = np.full(m_.shape, 1e-6)
+    fewest = np.full(m_.shape, np.inf)
     for rows, columns, reached in TILES:
-        tiles = np.ceil(m_ / rows) * np.ceil(n_ / columns) * np.maximum(products, 1.0)
+        tiles = np.ceil(m_ / rows) * np.ceil(n_ / columns) * products
         exact = tiles / gpu.multiprocessors
         waves = np.ceil(exact) - WAVE_SOFTNESS * np.where(exact > 1.0, np.ceil(exact) - exact, 0.0)
-        useful = m_ * n_ * np.maximum(products, 1.0) / (waves * gpu.multiprocessors * rows * columns)
-        best = np.maximum(best, reached * useful)
-    return best
+        fewest = np.minimum(fewest, waves * gpu.multiprocessors * rows * columns / reached)
+    return fewest
 
 
 GEMM_HALF_DEPTH = 200.0
 """Inner dimension at which a product reaches half its rate: filling and draining the pipeline of a tile. A guess:
 fits of step times find 100 to 300."""
+CUBES_AROUND = np.exp2(np.linspace(-0.5, 0.5, 17))
+"""Sides, relative to that of a cube, over which what it occupies is averaged: curves of cubes are smooth, tiles are not."""
+
+MEASURED_MULTIPLE = 128.0
+"""Benchmarks multiply cubes whose sides fill tiles."""
 
 
-def gemm_efficiency(
-    gpu: Gpu, precision: str, m: FloatArray, n: FloatArray, k: FloatArray, count: FloatArray
+def _occupied_flop(
+    gpu: Gpu, m: FloatArray, n: FloatArray, k: FloatArray, count: FloatArray | float = 1.0
 ) -> FloatArray:
-    """Fraction of the dense peak: the measured curve of cubes at the same FLOP, times how much better or worse this shape fills
-    tiles, waves and the inner dimension than that cube. A CPU has no waves: the curve alone."""
-    flop = 2.0 * m * n * k * np.maximum(count, 1.0)
-    curve = gpu.gemm_curve(precision)
-    reached = curve.at(flop)
+    """FLOP that the GPU could compute at the rate of its best tile in the time that `count` products occupy it."""
+    return 2.0 * tile_slots(gpu, m, n, count) * (k + GEMM_HALF_DEPTH)
+
+
+def _product_s(gpu: Gpu, precision: str, m: FloatArray, n: FloatArray, k: FloatArray, count: FloatArray) -> FloatArray:
+    """Seconds of math alone: those of the cube, on the measured curve, that occupies the GPU as much (tiles, waves, inner dimension), so
+    that no larger product takes less. A CPU has no waves: it takes the curve at the same FLOP."""
+    curve, peak = gpu.gemm_curve(precision), gpu.peak_flop_per_s[precision]
+    flop = 2.0 * m * n * k * count
     if gpu.device == "cpu":
-        return reached
-    side = np.cbrt(0.5 * flop)
-    reached = reached * np.where(count > 1.0, _alignment(np.minimum(_aligned_to(n), _aligned_to(k))), 1.0)
-    shape = tile_utilisation(gpu, m, n, count) * k / (k + GEMM_HALF_DEPTH)
-    cube = tile_utilisation(gpu, side, side) * side / (side + GEMM_HALF_DEPTH)
-    return np.minimum(reached * shape / np.maximum(cube, 1e-6), GEMM_CEILING * max(curve.fractions))
+        return flop / (peak * curve.at(flop))
+    sizes = np.asarray(curve.sizes)
+    sides = np.cbrt(0.5 * sizes)[:, None] * CUBES_AROUND
+    even = np.maximum(np.round(sides / MEASURED_MULTIPLE), 1.0) * MEASURED_MULTIPLE
+    cubes = np.exp(np.log(_occupied_flop(gpu, even, even, sides)).mean(axis=1))
+    cube_s = np.maximum.accumulate(sizes / np.asarray(curve.fractions))
+    occupied = _occupied_flop(gpu, m, n, k, count)
+    rate = np.exp(np.interp(np.log(np.maximum(occupied, 1.0)), np.log(cubes), np.log(cubes / cube_s)))
+    slower = np.where(count > 1.0, _slowdown(np.minimum(_aligned_to(n), _aligned_to(k))), 1.0)
+    return np.maximum(occupied / rate * slower, flop / (GEMM_CEILING * max(curve.fractions))) / peak
 
 
 ALIGNMENT_SLOWDOWN = {8.0: 1.0, 4.0: 2.0, 2.0: 4.0, 1.0: 8.0}
@@ -84,25 +97,14 @@ def _aligned_to(size: FloatArray) -> FloatArray:
     return np.select([whole % 8 == 0, whole % 4 == 0, whole % 2 == 0], [8.0, 4.0, 2.0], 1.0)
 
 
-def _alignment(multiple: FloatArray) -> FloatArray:
-    """Share of the rate left at an alignment of `multiple` elements."""
-    return np.select([multiple == m for m in ALIGNMENT_SLOWDOWN], [1.0 / s for s in ALIGNMENT_SLOWDOWN.values()], 1.0)
+def _slowdown(multiple: FloatArray) -> FloatArray:
+    """How many times slower at an alignment of `multiple` elements."""
+    return np.select([multiple == m for m in ALIGNMENT_SLOWDOWN], list(ALIGNMENT_SLOWDOWN.values()), 1.0)
 
 
 GEMM_CEILING = 1.05
 """No shape is taken to beat the best measured cube by more: best shapes found by search pass 8192 cubed by about that
 (A100 271 against 257 TFLOP/s, stas00/ml-engineering@744d01e and Azure/AI-benchmarking-guide@8fd0c6e)."""
-
-
-PADDED_SIDES = (64.0, 128.0)
-"""A thin product (an adapter's rank, a router) takes no longer than one padded to these sides: a tile computes them anyway, and the
-measured curve of cubes says little of a product as thin as its launch. Batched ones keep the alignment that they have."""
-
-
-def _math_s(gpu: Gpu, precision: str, m: FloatArray, n: FloatArray, k: FloatArray, count: FloatArray) -> FloatArray:
-    """Seconds of math alone."""
-    flop = 2.0 * m * n * k * count
-    return flop / (gpu.peak_flop_per_s[precision] * gemm_efficiency(gpu, precision, m, n, k, count))
 
 
 def gemm_s(
@@ -111,14 +113,7 @@ def gemm_s(
     """Seconds of `batch` products C[m, n] = A[m, k] B[k, n] in one kernel: math at the fraction of the dense peak that the shape
     reaches against memory traffic; 0 for an empty batch."""
     m_, n_, k_, count = np.broadcast_arrays(*(np.asarray(x, dtype=np.float64) for x in (m, n, k, batch)))
-    math: FloatArray = np.asarray(_math_s(gpu, precision, m_, n_, k_, count))
-    least = np.minimum(np.minimum(m_, n_), k_)
-    for side in () if gpu.device == "cpu" else PADDED_SIDES:
-        thin = (count <= 1.0) & (least > 0.0) & (least < side)
-        if thin.any():
-            rows, columns, depth = (np.maximum(size[thin], side) for size in (m_, n_, k_))
-            padded = _math_s(gpu, precision, rows, columns, depth, count[thin])
-            math[thin] = np.minimum(math[thin], padded)
+    math = np.where(m_ * n_ * k_ * count > 0.0, _product_s(gpu, precision, m_, n_, k_, count), 0.0)
     traffic = element_bytes * count * (m_ * k_ + k_ * n_ + m_ * n_)
     return smooth_max(math, traffic / gpu.memory_bandwidth_bytes_per_s)
 

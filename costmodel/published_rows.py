@@ -161,6 +161,11 @@ def flag(row: Row, name: str) -> bool:
     return row[name].strip().lower() == "true"
 
 
+def is_doubtful(row: Row) -> bool:
+    """Whether the notes mark the row SUSPECT: nothing is fitted on it."""
+    return "SUSPECT" in row["notes"]
+
+
 def row_case(row: Row) -> Case:
     """The question a row asks; raises RefusedRowError with the reason when the model does not cover it."""
     _refuse_uncovered(row)
@@ -345,7 +350,10 @@ def _named_machine(row: Row) -> str | None:
 
 @cache
 def _machine(name: str, gpus: int, gpus_per_node: int, gbps_per_gpu: float) -> Cluster:
-    cluster = load_cluster(name)
+    try:
+        cluster = load_cluster(name)
+    except InputError as bad:
+        raise RefusedRowError(f"profile={name!r}: {bad}") from None
     if cluster.node.tray_gpus and gpus_per_node == cluster.node.tray_gpus:  # servers of a rack that is one node
         cluster = cluster.with_gpus(gpus)
         gpus_per_node = cluster.node.gpus

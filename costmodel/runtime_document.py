@@ -137,6 +137,14 @@ def check_values(document: Mapping[str, Any], place: str) -> None:
                     place=place,
                     remedy=f"use {', '.join(map(str, known))}",
                 )
+    for word, states in dict(document.get("states", {})).items():
+        for stage in abilities.get("zero", ()):
+            if isinstance(states, Mapping) and f"zero_{stage}" not in states:
+                raise InputError(
+                    f"abilities.zero has {stage}, but states.{word} has no zero_{stage}",
+                    place=place,
+                    remedy=f"say what a rank holds under stage {stage}, or take the stage out of abilities.zero",
+                )
 
 
 def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
@@ -152,7 +160,7 @@ def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
 
 
 def state_row(states: dict[str, Any], stage: int) -> dict[str, Any]:
-    """Row of one ZeRO stage; a stage that is not given repeats the one below."""
+    """Row of one ZeRO stage; one that the runtime does not have repeats the one below."""
     empty: dict[str, Any] = {"whole": {}, "sharded": {}, "accumulating": {}, "stepping": {}}
     for candidate in range(stage, -1, -1):
         row = states.get(f"zero_{candidate}")

@@ -13,7 +13,16 @@ import numpy as np
 from shardplan.costmodel.estimate import Estimates, estimate
 from shardplan.costmodel.fitted import Fitted
 from shardplan.costmodel.layout import Layout, LayoutTable, layout_table
-from shardplan.costmodel.published_rows import Case, RefusedRowError, Row, flag, names_adapters, number, row_case
+from shardplan.costmodel.published_rows import (
+    Case,
+    RefusedRowError,
+    Row,
+    flag,
+    is_doubtful,
+    names_adapters,
+    number,
+    row_case,
+)
 from shardplan.costmodel.published_software import usual_peak
 from shardplan.hw_profiles.errors import InputError, nearest
 
@@ -33,6 +42,8 @@ class Outcome:
     """LoRA or QLoRA."""
     digitised: bool
     """Read off a figure."""
+    doubtful: bool
+    """Its notes call it SUSPECT: inputs or result that cannot both be right."""
     experts: bool
     """The model has experts."""
     group: tuple[str, ...]
@@ -126,6 +137,7 @@ def _outcome(row: Row) -> Outcome:
         precision=row["precision"],
         fine_tuned=names_adapters(row),
         digitised=row["quality"] == "digitised",
+        doubtful=is_doubtful(row),
         experts=bool(row["experts"].strip()),
         group=tuple(
             row[name]
@@ -289,6 +301,7 @@ def summary(name: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 
 KINDS: Mapping[str, Callable[[Outcome], bool]] = {
+    "all marked SUSPECT": lambda one: one.doubtful,
     "all with experts": lambda one: one.experts,
     "all read off figures": lambda one: one.digitised,
     "all LoRA and QLoRA": lambda one: one.fine_tuned,
@@ -298,8 +311,8 @@ KINDS: Mapping[str, Callable[[Outcome], bool]] = {
 
 
 def summaries(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
-    """One summary per source, in order of appearance, one over each kind of row where there are several (with experts, read off figures,
-    LoRA and QLoRA, in fp8, the rest), and one over all."""
+    """One summary per source, in order of appearance, one over each kind of row where there are several (marked SUSPECT, with experts,
+    read off figures, LoRA and QLoRA, in fp8, the rest), and one over all."""
     sources = dict.fromkeys(one.source for one in outcomes)
     lines = [summary(name, [one for one in outcomes if one.source == name]) for name in sources]
     kinds: dict[str, list[Outcome]] = {name: [] for name in (*KINDS, "all others")}

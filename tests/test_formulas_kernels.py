@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,13 @@ from shardplan.costmodel.context_parallel import Exchange, exchanges
 from shardplan.costmodel.estimate import Estimates, estimate
 from shardplan.costmodel.fitted import Fitted
 from shardplan.costmodel.job import Job
-from shardplan.costmodel.kernels_time import gemm_s, tile_utilisation
+from shardplan.costmodel.kernels_time import gemm_s, tile_slots
 from shardplan.costmodel.layout import parse_layout
 from shardplan.costmodel.model import LayerKind, Model
 from shardplan.costmodel.model_config import load_model
 from shardplan.costmodel.operators import Shapes, layer_ops
 from shardplan.costmodel.runtime import Runtime, load_runtime
+from shardplan.hw_profiles.document import part_names
 from shardplan.hw_profiles.load import load_cluster, load_gpu
 from shardplan.hw_profiles.machine import Cluster
 from shardplan.hw_profiles.topology import tier_table
@@ -49,7 +51,7 @@ def test_tile_and_wave_quantisation(
     """One tile shape, whole waves on 132 multiprocessors (NVIDIA, "Matrix multiplication background", wave quantisation)."""
     monkeypatch.setattr(kernels_time, "TILES", ((float(tile[0]), float(tile[1]), 1.0),))
     monkeypatch.setattr(kernels_time, "WAVE_SOFTNESS", 0.0)
-    found = float(tile_utilisation(load_gpu("h100-sxm"), rows, columns))
+    found = rows * columns / float(tile_slots(load_gpu("h100-sxm"), rows, columns))
     assert found == pytest.approx(tiles / (waves * 132), rel=1e-12)
     assert found == pytest.approx(utilisation, abs=0.005)
 
@@ -193,6 +195,31 @@ def test_a_gpipe_bubble_of_four_micro_batches_a_stage(stages: int, micro_batches
     )
     moving = sum(got.time[p] for p in ("compute_s", "recompute_s", "tp_exposed_s", "bubble_s"))
     assert float(got.time["bubble_s"][0] / moving[0]) == pytest.approx(of_total, rel=0.01)
+
+
+@pytest.mark.parametrize("name", part_names("gpus"))
+def test_no_larger_product_takes_less(name: str) -> None:
+    """One side, or how many there are, grows; the others are those of heads, experts, projections and vocabularies."""
+    gpu, grows = load_gpu(name), np.arange(8.0, 8193.0, 40.0)
+    for precision in gpu.peak_flop_per_s:
+        for one, other in product((64.0, 1024.0, 7168.0), (128.0, 4096.0, 32000.0)):
+            for batch in (1.0, 2.0, 32.0):
+                for sides in ((grows, one, other), (one, grows, other), (one, other, grows)):
+                    seconds = gemm_s(gpu, precision, 2, *sides, batch)
+                    assert (np.diff(seconds) >= -1e-12 * seconds[1:]).all(), (precision, one, other, batch)
+            assert (np.diff(gemm_s(gpu, precision, 2, one, other, 4096.0, np.arange(2.0, 200.0))) >= -1e-15).all()
+
+
+@pytest.mark.parametrize("name", ["v100-32gb", "a100-80gb", "h100-sxm", "b200"])
+def test_cubes_take_what_their_curve_says(name: str) -> None:
+    """But for what tiles and waves make of each: more of small ones."""
+    gpu, sides = load_gpu(name), np.arange(512.0, 12289.0, 256.0)
+    flop = 2.0 * sides**3
+    told_s = flop / (gpu.peak_flop_per_s["fp16"] * gpu.gemm_curve("fp16").at(flop))
+    off = gemm_s(gpu, "fp16", 2, sides, sides, sides) / told_s - 1.0
+    assert abs(float(off.mean())) < 0.025
+    assert float(np.abs(off[sides < 4096.0]).max()) < 0.2
+    assert float(np.abs(off[sides >= 4096.0]).max()) < 0.07
 
 
 def test_a_thin_product_takes_no_longer_than_a_thicker_one() -> None:

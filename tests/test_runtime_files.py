@@ -34,6 +34,10 @@ def test_shipped_runtimes_are_read(name: str) -> None:
         (HEAD + "[execution]\nstep_overhead_s = -1\n", "execution.step_overhead_s=-1 is out of range"),
         (HEAD + '[abilities]\nschedules = ["1f1bb"]\n', "abilities.schedules has the unknown '1f1bb'"),
         (HEAD + "[abilities]\nzero = [0, 7]\n", "abilities.zero has the unknown 7"),
+        (
+            HEAD.replace("fsdp2", "nanotron") + "[abilities]\nzero = [0, 1, 3]\n",
+            "abilities.zero has 3, but states.bf16 has no zero_3; say what a rank holds under stage 3",
+        ),
         (HEAD + "[communication]\nreduce_overlp = 0.5\n", "reduce_overlap"),
     ],
 )

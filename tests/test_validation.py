@@ -202,6 +202,7 @@ def test_misplaced_pairs_are_counted_by_run() -> None:
         precision="bf16",
         fine_tuned=False,
         digitised=False,
+        doubtful=False,
         experts=False,
         group=(),
         measured_step_s=None,
