@@ -19,6 +19,7 @@ from shardplan.costmodel.job import Job
 from shardplan.costmodel.keys import LazyColumns, in_pieces
 from shardplan.costmodel.layout import Layout, LayoutTable, layout_table
 from shardplan.costmodel.model import Model, attended_tokens, matrix_parameters
+from shardplan.costmodel.node_memory import node_bytes
 from shardplan.costmodel.offload import NVME, activation_copies_s
 from shardplan.costmodel.owner import Owner, heaviest_owner
 from shardplan.costmodel.pace import most_idle_s, pipeline_pace, pipeline_transfers_s, stage_seconds
@@ -235,7 +236,11 @@ def _estimate_rows(
             of_one_kind=mean,
         )
         peaks, of_stages, context_bytes = memory.peaks(), memory.parts(), memory.context_bytes
-        host_bytes, nvme_bytes = memory.host_bytes(), memory.nvme_bytes()
+        known = chosen in ("worst", "every")
+        host_bytes, nvme_bytes = (
+            node_bytes(memory.off_gpu(part), stages if known else None, keys.work_of, layouts, cluster)
+            for part in ("host", "nvme")
+        )
     return Estimates(
         layouts=layouts,
         time=parts,
@@ -250,8 +255,8 @@ def _estimate_rows(
         ),
         context_bytes=context_bytes,
         capacity_bytes=cluster.gpu.memory_bytes,
-        host_bytes=host_bytes * min(cluster.node.gpus, cluster.gpus),
-        nvme_bytes=nvme_bytes * min(cluster.node.gpus, cluster.gpus),
+        host_bytes=host_bytes,
+        nvme_bytes=nvme_bytes,
         host_capacity_bytes=cluster.node.host.ram_bytes,
         nvme_capacity_bytes=cluster.node.nvme.capacity_bytes if cluster.node.nvme else 0.0,
         tokens_per_step=job.tokens_per_step,

@@ -70,18 +70,18 @@ def _product_s(gpu: Gpu, precision: str, m: FloatArray, n: FloatArray, k: FloatA
     """Seconds of math alone: those of the cube, on the measured curve, that occupies the GPU as much (tiles, waves, inner dimension), so
     that no larger product takes less. A CPU has no waves: it takes the curve at the same FLOP."""
     curve, peak = gpu.gemm_curve(precision), gpu.peak_flop_per_s[precision]
-    flop = 2.0 * m * n * k * count
+    flop: FloatArray = 2.0 * m * n * k * count
     if gpu.device == "cpu":
         return flop / (peak * curve.at(flop))
     sizes = np.asarray(curve.sizes)
     sides = np.cbrt(0.5 * sizes)[:, None] * CUBES_AROUND
     even = np.maximum(np.round(sides / MEASURED_MULTIPLE), 1.0) * MEASURED_MULTIPLE
     cubes = np.exp(np.log(_occupied_flop(gpu, even, even, sides)).mean(axis=1))
-    cube_s = np.maximum.accumulate(sizes / np.asarray(curve.fractions))
+    cube_s: FloatArray = np.maximum.accumulate(sizes / np.asarray(curve.fractions))
     occupied = _occupied_flop(gpu, m, n, k, count)
-    rate = np.exp(np.interp(np.log(np.maximum(occupied, 1.0)), np.log(cubes), np.log(cubes / cube_s)))
-    slower = np.where(count > 1.0, _slowdown(np.minimum(_aligned_to(n), _aligned_to(k))), 1.0)
-    return np.maximum(occupied / rate * slower, flop / (GEMM_CEILING * max(curve.fractions))) / peak
+    log_rate: FloatArray = np.interp(np.log(np.maximum(occupied, 1.0)), np.log(cubes), np.log(cubes / cube_s))
+    slower: FloatArray = np.where(count > 1.0, _slowdown(np.minimum(_aligned_to(n), _aligned_to(k))), 1.0)
+    return np.maximum(occupied * np.exp(-log_rate) * slower, flop / (GEMM_CEILING * max(curve.fractions))) / peak
 
 
 ALIGNMENT_SLOWDOWN = {8.0: 1.0, 4.0: 2.0, 2.0: 4.0, 1.0: 8.0}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -347,16 +348,8 @@ class StepMemory:
             kept = np.where(held.freed.take(of), np.maximum(live + waiting, gradients + late), kept)
         return states + kept
 
-    def host_bytes(self) -> FloatArray:
-        """In host memory for each GPU of the stage that keeps most there, (N,)."""
-        if self.parked is not None:
-            return self._part("host").max(axis=1)
-        return self.held.host.max(axis=1).take(self.states_of)
-
-    def nvme_bytes(self) -> FloatArray:
-        """The same on flash."""
-        if self.parked_on_flash.any():
-            return self._part("nvme").max(axis=1)
-        if self.held.nvme is None:
-            return np.zeros(len(self.states_of))
-        return self.held.nvme.max(axis=1).take(self.states_of)
+    def off_gpu(self, part: Literal["host", "nvme"]) -> FloatArray | None:
+        """Bytes in host memory, or on flash, for each GPU of a stage, (N, S); None where there are none."""
+        held = self.held.host if part == "host" else self.held.nvme
+        parked = self.parked is not None and (part == "host" or bool(self.parked_on_flash.any()))
+        return self._part(part) if parked or (held is not None and held.any()) else None

@@ -16,6 +16,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
+from shardplan.hw_profiles.at_rate import fractions_at
 from shardplan.hw_profiles.errors import InputError, nearest
 from shardplan.hw_profiles.machine import Source, SourceKind
 from shardplan.hw_profiles.names import known_as, may_mean
@@ -293,7 +294,29 @@ def merge(base: Document, over: Document, place: str = "") -> Document:
         old, new = as_table(merged.get(key)) or {}, as_table(value)
         is_leaf = new is None or "source" in new
         merged[key] = value if is_leaf else merge({} if "source" in old else old, new or {}, place)
-    return merged
+    return merged if "efficiency" in over else _at_its_rate(base, merged, place)
+
+
+def _at_its_rate(base: Document, merged: Document, place: str) -> Document:
+    """A network with as many NICs as its base's but of another rate, and no curve of its own: the base's, where what is not the link's
+    takes as long (`at_rate.fractions_at`)."""
+    curve = as_table(merged.get("efficiency")) or {}
+    before, now = (
+        {word: (as_table(table.get(word)) or {}).get("value") for word in ("nics_per_node", "nic_gbit_per_s")}
+        for table in (base, merged)
+    )
+    old, new, fractions = before["nic_gbit_per_s"], now["nic_gbit_per_s"], curve.get("fraction")
+    if old == new or before["nics_per_node"] != now["nics_per_node"] or not _is_positive(old, new):
+        return merged
+    if not isinstance(fractions, list) or not _is_positive(*cast("list[object]", fractions)):
+        return merged  # the schema says what is wrong with it
+    text = f"{curve.get('source')}; at {new:g} Gbit/s steps take as long as at {old:g} ({place})"
+    scaled = list(fractions_at(cast("list[float]", fractions), float(cast(float, new)) / float(cast(float, old))))
+    return {**merged, "efficiency": {**curve, "fraction": scaled, "source": text}}
+
+
+def _is_positive(*values: object) -> bool:
+    return all(isinstance(one, int | float) and 0 < one < float("inf") for one in values)
 
 
 def _unwanted(base: Document, over: Document, place: str) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from shardplan.hw_profiles.at_rate import fractions_at
 from shardplan.hw_profiles.errors import InputError
 
 FloatArray = NDArray[np.float64]
@@ -261,9 +262,7 @@ class Network:
 
     def at_rate(self, nic_bytes_per_s: float) -> Network:
         """The same network with other NICs: a collective's steps take as long, so that small buffers reach more of a slower rate."""
-        highest = max(self.efficiency.fractions)
-        steps = nic_bytes_per_s / self.nic_bytes_per_s
-        fractions = tuple(1.0 / (1.0 / highest + (1.0 / f - 1.0 / highest) * steps) for f in self.efficiency.fractions)
+        fractions = fractions_at(self.efficiency.fractions, nic_bytes_per_s / self.nic_bytes_per_s)
         return replace(self, nic_bytes_per_s=nic_bytes_per_s, efficiency=replace(self.efficiency, fractions=fractions))
 
 

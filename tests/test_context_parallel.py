@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -79,6 +80,23 @@ def test_slower_nics_leave_the_steps_as_long() -> None:
         seconds = [size / n.nic_bytes_per_s * (1 / n.efficiency.at(size) - 1 / 0.902) for n in (network, slow)]
         assert seconds[0] == pytest.approx(seconds[1])
     assert network.at_rate(network.nic_bytes_per_s).efficiency.fractions == pytest.approx(network.efficiency.fractions)
+
+
+@pytest.mark.parametrize(
+    "head", ['base = "h100-ib"\n[network]\n', 'nodes = 16\nnode = { base = "dgx-h100" }\n[network]\nbase = "ib-ndr"\n']
+)
+def test_a_profile_with_slower_nics_is_the_network_at_that_rate(tmp_path: Path, head: str) -> None:
+    """As `explain` and `sweep` have it when they say how many Gbit/s are needed; a curve of the profile's own is left as it is."""
+    profile = tmp_path / "slower.toml"
+    profile.write_text('source = "here"\n' + head + "nic_gbit_per_s = 196\n")
+    network, known = load_cluster(profile).network, load_cluster("h100-ib").network
+    assert network.efficiency == known.at_rate(196e9 / 8).efficiency
+    assert "at 196 Gbit/s steps take as long as at 400" in load_cluster(profile).provenance["network.efficiency"].text
+    curve = (
+        '[network.efficiency]\nsize_mib = [1, 64]\nfraction = [0.1, 0.8]\nsource = "here"\nsource_kind = "measured"\n'
+    )
+    profile.write_text(profile.read_text() + curve)
+    assert load_cluster(profile).network.efficiency.fractions == (0.1, 0.8)
 
 
 def test_doubling_bandwidth_is_never_slower() -> None:

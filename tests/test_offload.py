@@ -181,6 +181,33 @@ def test_what_is_offloaded_leaves_the_gpu_and_fills_host_memory_and_flash() -> N
     assert len(set(peaks)) == 4
 
 
+@pytest.mark.parametrize(
+    ("words", "gpus", "runtime"),
+    [
+        ("dp=2 pp=4 zero=1", 8, "megatron"),  # all stages on one node
+        ("dp=2 pp=4 zero=1 stage_layers=7,9,9,7", 8, "megatron"),
+        ("dp=1 pp=8 zero=1", 8, "megatron"),
+        ("dp=2 pp=16 zero=1", 32, "megatron"),  # four of sixteen on a node
+        ("dp=2 pp=16 zero=1 stage_layers=1,2,2,2,2,2,2,2,2,2,2,2,3,2,2,2", 32, "megatron"),
+        ("dp=16 pp=2 zero=1", 32, "megatron"),  # one
+    ],
+)
+def test_a_node_holds_what_the_stages_on_it_keep(words: str, gpus: int, runtime: str) -> None:
+    """Not so many times the fullest stage; that of the fullest node is between the sum of any node's stages and the fullest of all."""
+    layout = parse_layout(words + " recompute=full offload_optimizer=cpu")
+    given = {"model": load_model("llama-3-8b"), "job": Job(seq=2048, global_batch=64), "runtime": runtime}
+    found = estimate(**given, cluster=load_cluster("selene", gpus=gpus), layouts=layout, every_stage=True)
+    worst = estimate(**given, cluster=load_cluster("selene", gpus=gpus), layouts=layout)
+    each = found.stages["host"][0]
+    stage_of = np.arange(gpus) // (gpus // layout.pp)  # pp is the outermost axis
+    on_nodes = each[stage_of].reshape(-1, 8).sum(axis=1)
+    assert float(found.host_bytes[0]) == pytest.approx(float(worst.host_bytes[0]), rel=1e-12)
+    assert on_nodes.max() <= float(found.host_bytes[0]) * (1 + 1e-12)
+    assert float(found.host_bytes[0]) <= on_nodes.max() * (1.0 if "pp=4" in words or "pp=8" in words else 1.2) * (
+        1 + 1e-9
+    )
+
+
 def test_checkpoints_in_host_memory() -> None:
     """The inputs of 40 layers, 2 s b h bytes each, wait in host memory but for two of them."""
     kept = "dp=16 zero=3 micro_batch=4 recompute=full"
