@@ -76,7 +76,7 @@ def _product_s(gpu: Gpu, precision: str, m: FloatArray, n: FloatArray, k: FloatA
     sizes = np.asarray(curve.sizes)
     sides = np.cbrt(0.5 * sizes)[:, None] * CUBES_AROUND
     even = np.maximum(np.round(sides / MEASURED_MULTIPLE), 1.0) * MEASURED_MULTIPLE
-    cubes = np.exp(np.log(_occupied_flop(gpu, even, even, sides)).mean(axis=1))
+    cubes: FloatArray = np.exp(np.log(_occupied_flop(gpu, even, even, sides)).mean(axis=1))
     cube_s: FloatArray = np.maximum.accumulate(sizes / np.asarray(curve.fractions))
     occupied = _occupied_flop(gpu, m, n, k, count)
     log_rate: FloatArray = np.interp(np.log(np.maximum(occupied, 1.0)), np.log(cubes), np.log(cubes / cube_s))
