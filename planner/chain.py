@@ -72,9 +72,11 @@ def _worth_s(
     return worth + float(penalties[slowest(times, penalties)])
 
 
-def slowest(times: FloatArray, penalties: FloatArray) -> int:
-    """The stage that takes longest; of those that take as long but for rounding, that with the least penalty."""
-    return int(np.where(times >= times.max() * (1.0 - AS_LONG), penalties, np.inf).argmin())
+def slowest(times: FloatArray, penalties: FloatArray) -> IntArray:
+    """The stage that takes longest of each cut, (C,), both (C, stages); of those that take as long but for rounding, that with the least
+    penalty."""
+    longest = times.max(axis=-1, keepdims=True) * (1.0 - AS_LONG)
+    return np.where(times >= longest, penalties, np.inf).argmin(axis=-1)
 
 
 def _slowest_in_turn(seconds: FloatArray, may_be: NDArray[np.bool_], penalty_s: FloatArray) -> Iterator[FloatArray]:

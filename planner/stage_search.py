@@ -43,7 +43,7 @@ FIRST_LOOKED_AT, AT_ONCE = 512, 8192
 """Layouts whose stages are timed and weighed before bounds are looked at again: first, and each time after."""
 FIRST_CUT, MOST_CUT_AT_ONCE = 4, 128
 """Of them, cut before bounds are looked at again: first, and twice as many each time up to."""
-MOST_CUT = 8192
+MOST_CUT = 2048
 """Layouts cut in one search; where it is reached the search says so."""
 MOST_CLIMBED = 8
 """Layouts whose chunks are moved layer by layer."""
@@ -82,7 +82,7 @@ class _State:
     """(bounds, layouts) whose chunks are moved layer by layer instead (`chunk_climb`)."""
     uncut_s: float = np.inf
     """The least bound of what is not cut exactly: it keeps the runtime's rule (`stages.can_cut`), or has more cuts than are written out, or
-    cuts that wait for longer chunks than they were chosen for (`stages.Cuts.unsure_s`)."""
+    cuts that wait for longer chunks than they were chosen for (`cut.Cuts.unsure_s`)."""
 
     @property
     def room(self) -> Room:

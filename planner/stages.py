@@ -9,7 +9,7 @@ the runtime's rule there.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,17 +17,19 @@ from numpy.typing import NDArray
 from shardplan.costmodel.layout import V_PLACED, Layout, LayoutTable
 from shardplan.costmodel.model import Model
 from shardplan.costmodel.pace import LEAST_PEAK_WEIGHT
-from shardplan.costmodel.pipeline import chunk_lengths, layers_of_chunks, split_layers
+from shardplan.costmodel.pipeline import split_layers
 from shardplan.costmodel.pipeline_weights import pipeline_weights
 from shardplan.costmodel.recompute import RECOMPUTE
 from shardplan.costmodel.rule import Setting
+from shardplan.costmodel.rule_parts import micro_batches
 from shardplan.planner.chain import AS_LONG, best_cut, bounds_of, every_cut, slowest
-from shardplan.planner.cut import Asked, Cut
+from shardplan.planner.cut import Asked, Cut, Cuts, least_longest
 from shardplan.planner.cut_bounds import waiting
 from shardplan.planner.stage_options import Chain, Options, Part, Wanted, within
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
+Written = tuple[list[tuple[int, ...]], IntArray | None]
 FULL, NONE = RECOMPUTE.index("full"), RECOMPUTE.index("none")
 MOST_WAITS = 8
 """Different times that slowest stages wait for launches of which the best cuts of a layout are written out."""
@@ -38,40 +40,6 @@ MOST_WRITTEN_OUT = 256
 def can_cut(model: Model, layout: Layout) -> bool:
     """Whether `cut_stages` chooses among all cuts of such a layout."""
     return layout.pp > 1 and (layout.virtual_stages == 1 or (len(model.runs) == 1 and not model.mtp_modules))
-
-
-def counted_in_full(setting: Setting, layout: Layout) -> bool:
-    """Whether a pipeline takes what its cut was chosen for: chunks as equal as the layers allow, and no rounds that wait for long ones
-    (`pipeline.uneven_chunks_s`), which `chain.best_cut` knows nothing of."""
-    pp, chunks, layers = layout.pp, layout.virtual_stages, setting.model.layer_count
-    if chunks == 1 or layout.schedule in V_PLACED:
-        return True
-    split = layers_of_chunks(layout, layers, setting.runtime.stages)
-    most, least = chunk_lengths(split, pp, chunks)
-    waits = layout.schedule == "interleaved" and (pp - 1.0) * (most - least) > most
-    return not waits and most <= _least_longest(layers, chunks) * (1.0 + 1e-9)
-
-
-def _least_longest(layers: int, chunks: int) -> float:
-    """What the `most` of `pipeline.chunk_lengths` is at least with so many chunks a rank: layers are whole."""
-    return -(-layers // chunks) * chunks / layers
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cuts:
-    """Cuts of one layout, the fastest pipeline first, then with ever fewer parameters on the fullest stage."""
-
-    layouts: list[Layout]
-    more_s: list[float]
-    """Seconds that the pipeline of each takes longer than with equal stages."""
-    left_s: float
-    """The same of cuts that are not among them but may be better, at least; infinite where none is in time."""
-
-    def unsure_s(self, setting: Setting) -> float:
-        """Seconds that a pipeline which might be better than its estimate, or is not among the cuts, takes longer at least; infinite where
-        there is none."""
-        sure = [counted_in_full(setting, layout) for layout in self.layouts]
-        return min([self.left_s, *(s for s, known in zip(self.more_s, sure, strict=True) if not known)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +54,7 @@ class Cuttable:
     options: Options
     weights: FloatArray
     """(peak_weight, sum_weight) of `chain.best_cut`, (N, 2), with bubbles as much longer as those of any whole layers
-    (`_least_longest`)."""
+    (`cut.least_longest`)."""
     equal_s: FloatArray
     """Seconds of the pipeline if every stage held 1/pp of everything, (N,)."""
     waits_s: FloatArray | None
@@ -98,6 +66,10 @@ class Cuttable:
     """Seconds of a micro-batch on the slowest stage, (N,), at least."""
     whole_s: FloatArray
     """The same of all stages together."""
+    batches: FloatArray
+    """Micro-batches of a step, (N,)."""
+    written_out: dict[bytes, Written] = field(default_factory=dict[bytes, "Written"], compare=False)
+    """What `_every_cut` knows."""
 
     @staticmethod
     def of(
@@ -109,7 +81,7 @@ class Cuttable:
         chain = Chain.of(setting, first)
         on_parts = [part.trials for part in parts]
         peak, fill = pipeline_weights(setting, layouts)
-        longest = 1.0 if first.schedule in V_PLACED else _least_longest(len(chain.kinds), chain.chunks)
+        longest = 1.0 if first.schedule in V_PLACED else least_longest(len(chain.kinds), chain.chunks)
         longer = np.minimum((longest - 1.0) * fill, peak)
         least_s, mean_s = mean_stage_seconds(parts)
         most_peak_s = mean_s + slack_s / np.maximum(peak, 1e-9)
@@ -133,6 +105,7 @@ class Cuttable:
             more_s=np.maximum(peak, 1e-9) * np.maximum(peak_s - mean_s, 0.0),
             least_peak_s=peak_s,
             whole_s=chain.pp * least_s,
+            batches=micro_batches(setting, layouts),
         )
 
     def cuts(self, row: int, slack_s: float) -> Cuts:
@@ -148,7 +121,7 @@ class Cuttable:
         most_s = float(self.equal_s[row]) + slack_s
         few = bool(self.weights[row, 0] < LEAST_PEAK_WEIGHT)
         more = layout.recompute == "none" and wanted.partial_recompute
-        found, left_s = self._written_out(row, depths, least, more=more) if few else None, np.inf
+        found, left_s = self._written_out(row, depths, least, most_s, more=more) if few else None, np.inf
         if found is None:
             hiding_s = self._repeating_s(row) if more else np.inf
             more &= hiding_s <= most_s
@@ -284,20 +257,27 @@ class Cuttable:
         penalty_s: FloatArray | None,
     ) -> Cut:
         """The cut with so many layers of each stage, where options take so many `seconds`."""
-        pp, (peak_weight, sum_weight) = self.chain.pp, self.weights[row].tolist()
-        stages, at = np.arange(pp), self.segments[bounds_of(counts)]
-        times, idle_s = seconds.reshape(pp, -1)[stages, at], self.options.idle(row, taken)
-        penalties = np.zeros(pp) if penalty_s is None else penalty_s.reshape(pp, -1)[stages, at]
-        worst = slowest(times, penalties)
-        worth = float(peak_weight * times.max() + sum_weight * times.sum())
+        pp, idle_s, stages = self.chain.pp, self.options.idle(row, taken), np.arange(self.chain.pp)
+        at = self.segments[bounds_of(counts)]
+        worth, worst = self._worth_s(row, at[None], seconds, penalty_s)
         return Cut(
             counts=counts,
             repeated=taken.reshape(pp, -1)[stages, at].tolist(),
             depth=depth,
-            seconds=worth + float(penalties[worst]),
+            seconds=float(worth[0]),
             parameters=float(self.options.parameters[row].reshape(pp, -1)[stages, at].max()),
-            idle_s=0.0 if idle_s is None else float(idle_s.reshape(pp, -1)[worst, at[worst]]),
+            idle_s=0.0 if idle_s is None else float(idle_s.reshape(pp, -1)[worst[0], at[worst[0]]]),
         )
+
+    def _worth_s(
+        self, row: int, at: IntArray, seconds: FloatArray, penalty_s: FloatArray | None
+    ) -> tuple[FloatArray, IntArray]:
+        """(`Cut.seconds`, slowest stage) of cuts whose stages are the options `at`, (C, pp), each (C,)."""
+        pp, (peak_weight, sum_weight) = self.chain.pp, self.weights[row].tolist()
+        times = seconds.reshape(pp, -1)[np.arange(pp), at]
+        penalties = np.zeros_like(times) if penalty_s is None else penalty_s.reshape(pp, -1)[np.arange(pp), at]
+        worst, cuts = slowest(times, penalties), np.arange(len(at))
+        return peak_weight * times.max(axis=1) + sum_weight * times.sum(axis=1) + penalties[cuts, worst], worst
 
     def _penalty_s(self, row: int, taken: IntArray) -> FloatArray | None:
         """Seconds of pipeline, (O,), that a step with each option as its slowest stage takes beyond its bound and its pipeline: of what it
@@ -305,29 +285,47 @@ class Cuttable:
         idle_s = self.options.idle(row, taken)
         if idle_s is None or self.waits_s is None or not self.waits_s[row, 1]:
             return None
-        (waits_s, most_s), layout = self.waits_s[row].tolist(), self.layouts.row(row)
-        batches = self.setting.job.global_batch / (layout.dp * layout.micro_batch)
+        (waits_s, most_s), batches = self.waits_s[row].tolist(), float(self.batches[row])
         return waiting(self.weights[row, 0]) * np.maximum(most_s - np.minimum(batches * idle_s, waits_s), 0.0)
 
-    def _written_out(self, row: int, depths: range, least: int, *, more: bool) -> list[Cut] | None:
-        """All cuts that fit, each with as few recomputed layers as make it, `least` or more, on any stage, and with `more` of any one stage
-        (of all, where they recompute as many); None where there are more than MOST_WRITTEN_OUT."""
+    def _written_out(self, row: int, depths: range, least: int, most_s: float, *, more: bool) -> list[Cut] | None:
+        """All cuts that fit and take `most_s` at most, each with as few recomputed layers as make it, `least` or more, on any stage, and
+        with `more` of any one stage (of all, where they recompute as many); None where there are more than MOST_WRITTEN_OUT."""
         fewest, options, pp = self.options.fewest[row], self.options, self.chain.pp
-        every = every_cut(self._of_cuts(fewest.astype(np.float64), -1.0) >= 0, MOST_WRITTEN_OUT)
-        if every is None:
+        every, at = self._every_cut(fewest >= 0)
+        if at is None:
             return None
-        longest, found = int(options.layers.max()) if more else least, list[Cut]()
-        on_each = [(stage, count) for stage in range(pp) for count in range(1, longest + 1)]
-        by_stage = depths.start < 0 and self.wanted.by_stage and self.chain.chunks == 1
-        for counts in every:
-            needed = max(int(fewest.reshape(pp, -1)[np.arange(pp), self.segments[bounds_of(counts)]].max()), least)
-            asked: list[tuple[int, tuple[int, int] | None]] = [(depth, None) for depth in range(needed, longest + 1)]
-            if by_stage:
-                asked = [*([(-1, None)] if not least or needed > least else []), *((-1, one) for one in on_each)]
-            for depth, repeating in asked or [(needed, None)]:
-                seconds, taken = options.seconds(row, depth, repeating)
-                found.append(self._cut(row, depth, counts, seconds, taken, self._penalty_s(row, taken)))
-        return [cut for cut in found if np.isfinite(cut.seconds)]
+        longest = int(options.layers.max()) if more else least
+        found = list[Cut]()
+        needed = np.maximum(fewest.reshape(pp, -1)[np.arange(pp), at].max(axis=1, initial=0), least)
+        asked: list[tuple[int, tuple[int, int] | None, NDArray[np.bool_]]]
+        if depths.start < 0 and self.wanted.by_stage and self.chain.chunks == 1:
+            on_each = [(stage, count) for stage in range(pp) for count in range(1, longest + 1)]
+            asked = [(-1, None, (needed > least) | (least == 0)), *((-1, one, needed >= 0) for one in on_each)]
+        else:
+            deepest = max(int(needed.max(initial=0)), longest)
+            asked = [
+                (depth, None, needed <= depth if depth <= longest else needed == depth)
+                for depth in range(least, deepest + 1)
+            ]
+        for depth, repeating, which in asked:
+            seconds, taken = options.seconds(row, depth, repeating)
+            penalty_s, of = self._penalty_s(row, taken), np.flatnonzero(which)
+            worth, _ = self._worth_s(row, at[of], seconds, penalty_s)
+            found += [self._cut(row, depth, every[int(one)], seconds, taken, penalty_s) for one in of[worth <= most_s]]
+        return found
+
+    def _every_cut(self, possible: NDArray[np.bool_]) -> Written:
+        """(layers of each stage of all cuts that options allow, option of each stage, (C, pp)); None where they are too many."""
+        key = np.packbits(possible).tobytes()
+        if key not in self.written_out:
+            every = every_cut(self._of_cuts(possible.astype(np.float64), 0.0) > 0, MOST_WRITTEN_OUT)
+            at = None
+            if every is not None:
+                at = np.asarray([self.segments[bounds_of(counts)] for counts in every], dtype=np.int64)
+                at = at.reshape(len(every), self.chain.pp)
+            self.written_out[key] = every or [], at
+        return self.written_out[key]
 
 
 def cut_stages(parts: Sequence[Part], wanted: Wanted, slack_s: FloatArray) -> list[Cuts]:
