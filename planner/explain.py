@@ -42,14 +42,14 @@ def explain_plan(plan: Plan, watch: Watch | None = None) -> dict[str, Any]:
             remedy="make the plan again with `shardplan plan`",
         )
     runners = [row for row in plan.search.get("ranked", []) if row["layout"] != plan.layout.words()][:RUNNERS_UP]
-    notes: list[str] = []
-    if digest(dataclasses.asdict(runtime)) != plan.digests.get("runtime"):
+    notes = plan.notes()
+    changed = plan.digests.get("runtime") not in (None, digest(dataclasses.asdict(runtime)))
+    if changed and "asked" not in plan.edited:
         notes.append(f"the runtime file {plan.runtime!r} has changed since the plan was made")
     planned = float(plan.prediction["time"]["step_s"])
     if abs(prediction["time"]["step_s"] / planned - 1.0) > 1e-3:
-        notes.append(
-            f"the cost model now says {prediction['time']['step_s']:.3g} s a step, the plan said {planned:.3g} s"
-        )
+        now = "what is described here takes" if plan.edited else "the cost model now says"
+        notes.append(f"{now} {prediction['time']['step_s']:.3g} s a step, the plan said {planned:.3g} s")
     compared = [
         _compared(row["layout"], prediction, plan.model, plan.job, cluster, runtime, headroom) for row in runners
     ]

@@ -160,7 +160,8 @@ def _beside_plan(plan: Plan, words: str, watch: Watch) -> dict[str, Any]:
         "runtime": load_runtime(plan.runtime),
         "headroom": float(plan.search.get("headroom", DEFAULT_HEADROOM)),
     }
-    return explain_layout(judged(words, **asked), **asked, watch=watch)
+    document = explain_layout(judged(words, **asked), **asked, watch=watch)
+    return {**document, "notes": [*plan.notes(), *document["notes"]]}
 
 
 def _of_layout(
