@@ -36,7 +36,7 @@ def test_the_map_is_that_of_the_cost_model(words: str) -> None:
     axes = rank_map(layout, load_cluster("h100-ib", gpus=layout.gpus))["axes"]
     ranks = np.arange(layout.gpus)
     found = coordinates(axes, ranks)
-    assert sum(found[axis["axis"]] * axis["stride"] for axis in axes).tolist() == ranks.tolist()
+    assert np.sum([found[axis["axis"]] * axis["stride"] for axis in axes], axis=0).tolist() == ranks.tolist()
     found["dp"] = found["dp_replicate"] * layout.shard_ranks + found["dp_shard"]
     for axis, expected in rank_coordinates(layout).items():
         assert found[axis].tolist() == expected.tolist(), axis
