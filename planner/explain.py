@@ -8,7 +8,7 @@ from typing import Any
 
 from shardplan.costmodel.estimates import DEFAULT_HEADROOM
 from shardplan.costmodel.job import Job
-from shardplan.costmodel.layout import layout_from_document, parse_layout
+from shardplan.costmodel.layout import layout_from_document, layout_table, parse_layout
 from shardplan.costmodel.model import Model
 from shardplan.costmodel.remedies import GIB, first_knob, memory_remedy
 from shardplan.costmodel.rule import Setting
@@ -128,13 +128,17 @@ def explain_layout(
         document["notes"].append("no layout fits this model on these GPUs with this runtime")
         return document
     best = result.ranked.layouts.row(0)
+    if layout_table([own]).row(0) == best:
+        document["notes"].append("this layout is the best of the space")
+        others = [row["layout"] for row in document["search"]["ranked"] if row["layout"] != best.words()][:1]
+        beside = [_compared(words, answer, model, job, cluster, runtime, headroom) for words in others]
+        document["runners_up"] = [row for row in beside if row]
+        return document
     against = _compared(best.words(), answer, model, job, cluster, runtime, headroom) if answer["time"] else None
     if against:
         document["runners_up"] = [against]
         slower = answer["time"]["step_s"] / against["step_s"]
-        if own == best:
-            document["notes"].append("this layout is the best of the space")
-        elif answer["fits"] and slower < AS_FAST:
+        if answer["fits"] and slower < AS_FAST:
             document["notes"].append(
                 f"{1.0 - slower:.1%} less time than the best layout that was found: {best.words()}"
             )

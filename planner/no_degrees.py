@@ -148,7 +148,7 @@ def _example(setting: Setting, table: LayoutTable, bar: _Bar, chosen: Sequence[_
 
 
 def _remedy(setting: Setting, wishes: Wishes, bars: Sequence[_Bar], chosen: Sequence[_Bar]) -> str:
-    """What to change: a forbidden word that alone excludes some degrees, else the GPUs, and the batch or fixed degrees where they matter."""
+    """What to change: a forbidden word that alone excludes some degrees, else GPUs, the batch or fixed degrees as they matter."""
     words = [bar.word for bar in chosen if bar.word is not None]
     count = np.sum([bar.broken for bar in bars], axis=0)
     freeing = [bar.word for bar in bars if bar.word is not None and (bar.broken & (count == 1)).any()]

@@ -149,6 +149,7 @@ def _of_plan(
 def _beside_plan(plan: Plan, words: str, watch: Watch) -> dict[str, Any]:
     from shardplan.cli.estimate import judged
     from shardplan.costmodel.estimates import DEFAULT_HEADROOM
+    from shardplan.costmodel.layout import layout_table, parse_layout
     from shardplan.costmodel.runtime import load_runtime
     from shardplan.hw_profiles.load import cluster_from_document
     from shardplan.planner.explain import explain_layout
@@ -161,7 +162,9 @@ def _beside_plan(plan: Plan, words: str, watch: Watch) -> dict[str, Any]:
         "headroom": float(plan.search.get("headroom", DEFAULT_HEADROOM)),
     }
     document = explain_layout(judged(words, **asked), **asked, watch=watch)
-    return {**document, "notes": [*plan.notes(), *document["notes"]]}
+    is_own = layout_table([parse_layout(words)]).row(0) == plan.layout
+    own = ["this is the plan's own layout"] if is_own else []
+    return {**document, "notes": [*plan.notes(), *own, *document["notes"]]}
 
 
 def _of_layout(
