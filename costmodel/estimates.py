@@ -120,7 +120,7 @@ class Estimates:
         return self.bands.of(self.layouts.row(row))
 
     def fits(self, headroom: float = DEFAULT_HEADROOM) -> NDArray[np.bool_]:
-        """The upper edge of the memory band stays `headroom` below the capacity."""
+        """The upper edge of the memory band stays `headroom` below the capacity, and what is offloaded that of host memory and flash."""
         return self.fits_gpu(headroom) & self.fits_below_gpu(headroom)
 
     def fits_gpu(self, headroom: float) -> NDArray[np.bool_]:

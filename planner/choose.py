@@ -14,7 +14,8 @@ from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.runtime import Runtime
 from shardplan.hw_profiles.mixed import document_in_order
 from shardplan.planner.placement import placement_document
-from shardplan.planner.plan import Plan, digest
+from shardplan.planner.plan import Plan, digest, part_digests
+from shardplan.planner.rank_map import rank_map
 from shardplan.planner.search import SearchResult, judge, search_document
 
 
@@ -46,7 +47,7 @@ def make_plan(
         raise AssertionError(f"a ranked layout is refused: {prediction}")
     lies = placement_document(setting, layout)
     document = document_in_order(dict(cluster_document), result.cluster)
-    return Plan(
+    made = Plan(
         model=model,
         job=job,
         cluster=document,
@@ -70,4 +71,6 @@ def make_plan(
             "runtime": digest(dataclasses.asdict(runtime)),
         },
         shardplan_version=version,
+        rank_map=rank_map(layout, result.cluster),
     )
+    return dataclasses.replace(made, digests={**made.digests, **part_digests(made.document())})

@@ -17,19 +17,22 @@ MEMORY_PARTS = (
     "allocator_slack_bytes",
     "context_bytes",
 )
-LEFT_OUT = ("prediction", "search", "digests", "schema", "schema_version")
-"""Of a plan's document: told apart, or not an input."""
+LEFT_OUT = ("prediction", "search", "digests", "schema", "schema_version", "rank_map")
+"""Of a plan's document: told apart, not an input, or what follows from the layout."""
+OF_FILES = ("model", "cluster", "runtime")
+"""Digests that may differ where no field of the plan does."""
 
 
 def diff_plans(before: Plan, after: Plan) -> dict[str, Any]:
     """Plain values: `inputs` and `layout` as {field: [before, after]}, `time_s` and `memory_bytes` as {part: [before, after]} of the
-    step and of the fullest stage of each, `throughput` of tokens/s per GPU, MFU and fit; `same` when nothing differs."""
+    step and of the fullest stage of each, `throughput` of tokens/s per GPU, MFU and fit; `same` when nothing differs; `notes` on each of
+    them that was edited since it was made."""
     one, other = before.document(), after.document()
     one_told, other_told = ({k: v for k, v in side.items() if k not in LEFT_OUT} for side in (one, other))
     changed = dict(_differences(one_told, other_told))
     layout = {name.removeprefix("layout."): pair for name, pair in changed.items() if name.startswith("layout.")}
     inputs = {name: pair for name, pair in changed.items() if not name.startswith("layout.")}
-    for name in sorted(set(before.digests) | set(after.digests)):
+    for name in sorted((set(before.digests) | set(after.digests)) & set(OF_FILES)):
         pair = [before.digests.get(name), after.digests.get(name)]
         shown = any(field == name or field.startswith(f"{name}.") for field in inputs)
         if pair[0] != pair[1] and not shown:
@@ -47,6 +50,7 @@ def diff_plans(before: Plan, after: Plan) -> dict[str, Any]:
             for name in ("tokens_per_s", "tokens_per_s_per_gpu", "mfu")
         },
         "fits": [one["prediction"].get("fits"), other["prediction"].get("fits")],
+        "notes": [before.notes(), after.notes()],
     }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from shardplan.costmodel.estimates import DEFAULT_HEADROOM
 from shardplan.costmodel.job import Job
-from shardplan.costmodel.layout import layout_from_document, parse_layout
+from shardplan.costmodel.layout import layout_from_document, layout_table, parse_layout
 from shardplan.costmodel.model import Model
 from shardplan.costmodel.remedies import GIB, first_knob, memory_remedy
 from shardplan.costmodel.rule import Setting
@@ -42,14 +42,14 @@ def explain_plan(plan: Plan, watch: Watch | None = None) -> dict[str, Any]:
             remedy="make the plan again with `shardplan plan`",
         )
     runners = [row for row in plan.search.get("ranked", []) if row["layout"] != plan.layout.words()][:RUNNERS_UP]
-    notes: list[str] = []
-    if digest(dataclasses.asdict(runtime)) != plan.digests.get("runtime"):
+    notes = plan.notes()
+    changed = plan.digests.get("runtime") not in (None, digest(dataclasses.asdict(runtime)))
+    if changed and "asked" not in plan.edited:
         notes.append(f"the runtime file {plan.runtime!r} has changed since the plan was made")
     planned = float(plan.prediction["time"]["step_s"])
     if abs(prediction["time"]["step_s"] / planned - 1.0) > 1e-3:
-        notes.append(
-            f"the cost model now says {prediction['time']['step_s']:.3g} s a step, the plan said {planned:.3g} s"
-        )
+        now = "what is described here takes" if plan.edited else "the cost model now says"
+        notes.append(f"{now} {prediction['time']['step_s']:.3g} s a step, the plan said {planned:.3g} s")
     compared = [
         _compared(row["layout"], prediction, plan.model, plan.job, cluster, runtime, headroom) for row in runners
     ]
@@ -128,13 +128,17 @@ def explain_layout(
         document["notes"].append("no layout fits this model on these GPUs with this runtime")
         return document
     best = result.ranked.layouts.row(0)
+    if layout_table([own]).row(0) == best:
+        document["notes"].append("this layout is the best of the space")
+        others = [row["layout"] for row in document["search"]["ranked"] if row["layout"] != best.words()][:1]
+        beside = [_compared(words, answer, model, job, cluster, runtime, headroom) for words in others]
+        document["runners_up"] = [row for row in beside if row]
+        return document
     against = _compared(best.words(), answer, model, job, cluster, runtime, headroom) if answer["time"] else None
     if against:
         document["runners_up"] = [against]
         slower = answer["time"]["step_s"] / against["step_s"]
-        if own == best:
-            document["notes"].append("this layout is the best of the space")
-        elif answer["fits"] and slower < AS_FAST:
+        if answer["fits"] and slower < AS_FAST:
             document["notes"].append(
                 f"{1.0 - slower:.1%} less time than the best layout that was found: {best.words()}"
             )

@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from shardplan.costmodel.job import METHODS, PRECISIONS, Job
 from shardplan.costmodel.model import Model
-from shardplan.costmodel.rule import Setting
+from shardplan.costmodel.rule import Rejection, Setting
 from shardplan.costmodel.runtime import Runtime, load_runtime
 from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.machine import Cluster
 from shardplan.planner.closest import closest_layout, needed_share
 from shardplan.planner.deadline import DEADLINE
+from shardplan.planner.no_degrees import why_forbidden, why_no_degrees
 from shardplan.planner.one_size import anything_fits
 from shardplan.planner.search import SearchResult, judge, search, search_document
 from shardplan.planner.space import Wishes, asked, fixes_pipeline
@@ -69,9 +70,14 @@ def what_would_fit(
         if isinstance(judged, dict):
             document["closest"], document["rejections"] = judged, judged["rejections"]
     else:
+        cause = why_no_degrees(setting, wishes) if result.refused else _no_factorisation(setting, wishes)
         document["rejections"] = [
-            {"rule": r.rule, "detail": f"{r.count} layouts: {r.example}", "remedy": r.remedy} for r in result.refused
-        ] or [_no_factorisation(job, cluster, wishes)]
+            *([asdict(cause)] if cause else []),
+            *(
+                {"rule": r.rule, "detail": f"{r.count} layouts: {r.example}", "remedy": r.remedy}
+                for r in result.refused
+            ),
+        ]
     told = document["would_fit"] = list(
         _changes(setting, wishes, headroom, StepWatch(watching, "what would fit", 0.5, 1.0))
     )
@@ -84,15 +90,17 @@ def what_would_fit(
     return document
 
 
-def _no_factorisation(job: Job, cluster: Cluster, wishes: Wishes) -> dict[str, str]:
+def _no_factorisation(setting: Setting, wishes: Wishes) -> Rejection:
+    """Why the space is empty."""
+    job, cluster = setting.job, setting.cluster
     for word in ("dp", "tp", "pp", "cp"):
         degree = getattr(wishes.fixed, word)
         if word in wishes.fixed_words and cluster.gpus % degree:
-            return {
-                "rule": "gpus-product",
-                "detail": f"{word}={degree} does not divide the {cluster.gpus} GPUs",
-                "remedy": f"fix a {word} that does, or change --gpus",
-            }
+            return Rejection(
+                rule="gpus-product",
+                detail=f"{word}={degree} does not divide the {cluster.gpus} GPUs",
+                remedy=f"fix a {word} that does, or change --gpus",
+            )
     product = (
         wishes.fixed.tp * wishes.fixed.pp * wishes.fixed.cp * (wishes.fixed.dp if "dp" in wishes.fixed_words else 1)
     )
@@ -100,22 +108,23 @@ def _no_factorisation(job: Job, cluster: Cluster, wishes: Wishes) -> dict[str, s
         words = " ".join(
             f"{word}={getattr(wishes.fixed, word)}" for word in ("dp", "tp", "pp", "cp") if word in wishes.fixed_words
         )
-        return {
-            "rule": "gpus-product",
-            "detail": f"{words} make groups of {product} GPUs, which do not divide the {cluster.gpus} GPUs",
-            "remedy": "fix fewer of them or smaller ones, or change --gpus",
-        }
+        return Rejection(
+            rule="gpus-product",
+            detail=f"{words} make groups of {product} GPUs, which do not divide the {cluster.gpus} GPUs",
+            remedy="fix fewer of them or smaller ones, or change --gpus",
+        )
     if fixes_pipeline(wishes) and (cluster.gpus == 1 or asked(wishes, "pp")):
-        return {
-            "rule": "schedule-of-pipelines",
-            "detail": f"schedule={wishes.fixed.schedule} is that of a pipeline, and there is none on {cluster.gpus} GPUs within the wishes",
-            "remedy": "drop the schedule, or use more GPUs and leave pp open",
-        }
-    return {
-        "rule": "batch-divisible",
-        "detail": f"no dp*tp*pp = {cluster.gpus} within the wishes has a dp that divides global_batch={job.global_batch}",
-        "remedy": "change the global batch, the GPUs or what is fixed",
-    }
+        return Rejection(
+            rule="schedule-of-pipelines",
+            detail=f"schedule={wishes.fixed.schedule} is that of a pipeline, and there is none on {cluster.gpus} GPUs within the wishes",
+            remedy="drop the schedule, or use more GPUs and leave pp open",
+        )
+    told = why_no_degrees(setting, wishes) or why_forbidden(setting, wishes)
+    return told or Rejection(
+        rule="batch-divisible",
+        detail=f"no dp*tp*pp = {cluster.gpus} within the wishes has a dp that divides global_batch={job.global_batch}",
+        remedy="change the global batch, the GPUs or what is fixed",
+    )
 
 
 def _changes(setting: Setting, wishes: Wishes, headroom: float, watch: Watch) -> Iterator[str]:

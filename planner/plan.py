@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +16,18 @@ from shardplan.hw_profiles.errors import InputError
 
 SCHEMA_NAME = "shardplan/plan"
 SCHEMA_VERSION = 1
+WISHES = ("headroom", "fix", "forbid", "allow", "objective")
+"""Of `search`: what the user asked for beside the job."""
+DIGESTED = {
+    "model": "model",
+    "cluster": "cluster",
+    "job": "job",
+    "layout": "layout",
+    "asked": "GPUs, runtime or wishes",
+    "rank_map": "rank map",
+    "prediction": "prediction",
+}
+"""Parts of the file that have a digest, in words. `runtime` has one too, of a file that is not in the plan."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +45,12 @@ class Plan:
     search: Mapping[str, Any]
     """How many layouts were looked at, how many refused and why, the runners-up."""
     digests: Mapping[str, str]
-    """sha256 of model, cluster and runtime as used."""
+    """sha256 of model, cluster and runtime as used, and of the other parts of the file (DIGESTED)."""
     shardplan_version: str
+    rank_map: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Which rank lies where on every axis (rank_map.py); empty in files from before it was written."""
+    edited: tuple[str, ...] = ()
+    """Parts, of DIGESTED, of the file it was read from that are not what their digests say: somebody changed them since."""
 
     def document(self) -> dict[str, Any]:
         """The plan as plain JSON values."""
@@ -49,6 +65,7 @@ class Plan:
             "gpus": self.gpus,
             "runtime": self.runtime,
             "layout": self.layout.document(),
+            **({"rank_map": dict(self.rank_map)} if self.rank_map else {}),
             "job": asdict(self.job),
             "model": model_document(self.model),
             "prediction": dict(self.prediction),
@@ -56,6 +73,22 @@ class Plan:
             "cluster": dict(self.cluster),
             "digests": dict(self.digests),
         }
+
+    def notes(self) -> list[str]:
+        """What a reader has to know of a file that was edited by hand, in sentences; empty for one that is as it was made."""
+        inputs = [DIGESTED[part] for part in self.edited if part not in ("prediction", "rank_map")]
+        others = [DIGESTED[part] for part in self.edited if part in ("prediction", "rank_map")]
+        told: list[str] = []
+        if inputs:
+            told.append(
+                f"its {' and '.join(inputs)} {_were(inputs)} edited since the plan was made, so its prediction is of something else; "
+                "plan again with `shardplan plan`"
+            )
+        if others:
+            told.append(
+                f"its {' and '.join(others)} {_were(others)} edited since the plan was made; plan again with `shardplan plan`"
+            )
+        return told
 
     def write(self, path: str | Path) -> None:
         """Write the plan; the old file stays whole until the new one is complete."""
@@ -85,8 +118,9 @@ class Plan:
 
         try:
             _check_parts(document)
+            model = model_from_document(document["model"])
             return Plan(
-                model=model_from_document(document["model"]),
+                model=model,
                 job=Job(**document["job"]),
                 cluster=cast("Mapping[str, Any]", document["cluster"]),
                 gpus=document["gpus"],
@@ -96,6 +130,8 @@ class Plan:
                 search=cast("Mapping[str, Any]", document["search"]),
                 digests=cast("Mapping[str, str]", document["digests"]),
                 shardplan_version=str(document["shardplan_version"]),
+                rank_map=cast("Mapping[str, Any]", document.get("rank_map", {})),
+                edited=_edited(document, model),
             )
         except KeyError as missing:
             raise InputError(
@@ -113,6 +149,32 @@ def digest(document: object) -> str:
     """sha256 of the canonical JSON of `document`."""
     text = json.dumps(document, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def part_digests(document: Mapping[str, Any]) -> dict[str, str]:
+    """Digests of the parts of a plan's document that are not files of their own, by name in DIGESTED. They are of the text, so that
+    fields which a later version adds with a default change none."""
+    search = document["search"]
+    asked = {
+        "gpus": document["gpus"],
+        "runtime": document["runtime"],
+        **{word: search[word] for word in WISHES if word in search},
+    }
+    parts = {name: document[name] for name in ("job", "layout", "prediction", "rank_map") if name in document}
+    return {name: digest(part) for name, part in {**parts, "asked": asked}.items()}
+
+
+def _edited(document: Mapping[str, Any], model: Model) -> tuple[str, ...]:
+    """Parts that are not what the file's digests say; what has no digest, as in files of older versions, is not checked."""
+    from shardplan.costmodel.model_config import model_digest as shapes_digest
+
+    now = {**part_digests(document), "model": shapes_digest(model), "cluster": digest(document["cluster"])}
+    said = document["digests"]
+    return tuple(name for name in DIGESTED if name in said and said[name] != now.get(name))
+
+
+def _were(parts: list[str]) -> str:
+    return "were" if len(parts) > 1 or parts[0].startswith("GPUs") else "was"
 
 
 def model_digest(model: Model) -> str:
@@ -152,6 +214,8 @@ def _check_parts(document: Mapping[str, Any]) -> None:
     for name in ("cluster", "prediction", "search", "digests", "job", "layout"):
         if not isinstance(document[name], dict):
             raise TypeError(f"{name} is not an object")
+    if not isinstance(document.get("rank_map", {}), dict):
+        raise TypeError("rank_map is not an object")
     if type(document["gpus"]) is not int:
         raise TypeError(f"gpus={document['gpus']!r} is not a whole number")
     headroom = document["search"].get("headroom", 0.0)

@@ -132,11 +132,11 @@ def _first_broken(
 ) -> tuple[NDArray[np.int64], list[int]]:
     """(index in RULES of the first of the `rules`, given in order, that each row breaks, len(RULES) where none; those that read one of
     the `hidden` columns)."""
-    first, later, half = np.full(len(table), len(RULES)), list[int](), _without(table, hidden)
+    first, later, half = np.full(len(table), len(RULES)), list[int](), without(table, hidden)
     for at in rules:
         try:
             broken = RULES[at].broken(setting, half)
-        except _HiddenError:
+        except HiddenError:
             later.append(at)
         else:
             if np.any(broken):
@@ -144,17 +144,17 @@ def _first_broken(
     return first, later
 
 
-class _HiddenError(Exception):
+class HiddenError(Exception):
     """A rule reads a column that is not there."""
 
 
-def _without(table: LayoutTable, hidden: Sequence[str]) -> LayoutTable:
-    """The table; reading one of the columns `hidden` raises _HiddenError."""
+def without(table: LayoutTable, hidden: Sequence[str]) -> LayoutTable:
+    """The table; reading one of the columns `hidden` raises HiddenError."""
 
     class Half(LayoutTable):
         def __getattribute__(self, name: str) -> Any:
             if name in hidden:
-                raise _HiddenError(name)
+                raise HiddenError(name)
             return super().__getattribute__(name)
 
     return Half(**table.columns(), splits=table.splits, depths=table.depths)

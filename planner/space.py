@@ -172,7 +172,7 @@ def space_pieces(
     rows = 0
     degrees = [
         (tp, pp, gpus // cp // tp // pp, cp)
-        for cp in _context_degrees(job, gpus, wanted, cp_kinds)
+        for cp in context_degrees(job, gpus, wanted, cp_kinds)
         for tp in divisors(gpus // cp, most=gpus)
         for pp in divisors(gpus // cp // tp, most=model.layer_count + 2 * bare_ends)
         if pp > 1 or not fixes_pipeline(wanted)
@@ -188,7 +188,7 @@ def space_pieces(
             blocks, rows = [], 0
 
 
-def _context_degrees(job: Job, gpus: int, wishes: Wishes, cp_kinds: Sequence[str]) -> list[int]:
+def context_degrees(job: Job, gpus: int, wishes: Wishes, cp_kinds: Sequence[str]) -> list[int]:
     """The fixed cp; else 1, and all that divide the sequence where there are `cp_kinds` or the user fixed one of them."""
     if "cp" in wishes.fixed_words:
         return [wishes.fixed.cp] if gpus % wishes.fixed.cp == 0 else []

@@ -20,6 +20,7 @@ from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.machine import Cluster
 from shardplan.planner.front import memory_points
 from shardplan.planner.machines import network_gbps_per_gpu, with_network_rate
+from shardplan.planner.no_degrees import why_forbidden, why_no_degrees
 from shardplan.planner.ranking import Objective
 from shardplan.planner.search import SearchResult, search
 from shardplan.planner.sizes import gpu_counts
@@ -116,7 +117,8 @@ class Sweep:
             return {**row, "reason": bad.problem}
         found = self._search(machine, job)
         if found.ranked is None:
-            return {**row, "reason": _why_nothing(found)}
+            at = Setting(model=self.model, job=job, cluster=machine, runtime=self.runtime)
+            return {**row, "reason": _why_nothing(found, at, self.wishes)}
         return {**row, **self._figures(machine, job, found.ranked)}
 
     def _search(
@@ -226,7 +228,14 @@ def _ahead(other: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
     return min(gains) >= 0 and max(gains) > 0
 
 
-def _why_nothing(found: SearchResult) -> str:
+def _why_nothing(found: SearchResult, at: Setting, wishes: Wishes) -> str:
+    """One line: the cause and, where rules leave nothing, the remedy."""
     if found.does_not_fit:
         return f"{found.does_not_fit:,} valid layouts, none fits in memory"
-    return found.refused[0].example if found.refused else "the GPUs have no factorisation that divides the batch"
+    cause = why_no_degrees(at, wishes) or (None if found.refused else why_forbidden(at, wishes))
+    if cause is not None:
+        return f"{cause.detail}; {cause.remedy}"
+    if not found.refused:
+        return "the GPUs have no factorisation that divides the batch"
+    most = found.refused[0]
+    return f"no layout keeps the rules, most break {most.rule}: {most.example}; {most.remedy}"

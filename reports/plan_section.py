@@ -45,6 +45,7 @@ def plan_section(one: PlanInput, *, index: int) -> Html:
         join(
             [
                 text("h2", f"{facts['model']} on {facts['gpus']} GPUs of {facts['cluster']}"),
+                *(text("p", f"{one.path}: {note}.", css="lead") for note in one.plan.notes()),
                 _headline(facts),
                 _memory(one, facts, index),
                 _time(one, index),

@@ -11,8 +11,10 @@ from shardplan.cli import app
 from shardplan.costmodel.job import Job
 from shardplan.costmodel.layout import parse_layout
 from shardplan.costmodel.model_config import load_model
+from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.runtime import load_runtime
 from shardplan.hw_profiles.load import load_cluster
+from shardplan.planner.no_degrees import fewer_gpus, why_forbidden, why_no_degrees
 from shardplan.planner.nothing_fits import NONE_DOES, what_would_fit
 from shardplan.planner.search import judge, search
 from shardplan.planner.space import parse_wishes
@@ -101,6 +103,64 @@ def test_what_no_rule_allows_says_what_to_change() -> None:
     (refused,) = document["rejections"]
     assert (refused["rule"], document["closest"]) == ("batch-divisible", None)
     assert refused["remedy"].startswith("use a global batch of")
+
+
+def at_gpus(cluster: str, gpus: int, batch: int, runtime: str = "shardplan") -> Setting:
+    return Setting(
+        model=load_model("llama-3-8b"),
+        job=Job(seq=8192, global_batch=batch, precision="bf16"),
+        cluster=load_cluster(cluster, gpus=gpus),
+        runtime=load_runtime(runtime),
+    )
+
+
+def test_degrees_that_no_number_divides_are_told_together_with_a_number_of_gpus_that_has_some() -> None:
+    """4,480 = 2^7 * 35: 35 stages are more than 32 layers, and neither the batch nor the heads take a 5. 17 * 256 GPUs are 17 stages."""
+    at = at_gpus("selene", 4480, 1024)
+    why = why_no_degrees(at, parse_wishes())
+    assert why is not None
+    for part in (
+        "4,480 (2^7*5*7)",
+        "dp=5 does not divide global_batch=1024",
+        "35*1 chunks, but only 32 layers",
+        "tp=5 does",
+    ):
+        assert part in why.detail, why.detail
+    assert why.remedy.startswith("use 4,352 GPUs")
+    assert why_no_degrees(at_gpus("selene", 4352, 1024), parse_wishes()) is None
+    assert search(model=at.model, job=at.job, cluster=at.cluster.with_gpus(4352), runtime=at.runtime).ranked is not None
+    assert why_no_degrees(at_gpus("selene", 4480, 4480), parse_wishes()) is None
+
+
+def test_a_number_below_is_searched_before_it_is_named() -> None:
+    """24 GPUs of tp=8 without a pipeline are dp=3, which does not divide the batch; 16 are dp=2."""
+    at, wishes = at_gpus("h100-ib", 24, 64), parse_wishes("tp=8 pp=1 cp=1")
+    why = why_no_degrees(at, wishes)
+    assert why is not None
+    assert "dp=3 does not divide global_batch=64" in why.detail
+    assert fewer_gpus(at, wishes) == 16
+    assert why.remedy.startswith("use 16 GPUs")
+
+
+def test_forbidden_words_that_leave_nothing_are_named() -> None:
+    """They were laid to the batch. tp=16 is no use: llama-3-8b has 8 heads of keys."""
+    at = at_gpus("h100-ib", 16, 64)
+    why = why_no_degrees(at, parse_wishes(forbid=[f"tp={tp}" for tp in (1, 2, 4, 8, 16)]))
+    assert why is not None
+    assert "tp=1, tp=2, tp=4, tp=8 are forbidden" in why.detail
+    assert "tp=16 does not divide kv_heads=8" in why.detail
+    assert "batch" not in f"{why.detail} {why.remedy}"
+    assert why.remedy == "drop one of --forbid tp=1, tp=2, tp=4, tp=8"
+    assert why_no_degrees(at, parse_wishes(forbid=["tp=1", "tp=2", "tp=4"])) is None
+
+
+def test_only_forbidden_words_that_matter_are_named() -> None:
+    at = at_gpus("h100-ib", 16, 64)
+    stages = [f"zero={stage}" for stage in range(4)]
+    why = why_forbidden(at, parse_wishes(forbid=["tp=1", *stages, "offload"]))
+    assert why is not None
+    assert why.detail == "no layout of 16 GPUs is left: zero=0, zero=1, zero=2, zero=3 are forbidden"
+    assert why_forbidden(at, parse_wishes(forbid=["zero=1"])) is None
 
 
 def test_no_remedy_is_printed_twice() -> None:

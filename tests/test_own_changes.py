@@ -15,9 +15,11 @@ from shardplan.costmodel.layout import parse_layout
 from shardplan.costmodel.model_config import load_model
 from shardplan.costmodel.runtime import load_runtime
 from shardplan.hw_profiles.load import load_cluster
+from shardplan.planner.explain import explain_layout
 from shardplan.planner.machines import with_gpus_changed
 from shardplan.planner.own_changes import MEMORY, MOST_TOLD, own_changes
-from shardplan.planner.search import judge
+from shardplan.planner.plan import Plan
+from shardplan.planner.search import judge, search
 from shardplan.planner.sensitivity import RATES, Question
 from shardplan.planner.space import Wishes
 
@@ -143,3 +145,44 @@ def test_explain_prints_the_table() -> None:
     assert printed.exit_code == 0, printed.output
     assert "One change, the rest of the layout kept: tokens/s/GPU" in printed.output
     assert "recompute=" in printed.output.split("One change")[1]
+
+
+def test_the_best_layout_is_compared_with_the_next_and_not_with_itself() -> None:
+    asked = {
+        "model": load_model("llama-3-8b"),
+        "job": Job(seq=4096, global_batch=64, precision="bf16"),
+        "cluster": load_cluster("h100-ib", gpus=8),
+        "runtime": load_runtime("megatron"),
+    }
+    found = search(**asked).ranked
+    assert found is not None
+    best = found.layouts.row(0)
+    own = judge(replace(best, dp_shard=best.dp_shard or best.dp), **asked)  # the same layout, said otherwise
+    assert isinstance(own, dict)
+    told = explain_layout(own, **asked)
+    assert told["notes"] == ["this layout is the best of the space"]
+    (following,) = told["runners_up"]
+    assert following["layout"] == told["search"]["ranked"][1]["layout"] != best.words()
+    assert following["difference_s"]
+
+
+def test_a_plans_own_layout_beside_it_is_called_that(tmp_path: Path) -> None:
+    path = str(tmp_path / "plan.json")
+    words = f"plan tiny --cluster h100-ib --gpus 2 --global-batch 8 --seq 256 -o {path}"
+    assert CliRunner().invoke(app, words.split()).exit_code == 0
+    own = Plan.read(path).layout
+    printed = CliRunner().invoke(app, ["explain", path, "--layout", own.words()])
+    assert printed.exit_code == 0
+    assert "this is the plan's own layout" in printed.output
+    against = [line for line in printed.output.splitlines() if line.startswith("against ")]
+    assert against
+    assert not any(line.startswith(f"against {own.words()},") for line in against)
+    other = CliRunner().invoke(app, ["explain", path, "--layout", "dp=1 tp=2"])
+    assert "the plan's own" not in other.output
+
+
+def test_headroom_is_said_to_be_of_host_memory_too() -> None:
+    """`Estimates.fits_below_gpu` keeps the same fraction of host memory and flash free."""
+    for command in ("plan", "estimate", "explain", "sweep"):
+        shown = " ".join(CliRunner().invoke(app, [command, "--help"]).output.replace("│", " ").split())
+        assert "host memory and flash" in shown, command

@@ -79,3 +79,59 @@ def test_a_fixed_schedule_asks_for_a_pipeline(call: Call, words: str, told: str)
     code, out, _ = call(*plan.split(), *words.split())
     assert code == 1
     assert told in " ".join(out.split())
+
+
+EDITS: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
+    (lambda plan: plan["job"].update(seq=128), "its job was edited"),
+    (lambda plan: plan["layout"].update(micro_batch=1), "its layout was edited"),
+    (lambda plan: plan["model"].update(vocab=512), "its model was edited"),
+    (lambda plan: plan["search"].update(headroom=0.5), "its GPUs, runtime or wishes were edited"),
+    (lambda plan: plan["prediction"]["time"].update(step_s=1.0), "its prediction was edited"),
+    (lambda plan: plan["rank_map"].update(ranks=4), "its rank map was edited"),
+]
+
+
+@pytest.mark.parametrize(("change", "told"), EDITS)
+def test_what_was_edited_since_the_plan_was_made_is_said(
+    call: Call, tmp_path: Path, change: Callable[[dict[str, Any]], Any], told: str
+) -> None:
+    """The prediction is of what stood there before: as with another runtime file, a note beside the answer and no refusal."""
+    whole, edited = tmp_path / "whole.json", tmp_path / "edited.json"
+    planned(call, whole)
+    plan = json.loads(whole.read_text())
+    change(plan)
+    edited.write_text(json.dumps(plan))
+    code, out, _ = call("explain", str(edited), "--json")
+    notes = json.loads(out)["notes"]
+    assert (code, notes[0].startswith(told), "plan again" in notes[0]) == (0, True, True), notes
+    assert not any("the cost model now says" in note for note in notes)
+    assert json.loads(call("explain", str(whole), "--json")[1])["notes"] == []
+    code, out, _ = call("diff", str(whole), str(edited), "--json")
+    assert (code, json.loads(out)["notes"]) == (0, [[], notes[:1]])
+
+
+def test_run_diff_report_and_a_layout_beside_it_name_the_edited_file(call: Call, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    planned(call, path)
+    plan = json.loads(path.read_text())
+    plan["job"]["seq"] = 128
+    path.write_text(json.dumps(plan))
+    told = "its job was edited since the plan was made"
+    assert f"{path}: {told}" in call("run", str(path))[2]
+    assert told in " ".join(call("diff", str(path), str(path))[1].split())
+    assert told in call("explain", str(path), "--layout", "dp=2 zero=1", "--json")[1]
+    assert call("report", str(path), "-o", str(tmp_path / "page"))[0] == 0
+    assert told in (tmp_path / "page" / "index.html").read_text()
+
+
+def test_files_of_older_versions_are_not_checked(call: Call, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    planned(call, path)
+    plan = json.loads(path.read_text())
+    plan["digests"] = {name: plan["digests"][name] for name in ("model", "cluster", "runtime")}
+    del plan["rank_map"]
+    plan["job"]["seq"] = 128
+    path.write_text(json.dumps(plan))
+    code, out, _ = call("explain", str(path), "--json")
+    assert code == 0
+    assert not any("edited" in note for note in json.loads(out)["notes"])

@@ -156,6 +156,16 @@ def test_a_sweep_is_a_search_at_every_point() -> None:
     assert slower["step_s"] > unchanged["step_s"]
 
 
+def test_a_number_of_gpus_without_layouts_says_what_excludes_them_and_which_number_has_some() -> None:
+    """It told the first candidate that a rule refused."""
+    job, cluster = Job(seq=4096, global_batch=64), load_cluster("h100-ib", gpus=8 * 35 * 2)
+    (row,) = sweep_of().rows(
+        Grid(machines=[(cluster, job)], global_batches=[64], seqs=[4096], gpus=(560,)),
+    )
+    for part in ("no dp*tp*pp*cp = 560 (2^4*5*7) is left", "dp=", "tp=", "layers", "GPUs, the nearest number below"):
+        assert part in row["reason"], row["reason"]
+
+
 def test_a_deadline_is_met_by_the_fewest_gpus() -> None:
     sweep, grid = sweep_of(), grid_of(tokens=1e11)
     every = [

@@ -40,6 +40,9 @@ def _print(document: Mapping[str, Any], before: str, after: str) -> None:
     from shardplan.planner.explain import TIME_WORDS
 
     console = make_console()
+    for path, notes in zip((before, after), document["notes"], strict=True):
+        for note in notes:
+            console.print(f"[yellow]{escape(path)}: {escape(note)}[/yellow]")
     if document["same"]:
         console.print("the plans are the same")
         return

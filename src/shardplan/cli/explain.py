@@ -149,6 +149,7 @@ def _of_plan(
 def _beside_plan(plan: Plan, words: str, watch: Watch) -> dict[str, Any]:
     from shardplan.cli.estimate import judged
     from shardplan.costmodel.estimates import DEFAULT_HEADROOM
+    from shardplan.costmodel.layout import layout_table, parse_layout
     from shardplan.costmodel.runtime import load_runtime
     from shardplan.hw_profiles.load import cluster_from_document
     from shardplan.planner.explain import explain_layout
@@ -160,7 +161,10 @@ def _beside_plan(plan: Plan, words: str, watch: Watch) -> dict[str, Any]:
         "runtime": load_runtime(plan.runtime),
         "headroom": float(plan.search.get("headroom", DEFAULT_HEADROOM)),
     }
-    return explain_layout(judged(words, **asked), **asked, watch=watch)
+    document = explain_layout(judged(words, **asked), **asked, watch=watch)
+    is_own = layout_table([parse_layout(words)]).row(0) == plan.layout
+    own = ["this is the plan's own layout"] if is_own else []
+    return {**document, "notes": [*plan.notes(), *own, *document["notes"]]}
 
 
 def _of_layout(

@@ -78,7 +78,13 @@ DocumentOption = Annotated[
 FixOption = Annotated[
     list[str] | None, typer.Option("--fix", help='Layout words to keep, for instance "tp=8 zero=1". Repeatable.')
 ]
-HeadroomOption = Annotated[float, typer.Option("--headroom", help="Fraction of GPU memory to keep free.")]
+HeadroomOption = Annotated[
+    float,
+    typer.Option(
+        "--headroom",
+        help="Fraction of GPU memory to keep free, and of host memory and flash where states are offloaded there.",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Write JSON and nothing else to stdout.")]
 
 

@@ -113,6 +113,8 @@ def run(
     from shardplan.planner.plan import Plan
 
     content = Plan.read(plan)
+    for note in content.notes():
+        print(f"shardplan: {plan}: {note}", file=sys.stderr)
     wanted = read_job(job, steps=steps) if job else None
     if find_spec("torch") is None:
         _refuse([{"rule": "torch", "detail": "running needs torch", "remedy": "install shardplan[run]"}], as_json)

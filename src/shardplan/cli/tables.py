@@ -306,14 +306,15 @@ def print_explanation(document: Mapping[str, Any]) -> None:
 
     for other in document["runners_up"]:
         longer = other["step_s"] / document["time"]["step_s"] - 1.0
+        parts = sorted(other["difference_s"].items(), key=lambda item: -abs(item[1]))
+        shown = [(part, seconds_more) for part, seconds_more in parts if abs(seconds_more) >= 5e-4 * other["step_s"]]
         console.print(
             f"\nagainst {escape(other['layout'])}, which takes {seconds(other['step_s'])} ({longer:+.1%}) and "
-            f"{gib(other['device_peak_bytes'])} GiB; what it takes more (+) or less (-) of:"
+            f"{gib(other['device_peak_bytes'])} GiB; {'what it takes more (+) or less (-) of:' if shown else 'every part takes as long'}"
         )
-        for part, difference in sorted(other["difference_s"].items(), key=lambda item: -abs(item[1])):
-            if abs(difference) >= 5e-4 * other["step_s"]:
-                sign = "+" if difference > 0 else "-"
-                console.print(f"    {sign}{seconds(abs(difference)):>8}  {TIME_WORDS[part]}")
+        for part, difference in shown:
+            sign = "+" if difference > 0 else "-"
+            console.print(f"    {sign}{seconds(abs(difference)):>8}  {TIME_WORDS[part]}")
     _print_changes(console, document)
     console.print()
     print_account(console, document["search"])
