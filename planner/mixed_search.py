@@ -1,7 +1,7 @@
 """Search on a mixed cluster: same tp, cp and dp on all stages, every stage on one kind of node, layers by what each kind can take.
 
 Layouts of the usual space are ranked as they are: with whole stages on each part where the ranks of a stage divide it, else at the pace
-of the slowest kind. Those with whole stages then get their layers cut exactly (`stages.cut_stages`), best bound first, with the parts in
+of the slowest kind. Those with whole stages then get their layers cut exactly (`stages.Cuttable`), best bound first, with the parts in
 every order. What treats all GPUs as the slowest is in the space, so that the best is never worse.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import permutations
 
 import numpy as np
@@ -41,12 +41,14 @@ from shardplan.planner.sift import Sifted, largest_first, sift, sift_space
 from shardplan.planner.space import Wishes
 from shardplan.planner.stage_options import Part, Wanted
 from shardplan.planner.stage_search import STRUCTURE, leaves_stages_open, wanted_of
-from shardplan.planner.stages import can_cut, cut_stages, mean_stage_seconds
+from shardplan.planner.stages import Cuttable, can_cut, mean_stage_seconds
 from shardplan.planner.watch import Watch
 
 FULL = RECOMPUTE.index("full")
-FIRST_CUT, AT_ONCE = 8, 512
-"""Layouts cut before bounds are looked at again: first, and four times as many each time up to."""
+FIRST_LOOKED_AT, AT_ONCE = 512, 2048
+"""Layouts whose stages are timed and weighed before bounds are looked at again: first, and each time after."""
+FIRST_CUT, MOST_CUT_AT_ONCE = 8, 128
+"""Of them, cut before bounds are looked at again: first, and twice as many each time up to."""
 MOST_CUT = 8192
 """Layouts cut in one order of the parts; where it is reached the search says so."""
 MOST_CUTS = 4
@@ -252,33 +254,64 @@ def _cut_ones(setting: Setting, staged: LayoutTable, wanted: Wanted, fastest: fl
     plain = plain.take(_have_room(setting, plain, wanted)) if len(plain) else plain
     bounds = _bounds(setting, plain)
     order = np.argsort(bounds, kind="stable")
-    at, size, found, uncut_s = 0, FIRST_CUT, list[Estimates](), np.inf
-    while at < len(order) and bounds[order[at]] < fastest:
-        if at >= MOST_CUT:
-            return found, False
+    cutting = _Cutting(setting=setting, wanted=wanted, fastest=fastest)
+    at, size = 0, FIRST_LOOKED_AT
+    while at < len(order) and bounds[order[at]] < cutting.fastest and cutting.count < MOST_CUT:
         some = order[at : at + size]
-        some = some[bounds[some] < fastest]
-        at, size = at + size, min(4 * size, AT_ONCE)
-        chosen = plain.take(some)
-        for alike in _alike(chosen, STRUCTURE):
-            rows = alike[bounds[some[alike]] < fastest]
-            if not len(rows):
+        some = some[bounds[some] < cutting.fastest]
+        at, size = at + size, AT_ONCE
+        cutting.look_at(plain.take(some), bounds[some])
+    return cutting.found, cutting.count < MOST_CUT and cutting.uncut_s >= cutting.fastest
+
+
+@dataclass(kw_only=True)
+class _Cutting:
+    """What was found so far in one order of the parts."""
+
+    setting: Setting
+    wanted: Wanted
+    fastest: float
+    """The quickest step that fits."""
+    found: list[Estimates] = field(default_factory=list[Estimates])
+    count: int = 0
+    """Layouts that were cut."""
+    uncut_s: float = np.inf
+    """The least bound of what is not cut exactly."""
+
+    def look_at(self, layouts: LayoutTable, bounds: FloatArray) -> None:
+        """Cut layouts, least bound first, once what their stages can hold in whole layers says more than `bounds` do."""
+        ready: list[Cuttable] = []
+        of, place = np.zeros(len(layouts), dtype=np.int64), np.zeros(len(layouts), dtype=np.int64)
+        least_s = np.full(len(layouts), np.inf)
+        for rows in _alike(layouts, STRUCTURE):
+            some = layouts.take(rows)
+            if not can_cut(self.setting.model, some.row(0)):
+                self.uncut_s = min(self.uncut_s, float(bounds[rows].min()))
                 continue
-            least_s = bounds[some[rows]]
-            if not can_cut(setting.model, chosen.row(int(rows[0]))):
-                uncut_s = min(uncut_s, float(least_s.min()))
-                continue
-            cuts = cut_stages(_parts(setting, chosen.take(rows)), wanted, fastest - least_s)
-            unsure_s = least_s + np.asarray([one.unsure_s(setting) for one in cuts])
-            uncut_s = min(uncut_s, float(unsure_s.min()))
-            cut = _valid(setting, [one for each in cuts for one in each.layouts])
-            if cut is None:
-                continue
-            its = _on_parts(setting, cut)
-            found.append(its)
-            fit = its.fits(wanted.headroom)
-            fastest = min(fastest, float(its.step_s[fit].min()) if fit.any() else np.inf)
-    return found, uncut_s >= fastest
+            found = Cuttable.of(_parts(self.setting, some), self.wanted, self.fastest - bounds[rows])
+            if found is not None:
+                of[rows], place[rows] = len(ready), np.arange(len(rows))
+                least_s[rows] = bounds[rows] + found.more_s
+                ready.append(found)
+        order = np.argsort(least_s, kind="stable")
+        at, size = 0, FIRST_CUT
+        while at < len(order) and least_s[order[at]] < self.fastest and self.count < MOST_CUT:
+            chosen = order[at : at + size]
+            chosen = chosen[least_s[chosen] < self.fastest]
+            at, size, self.count = at + size, min(2 * size, MOST_CUT_AT_ONCE), self.count + len(chosen)
+            cut = [ready[of[row]].cuts(int(place[row]), self.fastest - float(bounds[row])) for row in chosen]
+            unsure_s = bounds[chosen] + np.asarray([one.unsure_s(self.setting) for one in cut])
+            self.uncut_s = min(self.uncut_s, float(unsure_s.min()))
+            self._keep([one for each in cut for one in each.layouts])
+
+    def _keep(self, cut: list[Layout]) -> None:
+        """Estimate layouts with cut stages that no rule refuses."""
+        table = _valid(self.setting, cut)
+        for rows in _alike(table, ("pp",)) if table is not None else ():
+            its = _on_parts(self.setting, table.take(rows))
+            self.found.append(its)
+            fit = its.fits(self.wanted.headroom)
+            self.fastest = min(self.fastest, float(its.step_s[fit].min()) if fit.any() else np.inf)
 
 
 def _have_room(setting: Setting, table: LayoutTable, wanted: Wanted) -> NDArray[np.bool_]:
@@ -311,16 +344,17 @@ def _valid(setting: Setting, cut: list[Layout]) -> LayoutTable | None:
 
 def _bounds(setting: Setting, table: LayoutTable) -> FloatArray:
     """Step seconds, (N,), that layers shared out by speed leave: every stage as long as any other, all exchanges hidden that can be,
-    what else a step takes as on the kind of node that takes least."""
+    transfers between stages as on the kind of node where they take most, what else a step takes as on that where it takes least."""
     bounds = np.full(len(table), np.inf)
     for rows in _alike(table, ("pp",)):
         some = table.take(rows)
         parts = _parts(setting, some)
         peak, fill = pipeline_weights(parts[0].setting, some)
-        rest: list[FloatArray] = []
+        rest, transfers = list[FloatArray](), list[FloatArray]()
         for part in parts:
-            alone = on_mean_stage(part.setting, some, hides_all=True).step_s
-            rest.append(alone - (peak + fill * some.pp) * part.trials.mean_seconds())
+            alone = on_mean_stage(part.setting, some, hides_all=True)
+            transfers.append(alone.time["pp_exposed_s"])
+            rest.append(alone.step_s - transfers[-1] - (peak + fill * some.pp) * part.trials.mean_seconds())
         least_s, mean_s = mean_stage_seconds(parts)
-        bounds[rows] = peak * mean_s + fill * some.pp * least_s + np.min(rest, axis=0)
+        bounds[rows] = peak * mean_s + fill * some.pp * least_s + np.max(transfers, axis=0) + np.min(rest, axis=0)
     return bounds
