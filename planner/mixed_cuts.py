@@ -26,7 +26,7 @@ from shardplan.planner.stage_options import Part, Wanted
 from shardplan.planner.stage_search import STRUCTURE
 from shardplan.planner.stages import Cuttable, can_cut, mean_stage_seconds
 
-FULL = RECOMPUTE.index("full")
+NONE, FULL = RECOMPUTE.index("none"), RECOMPUTE.index("full")
 FIRST_LOOKED_AT, AT_ONCE = 64, 2048
 """Layouts whose stages are timed and weighed before bounds are looked at again: first, and four times as many each time up to."""
 FIRST_CUT, MOST_CUT_AT_ONCE = 8, 128
@@ -83,6 +83,8 @@ class Candidates:
     layouts: LayoutTable
     bounds: FloatArray
     """`_bounds` of their steps, (N,)."""
+    least_s: FloatArray
+    """The same once as many layers are recomputed as memory asks for, (N,)."""
     trials: Mapping[str, StageTrials]
     """By name of the part."""
 
@@ -95,12 +97,11 @@ class Candidates:
         )
         plain = plain.take(_have_room(setting, plain, wanted)) if len(plain) else plain
         if not len(plain):
-            return Candidates(layouts=plain, bounds=np.zeros(0), trials={})
+            return Candidates(layouts=plain, bounds=np.zeros(0), least_s=np.zeros(0), trials={})
         names = [part.name for part in setting.cluster.parts]
         trials = [StageTrials.of(part, plain) for part in part_settings(setting)]
-        return Candidates(
-            layouts=plain, bounds=_bounds(setting, plain, trials), trials=dict(zip(names, trials, strict=True))
-        )
+        bounds, least_s = _bounds(setting, plain, wanted, trials)
+        return Candidates(layouts=plain, bounds=bounds, least_s=least_s, trials=dict(zip(names, trials, strict=True)))
 
     def parts(self, setting: Setting, rows: IntArray) -> list[Part]:
         """The parts with the stages of the layouts at `rows`, of the same pp."""
@@ -112,14 +113,14 @@ class Candidates:
 def cut_ones(setting: Setting, candidates: Candidates, wanted: Wanted, fastest: float) -> tuple[list[Estimates], bool]:
     """(estimates of the layouts with the best cuts, most hopeful first, until no bound is below the fastest; whether it came to that, with
     no bound below the fastest of what is not cut exactly)."""
-    bounds = candidates.bounds
-    order = np.argsort(bounds, kind="stable")
+    least_s = candidates.least_s
+    order = np.argsort(least_s, kind="stable")
     cutting = _Cutting(setting=setting, candidates=candidates, wanted=wanted, fastest=fastest)
     at, size = 0, FIRST_LOOKED_AT
-    while at < len(order) and bounds[order[at]] < cutting.fastest and cutting.count < MOST_CUT:
+    while at < len(order) and least_s[order[at]] < cutting.fastest and cutting.count < MOST_CUT:
         some = order[at : at + size]
         at, size = at + size, min(4 * size, AT_ONCE)
-        cutting.look_at(some[bounds[some] < cutting.fastest])
+        cutting.look_at(some[least_s[some] < cutting.fastest])
     return cutting.found, cutting.count < MOST_CUT and cutting.uncut_s >= cutting.fastest
 
 
@@ -176,11 +177,15 @@ class _Cutting:
 
 
 def _have_room(setting: Setting, table: LayoutTable, wanted: Wanted) -> NDArray[np.bool_]:
-    """Rows whose states and, recomputing every layer, activations would fit if they were spread evenly over GPUs of the largest kind."""
-    parts = part_settings(setting)
-    least = [Room(setting=one, wanted=wanted).least_bytes(table) for one in parts]
-    usable = max(one.cluster.gpu.memory_bytes for one in parts) * (1.0 - wanted.headroom)
-    return np.min(least, axis=0) * (1.0 + memory_band(setting.cluster)) <= usable
+    """Rows whose states and, recomputing every layer, activations would fit if they were shared out by the memory of the GPUs."""
+    least = [Room(setting=one, wanted=wanted).least_bytes(table) for one in part_settings(setting)]
+    return np.min(least, axis=0) <= _usable_bytes(setting, wanted)
+
+
+def _usable_bytes(setting: Setting, wanted: Wanted) -> float:
+    """Bytes of memory that a stage may be predicted to need, on average of all GPUs."""
+    total = sum(part.gpus * part.gpu.memory_bytes for part in setting.cluster.parts)
+    return total / setting.cluster.gpus * (1.0 - wanted.headroom) / (1.0 + memory_band(setting.cluster))
 
 
 def _parts(setting: Setting, layouts: LayoutTable, trials: Sequence[StageTrials], rows: IntArray) -> list[Part]:
@@ -203,9 +208,12 @@ def _valid(setting: Setting, cut: list[Layout]) -> LayoutTable | None:
     return found if len(found) else None
 
 
-def _bounds(setting: Setting, table: LayoutTable, trials: Sequence[StageTrials]) -> FloatArray:
-    """Step seconds, (N,), that layers shared out by speed leave: every stage as long as any other, all exchanges hidden that can be,
-    transfers between stages as on the kind of node where they take most, what else a step takes as on that where it takes least."""
+def _bounds(
+    setting: Setting, table: LayoutTable, wanted: Wanted, trials: Sequence[StageTrials]
+) -> tuple[FloatArray, FloatArray]:
+    """(step seconds, (N,), that layers shared out by speed leave: every stage as long as any other, all exchanges hidden that can be,
+    transfers between stages as on the kind of node where they take most, what else a step takes as on that where it takes least; the
+    same with `_recomputing`)."""
     settings = part_settings(setting)
     peak, fill = pipeline_weights(settings[0], table)
     alone = [on_mean_stage(part, table, hides_all=True) for part in settings]
@@ -214,9 +222,31 @@ def _bounds(setting: Setting, table: LayoutTable, trials: Sequence[StageTrials])
         one.step_s - moved - (peak + fill * table.pp) * tried.mean_seconds()
         for one, moved, tried in zip(alone, transfers, trials, strict=True)
     ]
-    bounds = np.max(transfers, axis=0) + np.min(rest, axis=0)
+    bounds, mean_s = np.max(transfers, axis=0) + np.min(rest, axis=0), np.zeros(len(table))
     for rows in _alike(table, ("pp",)):
         parts = _parts(setting, table, [tried.take(rows) for tried in trials], rows)
-        least_s, mean_s = mean_stage_seconds(parts)
-        bounds[rows] += peak[rows] * mean_s + fill[rows] * table.pp[rows] * least_s
-    return bounds
+        least_s, mean_s[rows] = mean_stage_seconds(parts)
+        bounds[rows] += peak[rows] * mean_s[rows] + fill[rows] * table.pp[rows] * least_s
+    needed = np.min([one.device_peak_bytes for one in alone], axis=0)
+    return bounds, bounds + peak * mean_s * _recomputing(setting, table, wanted, needed, trials)
+
+
+def _recomputing(
+    setting: Setting, table: LayoutTable, wanted: Wanted, needed: FloatArray, trials: Sequence[StageTrials]
+) -> FloatArray:
+    """How many times as long as without recompute the slowest stage takes longer at least, (N,), once so many layers are recomputed that
+    the GPUs together hold all; infinite where they never do. `needed` bytes a stage has on average.
+
+    See `cut_bounds.recomputing_mean_s`; layers may be recomputed where that costs least, and held where memory is.
+    """
+    longer, usable = np.zeros(len(table)), _usable_bytes(setting, wanted)
+    at = np.flatnonzero((needed > usable) & (table.recompute == NONE))
+    if len(setting.model.runs) > 1 or not wanted.partial_recompute or not len(at):
+        return longer
+    some = [tried.take(at) for tried in trials]
+    saved = np.max([tried.mean_saving_bytes() for tried in some], axis=0)
+    share = (needed[at] - usable) / np.maximum(saved, 1.0)
+    every = np.ones(len(at))
+    cost = np.min([tried.mean_seconds(every) / tried.mean_seconds() - 1.0 for tried in some], axis=0)
+    longer[at] = np.where(share > 1.0, np.inf, share * np.maximum(cost, 0.0))
+    return longer
