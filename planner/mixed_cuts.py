@@ -169,7 +169,9 @@ class _Cutting:
     def _keep(self, cut: list[Layout]) -> None:
         """Estimate layouts with cut stages that no rule refuses."""
         table = _valid(self.setting, cut)
-        for rows in _alike(table, ("pp",)) if table is not None else ():
+        if table is None:
+            return
+        for rows in _alike(table, ("pp",)):
             its = _on_parts(self.setting, table.take(rows))
             self.found.append(its)
             fit = its.fits(self.wanted.headroom)
