@@ -29,7 +29,7 @@ from shardplan.planner.stages import Cuttable, can_cut, mean_stage_seconds
 NONE, FULL = RECOMPUTE.index("none"), RECOMPUTE.index("full")
 FIRST_LOOKED_AT, AT_ONCE = 64, 2048
 """Layouts whose stages are timed and weighed before bounds are looked at again: first, and four times as many each time up to."""
-FIRST_CUT, MOST_CUT_AT_ONCE = 8, 128
+FIRST_CUT, MOST_CUT_AT_ONCE = 8, 256
 """Of them, cut before bounds are looked at again: first, and twice as many each time up to."""
 MOST_CUT = 8192
 """Layouts cut in one order of the parts; where it is reached the search says so."""
@@ -136,6 +136,8 @@ class _Cutting:
     found: list[Estimates] = field(default_factory=list[Estimates])
     count: int = 0
     """Layouts that were cut."""
+    size: int = FIRST_CUT
+    """Layouts to cut next before bounds are looked at again."""
     uncut_s: float = np.inf
     """The least bound of what is not cut exactly."""
 
@@ -156,11 +158,11 @@ class _Cutting:
                 least_s[rows] = bounds[rows] + found.more_s
                 ready.append(found)
         order = np.argsort(least_s, kind="stable")
-        at, size = 0, FIRST_CUT
+        at = 0
         while at < len(order) and least_s[order[at]] < self.fastest and self.count < MOST_CUT:
-            chosen = order[at : at + size]
+            chosen = order[at : at + self.size]
             chosen = chosen[least_s[chosen] < self.fastest]
-            at, size, self.count = at + size, min(2 * size, MOST_CUT_AT_ONCE), self.count + len(chosen)
+            at, self.size, self.count = at + self.size, min(2 * self.size, MOST_CUT_AT_ONCE), self.count + len(chosen)
             cut = [ready[of[row]].cuts(int(place[row]), self.fastest - float(bounds[row])) for row in chosen]
             unsure_s = bounds[chosen] + np.asarray([one.unsure_s(self.setting) for one in cut])
             self.uncut_s = min(self.uncut_s, float(unsure_s.min()))

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import permutations
 
 import numpy as np
 
 from shardplan.costmodel.estimates import Estimates
-from shardplan.costmodel.layout import LayoutTable, layout_table
+from shardplan.costmodel.keys import unique_keys
+from shardplan.costmodel.layout import COLUMNS, LayoutTable, layout_table
 from shardplan.costmodel.layout_join import stacked
-from shardplan.costmodel.mixed import estimate_spread, part_settings
+from shardplan.costmodel.mixed import part_settings
 from shardplan.costmodel.rule import Setting
 from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.machine import Cluster
@@ -32,7 +33,6 @@ from shardplan.planner.placement import open_orders
 from shardplan.planner.ranking import Objective, SearchResult, order_of
 from shardplan.planner.sift import Sifted, largest_first, sift, sift_space
 from shardplan.planner.space import Wishes
-from shardplan.planner.stage_options import Wanted
 from shardplan.planner.stage_search import leaves_stages_open, wanted_of
 from shardplan.planner.watch import Watch
 
@@ -58,41 +58,23 @@ def search_mixed(setting: Setting, wishes: Wishes, objective: Objective, headroo
     parts = part_settings(setting)
     sifted = Sifted()
     sift_space(parts[0], wishes, sifted, watch)
-    refused, seeds = sifted.refused, _best_alone(parts, wishes, objective, headroom, watch)
-    known = estimate_spread(setting, seeds) if len(seeds) else None
-    fits = known is not None and known.fits(headroom).any()
-    fastest = float(known.step_s[known.fits(headroom)].min()) if known is not None and fits else np.inf
-    written, slower, all_written = _written_out(parts, wishes, sifted, np.inf if objective == "memory" else fastest)
-    slower += sifted.outdone
-    valid = stacked([sifted.valid(wishes), written])
+    refused, space = sifted.refused, _Space(setting=setting, wishes=wishes, objective=objective, headroom=headroom)
+    first = sifted.valid(wishes)
     for part in parts[1:]:
-        valid = sift(part, valid, refused)
-    tables = [valid, seeds]
-    for part in parts if len(valid) else ():
-        alone = estimated(part, valid)
-        tables += [one.layouts for one in turn_knobs(part, [alone], wishes, headroom).found]
-    table = stacked(tables)
-    best: tuple[Setting, Estimates] | None = None
-    closest: Estimates | None = None
-    cluster, compared, all_cut = setting.cluster, 0, True
-    wanted = replace(wanted_of(setting, wishes, headroom), most_cuts=MOST_CUTS)
-    to_cut = len(table) and leaves_stages_open(setting, wishes)
-    candidates = Candidates.of(setting, table, wanted) if to_cut else None
-    for order in orders(setting.cluster) if len(table) else ():
-        ordered = replace(setting, cluster=in_order(setting.cluster, order))
-        so_far = float(best[1].step_s.min()) if best else np.inf
-        found, every = _on(ordered, table, candidates, wanted, so_far)
-        all_cut &= every
-        compared += len(found)
-        rows = order_of(found, np.flatnonzero(found.fits(headroom)), objective)
-        if len(rows) and (best is None or _ahead(found, int(rows[0]), best[1], objective)):
-            best, cluster = (ordered, found.take(rows)), ordered.cluster
-        if closest is None:
-            full = found.device_peak_bytes / found.capacities
-            closest = found.take(np.asarray([int(full.argmin())]))
+        first = sift(part, first, refused)
+    space.add(space.with_knobs(first))
+    watch.phase("looking", 0.4, sifted.looked_at)
+    written, slower, all_written = _written_out(parts, wishes, sifted, space.below_s())
+    slower += sifted.outdone
+    for part in parts[1:]:
+        written = sift(part, written, refused)
+    seeds = _best_alone(parts, wishes, objective, headroom, space.below_s(), watch)
+    space.add(stacked([space.with_knobs(written), seeds]))
+    best, closest = space.best(), space.closest()
+    cluster = best[0].cluster if best else setting.cluster
     ranked = best[1] if best else None
     bounded = (
-        all_cut
+        space.all_cut
         and all_written
         and len(open_orders(setting, wishes)) < 2
         and not any((*knobs_of(parts[0], wishes), *named_recompute(parts[0], wishes)))
@@ -101,10 +83,10 @@ def search_mixed(setting: Setting, wishes: Wishes, objective: Objective, headroo
         cluster=cluster,
         ranked=ranked,
         closest=None if ranked is not None else closest,
-        looked_at=sum(one.count for one in refused.values()) + slower + compared,
+        looked_at=sum(one.count for one in refused.values()) + slower + space.compared,
         refused=largest_first(refused),
         slower=slower,
-        does_not_fit=compared - (len(ranked) if ranked is not None else 0),
+        does_not_fit=space.compared - (len(ranked) if ranked is not None else 0),
         refined=0,
         placement=None,
         proved=bounded,
@@ -118,13 +100,14 @@ SEEDS = 64
 
 
 def _best_alone(
-    parts: Sequence[Setting], wishes: Wishes, objective: Objective, headroom: float, watch: Watch
+    parts: Sequence[Setting], wishes: Wishes, objective: Objective, headroom: float, below_s: float, watch: Watch
 ) -> LayoutTable:
-    """The best layouts on clusters of each kind of node alone that no rule refuses on any."""
+    """The best layouts on clusters of each kind of node alone that no rule refuses on any. What takes longer there than `below_s` does
+    on the mixed cluster, too, and may be left out."""
     tables = [layout_table([wishes.fixed]).slice(0, 0)]
-    for part in parts:
-        ranked = search_one_size(part, wishes, objective, headroom, Watch()).ranked
-        watch.phase("looking", 0.1, 0)
+    for at, part in enumerate(parts, start=1):
+        ranked = search_one_size(part, wishes, objective, headroom, Watch(), below_s=below_s).ranked
+        watch.phase("looking", 0.4 + 0.5 * at / len(parts), 0)
         if ranked is not None:
             tables.append(ranked.layouts.slice(0, SEEDS))
     found = stacked(tables)
@@ -181,15 +164,78 @@ def _ahead(found: Estimates, row: int, best: Estimates, objective: Objective) ->
     return float(found.step_s[row]) < float(best.step_s[0]) * (1.0 - 1e-9)
 
 
-def _on(
-    setting: Setting, table: LayoutTable, candidates: Candidates | None, wanted: Wanted, so_far: float
-) -> tuple[Estimates, bool]:
-    """(estimates of all layouts on the parts in their order, and of the candidates with cut stages that could be faster than `so_far`;
-    whether none of these was left out)."""
-    known = estimated_on_parts(setting, table)
-    fits = known.fits(wanted.headroom)
-    fastest = min(so_far, float(known.step_s[fits].min()) if fits.any() else np.inf)
-    if candidates is None:
-        return known, True
-    cut, every = cut_ones(setting, candidates, wanted, fastest)
-    return together([known, *cut]), every
+@dataclass(kw_only=True)
+class _Space:
+    """What was looked at on the parts in every order."""
+
+    setting: Setting
+    wishes: Wishes
+    objective: Objective
+    headroom: float
+    found: list[tuple[Setting, list[Estimates]]] = field(default_factory=list[tuple[Setting, list[Estimates]]])
+    """By order, with the cluster in it."""
+    compared: int = 0
+    all_cut: bool = True
+    fastest: float = np.inf
+    """The quickest step that fits."""
+    alone_s: list[float] = field(default_factory=list[float])
+    """The quickest step that fits on nodes of each kind alone, of what had knobs turned."""
+
+    def below_s(self) -> float:
+        """Seconds that a step of interest stays below."""
+        return np.inf if self.objective == "memory" else self.fastest
+
+    def with_knobs(self, layouts: LayoutTable) -> LayoutTable:
+        """The layouts, and what knobs make of them on nodes of each kind alone."""
+        parts, tables = part_settings(self.setting), [layouts]
+        self.alone_s = self.alone_s or [np.inf] * len(parts)
+        for at, part in enumerate(parts) if len(layouts) else ():
+            turned = turn_knobs(part, [estimated(part, layouts)], self.wishes, self.headroom, fastest=self.alone_s[at])
+            self.alone_s[at] = turned.best_s
+            tables += [one.layouts for one in turned.found]
+        return stacked(tables)
+
+    def add(self, table: LayoutTable) -> None:
+        """Estimate layouts in every order of the parts, and cut the stages of those that could be the fastest."""
+        if not len(table):
+            return
+        first, _ = unique_keys(*(getattr(table, name) for name in COLUMNS))
+        table = table.take(np.sort(first))
+        wanted = replace(wanted_of(self.setting, self.wishes, self.headroom), most_cuts=MOST_CUTS)
+        to_cut = leaves_stages_open(self.setting, self.wishes)
+        candidates = Candidates.of(self.setting, table, wanted) if to_cut else None
+        cluster = self.setting.cluster
+        for order in () if self.found else orders(cluster):
+            self.found.append((replace(self.setting, cluster=in_order(cluster, order)), []))
+        for ordered, estimates in self.found:
+            known = [estimated_on_parts(ordered, table)]
+            self._keep(known)
+            if candidates is not None:
+                cut, every = cut_ones(ordered, candidates, wanted, self.fastest)
+                self.all_cut &= every
+                self._keep(cut)
+                known += cut
+            estimates.extend(known)
+
+    def _keep(self, found: Sequence[Estimates]) -> None:
+        self.compared += sum(map(len, found))
+        steps = (float(np.min(one.step_s, where=one.fits(self.headroom), initial=np.inf)) for one in found)
+        self.fastest = min((self.fastest, *steps))
+
+    def best(self) -> tuple[Setting, Estimates] | None:
+        """The order whose best is best, and the ranking in it; None where nothing fits."""
+        best: tuple[Setting, Estimates] | None = None
+        for ordered, estimates in self.found:
+            found = together(estimates)
+            rows = order_of(found, np.flatnonzero(found.fits(self.headroom)), self.objective)
+            if len(rows) and (best is None or _ahead(found, int(rows[0]), best[1], self.objective)):
+                best = (ordered, found.take(rows))
+        return best
+
+    def closest(self) -> Estimates | None:
+        """The layout that fills its memory least, in the first order; None where there is none."""
+        if not self.found:
+            return None
+        found = together(self.found[0][1])
+        full = found.device_peak_bytes / found.capacities
+        return found.take(np.asarray([int(full.argmin())]))
