@@ -23,6 +23,7 @@ from shardplan.costmodel.estimates import Estimates
 from shardplan.costmodel.keys import LazyColumns
 from shardplan.costmodel.layout import Layout, LayoutTable, layout_table
 from shardplan.costmodel.pace import backward_split, bubble_s
+from shardplan.costmodel.row_keys import row_keys
 from shardplan.costmodel.rule import Rejection, Setting
 from shardplan.costmodel.rule_parts import micro_batches
 from shardplan.costmodel.rules import rejections
@@ -119,16 +120,18 @@ def estimate_staged(setting: Setting, layouts: LayoutTable, stages: Sequence[int
     parts, ends = part_settings(setting), np.cumsum(stages)
     slices = [slice(int(end) - count, int(end)) for end, count in zip(ends, stages, strict=True)]
     found = [on_stages(part, layouts, some) for part, some in zip(parts, slices, strict=True)]
-    seconds = np.concatenate(
-        [stage_times(part, layouts)[0][:, some] for part, some in zip(parts, slices, strict=True)], axis=1
-    )
-    recomputed = stage_times(parts[0], layouts)[1].sum(axis=1) / setting.model.layer_count
-    slowest = np.asarray(np.searchsorted(ends, seconds.argmax(axis=1), side="right"), dtype=np.int64)
+    keys = row_keys(layouts, setting.runtime.communication, setting.job.global_batch)
+    pace = keys.pace
+    each = [stage_times(part, pace) for part in parts]
+    seconds = np.concatenate([one[0][:, some] for one, some in zip(each, slices, strict=True)], axis=1)
+    recomputed = each[0][1].sum(axis=1) / setting.model.layer_count
+    slowest = np.asarray(np.searchsorted(ends, seconds.argmax(axis=1), side="right"), dtype=np.int64).take(keys.pace_of)
     time = _times(found, slowest)
-    batches = micro_batches(setting, layouts)
-    passes = backward_split(prepared(parts[0]), layouts, recomputed, batches)
-    chunks = stage_rows(setting.model, layouts, setting.runtime, every_stage=True).chunks
-    time["bubble_s"] = bubble_s(layouts, batches, passes, chunks, seconds.sum(axis=1), seconds.max(axis=1))
+    batches = micro_batches(setting, pace)
+    passes = backward_split(prepared(parts[0]), pace, recomputed, batches)
+    chunks = stage_rows(setting.model, pace, setting.runtime, every_stage=True).chunks
+    bubble = bubble_s(pace, batches, passes, chunks, seconds.sum(axis=1), seconds.max(axis=1))
+    time["bubble_s"] = bubble.take(keys.pace_of)
     fullest = np.stack([one.peaks["device"] / one.capacity_bytes for one in found]).argmax(axis=0)
     lead = found[0]
     return replace(

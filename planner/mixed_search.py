@@ -1,7 +1,7 @@
 """Search on a mixed cluster: same tp, cp and dp on all stages, every stage on one kind of node, layers by what each kind can take.
 
 Layouts of the usual space are ranked as they are: with whole stages on each part where the ranks of a stage divide it, else at the pace
-of the slowest kind. Those with whole stages then get their layers cut exactly (`stages.cut_stages`), best bound first, with the parts in
+of the slowest kind. Those with whole stages then get their layers cut exactly (`stages.Cuttable`), best bound first, with the parts in
 every order. What treats all GPUs as the slowest is in the space, so that the best is never worse.
 """
 
@@ -9,49 +9,35 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import permutations
 
 import numpy as np
-from numpy.typing import NDArray
 
-from shardplan.costmodel.error_band import memory_band
-from shardplan.costmodel.estimate import on_mean_stage
-from shardplan.costmodel.estimates import Estimates, joined
+from shardplan.costmodel.estimates import Estimates
 from shardplan.costmodel.keys import unique_keys
-from shardplan.costmodel.layout import Layout, LayoutTable, layout_table
+from shardplan.costmodel.layout import COLUMNS, LayoutTable, layout_table
 from shardplan.costmodel.layout_join import stacked
-from shardplan.costmodel.mixed import estimate_spread, estimate_staged, part_settings, stages_on_parts
-from shardplan.costmodel.pipeline_weights import pipeline_weights
-from shardplan.costmodel.recompute import RECOMPUTE
+from shardplan.costmodel.mixed import part_settings
 from shardplan.costmodel.rule import Setting
-from shardplan.costmodel.stage_trials import StageTrials
 from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.machine import Cluster
 from shardplan.hw_profiles.mixed import in_order
 from shardplan.planner.at_setting import estimated, unbroken
 from shardplan.planner.context_search import MOST_WRITTEN, least_s_of
-from shardplan.planner.cut_room import Room
 from shardplan.planner.factors import Factors
 from shardplan.planner.knobs import knobs_of, named_recompute, turn_knobs
+from shardplan.planner.mixed_cuts import Candidates, cut_ones, estimated_on_parts, together
 from shardplan.planner.one_size import search_one_size
 from shardplan.planner.placement import open_orders
 from shardplan.planner.ranking import Objective, SearchResult, order_of
 from shardplan.planner.sift import Sifted, largest_first, sift, sift_space
 from shardplan.planner.space import Wishes
-from shardplan.planner.stage_options import Part, Wanted
-from shardplan.planner.stage_search import STRUCTURE, leaves_stages_open, wanted_of
-from shardplan.planner.stages import can_cut, cut_stages, mean_stage_seconds
+from shardplan.planner.stage_search import leaves_stages_open, wanted_of
 from shardplan.planner.watch import Watch
 
-FULL = RECOMPUTE.index("full")
-FIRST_CUT, AT_ONCE = 8, 512
-"""Layouts cut before bounds are looked at again: first, and four times as many each time up to."""
-MOST_CUT = 8192
-"""Layouts cut in one order of the parts; where it is reached the search says so."""
 MOST_CUTS = 4
 """Of one layout."""
-FloatArray = NDArray[np.float64]
 
 
 def search_mixed(setting: Setting, wishes: Wishes, objective: Objective, headroom: float, watch: Watch) -> SearchResult:
@@ -72,38 +58,23 @@ def search_mixed(setting: Setting, wishes: Wishes, objective: Objective, headroo
     parts = part_settings(setting)
     sifted = Sifted()
     sift_space(parts[0], wishes, sifted, watch)
-    refused, seeds = sifted.refused, _best_alone(parts, wishes, objective, headroom, watch)
-    known = estimate_spread(setting, seeds) if len(seeds) else None
-    fits = known is not None and known.fits(headroom).any()
-    fastest = float(known.step_s[known.fits(headroom)].min()) if known is not None and fits else np.inf
-    written, slower, all_written = _written_out(parts, wishes, sifted, np.inf if objective == "memory" else fastest)
-    slower += sifted.outdone
-    valid = stacked([sifted.valid(wishes), written])
+    refused, space = sifted.refused, _Space(setting=setting, wishes=wishes, objective=objective, headroom=headroom)
+    first = sifted.valid(wishes)
     for part in parts[1:]:
-        valid = sift(part, valid, refused)
-    tables = [valid, seeds]
-    for part in parts if len(valid) else ():
-        alone = estimated(part, valid)
-        tables += [one.layouts for one in turn_knobs(part, [alone], wishes, headroom).found]
-    table = stacked(tables)
-    best: tuple[Setting, Estimates] | None = None
-    closest: Estimates | None = None
-    cluster, compared, all_cut = setting.cluster, 0, True
-    for order in orders(setting.cluster) if len(table) else ():
-        ordered = replace(setting, cluster=in_order(setting.cluster, order))
-        so_far = float(best[1].step_s.min()) if best else np.inf
-        found, every = _on(ordered, table, wishes, headroom, so_far)
-        all_cut &= every
-        compared += len(found)
-        rows = order_of(found, np.flatnonzero(found.fits(headroom)), objective)
-        if len(rows) and (best is None or _ahead(found, int(rows[0]), best[1], objective)):
-            best, cluster = (ordered, found.take(rows)), ordered.cluster
-        if closest is None:
-            full = found.device_peak_bytes / found.capacities
-            closest = found.take(np.asarray([int(full.argmin())]))
+        first = sift(part, first, refused)
+    space.add(space.with_knobs(first))
+    watch.phase("looking", 0.4, sifted.looked_at)
+    written, slower, all_written = _written_out(parts, wishes, sifted, space.below_s())
+    slower += sifted.outdone
+    for part in parts[1:]:
+        written = sift(part, written, refused)
+    seeds = _best_alone(parts, wishes, objective, headroom, space.below_s(), watch)
+    space.add(stacked([space.with_knobs(written), seeds]))
+    best, closest = space.best(), space.closest()
+    cluster = best[0].cluster if best else setting.cluster
     ranked = best[1] if best else None
     bounded = (
-        all_cut
+        space.all_cut
         and all_written
         and len(open_orders(setting, wishes)) < 2
         and not any((*knobs_of(parts[0], wishes), *named_recompute(parts[0], wishes)))
@@ -112,10 +83,10 @@ def search_mixed(setting: Setting, wishes: Wishes, objective: Objective, headroo
         cluster=cluster,
         ranked=ranked,
         closest=None if ranked is not None else closest,
-        looked_at=sum(one.count for one in refused.values()) + slower + compared,
+        looked_at=sum(one.count for one in refused.values()) + slower + space.compared,
         refused=largest_first(refused),
         slower=slower,
-        does_not_fit=compared - (len(ranked) if ranked is not None else 0),
+        does_not_fit=space.compared - (len(ranked) if ranked is not None else 0),
         refined=0,
         placement=None,
         proved=bounded,
@@ -129,13 +100,14 @@ SEEDS = 64
 
 
 def _best_alone(
-    parts: Sequence[Setting], wishes: Wishes, objective: Objective, headroom: float, watch: Watch
+    parts: Sequence[Setting], wishes: Wishes, objective: Objective, headroom: float, below_s: float, watch: Watch
 ) -> LayoutTable:
-    """The best layouts on clusters of each kind of node alone that no rule refuses on any."""
+    """The best layouts on clusters of each kind of node alone that no rule refuses on any. What takes longer there than `below_s` does
+    on the mixed cluster, too, and may be left out."""
     tables = [layout_table([wishes.fixed]).slice(0, 0)]
-    for part in parts:
-        ranked = search_one_size(part, wishes, objective, headroom, Watch()).ranked
-        watch.phase("looking", 0.1, 0)
+    for at, part in enumerate(parts, start=1):
+        ranked = search_one_size(part, wishes, objective, headroom, Watch(), below_s=below_s).ranked
+        watch.phase("looking", 0.4 + 0.5 * at / len(parts), 0)
         if ranked is not None:
             tables.append(ranked.layouts.slice(0, SEEDS))
     found = stacked(tables)
@@ -192,135 +164,78 @@ def _ahead(found: Estimates, row: int, best: Estimates, objective: Objective) ->
     return float(found.step_s[row]) < float(best.step_s[0]) * (1.0 - 1e-9)
 
 
-def _staged(setting: Setting, table: LayoutTable) -> NDArray[np.bool_]:
-    """Rows whose stages each lie on one part."""
-    ranks = table.dp * table.tp * table.cp
-    behind = (table.pp == 1) | (table.stride("pp") == ranks)
-    return behind & np.all([part.gpus % ranks == 0 for part in setting.cluster.parts], axis=0)
+@dataclass(kw_only=True)
+class _Space:
+    """What was looked at on the parts in every order."""
 
+    setting: Setting
+    wishes: Wishes
+    objective: Objective
+    headroom: float
+    found: list[tuple[Setting, list[Estimates]]] = field(default_factory=list[tuple[Setting, list[Estimates]]])
+    """By order, with the cluster in it."""
+    compared: int = 0
+    all_cut: bool = True
+    fastest: float = np.inf
+    """The quickest step that fits."""
+    alone_s: list[float] = field(default_factory=list[float])
+    """The quickest step that fits on nodes of each kind alone, of what had knobs turned."""
 
-def estimated_on_parts(setting: Setting, table: LayoutTable) -> Estimates:
-    """Estimates of all layouts on the parts in their order, those with stages on several parts first, then by pp."""
-    staged = _staged(setting, table)
-    found: list[Estimates] = []
-    if not staged.all():
-        found.append(estimate_spread(setting, table.take(~staged)))
-    plain = table.take(staged)
-    for rows in _alike(plain, ("pp",)):
-        found.append(_on_parts(setting, plain.take(rows)))
-    return _together(found)
+    def below_s(self) -> float:
+        """Seconds that a step of interest stays below."""
+        return np.inf if self.objective == "memory" else self.fastest
 
+    def with_knobs(self, layouts: LayoutTable) -> LayoutTable:
+        """The layouts, and what knobs make of them on nodes of each kind alone."""
+        parts, tables = part_settings(self.setting), [layouts]
+        self.alone_s = self.alone_s or [np.inf] * len(parts)
+        for at, part in enumerate(parts) if len(layouts) else ():
+            turned = turn_knobs(part, [estimated(part, layouts)], self.wishes, self.headroom, fastest=self.alone_s[at])
+            self.alone_s[at] = turned.best_s
+            tables += [one.layouts for one in turned.found]
+        return stacked(tables)
 
-def _on(setting: Setting, table: LayoutTable, wishes: Wishes, headroom: float, so_far: float) -> tuple[Estimates, bool]:
-    """(estimates of all layouts on the parts in their order, and of those with cut stages that could be faster than `so_far`; whether none
-    of these was left out)."""
-    known = estimated_on_parts(setting, table)
-    fits = known.fits(headroom)
-    fastest = min(so_far, float(known.step_s[fits].min()) if fits.any() else np.inf)
-    if not leaves_stages_open(setting, wishes):
-        return known, True
-    wanted = replace(wanted_of(setting, wishes, headroom), most_cuts=MOST_CUTS)
-    cut, every = _cut_ones(setting, table.take(_staged(setting, table)), wanted, fastest)
-    return _together([known, *cut]), every
+    def add(self, table: LayoutTable) -> None:
+        """Estimate layouts in every order of the parts, and cut the stages of those that could be the fastest."""
+        if not len(table):
+            return
+        first, _ = unique_keys(*(getattr(table, name) for name in COLUMNS))
+        table = table.take(np.sort(first))
+        wanted = replace(wanted_of(self.setting, self.wishes, self.headroom), most_cuts=MOST_CUTS)
+        to_cut = leaves_stages_open(self.setting, self.wishes)
+        candidates = Candidates.of(self.setting, table, wanted) if to_cut else None
+        cluster = self.setting.cluster
+        for order in () if self.found else orders(cluster):
+            self.found.append((replace(self.setting, cluster=in_order(cluster, order)), []))
+        for ordered, estimates in self.found:
+            known = [estimated_on_parts(ordered, table)]
+            self._keep(known)
+            if candidates is not None:
+                cut, every = cut_ones(ordered, candidates, wanted, self.fastest)
+                self.all_cut &= every
+                self._keep(cut)
+                known += cut
+            estimates.extend(known)
 
+    def _keep(self, found: Sequence[Estimates]) -> None:
+        self.compared += sum(map(len, found))
+        steps = (float(np.min(one.step_s, where=one.fits(self.headroom), initial=np.inf)) for one in found)
+        self.fastest = min((self.fastest, *steps))
 
-def _together(found: list[Estimates]) -> Estimates:
-    return joined(found, stacked([one.layouts for one in found])) if len(found) > 1 else found[0]
+    def best(self) -> tuple[Setting, Estimates] | None:
+        """The order whose best is best, and the ranking in it; None where nothing fits."""
+        best: tuple[Setting, Estimates] | None = None
+        for ordered, estimates in self.found:
+            found = together(estimates)
+            rows = order_of(found, np.flatnonzero(found.fits(self.headroom)), self.objective)
+            if len(rows) and (best is None or _ahead(found, int(rows[0]), best[1], self.objective)):
+                best = (ordered, found.take(rows))
+        return best
 
-
-def _alike(table: LayoutTable, columns: tuple[str, ...]) -> list[NDArray[np.intp]]:
-    """Rows that agree in `columns`, group by group."""
-    if not len(table):
-        return []
-    first, group_of = unique_keys(*(getattr(table, name) for name in columns))
-    return [np.flatnonzero(group_of == group) for group in range(len(first))]
-
-
-def _on_parts(setting: Setting, table: LayoutTable) -> Estimates:
-    """Estimates of staged layouts of the same pp."""
-    stages = stages_on_parts(setting.cluster, table.row(0))
-    assert stages is not None
-    return estimate_staged(setting, table, stages)
-
-
-def _cut_ones(setting: Setting, staged: LayoutTable, wanted: Wanted, fastest: float) -> tuple[list[Estimates], bool]:
-    """(estimates of the layouts with the best cuts, most hopeful first, until no bound is below the fastest; whether it came to that, with
-    no bound below the fastest of what is not cut exactly)."""
-    plain = staged.take(
-        (staged.pp > 1) & (staged.split == 0) & ((staged.recompute != FULL) | (not wanted.partial_recompute))
-    )
-    plain = plain.take(_have_room(setting, plain, wanted)) if len(plain) else plain
-    bounds = _bounds(setting, plain)
-    order = np.argsort(bounds, kind="stable")
-    at, size, found, uncut_s = 0, FIRST_CUT, list[Estimates](), np.inf
-    while at < len(order) and bounds[order[at]] < fastest:
-        if at >= MOST_CUT:
-            return found, False
-        some = order[at : at + size]
-        some = some[bounds[some] < fastest]
-        at, size = at + size, min(4 * size, AT_ONCE)
-        chosen = plain.take(some)
-        for alike in _alike(chosen, STRUCTURE):
-            rows = alike[bounds[some[alike]] < fastest]
-            if not len(rows):
-                continue
-            least_s = bounds[some[rows]]
-            if not can_cut(setting.model, chosen.row(int(rows[0]))):
-                uncut_s = min(uncut_s, float(least_s.min()))
-                continue
-            cuts = cut_stages(_parts(setting, chosen.take(rows)), wanted, fastest - least_s)
-            unsure_s = least_s + np.asarray([one.unsure_s(setting) for one in cuts])
-            uncut_s = min(uncut_s, float(unsure_s.min()))
-            cut = _valid(setting, [one for each in cuts for one in each.layouts])
-            if cut is None:
-                continue
-            its = _on_parts(setting, cut)
-            found.append(its)
-            fit = its.fits(wanted.headroom)
-            fastest = min(fastest, float(its.step_s[fit].min()) if fit.any() else np.inf)
-    return found, uncut_s >= fastest
-
-
-def _have_room(setting: Setting, table: LayoutTable, wanted: Wanted) -> NDArray[np.bool_]:
-    """Rows whose states and, recomputing every layer, activations would fit if they were spread evenly over GPUs of the largest kind."""
-    parts = part_settings(setting)
-    least = [Room(setting=one, wanted=wanted).least_bytes(table) for one in parts]
-    usable = max(one.cluster.gpu.memory_bytes for one in parts) * (1.0 - wanted.headroom)
-    return np.min(least, axis=0) * (1.0 + memory_band(setting.cluster)) <= usable
-
-
-def _parts(setting: Setting, table: LayoutTable) -> list[Part]:
-    """The parts with the stages of layouts of the same pp."""
-    stages = stages_on_parts(setting.cluster, table.row(0))
-    assert stages is not None
-    return [
-        Part(setting=part, trials=StageTrials.of(part, table), stages=count)
-        for part, count in zip(part_settings(setting), stages, strict=True)
-    ]
-
-
-def _valid(setting: Setting, cut: list[Layout]) -> LayoutTable | None:
-    """Those of the layouts that break no rule on any part; None where there are none."""
-    if not cut:
-        return None
-    found = layout_table(cut)
-    for part in part_settings(setting):
-        found = found.take(unbroken(part, found))
-    return found if len(found) else None
-
-
-def _bounds(setting: Setting, table: LayoutTable) -> FloatArray:
-    """Step seconds, (N,), that layers shared out by speed leave: every stage as long as any other, all exchanges hidden that can be,
-    what else a step takes as on the kind of node that takes least."""
-    bounds = np.full(len(table), np.inf)
-    for rows in _alike(table, ("pp",)):
-        some = table.take(rows)
-        parts = _parts(setting, some)
-        peak, fill = pipeline_weights(parts[0].setting, some)
-        rest: list[FloatArray] = []
-        for part in parts:
-            alone = on_mean_stage(part.setting, some, hides_all=True).step_s
-            rest.append(alone - (peak + fill * some.pp) * part.trials.mean_seconds())
-        least_s, mean_s = mean_stage_seconds(parts)
-        bounds[rows] = peak * mean_s + fill * some.pp * least_s + np.min(rest, axis=0)
-    return bounds
+    def closest(self) -> Estimates | None:
+        """The layout that fills its memory least, in the first order; None where there is none."""
+        if not self.found:
+            return None
+        found = together(self.found[0][1])
+        full = found.device_peak_bytes / found.capacities
+        return found.take(np.asarray([int(full.argmin())]))

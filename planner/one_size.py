@@ -75,14 +75,21 @@ class State:
 
 
 def search_one_size(
-    setting: Setting, wishes: Wishes, objective: Objective, headroom: float, watch: Watch
+    setting: Setting,
+    wishes: Wishes,
+    objective: Objective,
+    headroom: float,
+    watch: Watch,
+    *,
+    below_s: float = np.inf,
 ) -> SearchResult:
-    """Rank every layout on all GPUs of the setting's cluster."""
+    """Rank every layout on all GPUs of the setting's cluster. With `below_s`, what takes as long or longer may be left out, and runners-up
+    are not refined."""
     start = time.perf_counter()
-    state = State()
+    state = State(below_s=below_s)
     look(setting, wishes, headroom, state, watch)
     settle(setting, wishes, objective, headroom, state, watch)
-    if state.space and not state.partial:
+    if state.space and not state.partial and below_s == np.inf:
         with state.phase(watch):
             _refine_runners_up(setting, wishes, objective, headroom, state)
     if objective == "memory" and not state.partial:

@@ -14,7 +14,7 @@ from shardplan.costmodel.mixed import estimate_any, part_settings
 from shardplan.costmodel.rule import Setting
 from shardplan.hw_profiles.errors import InputError
 from shardplan.planner.at_setting import estimated, unbroken
-from shardplan.planner.mixed_search import estimated_on_parts
+from shardplan.planner.mixed_cuts import estimated_on_parts
 from shardplan.planner.placement import open_orders
 from shardplan.planner.sensitivity import CHANGES, FIGURES, Question, faster_machines
 from shardplan.planner.space import Wishes

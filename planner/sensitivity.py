@@ -31,7 +31,7 @@ from shardplan.planner.machines import (
     with_network_times,
     with_nodes,
 )
-from shardplan.planner.mixed_search import estimated_on_parts
+from shardplan.planner.mixed_cuts import estimated_on_parts
 from shardplan.planner.ranking import Objective, SearchResult
 from shardplan.planner.search import search
 from shardplan.planner.space import Wishes

@@ -179,8 +179,10 @@ class Options:
         contents: IntArray,
         recompute: str,
         wanted: Wanted,
-    ) -> Options:
-        """Timed and weighed on the part of each stage."""
+        most_peak_s: FloatArray,
+    ) -> Options | None:
+        """Timed and weighed on the part of each stage; None where no layout holds all layers with all stages below its `most_peak_s`, (N,),
+        whatever fits."""
         grid = np.meshgrid(np.arange(chain.pp), np.arange(len(contents)), indexing="ij")
         stage, which = (axis.ravel() for axis in grid)
         trials = chain.trials(stage, contents[which])
@@ -189,16 +191,19 @@ class Options:
             trials = replace(trials, recomputed=layers)
         partly = recompute == "none" and wanted.partial_recompute
         shape = (len(on_parts[0].layouts), len(stage))
-        plain, full, parameters = np.empty(shape), np.empty(shape), on_parts[0].parameters(trials)
-        idle, idle_full = np.empty(shape), np.empty(shape)
-        fewest, end = np.empty(shape, dtype=np.int64), 0
+        of_part = np.searchsorted(np.cumsum([part.stages for part in parts]), stage, side="right")
+        plain = np.empty(shape)
+        for at, tried in enumerate(on_parts):
+            plain[:, of_part == at] = tried.seconds(trials.take(of_part == at))
+        if not holds_all(chain, layers, plain <= most_peak_s[:, None]).any():
+            return None
+        full, parameters = plain.copy(), on_parts[0].parameters(trials)
+        idle, idle_full, fewest = np.empty(shape), np.empty(shape), np.empty(shape, dtype=np.int64)
         band = max(memory_band(part.setting.cluster) for part in parts)
-        for part, tried in zip(parts, on_parts, strict=True):
-            some = (stage >= end) & (stage < end + part.stages)
-            end += part.stages
+        for at, (part, tried) in enumerate(zip(parts, on_parts, strict=True)):
+            some = of_part == at
             own = trials.take(some)
             usable = part.setting.cluster.gpu.memory_bytes * (1.0 - wanted.headroom) / (1.0 + band)
-            plain[:, some] = full[:, some] = tried.seconds(own)
             idle[:, some] = idle_full[:, some] = tried.idle_seconds(own)
             if partly:
                 every = replace(own, recomputed=layers[some])
@@ -261,12 +266,18 @@ class Options:
 
     def holds_all(self, chain: Chain, good: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """The same, (N,), where options are `good` or not, (N, O)."""
-        none, own = 10**6, self.layers.reshape(chain.pp, -1).copy()
-        own[chain.last] -= chain.extra.sum()
-        good = good.reshape(len(good), chain.pp, -1)
-        most = np.where(good, own, -none).max(axis=2).sum(axis=1)
-        least = np.where(good, own, none).min(axis=2).sum(axis=1)
-        return (most >= len(chain.kinds)) & (least <= len(chain.kinds))
+        return holds_all(chain, self.layers, good)
+
+
+def holds_all(chain: Chain, layers: IntArray, good: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Layouts, (N,), whose stages hold all layers of the chain if each holds as many as a `good` option, (N, O), and no more than all if
+    each holds as few; options have so many `layers`, (O,), prediction modules included."""
+    none, own = 10**6, layers.reshape(chain.pp, -1).copy()
+    own[chain.last] -= chain.extra.sum()
+    good = good.reshape(len(good), chain.pp, -1)
+    most = np.where(good, own, -none).max(axis=2).sum(axis=1)
+    least = np.where(good, own, none).min(axis=2).sum(axis=1)
+    return (most >= len(chain.kinds)) & (least <= len(chain.kinds))
 
 
 def may_recompute(setting: Setting, layouts: LayoutTable) -> NDArray[np.bool_]:

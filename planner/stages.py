@@ -38,7 +38,7 @@ MOST_WRITTEN_OUT = 256
 
 
 def can_cut(model: Model, layout: Layout) -> bool:
-    """Whether `cut_stages` chooses among all cuts of such a layout."""
+    """Whether `Cuttable` chooses among all cuts of such a layout."""
     return layout.pp > 1 and (layout.virtual_stages == 1 or (len(model.runs) == 1 and not model.mtp_modules))
 
 
@@ -88,7 +88,9 @@ class Cuttable:
         contents = within(chain, on_parts, most_peak_s)
         if not len(contents):
             return None
-        options = Options.of(parts, on_parts, chain, contents, first.recompute, wanted)
+        options = Options.of(parts, on_parts, chain, contents, first.recompute, wanted, most_peak_s)
+        if options is None:
+            return None
         peak_s = options.least_peak(chain, most_peak_s)
         if not np.isfinite(peak_s).any():
             return None
@@ -326,14 +328,6 @@ class Cuttable:
                 at = at.reshape(len(every), self.chain.pp)
             self.written_out[key] = every or [], at
         return self.written_out[key]
-
-
-def cut_stages(parts: Sequence[Part], wanted: Wanted, slack_s: FloatArray) -> list[Cuts]:
-    """The best cuts (`Cuttable.cuts`) of each of N layouts that agree in pp, schedule, virtual stages and kind of recompute."""
-    ready, rows = Cuttable.of(parts, wanted, slack_s), range(len(parts[0].trials.layouts))
-    if ready is None:
-        return [Cuts(layouts=[], more_s=[], left_s=np.inf) for _ in rows]
-    return [ready.cuts(row, float(slack_s[row])) for row in rows]
 
 
 def mean_stage_seconds(parts: Sequence[Part]) -> tuple[FloatArray, FloatArray]:
