@@ -67,16 +67,19 @@ def _occupied_flop(
 
 
 def _product_s(gpu: Gpu, precision: str, m: FloatArray, n: FloatArray, k: FloatArray, count: FloatArray) -> FloatArray:
-    """Seconds of math alone: those of the cube, on the measured curve, that occupies the GPU as much (tiles, waves, inner dimension), so
-    that no larger product takes less. A CPU has no waves: it takes the curve at the same FLOP."""
+    """Seconds of math alone: those of the cube (or of the products that were timed) on the measured curve that occupies the GPU as much,
+    by tiles, waves and inner dimension, so that no larger product takes less. A CPU has no waves: it takes the curve at the same FLOP."""
     curve, peak = gpu.gemm_curve(precision), gpu.peak_flop_per_s[precision]
     flop: FloatArray = 2.0 * m * n * k * count
     if gpu.device == "cpu":
         return flop / (peak * curve.at(flop))
     sizes = np.asarray(curve.sizes)
-    sides = np.cbrt(0.5 * sizes)[:, None] * CUBES_AROUND
-    even = np.maximum(np.round(sides / MEASURED_MULTIPLE), 1.0) * MEASURED_MULTIPLE
-    cubes: FloatArray = np.exp(np.log(_occupied_flop(gpu, even, even, sides)).mean(axis=1))
+    timed = np.asarray(curve.shapes).T if curve.shapes else np.tile(CUBES_AROUND, (3, 1))
+    rows, depth, columns = np.cbrt(0.5 * sizes)[:, None] * timed[:, None]
+    rows, columns = (
+        np.maximum(np.round(side / MEASURED_MULTIPLE), 1.0) * MEASURED_MULTIPLE for side in (rows, columns)
+    )
+    cubes: FloatArray = np.exp(np.log(_occupied_flop(gpu, rows, columns, depth)).mean(axis=1))
     cube_s: FloatArray = np.maximum.accumulate(sizes / np.asarray(curve.fractions))
     occupied = _occupied_flop(gpu, m, n, k, count)
     log_rate: FloatArray = np.interp(np.log(np.maximum(occupied, 1.0)), np.log(cubes), np.log(cubes / cube_s))

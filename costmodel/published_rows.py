@@ -332,7 +332,12 @@ def _cluster(row: Row) -> Cluster:
     name = row.get("profile") or (told[0] if told else None) or _named_machine(row) or names()["gpus"].get(row["gpu"])
     if not name:
         raise RefusedRowError(f"GPU {row['gpu']!r} is not in the catalog yet")
-    return _machine(name, whole(row, "gpus"), whole(row, "gpus_per_node", 0), number(row, "network_gbps_per_gpu", 0.0))
+    size, rate = whole(row, "gpus_per_node", 0), number(row, "network_gbps_per_gpu", 0.0)
+    try:
+        return _machine(name, whole(row, "gpus"), size, rate)
+    except InputError as bad:
+        place = f"{bad.place}: " if bad.place else ""
+        raise InputError(f"case {row['case_id']!r}: profile: {place}{bad.problem}", remedy=bad.remedy) from None
 
 
 def _named_machine(row: Row) -> str | None:
@@ -350,10 +355,7 @@ def _named_machine(row: Row) -> str | None:
 
 @cache
 def _machine(name: str, gpus: int, gpus_per_node: int, gbps_per_gpu: float) -> Cluster:
-    try:
-        cluster = load_cluster(name)
-    except InputError as bad:
-        raise RefusedRowError(f"profile={name!r}: {bad}") from None
+    cluster = load_cluster(name)
     if cluster.node.tray_gpus and gpus_per_node == cluster.node.tray_gpus:  # servers of a rack that is one node
         cluster = cluster.with_gpus(gpus)
         gpus_per_node = cluster.node.gpus

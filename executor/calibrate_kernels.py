@@ -24,10 +24,9 @@ from shardplan.executor.attention_kernel import (
 )
 from shardplan.executor.calibrate_measurements import Timing
 from shardplan.executor.calibrate_timing import Call, Timer
+from shardplan.hw_profiles.load import TIMED_PRODUCTS
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-ASPECTS = ((1.0, 1.0, 1.0), (4.0, 0.5, 0.5), (2.0, 0.5, 1.0))
-"""M, K, N relative to an edge: a square, a narrow model over many tokens, an up-projection; all of equal FLOP."""
 COLD_BYTES = 512e6
 """Working set that no GPU cache holds."""
 KEPT_BYTES, MOST_KEPT = 256e6, 64
@@ -47,7 +46,9 @@ def gemm_timings(timer: Timer, precision: str, edges: Sequence[int]) -> tuple[Ti
             if timings and flop / timings[-1].rate > timer.budget_s:
                 break
             try:
-                seconds = [_gemm_seconds(timer, precision, *(int(edge * share) for share in one)) for one in ASPECTS]
+                seconds = [
+                    _gemm_seconds(timer, precision, *(int(edge * share) for share in one)) for one in TIMED_PRODUCTS
+                ]
             except torch.OutOfMemoryError:
                 break
             timings.append(Timing(size=flop, seconds=sum(seconds) / len(seconds)))

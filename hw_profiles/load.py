@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -45,6 +46,9 @@ if TYPE_CHECKING:
 
 GIGA, MICRO = 1e9, 1e-6
 MIB, GIB = 2.0**20, 2.0**30
+TIMED_PRODUCTS = ((1.0, 1.0, 1.0), (4.0, 0.5, 0.5), (2.0, 0.5, 1.0))
+"""Rows, depth, columns relative to an edge of what `shardplan calibrate` times for one point of a measured curve: a square, a narrow model
+over many tokens, an up-projection; all of equal FLOP."""
 
 
 def list_parts(kind: PartKind) -> tuple[str, ...]:
@@ -175,6 +179,8 @@ def _gpu(part: schema.GpuPart) -> Gpu:
 def _product_curve(curve: schema_values.GflopCurve, gpu: schema.GpuPart) -> EfficiencyCurve:
     """The curve under the GPU's power cap; one that was measured on the machine itself was measured under it."""
     plain = _curve(curve, GIGA)
+    if curve.source_kind == "measured":
+        plain = replace(plain, shapes=TIMED_PRODUCTS)
     if gpu.power_cap_w is None or gpu.power_w is None or curve.source_kind == "measured":
         return plain
     return capped_curve(plain, clock_fraction(gpu.power_cap_w.value, gpu.power_w.value))

@@ -35,7 +35,6 @@ class Source:
 @dataclass(frozen=True, kw_only=True)
 class EfficiencyCurve:
     """Fraction of a peak reached as a function of size: a power of the size between two points, flat beyond both ends.
-
     Small sizes take the latency whatever they are, that is a fraction in proportion to the size, which a power follows exactly.
     """
 
@@ -43,6 +42,8 @@ class EfficiencyCurve:
     """Ascending; FLOP for matrix products, bytes for memory and links."""
     fractions: tuple[float, ...]
     """Fraction of the peak, above 0."""
+    shapes: tuple[tuple[float, float, float], ...] = ()
+    """(rows, depth, columns) of the products that were timed at each size, relative to the cube's side; none: a smooth curve of cubes."""
 
     def at(self, size: ArrayLike) -> FloatArray:
         """Fraction at each `size`, same shape."""
