@@ -90,6 +90,7 @@ def mixed() -> Setting:
     return replace(setting(), cluster=small)
 
 
+@pytest.mark.slow
 def test_on_mixed_nodes_every_point_is_the_best_of_a_search_with_that_share_of_memory() -> None:
     at = mixed()
     points = list(memory_points(at, Wishes(), HEADROOM))

@@ -304,7 +304,8 @@ def test_recompute_takes_memory_for_time(case: Case) -> None:
 def test_twice_the_data_parallel_ranks_do_half_the_work_each(case: Case) -> None:
     """Twice the replicas at the same batch: half the micro-batches, half the compute, never more memory.
 
-    Every micro-batch but the first also adds up gradients, a tenth of its compute at most: less than half of those is left.
+    Every micro-batch but the first also adds up gradients, a tenth of its compute at most: less than half of those is left. Of a pipeline
+    another stage may be the slowest, where the launches of exchanges decide.
     """
     layouts, job = case.layouts, case.setting.job
     even = layouts.take(job.global_batch / (layouts.dp * layouts.micro_batch) % 2 == 0)
@@ -313,7 +314,8 @@ def test_twice_the_data_parallel_ranks_do_half_the_work_each(case: Case) -> None
     valid = _valid(replace(case.setting, cluster=cluster), wide)
     assume(valid.any())
     narrow, wide = case.estimates(layouts=even.take(valid)), case.estimates(layouts=wide.take(valid), cluster=cluster)
-    ordered(wide.time["compute_s"], narrow.time["compute_s"] / 2, even.take(valid))
+    of_others = np.where(even.take(valid).pp > 1, 0.01, SLACK)
+    ordered(wide.time["compute_s"], narrow.time["compute_s"] / 2, even.take(valid), of_others)
     ordered(narrow.time["compute_s"] / 2, wide.time["compute_s"], even.take(valid), 0.1)
     assert wide.time["recompute_s"] == pytest.approx(narrow.time["recompute_s"] / 2, rel=SLACK)
     ordered(wide.device_peak_bytes, narrow.device_peak_bytes, even.take(valid))

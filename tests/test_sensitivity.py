@@ -118,7 +118,7 @@ def test_a_mixed_cluster_gets_both_too() -> None:
         setting = Setting(model=asked.model, job=asked.job, cluster=faster(at.cluster), runtime=asked.runtime)
         gain = step_s / float(estimate_any(setting, layout).step_s[0]) - 1.0
         assert rows[change]["gain_fraction"] >= gain - 1e-9
-        assert gain >= 0.0
+        assert gain >= -1e-12
     need = network_needed(at, layout)
     assert need is not None
     assert need["now_gbps_per_gpu"] == network_gbps_per_gpu(at.cluster) == 200.0
