@@ -30,8 +30,8 @@ KERNELS_PYTHON := PYTHONPATH=src $(VENV_KERNELS)/bin/python
 
 help:
 	@echo "make demo         plan a 70B, plan and run a tiny model on this machine twice, write demo/index.html (minutes)"
-	@echo "make test         lint, types, and the tests of a machine without a GPU (under 20 minutes)"
-	@echo "make test-all     the same with the slow tests (under 75 minutes)"
+	@echo "make test         lint, types, and the tests of a machine without a GPU (20 to 45 minutes)"
+	@echo "make test-all     the same with the slow tests (up to two hours)"
 	@echo "make lint         ruff and pyright only"
 	@echo "make kernels      GPU kernels without a GPU: tests in Triton's interpreter, then the static gate (Linux on x86-64)"
 	@echo "make test-oldest  the tests with torch $(OLDEST_TORCH), the oldest supported (by hand: may install gigabytes)"
