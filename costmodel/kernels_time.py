@@ -68,7 +68,8 @@ def _occupied_flop(
 
 def _product_s(gpu: Gpu, precision: str, m: FloatArray, n: FloatArray, k: FloatArray, count: FloatArray) -> FloatArray:
     """Seconds of math alone: those of the cube (or of the products that were timed) on the measured curve that occupies the GPU as much,
-    by tiles, waves and inner dimension, so that no larger product takes less. A CPU has no waves: it takes the curve at the same FLOP."""
+    by tiles, waves and inner dimension, so that no larger product of equal alignment takes less. A CPU has no waves: it takes the
+    curve at the same FLOP."""
     curve, peak = gpu.gemm_curve(precision), gpu.peak_flop_per_s[precision]
     flop: FloatArray = 2.0 * m * n * k * count
     if gpu.device == "cpu":

@@ -25,7 +25,8 @@ def node_bytes(
     gpus = min(cluster.node.gpus, cluster.gpus)
     if each is None:
         return np.zeros(len(layouts))
-    fullest, held = each.max(axis=1), np.clip(gpus // layouts.stride("pp"), 1, layouts.pp)
+    stride = layouts.stride("pp")
+    fullest, held = each.max(axis=1), np.clip(gpus // stride, 1, layouts.pp)
     if stages is None or (held == 1).all():
         return fullest * gpus
     pp, rows = layouts.pp, np.arange(len(each))
@@ -35,6 +36,10 @@ def node_bytes(
     longest = np.where((stage == 0) | is_last, -1.0, layers).argmax(axis=1)
     known = layers[rows, heaviest] <= np.maximum(layers[rows, second], layers[rows, longest])
     between = np.where(known, np.maximum(each[rows, second], each[rows, longest]), each[rows, heaviest])
-    whole = each[:, 0] + each[rows, last] + np.maximum(pp - 2, 0) * between
-    some = fullest + (held - 1) * between
-    return gpus / held * np.minimum(np.where(held == pp, whole, some), held * fullest)
+    both_ends = each[:, 0] + each[rows, last] + np.maximum(held - 2, 0) * between
+    one_end = fullest + (held - 1) * between
+    goes_round = (held == pp) | (stride * pp < layouts.gpus)  # the first stage may lie beside the last
+    at_most = np.where(goes_round, np.maximum(both_ends, np.where(held == pp, 0.0, one_end)), one_end)
+    times = np.maximum(gpus // (held * stride), 1)
+    alike = np.minimum(times * stride, gpus // held)  # GPUs of each stage, then those of a stage that is there in part
+    return alike * np.minimum(at_most, held * fullest) + (gpus - alike * held) * fullest

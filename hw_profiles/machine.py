@@ -43,7 +43,7 @@ class EfficiencyCurve:
     fractions: tuple[float, ...]
     """Fraction of the peak, above 0."""
     shapes: tuple[tuple[float, float, float], ...] = ()
-    """(rows, depth, columns) of the products that were timed at each size, relative to the cube's side; none: a smooth curve of cubes."""
+    """(rows, depth, columns) of the products that were timed at each size, relative to the cube's side; none: cubes, smoothed."""
 
     def at(self, size: ArrayLike) -> FloatArray:
         """Fraction at each `size`, same shape."""

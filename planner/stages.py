@@ -19,7 +19,6 @@ from shardplan.costmodel.model import Model
 from shardplan.costmodel.pace import LEAST_PEAK_WEIGHT
 from shardplan.costmodel.pipeline import split_layers
 from shardplan.costmodel.pipeline_weights import pipeline_weights
-from shardplan.costmodel.recompute import RECOMPUTE
 from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.rule_parts import micro_batches
 from shardplan.planner.chain import AS_LONG, best_cut, bounds_of, every_cut, slowest
@@ -30,7 +29,6 @@ from shardplan.planner.stage_options import Chain, Options, Part, Wanted, within
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 Written = tuple[list[tuple[int, ...]], IntArray | None]
-FULL, NONE = RECOMPUTE.index("full"), RECOMPUTE.index("none")
 MOST_WAITS = 8
 """Different times that slowest stages wait for launches of which the best cuts of a layout are written out."""
 MOST_WRITTEN_OUT = 256
@@ -314,7 +312,10 @@ class Cuttable:
             seconds, taken = options.seconds(row, depth, repeating)
             penalty_s, of = self._penalty_s(row, taken), np.flatnonzero(which)
             worth, _ = self._worth_s(row, at[of], seconds, penalty_s)
-            found += [self._cut(row, depth, every[int(one)], seconds, taken, penalty_s) for one in of[worth <= most_s]]
+            found += [
+                self._cut(row, depth, every[int(one)], seconds, taken, penalty_s)
+                for one in of[np.isfinite(worth) & (worth <= most_s)]
+            ]
         return found
 
     def _every_cut(self, possible: NDArray[np.bool_]) -> Written:

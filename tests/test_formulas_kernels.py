@@ -199,7 +199,7 @@ def test_a_gpipe_bubble_of_four_micro_batches_a_stage(stages: int, micro_batches
 
 @pytest.mark.parametrize("name", part_names("gpus"))
 def test_no_larger_product_takes_less(name: str) -> None:
-    """One side, or how many there are, grows; the others are those of heads, experts, projections and vocabularies."""
+    """One side grows, by multiples of 8, or how many there are; the others are those of heads, experts, projections and vocabularies."""
     gpu, grows = load_gpu(name), np.arange(8.0, 8193.0, 40.0)
     for precision in gpu.peak_flop_per_s:
         for one, other in product((64.0, 1024.0, 7168.0), (128.0, 4096.0, 32000.0)):

@@ -190,16 +190,20 @@ def test_what_is_offloaded_leaves_the_gpu_and_fills_host_memory_and_flash() -> N
         ("dp=2 pp=16 zero=1", 32, "megatron"),  # four of sixteen on a node
         ("dp=2 pp=16 zero=1 stage_layers=1,2,2,2,2,2,2,2,2,2,2,2,3,2,2,2", 32, "megatron"),
         ("dp=16 pp=2 zero=1", 32, "megatron"),  # one
+        ("dp=4 tp=2 pp=3 zero=1 order=tp-pp-cp-dp", 24, "deepspeed"),  # three and one in part
+        ("dp=4 pp=6 zero=1 order=tp-cp-pp-dp", 24, "deepspeed"),  # the last beside the first
+        ("dp=4 tp=2 pp=6 zero=1 order=tp-pp-cp-dp", 48, "deepspeed"),
+        ("dp=6 pp=4 zero=1", 24, "megatron"),  # nodes that begin in the middle of a stage
     ],
 )
 def test_a_node_holds_what_the_stages_on_it_keep(words: str, gpus: int, runtime: str) -> None:
     """Not so many times the fullest stage; that of the fullest node is between the sum of any node's stages and the fullest of all."""
     layout = parse_layout(words + " recompute=full offload_optimizer=cpu")
-    given = {"model": load_model("llama-3-8b"), "job": Job(seq=2048, global_batch=64), "runtime": runtime}
+    given = {"model": load_model("llama-3-8b"), "job": Job(seq=2048, global_batch=192), "runtime": runtime}
     found = estimate(**given, cluster=load_cluster("selene", gpus=gpus), layouts=layout, every_stage=True)
     worst = estimate(**given, cluster=load_cluster("selene", gpus=gpus), layouts=layout)
     each = found.stages["host"][0]
-    stage_of = np.arange(gpus) // (gpus // layout.pp)  # pp is the outermost axis
+    stage_of = np.arange(gpus) // int(layout_table([layout]).stride("pp")[0]) % layout.pp
     on_nodes = each[stage_of].reshape(-1, 8).sum(axis=1)
     assert float(found.host_bytes[0]) == pytest.approx(float(worst.host_bytes[0]), rel=1e-12)
     assert on_nodes.max() <= float(found.host_bytes[0]) * (1 + 1e-12)
