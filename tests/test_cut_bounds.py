@@ -22,13 +22,16 @@ from shardplan.costmodel.recompute import RECOMPUTE
 from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.rules import RULES, broken_rules, rejections
 from shardplan.costmodel.runtime import load_runtime
+from shardplan.costmodel.stage_trials import StageTrials
 from shardplan.hw_profiles.load import load_cluster
 from shardplan.hw_profiles.topology import tier_table
 from shardplan.planner import stages
 from shardplan.planner.cut_bounds import least_peak_s, over_mean_s, recomputing_mean_s
 from shardplan.planner.search import search
 from shardplan.planner.sift import Sifted, outdone, sift, sift_space
-from shardplan.planner.space import layout_space, parse_wishes
+from shardplan.planner.space import Wishes, layout_space, parse_wishes
+from shardplan.planner.stage_options import Part
+from shardplan.planner.stage_search import wanted_of
 from shardplan.planner.watch import Watch
 
 
@@ -221,6 +224,27 @@ def test_numbers_of_recomputed_layers_that_leave_layers_over_are_passed_by(monke
     slow, many = best()
     assert quick == slow
     assert 0 < few < many / 2
+
+
+def test_cuts_that_do_not_fit_are_not_written_out_where_nothing_bounds_them() -> None:
+    """Before anything fits the fastest step known is infinite: of two micro-batches all cuts are written out, those that fit."""
+    asked = Setting(
+        model=load_model("gpt2"),
+        job=Job(seq=512, global_batch=2, precision="bf16"),
+        cluster=load_cluster("h100-ib", gpus=2),
+        runtime=load_runtime("shardplan"),
+    )
+    layouts = layout_table([parse_layout("pp=2 micro_batch=1")])
+    part = Part(setting=asked, trials=StageTrials.of(asked, layouts), stages=2)
+    ready = stages.Cuttable.of([part], wanted_of(asked, Wishes(), 0.05), np.array([np.inf]))
+    assert ready is not None
+    cuts = ready.cuts(0, np.inf)
+    assert len(cuts.layouts) > 100
+    assert np.isfinite(cuts.more_s).all()
+    for layout in cuts.layouts:
+        _, _, repeated = layout.recompute.partition(":")
+        if "," in repeated and layout.stage_layers:
+            assert all(int(n) <= held for n, held in zip(repeated.split(","), layout.stage_layers, strict=True))
 
 
 def test_no_stages_are_cut_of_what_host_memory_does_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:

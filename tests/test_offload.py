@@ -207,9 +207,8 @@ def test_a_node_holds_what_the_stages_on_it_keep(words: str, gpus: int, runtime:
     on_nodes = each[stage_of].reshape(-1, 8).sum(axis=1)
     assert float(found.host_bytes[0]) == pytest.approx(float(worst.host_bytes[0]), rel=1e-12)
     assert on_nodes.max() <= float(found.host_bytes[0]) * (1 + 1e-12)
-    assert float(found.host_bytes[0]) <= on_nodes.max() * (1.0 if "pp=4" in words or "pp=8" in words else 1.2) * (
-        1 + 1e-9
-    )
+    most = 1.0 + 1e-9 if gpus == 8 else 1.2  # a node with all stages is counted to the byte
+    assert float(found.host_bytes[0]) <= on_nodes.max() * most
 
 
 def test_checkpoints_in_host_memory() -> None:
