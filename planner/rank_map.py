@@ -31,7 +31,7 @@ def rank_map(layout: Layout, cluster: Cluster) -> dict[str, Any]:
     ranks: IntArray = np.arange(layout.gpus, dtype=np.int64)
     node_of = _nodes(cluster)
     table = layout_table([layout])
-    sizes = dense_sizes(layout)
+    sizes = _dense_sizes(layout)
     dense = _strides([(axis, sizes[axis]) for axis in layout.order.replace("dp", "dp_shard-dp_replicate").split("-")])
     experts: list[dict[str, Any]] | None = None
     if table.dispatches[0]:
@@ -39,7 +39,7 @@ def rank_map(layout: Layout, cluster: Cluster) -> dict[str, Any]:
         expert_tp = int(table.expert_tp[0])
         spread = [("expert_tp", expert_tp), ("ep", layout.ep), ("expert_shard", shards)]
         experts = _strides([*spread, ("expert_replicate", replicas // shards)])
-        stage, place = stage_places(layout, ranks)
+        stage, place = _stage_places(layout, ranks)
         by_place: IntArray = np.lexsort((place, stage)).astype(np.int64)
         for axis in experts:
             axis["nodes"] = _most_nodes(axis, by_place, node_of)
@@ -48,7 +48,7 @@ def rank_map(layout: Layout, cluster: Cluster) -> dict[str, Any]:
     return {"ranks": layout.gpus, "axes": dense, "expert_axes": experts}
 
 
-def dense_sizes(layout: Layout) -> dict[str, int]:
+def _dense_sizes(layout: Layout) -> dict[str, int]:
     """Size of every axis; dp is dp_replicate groups of dp_shard neighbours over which, times cp, ZeRO shards (1 with zero=0)."""
     shard = layout.shard_ranks
     return {
@@ -60,7 +60,7 @@ def dense_sizes(layout: Layout) -> dict[str, int]:
     }
 
 
-def stage_places(layout: Layout, ranks: IntArray) -> tuple[IntArray, IntArray]:
+def _stage_places(layout: Layout, ranks: IntArray) -> tuple[IntArray, IntArray]:
     """(pipeline rank, place among the ranks of that stage counted upwards) of each of `ranks`, (N,)."""
     step = int(layout_table([layout]).stride("pp")[0])
     return ranks // step % layout.pp, ranks // (step * layout.pp) * step + ranks % step

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from dataclasses import replace
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from typer.testing import CliRunner
 
 from shardplan.cli import app
 from shardplan.costmodel.estimate import estimate
-from shardplan.costmodel.fitted import ARCHITECTURE_BOUNDS, RUNTIME_BOUNDS, fitted, with_fitted_cluster
+from shardplan.costmodel.fit import fit_rows, fitted_text, on_bounds
+from shardplan.costmodel.fitted import ARCHITECTURE_BOUNDS, RUNTIME_BOUNDS, Fitted, fitted, with_fitted_cluster
 from shardplan.costmodel.job import Job
 from shardplan.costmodel.layout import parse_layout
 from shardplan.costmodel.model_config import load_model
@@ -167,6 +169,27 @@ def test_each_kind_of_row_has_a_line_of_its_own(outcomes: list[Outcome]) -> None
     lines = {one["source"]: one["rows"] for one in summaries(outcomes)}
     assert "all marked SUSPECT" not in lines  # none of the project's own
     assert sum(lines.get(name, 0) for name in (*KINDS, "all others")) == lines["all"] == len(outcomes)
+
+
+def test_rows_marked_suspect_stand_alone(tmp_path: Path) -> None:
+    rows = [read_rows(write_rows(tmp_path / "row.csv", notes=notes))[0] for notes in ("SUSPECT: twice the peak", "")]
+    lines = {one["source"]: one["rows"] for one in summaries(validate_rows(rows))}
+    assert lines["all marked SUSPECT"] == lines["all others"] == 1
+    assert lines["all"] == 2
+    assert len(fit_rows(rows)) == 1
+
+
+def test_constants_on_a_bound_are_named() -> None:
+    """At the head of the file that `--refit` writes."""
+    held = on_bounds(fitted())
+    shipped = (resources.files("shardplan.costmodel") / "fitted.toml").read_text(encoding="utf-8")
+    head = shipped.split("[", 1)[0]
+    assert [line.removeprefix("#   ") for line in head.splitlines() if line.startswith("#   ")] == held
+    assert len(held) == 6
+    inside = Fitted(architecture={"volta": {"memory": 0.9}}, runtime={})
+    assert on_bounds(inside) == []
+    assert on_bounds(replace(inside, architecture={"volta": {"memory": 1.08}})) == ["architecture.volta.memory = 1.08"]
+    assert "# On a bound:" not in fitted_text(inside, "nothing")
 
 
 @pytest.mark.parametrize(
