@@ -22,6 +22,8 @@ from shardplan.executor.loader import Loader, positions_of
 from shardplan.executor.token_files import open_tokens
 from shardplan.planner.plan import Plan
 
+pytestmark = pytest.mark.xdist_group("documents")
+
 SEQ = 32
 STEPS = 2
 END = 0
