@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -39,6 +40,8 @@ GPIPE, ONE_F_ONE_B, INTERLEAVED, LOOPED_BFS, ZERO_BUBBLE, ZERO_BUBBLE_V, DUALPIP
 )
 SPLITTING = tuple(SCHEDULES.index(name) for name in SPLIT_BACKWARD)
 WORST_STAGES = 4
+PIPELINES = 4096
+"""Whose stages are remembered: a search asks for the same ones a hundred times."""
 
 
 def splits_backward(layouts: LayoutTable) -> NDArray[np.bool_]:
@@ -176,6 +179,40 @@ class StageTable:
     """See `chunk_lengths`, (U, 2)."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Contents:
+    """What the stages of one pipeline hold; see `StageTable`."""
+
+    layers: IntArray
+    """Layers by kind, (pp, kinds)."""
+    total: IntArray
+    """Layers, (pp,)."""
+    worst: tuple[int, int, int, int]
+    chunks: tuple[float, float]
+
+
+@lru_cache(maxsize=PIPELINES)
+def _stage_contents(
+    model: Model, rule: StageRule, pp: int, virtual_stages: int, split: tuple[int, ...] | None, v_placed: bool
+) -> _Contents:
+    kinds, runs = np.asarray(layer_order(model), dtype=np.int64), len(model.runs)
+    chunk_layers = split or split_layers(model.layer_count, pp * virtual_stages, rule)
+    rank_of_layer = np.repeat(_chunk_ranks(pp, virtual_stages, v_placed=v_placed), chunk_layers)
+    layers = np.bincount(rank_of_layer * runs + kinds, minlength=pp * runs).reshape(pp, runs)
+    layers[0 if v_placed else pp - 1, len(model.layers) :] += model.mtp_modules
+    total = layers.sum(axis=1)
+    weight = total + layers @ _relative_work(model)
+    heaviest = np.flatnonzero(weight == weight.max())
+    # ZB-V keeps more micro-batches in flight the later the rank, the others the earlier
+    second = int(heaviest[-1]) if v_placed else min(1, pp - 1)
+    return _Contents(
+        layers=layers,
+        total=total,
+        worst=(0, second, int(heaviest[0]), pp - 1),
+        chunks=chunk_lengths(chunk_layers, pp, virtual_stages) if virtual_stages > 1 else (1.0, 1.0),
+    )
+
+
 def stage_table(
     model: Model,
     pp: Sequence[int],
@@ -190,31 +227,18 @@ def stage_table(
 
     `v_placed` keys hold chunks r and 2 pp - 1 - r, so that stage 0 has the head beside the embedding.
     """
-    kinds = np.asarray(layer_order(model), dtype=np.int64)
     width = max(pp) if every_stage else WORST_STAGES
     keys = len(pp)
     stage = np.zeros((keys, width), dtype=np.int64)
-    runs = model.runs
-    work = _relative_work(model)
-    layers = np.zeros((keys, width, len(runs)), dtype=np.int64)
+    layers = np.zeros((keys, width, len(model.runs)), dtype=np.int64)
     total = np.zeros((keys, max(pp)), dtype=np.int64)
     chunks = np.ones((keys, 2))
     last = np.where(np.asarray(v_placed, dtype=np.bool_), 0, np.asarray(pp, dtype=np.int64) - 1)
     for row, (p, v, split) in enumerate(zip(pp, virtual_stages, splits, strict=True)):
-        chunk_layers = split or split_layers(model.layer_count, p * v, rule)
-        if v > 1:
-            chunks[row] = chunk_lengths(chunk_layers, p, v)
-        rank_of_layer = np.repeat(_chunk_ranks(p, v, v_placed=v_placed[row]), chunk_layers)
-        content = np.bincount(rank_of_layer * len(runs) + kinds, minlength=p * len(runs)).reshape(p, len(runs))
-        content[last[row], len(model.layers) :] += model.mtp_modules
-        total[row, :p] = content.sum(axis=1)
-        weight = total[row, :p] + content @ work
-        heaviest = np.flatnonzero(weight == weight.max())
-        # ZB-V keeps more micro-batches in flight the later the rank, the others the earlier
-        second = int(heaviest[-1]) if v_placed[row] else min(1, p - 1)
-        worst = (0, second, int(heaviest[0]), p - 1)
-        stage[row] = [min(s, p - 1) for s in range(width)] if every_stage else worst
-        layers[row] = content[stage[row]]
+        one = _stage_contents(model, rule, p, v, split, v_placed[row])
+        total[row, :p], chunks[row] = one.total, one.chunks
+        stage[row] = np.minimum(np.arange(width), p - 1) if every_stage else one.worst
+        layers[row] = one.layers[stage[row]]
     return StageTable(
         stage=stage,
         layers=layers,
