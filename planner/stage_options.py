@@ -181,8 +181,8 @@ class Options:
         wanted: Wanted,
         most_peak_s: FloatArray,
     ) -> Options | None:
-        """Timed and weighed on the part of each stage; None where no layout holds all layers with all stages below its `most_peak_s`, (N,),
-        whatever fits."""
+        """Timed and weighed on the part of each stage; None where no layout holds all layers with all stages below its `most_peak_s`, (N,).
+        What cannot be in a cut below that is not weighed: `fewest` says that it does not fit."""
         grid = np.meshgrid(np.arange(chain.pp), np.arange(len(contents)), indexing="ij")
         stage, which = (axis.ravel() for axis in grid)
         trials = chain.trials(stage, contents[which])
@@ -190,37 +190,53 @@ class Options:
         if recompute == "full":
             trials = replace(trials, recomputed=layers)
         partly = recompute == "none" and wanted.partial_recompute
-        shape = (len(on_parts[0].layouts), len(stage))
         of_part = np.searchsorted(np.cumsum([part.stages for part in parts]), stage, side="right")
-        plain = np.empty(shape)
+        plain = np.full((len(on_parts[0].layouts), len(stage)), np.inf)
         for at, tried in enumerate(on_parts):
             plain[:, of_part == at] = tried.seconds(trials.take(of_part == at))
-        if not holds_all(chain, layers, plain <= most_peak_s[:, None]).any():
+        # step by step, each for what the one before leaves: layouts that hold all layers in time, and options that are in time on one
+        in_time = plain <= most_peak_s[:, None]
+        rows = np.flatnonzero(holds_all(chain, layers, in_time))
+        hopeful = in_time[rows].any(axis=0)
+        if not len(rows):
             return None
-        full, parameters = plain.copy(), on_parts[0].parameters(trials)
-        idle, idle_full, fewest = np.empty(shape), np.empty(shape), np.empty(shape, dtype=np.int64)
+        fewest, full = np.full(plain.shape, -1), plain.copy()
         band = max(memory_band(part.setting.cluster) for part in parts)
         for at, (part, tried) in enumerate(zip(parts, on_parts, strict=True)):
-            some = of_part == at
-            own = trials.take(some)
+            some = np.flatnonzero(hopeful & (of_part == at))
+            if not len(some):
+                continue
+            own, its = trials.take(some), tried if len(rows) == len(plain) else tried.take(rows)
             usable = part.setting.cluster.gpu.memory_bytes * (1.0 - wanted.headroom) / (1.0 + band)
-            idle[:, some] = idle_full[:, some] = tried.idle_seconds(own)
+            fewest[np.ix_(rows, some)] = _fewest(its, own, layers[some] if partly else own.recomputed, usable)
             if partly:
-                every = replace(own, recomputed=layers[some])
-                full[:, some], idle_full[:, some] = tried.seconds(every), tried.idle_seconds(every)
-            fewest[:, some] = _fewest(tried, own, layers[some] if partly else own.recomputed, usable)
+                full[np.ix_(rows, some)] = its.seconds(replace(own, recomputed=layers[some]))
         if partly:
             fewest[(fewest > 0) & ~may_recompute(parts[0].setting, on_parts[0].layouts)[:, None]] = -1
         inner = (stage != 0) & (stage != chain.pp - 1)
         fewest[:, inner & (contents[which].sum(axis=1) < chain.chunks)] = -1
+        repeating = (full - plain) / np.maximum(layers, 1)
+        fitting = np.where(fewest >= 0, plain + fewest * repeating, np.inf) <= most_peak_s[:, None]
+        rows = np.flatnonzero(holds_all(chain, layers, fitting))
+        if not len(rows):
+            return None
+        idle, idle_full = np.zeros(plain.shape), np.zeros(plain.shape)
+        for at, tried in enumerate(on_parts):
+            some = np.flatnonzero(hopeful & (of_part == at))
+            if not len(some):
+                continue
+            own, its = trials.take(some), tried if len(rows) == len(plain) else tried.take(rows)
+            idle[np.ix_(rows, some)] = idle_full[np.ix_(rows, some)] = its.idle_seconds(own)
+            if partly:
+                idle_full[np.ix_(rows, some)] = its.idle_seconds(replace(own, recomputed=layers[some]))
         waits = bool(idle.any() or idle_full.any())
         return Options(
             stage=stage,
             layers=layers,
             plain_s=plain,
-            repeating_s=(full - plain) / np.maximum(layers, 1),
+            repeating_s=repeating,
             fewest=fewest,
-            parameters=parameters,
+            parameters=on_parts[0].parameters(trials),
             idle_s=idle if waits else None,
             repeating_idle_s=(idle_full - idle) / np.maximum(layers, 1) if waits else None,
         )
@@ -294,32 +310,35 @@ def _fewest(tried: StageTrials, trials: Trials, most: IntArray, usable_bytes: fl
     they do not settle is bisected.
     """
     start = trials.recomputed
-    fits_plain = tried.needed_bytes(trials) <= usable_bytes
-    found = np.where(fits_plain, 0, -1)
-    open_ = np.flatnonzero(~fits_plain.all(axis=0) & (most > start))
-    if not len(open_):
+    if not (most > start).any():
+        return np.where(tried.needed_bytes(trials) <= usable_bytes, 0, -1)
+    with_none, with_one, with_all = _needed(tried, trials, start, np.minimum(start + 1, most), most)
+    found = np.where(with_none <= usable_bytes, 0, -1)
+    fitting = (found < 0) & (with_all <= usable_bytes) & (most > start)
+    some = np.flatnonzero(fitting.any(axis=0))
+    if not len(some):
         return found
-    with_all = tried.needed_bytes(replace(trials.take(open_), recomputed=most[open_]))
-    fitting = (with_all <= usable_bytes) & ~fits_plain[:, open_]
-    some = fitting.any(axis=0)
-    if not some.any():
-        return found
-    open_, fitting, with_all = open_[some], fitting[:, some], with_all[:, some]
-    own, full = trials.take(open_), np.broadcast_to(most[open_], with_all.shape)
-
-    def fits(recomputed: IntArray) -> NDArray[np.bool_]:
-        return tried.needed_bytes(replace(own, recomputed=recomputed)) <= usable_bytes
-
-    with_one = tried.needed_bytes(replace(own, recomputed=start[open_] + 1))
-    saving = np.maximum(with_one - with_all, 1.0) / np.maximum(full - start[open_] - 1, 1)
-    guess = start[open_] + 1 + np.ceil((with_one - usable_bytes) / saving - 1e-9).astype(np.int64)
-    guess = np.clip(guess, start[open_] + 1, full)
-    enough, less = fits(guess), fits(np.maximum(guess - 1, start[open_] + 1)) & (guess - 1 > start[open_])
-    low = np.where(enough, np.where(less, start[open_], guess - 1), guess)
+    own, first, fitting = trials.take(some), start[some] + 1, fitting[:, some]
+    full = np.broadcast_to(most[some], fitting.shape)
+    saving = np.maximum(with_one[:, some] - with_all[:, some], 1.0) / np.maximum(full - first, 1)
+    guess = first + np.ceil((with_one[:, some] - usable_bytes) / saving - 1e-9).astype(np.int64)
+    guess = np.clip(guess, first, full)
+    at_guess, below = _needed(tried, own, guess, np.maximum(guess - 1, first))
+    enough, less = at_guess <= usable_bytes, (below <= usable_bytes) & (guess > first)
+    low = np.where(enough, np.where(less, first - 1, guess - 1), guess)
     high = np.where(enough, np.where(less, guess - 1, guess), full)
     while ((high - low > 1) & fitting).any():
         middle = (low + high) // 2
-        enough = fits(middle)
+        enough = tried.needed_bytes(replace(own, recomputed=middle)) <= usable_bytes
         low, high = np.where(enough, low, middle), np.where(enough, middle, high)
-    found[:, open_] = np.where(fitting, high - start[open_], found[:, open_])
+    found[:, some] = np.where(fitting, high - (first - 1), found[:, some])
     return found
+
+
+def _needed(tried: StageTrials, trials: Trials, *recomputed: IntArray) -> list[FloatArray]:
+    """Bytes on the device, (N, S), with each of some numbers of recomputed layers, in one table."""
+    count, wide = len(trials.stage), any(one.ndim > 1 for one in recomputed)
+    every = trials.take(np.tile(np.arange(count), len(recomputed)))
+    numbers = np.concatenate([np.atleast_2d(one) for one in recomputed], axis=1)
+    needed = tried.needed_bytes(replace(every, recomputed=numbers if wide else numbers[0]))
+    return np.split(needed, len(recomputed), axis=1)
