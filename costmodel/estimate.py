@@ -186,7 +186,8 @@ def _check_meaning(setting: Setting, table: LayoutTable, keys: RowKeys) -> None:
     Rules are asked about a layout of each key. A rule reads columns of `keys.work` or of `keys.states`, none of them reads both
     (tests/test_row_keys.py), so what breaks a row breaks the layout that stands for its key.
     """
-    if not any(np.any(rule.broken(setting, rows)) for rule in STRUCTURAL for rows in (keys.work, keys.states)):
+    tables = (keys.work,) if keys.states is keys.work else (keys.work, keys.states)
+    if not any(np.any(rule.broken(setting, rows)) for rule in STRUCTURAL for rows in tables):
         return
     for rule in STRUCTURAL:
         broken = np.flatnonzero(np.broadcast_to(rule.broken(setting, table), len(table)))

@@ -17,6 +17,9 @@ IntArray = NDArray[np.int64]
 SHARING = ("zero", "dp_shard", "offload_optimizer", "offload_params", "offload_ratio", "hpz", "qwz", "qgz")
 """Columns that say how states are spread and kept; all others say what a micro-batch computes and keeps."""
 
+FEW_ROWS = 256
+"""Of a table: to look for what they share takes longer than to compute it again."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RowKeys:
@@ -43,7 +46,9 @@ class RowKeys:
 
 
 def row_keys(layouts: LayoutTable, communication: Communication, global_batch: int) -> RowKeys:
-    """The keys of every row, whether it has a meaning or not."""
+    """The keys of every row, whether it has a meaning or not; each row its own where they are few."""
+    if len(layouts) <= FEW_ROWS:
+        return _its_own(layouts.with_constants())
     columns = layouts.columns()
     by_work = keys_of(*(column for name, column in columns.items() if name not in SHARING))
     by_sharing = keys_of(*(columns[name] for name in SHARING))
@@ -73,6 +78,23 @@ def row_keys(layouts: LayoutTable, communication: Communication, global_batch: i
         states=rows(work_of_states, by_states.row),
         states_of=by_states.of_row,
         work_of_states=work_of_states,
+    )
+
+
+def _its_own(layouts: LayoutTable) -> RowKeys:
+    every = np.arange(len(layouts))
+    return RowKeys(
+        work=layouts,
+        work_of=every,
+        contents=layouts,
+        contents_of_work=every,
+        work_of_contents=every,
+        pace=layouts,
+        pace_of=every,
+        work_of_pace=every,
+        states=layouts,
+        states_of=every,
+        work_of_states=every,
     )
 
 
