@@ -28,7 +28,7 @@ from shardplan.planner.placement import Placement, place
 from shardplan.planner.ranking import Objective, SearchResult, order_of
 from shardplan.planner.shortlist import RUNNERS_UP, distinct, of_idea, worth_telling
 from shardplan.planner.sift import Sifted, sift, sift_space
-from shardplan.planner.space import Wishes, join_tables
+from shardplan.planner.space import Wishes
 from shardplan.planner.stage_search import least_cut_bytes, leaves_stages_open, search_stages
 from shardplan.planner.watch import Watch
 
@@ -284,12 +284,12 @@ def _fastest_s(state: State, headroom: float) -> float:
 
 def _rank(setting: Setting, wishes: Wishes, objective: Objective, headroom: float, state: State, watch: Watch) -> None:
     """Rank what fits of all batches, each layout in its best order of axes."""
-    batches = [*state.space, *state.more]
-    fitting = [batch.layouts.take(batch.fits(headroom)) for batch in batches]
-    if not any(map(len, fitting)):
+    every = [batch.take(np.flatnonzero(batch.fits(headroom))) for batch in (*state.space, *state.more)]
+    fitting = [batch for batch in every if len(batch)]
+    if not fitting:
         return
-    whole = batches[0] if len(batches) == 1 else estimated(setting, join_tables(fitting, wishes))
-    ranked = whole.take(order_of(whole, np.flatnonzero(whole.fits(headroom)), objective))
+    whole = joined(fitting, stacked([batch.layouts for batch in fitting]))
+    ranked = whole.take(order_of(whole, np.arange(len(whole)), objective))
     if not state.partial:
         watch.phase("placing", 0.95, state.sifted.looked_at + state.tried)
         ranked, state.placement = place(setting, ranked, wishes)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from shardplan.costmodel.axis_order import AXES, DEFAULT_ORDER, INNERMOST, ORDERS, SAME_AS, is_bound, used_axes
 from shardplan.costmodel.collectives import members_per_node
 from shardplan.costmodel.estimate import times_alone
-from shardplan.costmodel.estimates import Estimates
+from shardplan.costmodel.estimates import Estimates, joined
 from shardplan.costmodel.layout import Layout, LayoutTable, layout_table
 from shardplan.costmodel.order_rules import ORDER_RULES
 from shardplan.costmodel.rule import Setting
@@ -176,7 +176,8 @@ def place(setting: Setting, ranked: Estimates, wishes: Wishes) -> tuple[Estimate
     later = later[np.argsort(step_s[later], kind="stable")]
     enough = np.searchsorted(np.cumsum(_ways(layouts.take(later), orders)), MOST_ROWS - tried, side="right")
     tried += _try(setting, layouts, later[:enough], orders, step_s, order)
-    moved = int((order != layouts.order).sum())
+    other = order != layouts.order
+    moved = int(other.sum())
     account = replace(
         nothing,
         layouts=len(first) + int(enough),
@@ -186,7 +187,10 @@ def place(setting: Setting, ranked: Estimates, wishes: Wishes) -> tuple[Estimate
     )
     if not moved:
         return ranked, account
-    return estimated(setting, replace(layouts, order=order)), account
+    placed = replace(layouts, order=order)
+    at, stay = np.flatnonzero(other), np.flatnonzero(~other)
+    pieces = [estimated(setting, placed.take(at)), *([ranked.take(stay)] if len(stay) else [])]
+    return joined(pieces, placed.take(np.concatenate([at, stay]))).take(np.argsort(np.concatenate([at, stay]))), account
 
 
 def _other_groups(layouts: LayoutTable, orders: tuple[str, ...]) -> dict[int, NDArray[np.bool_]]:
