@@ -22,9 +22,10 @@ from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.stage_trials import StageTrials
 from shardplan.planner.at_setting import unbroken
 from shardplan.planner.cut_room import Room
+from shardplan.planner.even_stages import mean_stage_seconds
 from shardplan.planner.stage_options import Part, Wanted
 from shardplan.planner.stage_search import STRUCTURE
-from shardplan.planner.stages import Cuttable, can_cut, mean_stage_seconds
+from shardplan.planner.stages import Cuttable, can_cut
 
 NONE, FULL = RECOMPUTE.index("none"), RECOMPUTE.index("full")
 FIRST_LOOKED_AT, AT_ONCE = 64, 2048

@@ -28,6 +28,7 @@ from shardplan.planner.at_setting import estimated, unbroken
 from shardplan.planner.chunk_climb import climbed, nudged
 from shardplan.planner.cut_bounds import over_mean_s, recomputing_mean_s, waiting
 from shardplan.planner.cut_room import Room
+from shardplan.planner.even_stages import Even
 from shardplan.planner.knobs import Knob, knobs_of, least_s_with, named_recompute, variants_of
 from shardplan.planner.named_recompute import with_needed_parts
 from shardplan.planner.partial_recompute import only_stands_for_others, recomputes_layers, standing_for_others
@@ -313,13 +314,16 @@ def _cut_some(state: _State, layouts: LayoutTable, bounds: FloatArray, waits: Fl
     """Cut layouts, least bound first, once what their stages can hold in whole layers says more than `bounds` do."""
     ready: list[Cuttable] = []
     of, place, least_s = np.zeros(len(layouts), dtype=np.int64), np.zeros(len(layouts), dtype=np.int64), bounds + np.inf
-    longer = waiting(pipeline_weights(state.setting, layouts)[0])
-    for rows, part in _alike(state.setting, layouts):
+    trials = StageTrials.of(state.setting, layouts)
+    even = Even.alone(state.setting, trials)
+    longer = waiting(even.peak)
+    for rows, part in _alike(state.setting, trials):
         if part is None:
             state.uncut_s = min(state.uncut_s, float(bounds[rows].min()))
             state.uncuttable.append((bounds[rows], layouts.take(rows)))
             continue
-        found = Cuttable.of([part], state.wanted, (state.fastest - bounds[rows]) * longer[rows], waits[rows])
+        slack_s = (state.fastest - bounds[rows]) * longer[rows]
+        found = Cuttable.of([part], state.wanted, slack_s, waits[rows], even.take(rows))
         if found is not None:
             of[rows], place[rows] = len(ready), np.arange(len(rows))
             least_s[rows] = bounds[rows] + found.more_s / longer[rows]
@@ -363,9 +367,9 @@ def _climb(state: _State) -> None:
         _keep(state, moved)
 
 
-def _alike(setting: Setting, layouts: LayoutTable) -> Iterator[tuple[NDArray[np.intp], Part | None]]:
+def _alike(setting: Setting, trials: StageTrials) -> Iterator[tuple[NDArray[np.intp], Part | None]]:
     """Rows whose stages are cut together, group by group; without a part where they cannot be."""
-    trials = StageTrials.of(setting, layouts)
+    layouts = trials.layouts
     first, group_of = unique_keys(*(getattr(layouts, name) for name in STRUCTURE))
     for group, row in enumerate(first.tolist()):
         at = np.flatnonzero(group_of == group)

@@ -18,12 +18,12 @@ from shardplan.costmodel.layout import V_PLACED, Layout, LayoutTable
 from shardplan.costmodel.model import Model
 from shardplan.costmodel.pace import LEAST_PEAK_WEIGHT
 from shardplan.costmodel.pipeline import split_layers
-from shardplan.costmodel.pipeline_weights import pipeline_weights
 from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.rule_parts import micro_batches
 from shardplan.planner.chain import AS_LONG, best_cut, bounds_of, every_cut, slowest
 from shardplan.planner.cut import Asked, Cut, Cuts, least_longest
 from shardplan.planner.cut_bounds import waiting
+from shardplan.planner.even_stages import Even
 from shardplan.planner.stage_options import Chain, Options, Part, Wanted, within
 
 FloatArray = NDArray[np.float64]
@@ -71,17 +71,22 @@ class Cuttable:
 
     @staticmethod
     def of(
-        parts: Sequence[Part], wanted: Wanted, slack_s: FloatArray, waits_s: FloatArray | None = None
+        parts: Sequence[Part],
+        wanted: Wanted,
+        slack_s: FloatArray,
+        waits_s: FloatArray | None = None,
+        even: Even | None = None,
     ) -> Cuttable | None:
-        """What stages of pipelines at most `slack_s`, (N,), longer than equal ones could hold; None where no layout has any."""
+        """What stages of pipelines at most `slack_s`, (N,), longer than equal ones could hold; None where no layout has any.
+        `even`, those equal ones, is computed where it is not known."""
         layouts, setting = parts[0].trials.layouts, parts[0].setting
         first = layouts.row(0)
         chain = Chain.of(setting, first)
         on_parts = [part.trials for part in parts]
-        peak, fill = pipeline_weights(setting, layouts)
+        even = even or Even.of(parts)
+        peak, fill, least_s, mean_s = even.peak, even.fill, even.least_s, even.mean_s
         longest = 1.0 if first.schedule in V_PLACED else least_longest(len(chain.kinds), chain.chunks)
         longer = np.minimum((longest - 1.0) * fill, peak)
-        least_s, mean_s = mean_stage_seconds(parts)
         most_peak_s = mean_s + slack_s / np.maximum(peak, 1e-9)
         contents = within(chain, on_parts, most_peak_s)
         if not len(contents):
@@ -329,14 +334,6 @@ class Cuttable:
                 at = at.reshape(len(every), self.chain.pp)
             self.written_out[key] = every or [], at
         return self.written_out[key]
-
-
-def mean_stage_seconds(parts: Sequence[Part]) -> tuple[FloatArray, FloatArray]:
-    """Seconds of a micro-batch, each (N,), on a stage that holds 1/pp of everything: on the fastest kind of node, and of every stage if
-    each holds as much as makes all stages of the `parts` equally long."""
-    each = np.stack([part.trials.mean_seconds() for part in parts])
-    stages = np.asarray([part.stages for part in parts], dtype=np.float64)
-    return each.min(axis=0), stages.sum() / (stages[:, None] / each).sum(axis=0)
 
 
 def _pipeline_s(cut: Cut) -> float:
