@@ -203,6 +203,8 @@ def _stage_contents(
     total = layers.sum(axis=1)
     weight = total + layers @ _relative_work(model)
     heaviest = np.flatnonzero(weight == weight.max())
+    for shared in (layers, total):
+        shared.setflags(write=False)
     # ZB-V keeps more micro-batches in flight the later the rank, the others the earlier
     second = int(heaviest[-1]) if v_placed else min(1, pp - 1)
     return _Contents(

@@ -18,6 +18,8 @@ from shardplan.costmodel.rules import RULES
 from shardplan.costmodel.stage_trials import StageTrials, Trials
 
 FloatArray = NDArray[np.float64]
+WEIGHED_AT_ONCE = 1 << 16
+"""Stages of which more numbers of recomputed layers than none are weighed without asking whether all fit with none."""
 IntArray = NDArray[np.int64]
 
 
@@ -161,9 +163,9 @@ class Options:
     plain_s: FloatArray
     """Seconds of a micro-batch with the layers recomputed that the layout itself says, (N, O)."""
     repeating_s: FloatArray
-    """Seconds that recomputing one layer more adds, (N, O)."""
+    """Seconds that recomputing one layer more adds, (N, O); 0 where it was not weighed."""
     fewest: IntArray
-    """Fewest more layers to recompute that make it fit, (N, O); -1 where nothing does."""
+    """Fewest more layers to recompute that make it fit, (N, O); -1 where nothing does, or it cannot be in time."""
     parameters: FloatArray
     """Parameters a rank holds, (N, O)."""
     idle_s: FloatArray | None = None
@@ -191,7 +193,7 @@ class Options:
             trials = replace(trials, recomputed=layers)
         partly = recompute == "none" and wanted.partial_recompute
         of_part = np.searchsorted(np.cumsum([part.stages for part in parts]), stage, side="right")
-        plain = np.full((len(on_parts[0].layouts), len(stage)), np.inf)
+        plain = np.empty((len(on_parts[0].layouts), len(stage)))
         for at, tried in enumerate(on_parts):
             plain[:, of_part == at] = tried.seconds(trials.take(of_part == at))
         # step by step, each for what the one before leaves: layouts that hold all layers in time, and options that are in time on one
@@ -216,7 +218,7 @@ class Options:
         inner = (stage != 0) & (stage != chain.pp - 1)
         fewest[:, inner & (contents[which].sum(axis=1) < chain.chunks)] = -1
         repeating = (full - plain) / np.maximum(layers, 1)
-        fitting = np.where(fewest >= 0, plain + fewest * repeating, np.inf) <= most_peak_s[:, None]
+        fitting = (fewest >= 0) & (plain + fewest * repeating <= most_peak_s[:, None])
         rows = np.flatnonzero(holds_all(chain, layers, fitting))
         if not len(rows):
             return None
@@ -312,6 +314,8 @@ def _fewest(tried: StageTrials, trials: Trials, most: IntArray, usable_bytes: fl
     start = trials.recomputed
     if not (most > start).any():
         return np.where(tried.needed_bytes(trials) <= usable_bytes, 0, -1)
+    if len(tried.layouts) * len(start) > WEIGHED_AT_ONCE and (tried.needed_bytes(trials) <= usable_bytes).all():
+        return np.zeros((len(tried.layouts), len(start)), dtype=np.int64)
     with_none, with_one, with_all = _needed(tried, trials, start, np.minimum(start + 1, most), most)
     found = np.where(with_none <= usable_bytes, 0, -1)
     fitting = (found < 0) & (with_all <= usable_bytes) & (most > start)

@@ -121,8 +121,8 @@ class Cuttable:
         wanted, layout = self.wanted, self.layouts.row(row)
         least = int(wanted.some_recomputed and layout.recompute == "none")
         most = max(int(self.options.fewest[row].max()), least)
-        uniform = (not wanted.by_stage or self.chain.chunks > 1) and most > 0
-        depths = range(least, most + 1) if uniform else range(-1, 0)
+        each_its_own = wanted.by_stage and self.chain.chunks == 1
+        depths = range(-1, 0) if each_its_own or most == 0 else range(least, most + 1)
         most_s = float(self.equal_s[row]) + slack_s
         few = bool(self.weights[row, 0] < LEAST_PEAK_WEIGHT)
         more = layout.recompute == "none" and wanted.partial_recompute
@@ -130,14 +130,16 @@ class Cuttable:
         if found is None:
             hiding_s = self._repeating_s(row) if more else np.inf
             more &= hiding_s <= most_s
-            if more and depths.start >= 0:
+            if more and not each_its_own:
                 depths = range(least, int(self.options.layers.max()) + 1)
-            found, left_s = self._fastest_ones(row, depths, least, most_s)
-            if more and depths.start < 0:
-                every = self._repeating_ones(row, most_s)
-                found, left_s = (
-                    ([*found, *every[0]], min(left_s, every[1])) if every else (found, min(left_s, hiding_s))
-                )
+                every = [self._fastest_ones(row, range(depth, depth + 1), least, most_s) for depth in depths]
+            else:
+                every = [self._fastest_ones(row, depths, least, most_s)]
+            if more and each_its_own:
+                repeating = self._repeating_ones(row, most_s)
+                every += [([], hiding_s)] if repeating is None else repeating
+            found, left_s = [cut for some, _ in every for cut in some], min(left for _, left in every)
+            found.sort(key=_pipeline_s)
             if found and (few or (self.waits_s is None and self.options.idle_s is not None)):
                 left_s = min(found[0].seconds, float(self.equal_s[row]))
         best = {
@@ -149,18 +151,17 @@ class Cuttable:
             left_s=left_s - float(self.equal_s[row]),
         )
 
-    def _repeating_ones(self, row: int, most_s: float) -> tuple[list[Cut], float] | None:
+    def _repeating_ones(self, row: int, most_s: float) -> list[tuple[list[Cut], float]] | None:
         """`_fastest_ones` with every number of recomputed layers of every one stage, others as few as they need; None where those are more
         than MOST_WRITTEN_OUT."""
         longest = int(self.options.layers.max())
         if self.chain.pp * longest > MOST_WRITTEN_OUT:
             return None
-        every = [
+        return [
             self._fastest_ones(row, range(-1, 0), 0, most_s, (stage, count))
             for stage in range(self.chain.pp)
             for count in range(1, longest + 1)
         ]
-        return [cut for found, _ in every for cut in found], min(left_s for _, left_s in every)
 
     def _fastest_ones(
         self, row: int, depths: range, least: int, most_s: float, repeating: tuple[int, int] | None = None

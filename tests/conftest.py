@@ -46,8 +46,13 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     return run
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a CUDA device where there is none."""
+    """Let one worker run all that starts gloo processes: two such tests at a time take many times as long on a few cores, and what tests
+    of a file share is made once. Skip what needs a CUDA device where there is none."""
+    for item in items:
+        if item.get_closest_marker("distributed"):
+            item.add_marker(pytest.mark.xdist_group("gloo"))
     needing = [item for item in items if item.get_closest_marker("gpu")]
     if needing and (reason := _no_gpu()):
         for item in needing:

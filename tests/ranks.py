@@ -9,25 +9,28 @@ from __future__ import annotations
 import functools
 import gc
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed.tensor import _redistribute
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 
 @functools.cache
-def _store() -> dist.Store:
-    return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+def _store() -> Store:
+    return TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
 
 
 @contextmanager
 def process_group(name: str) -> Iterator[None]:
     """A gloo group of all ranks for the code inside; `name` is given once a job, and by every rank."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    own = dist.PrefixStore(name, _store())
+    own = PrefixStore(name, _store())
     dist.init_process_group("gloo", store=own, rank=rank, world_size=world, timeout=timedelta(seconds=120))
     yield
     dist.barrier()
@@ -39,9 +42,13 @@ def _forget_meshes() -> None:
     """Empty what torch remembers by mesh. It goes by shape too: the next layout would be told of groups that are gone."""
     _clear_sharding_prop_cache()
     getattr(_redistribute, "clear_redistribute_planner_cache", lambda: None)()  # not in every torch
-    for one in gc.get_objects():
-        if isinstance(one, functools._lru_cache_wrapper) and str(getattr(one, "__module__", "")).startswith(
-            "torch.distributed"
-        ):
-            one.cache_clear()
+    for one in _caches(len(sys.modules)):
+        one.cache_clear()
     gc.collect()
+
+
+@functools.cache
+def _caches(_modules: int) -> list[functools._lru_cache_wrapper[Any]]:
+    """Those of torch.distributed, looked for anew once there are more modules."""
+    every = [one for one in gc.get_objects() if type(one) is functools._lru_cache_wrapper]
+    return [one for one in every if str(getattr(one, "__module__", "")).startswith("torch.distributed")]

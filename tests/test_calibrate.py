@@ -39,8 +39,6 @@ from shardplan.hw_profiles.machine import Cluster
 from shardplan.hw_profiles.topology import tier_table
 from shardplan.hw_profiles.write import write_profile
 
-pytestmark = pytest.mark.xdist_group("calibrate")
-
 MEASURED_ON_A_CPU = (
     "nodes",
     "gpu.memory_mib",

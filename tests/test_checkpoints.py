@@ -26,8 +26,6 @@ from shardplan.executor.launch import Outcome, Recovery, run_plan
 from shardplan.hw_profiles.load import cluster_document
 from shardplan.planner.plan import Plan
 
-pytestmark = pytest.mark.xdist_group("checkpoints")
-
 STEPS = 8
 LAYER = LayerKind(hidden=64, heads=4, kv_heads=2, head_dim=16, ffn=96, gated_mlp=True, norm="rmsnorm")
 MODEL = Model(name="small", family="llama", layers=((LAYER, 4),), vocab=256, tied_embeddings=False)

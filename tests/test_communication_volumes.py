@@ -26,8 +26,6 @@ from shardplan.costmodel.runtime import load_runtime
 from shardplan.costmodel.volumes import communication_volumes
 from shardplan.planner.plan import Plan
 
-pytestmark = pytest.mark.xdist_group("communication volumes")
-
 SMALL_BYTES = 4096  # of traffic.py, which needs torch
 
 # (ranks, model, sequence length, global batch, precision, layout); micro_batch is 1: a batch above dp means accumulation or pipelining
@@ -269,12 +267,9 @@ def count(case: tuple) -> dict[str, object]:
     trainer = Trainer(plan, mesh, torch.device("cpu"))
     trainer.forward_backward(1)
     trainer.update(1)
-    with Traffic(mesh, trainer.groups) as traffic:
+    with Traffic(mesh, trainer.groups) as traffic, Waits(trainer.clock, mesh, trainer.groups):
         trainer.forward_backward(2)
         trainer.update(2)
-    with Waits(trainer.clock, mesh, trainer.groups):
-        trainer.forward_backward(3)
-        trainer.update(3)
     waits = Counter(axis for _, axis, *_ in trainer.clock.waits)
     times = Counter[str]()
     for (axis, what), number in (traffic.times + traffic.small_times).items():

@@ -23,8 +23,6 @@ from shardplan.executor import compiling
 from shardplan.hw_profiles.load import cluster_document
 from shardplan.planner.plan import Plan
 
-pytestmark = pytest.mark.xdist_group("compiling")
-
 # (ranks, backend, model, precision, layout)
 CASES = [
     (2, "aot_eager", "llama", "fp32", "dp=2 zero=3 recompute=full"),

@@ -31,8 +31,6 @@ from shardplan.executor.ring_attention import Blocks, merge, part_in_sight  # no
 from shardplan.kernels import attention_block_reference  # noqa: E402
 from shardplan.kernels.attention_block_reference import block_attention, block_gradients  # noqa: E402
 
-pytestmark = pytest.mark.xdist_group("context execution")
-
 RANKS = 4
 BATCH, WIDTH = 2, 8
 # (positions of the whole sequence, query heads, key/value heads)

@@ -27,10 +27,10 @@ from shardplan.costmodel.runtime import load_runtime
 from shardplan.executor.check import torch_refusals
 from shardplan.hw_profiles.load import load_cluster
 
-pytestmark = pytest.mark.xdist_group("covering array")
-
 LAYERS = 5
 """Of the models: uneven over 2 and 4 chunks, too few for 8."""
+STEPS = 2
+"""The second loss sees the first update."""
 LEAST_MARGIN = 1e-6
 """Of a router's choice: ten roundings of a score."""
 BESIDE = {
@@ -254,6 +254,7 @@ def rank_main(todo: Path, result: Path) -> None:
     import torch.distributed as dist
 
     parity, process_group = sibling("test_executor_parity"), sibling("ranks").process_group
+    parity.STEPS = STEPS
     torch.set_num_threads(1)
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     expected = cache(lambda name, batch, micro_batch: parity.reference(models()[name], batch, micro_batch))

@@ -27,6 +27,7 @@ from shardplan.hw_profiles.load import load_cluster
 from shardplan.hw_profiles.topology import tier_table
 from shardplan.planner import stages
 from shardplan.planner.cut_bounds import least_peak_s, over_mean_s, recomputing_mean_s
+from shardplan.planner.machines import with_network_rate
 from shardplan.planner.search import search
 from shardplan.planner.sift import Sifted, outdone, sift, sift_space
 from shardplan.planner.space import Wishes, layout_space, parse_wishes
@@ -245,6 +246,29 @@ def test_cuts_that_do_not_fit_are_not_written_out_where_nothing_bounds_them() ->
         _, _, repeated = layout.recompute.partition(":")
         if "," in repeated and layout.stage_layers:
             assert all(int(n) <= held for n, held in zip(repeated.split(","), layout.stage_layers, strict=True))
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved virtual_stages=4"])
+def test_where_stages_recompute_alike_all_of_them_do(schedule: str) -> None:
+    """Exchanges may hide behind the launches of recompute also where all fits without: every number is looked at, but none that is another
+    on one stage than on the rest."""
+    model = load_model("gpt2")
+    asked = Setting(
+        model=dataclasses.replace(model, layers=((model.layers[0][0], 10),)),
+        job=Job(seq=512, global_batch=16, precision="bf16"),
+        cluster=with_network_rate(load_cluster("h100-ib", gpus=4), 2.0),
+        runtime=load_runtime("megatron"),
+    )
+    layouts = layout_table([parse_layout(f"dp=2 pp=2 micro_batch=2 zero=1 schedule={schedule}")])
+    part = Part(setting=asked, trials=StageTrials.of(asked, layouts), stages=2)
+    even = on_mean_stage(asked, layouts)
+    waits_s = np.stack([even.time["dp_exposed_s"], even.time["behind_host_s"]], axis=1)
+    ready = stages.Cuttable.of([part], wanted_of(asked, Wishes(), 0.05), even.step_s, waits_s)
+    assert ready is not None
+    assert (ready.options.fewest <= 0).all()
+    words = {layout.recompute for layout in ready.cuts(0, float(even.step_s[0])).layouts}
+    assert {"none", "full:1"} <= words
+    assert not any("," in word for word in words)
 
 
 def test_no_stages_are_cut_of_what_host_memory_does_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:

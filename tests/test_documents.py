@@ -22,8 +22,6 @@ from shardplan.executor.loader import Loader, positions_of
 from shardplan.executor.token_files import open_tokens
 from shardplan.planner.plan import Plan
 
-pytestmark = pytest.mark.xdist_group("documents")
-
 SEQ = 32
 STEPS = 2
 END = 0

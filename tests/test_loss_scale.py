@@ -23,8 +23,6 @@ from shardplan.costmodel.model import LayerKind, Model
 from shardplan.executor.loss_scale import LossScale, ScaleWords
 from shardplan.planner.plan import Plan
 
-pytestmark = pytest.mark.xdist_group("loss scale")
-
 SEQ = 32
 STEPS = 2
 LOSS_TOLERANCE = 2e-5

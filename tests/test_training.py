@@ -22,8 +22,6 @@ from shardplan.executor.token_files import open_tokens
 from shardplan.hw_profiles.load import cluster_document
 from shardplan.planner.plan import Plan
 
-pytestmark = pytest.mark.xdist_group("training")
-
 SEQ, BATCH = 64, 4
 PREDICTION = {
     "time": {"step_s": 0.1},
