@@ -53,10 +53,10 @@ demo: $(STAMP)
 	@echo "Open demo/index.html"
 
 test: lint
-	$(ONE_THREAD) $(BIN)/pytest -n 2 --dist loadgroup -m "not slow" $(PYTEST_FLAGS)
+	$(ONE_THREAD) $(BIN)/pytest -n 2 -m "not slow" $(PYTEST_FLAGS)
 
 test-all: lint
-	$(ONE_THREAD) $(BIN)/pytest -n 2 --dist loadgroup $(PYTEST_FLAGS)
+	$(ONE_THREAD) $(BIN)/pytest -n 2 $(PYTEST_FLAGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check
@@ -70,7 +70,7 @@ kernels: $(STAMP_KERNELS)
 	$(KERNELS_PYTHON) -m shardplan.kernels.static_gate
 
 test-oldest: $(STAMP_OLDEST)
-	$(ONE_THREAD) $(VENV_OLDEST)/bin/pytest -n 2 --dist loadgroup -m "not slow" $(PYTEST_FLAGS)
+	$(ONE_THREAD) $(VENV_OLDEST)/bin/pytest -n 2 -m "not slow" $(PYTEST_FLAGS)
 
 clean:
 	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_KERNELS) demo build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis

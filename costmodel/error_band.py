@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from shardplan.costmodel.attention_time import OWN_KERNEL, takes_own_kernel
 from shardplan.costmodel.fitted import is_fitted
 from shardplan.costmodel.job import OUTSIDE_PRODUCTS
+from shardplan.costmodel.keys import SETTINGS_AT_ONCE, Same
 from shardplan.costmodel.layout import ATTENTION, OFFLOAD, Layout
 from shardplan.costmodel.rule import Setting
 from shardplan.hw_profiles.machine import Cluster, Gpu
@@ -86,7 +88,13 @@ class Bands:
 
 def error_bands(setting: Setting) -> Bands:
     """The bands of all layouts of a model and a job on a homogeneous cluster."""
-    job, cluster, gpu = setting.job, setting.cluster, setting.cluster.gpu
+    return _bands(Same((setting.model, setting.job, setting.cluster, setting.runtime)))
+
+
+@lru_cache(maxsize=SETTINGS_AT_ONCE)
+def _bands(same: Same) -> Bands:
+    model, job, cluster, runtime = same.objects
+    setting, gpu = Setting(model=model, job=job, cluster=cluster, runtime=runtime), cluster.gpu
     guesses = set(cluster.guesses())
     kinds = [bool(guesses & figures) for figures in (_rates(gpu, job.precision), _links(cluster))]
     host, flash = bool(guesses & HOST_FIGURES), bool(guesses & (HOST_FIGURES | FLASH_FIGURES))

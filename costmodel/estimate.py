@@ -88,16 +88,13 @@ def estimate(
 
 
 def memory_alone(setting: Setting, layouts: LayoutTable, *, stages: StageChoice = "worst") -> Estimates:
-    """The estimates without their times: where only what fits is asked for, in half the time."""
-    its = setting
-    return _estimate_table(its.model, its.job, its.cluster, layouts, its.runtime, None, stages=stages, asked="memory")
+    """The estimates, of layouts that have a meaning, without their times: where only what fits is asked for, in half the time."""
+    return _of_known(setting, layouts, stages, "memory")
 
 
 def times_alone(setting: Setting, layouts: LayoutTable, *, stages: StageChoice = "worst") -> Mapping[str, FloatArray]:
-    """`Estimates.time` without the memory: where only what is quick enough is asked for."""
-    its = setting
-    found = _estimate_table(its.model, its.job, its.cluster, layouts, its.runtime, None, stages=stages, asked="time")
-    return found.time
+    """`Estimates.time`, of layouts that have a meaning, without the memory: where only what is quick enough is asked for."""
+    return _of_known(setting, layouts, stages, "time").time
 
 
 def lower_bounds(
@@ -109,13 +106,18 @@ def lower_bounds(
 
 
 def on_mean_stage(setting: Setting, layouts: LayoutTable, *, hides_all: bool = False) -> Estimates:
-    """The estimates whose step and peak are `lower_bounds`.
+    """The estimates, of layouts that have a meaning, whose step and peak are `lower_bounds`.
 
     Every stage holds 1/pp of everything (`stage_cost.mean_stage_rows`), of offload all hides that can, exchanges hide as they do at most
     (`StepTime.hides_at_most_s`), or with `hides_all` all that can.
     """
-    stages: StageChoice = "mean, all hidden" if hides_all else "mean"
-    return _estimate_table(setting.model, setting.job, setting.cluster, layouts, setting.runtime, None, stages=stages)
+    return _of_known(setting, layouts, "mean, all hidden" if hides_all else "mean", "both")
+
+
+def _of_known(setting: Setting, layouts: LayoutTable, stages: StageChoice, asked: Asked) -> Estimates:
+    """Of layouts that have a meaning, which is not asked again."""
+    its = (setting.model, setting.job, setting.cluster, layouts, setting.runtime, None)
+    return _estimate_table(*its, stages=stages, asked=asked, known=True)
 
 
 def on_stages(setting: Setting, layouts: LayoutTable, some: slice) -> Estimates:
@@ -145,6 +147,7 @@ def _estimate_table(
     *,
     stages: StageChoice,
     asked: Asked = "both",
+    known: bool = False,
 ) -> Estimates:
     chosen = load_runtime(runtime) if isinstance(runtime, str) else runtime
     if not len(table):
@@ -167,6 +170,7 @@ def _estimate_table(
                     constants,
                     stages="worst",
                     asked=asked,
+                    known=known,
                 )
                 for one in (False, True)
             ]
@@ -174,7 +178,7 @@ def _estimate_table(
     starts = range(0, len(table), ROWS_AT_ONCE)
     pieces = [table.slice(start, start + ROWS_AT_ONCE) if len(starts) > 1 else table for start in starts]
     keys = [row_keys(piece, chosen.communication, job.global_batch) for piece in pieces]
-    for its in keys:
+    for its in () if known else keys:
         _check_meaning(setting, table, its)
     found = [_estimate_rows(setting, one, its, tiers, stages, asked) for one, its in zip(pieces, keys, strict=True)]
     return joined(found, table)

@@ -20,6 +20,8 @@ ROWS_IN_CACHE = 1 << 14
 """Rows that are coded, gathered or added up together: their few columns stay in the cache of a core."""
 KEYS_IN_CACHE = 1 << 13
 """The same of keys, for formulas with many intermediate arrays over stages."""
+SETTINGS_AT_ONCE = 8
+"""Settings, told apart as `Same`, of which is kept what all their layouts share."""
 
 
 @dataclass(frozen=True, kw_only=True)

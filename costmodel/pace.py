@@ -117,13 +117,18 @@ def backward_split(
     """Shares of forward, gradients of inputs and gradients of weights in a micro-batch through the whole model, (3, N); thirds where the
     schedule does not split the backward, None where none does. `recomputed` is the share of layers under full recompute, (N,);
     the setting is at sustained rates."""
-    if not splits_backward(layouts).any():
+    rows = np.flatnonzero(splits_backward(layouts))
+    if not len(rows):
         return None
     model, job, cluster, runtime = setting.model, setting.job, setting.cluster, setting.runtime
-    blocks = block_rows(model, job, cluster, layouts, runtime)
-    each_micro_batch = _each_micro_batch(job, cluster, layouts, runtime, micro_batches)
-    paces = _block_paces(cluster.gpu, runtime, blocks, recomputed[:, None], each_micro_batch)
-    return _passes_of(model, layouts, blocks, paces)
+    some, passes = layouts.take(rows), np.full((3, len(layouts)), 1.0 / 3.0)
+    blocks = block_rows(model, job, cluster, some, runtime)
+    each_micro_batch = _each_micro_batch(job, cluster, some, runtime, micro_batches[rows])
+    paces = _block_paces(cluster.gpu, runtime, blocks, recomputed[rows][:, None], each_micro_batch)
+    found = _passes_of(model, some, blocks, paces)
+    assert found is not None, "each of these splits its backward"
+    passes[:, rows] = found
+    return passes
 
 
 def most_idle_s(setting: Setting, layouts: LayoutTable, blocks: BlockRows, micro_batches: FloatArray) -> FloatArray:

@@ -6,13 +6,10 @@ from dataclasses import replace
 from functools import lru_cache
 
 from shardplan.costmodel.fitted import Fitted, fitted, with_fitted_cluster, with_fitted_runtime
-from shardplan.costmodel.keys import Same
+from shardplan.costmodel.keys import SETTINGS_AT_ONCE, Same
 from shardplan.costmodel.rule import Setting
 from shardplan.costmodel.runtime import Runtime, without_overlap
 from shardplan.hw_profiles.machine import Cluster
-
-SETTINGS_AT_ONCE = 8
-"""Pairs of a cluster and a runtime whose sustained rates are kept."""
 
 
 def prepared(setting: Setting, constants: Fitted | None = None) -> Setting:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 from shardplan.costmodel.step_time import TIME_PARTS
-from shardplan.planner.plan import Plan
+from shardplan.planner.plan import WISHES, Plan
 
 MEMORY_PARTS = (
     "parameters_bytes",
@@ -28,8 +28,7 @@ def diff_plans(before: Plan, after: Plan) -> dict[str, Any]:
     step and of the fullest stage of each, `throughput` of tokens/s per GPU, MFU and fit; `same` when nothing differs; `notes` on each of
     them that was edited since it was made."""
     one, other = before.document(), after.document()
-    one_told, other_told = ({k: v for k, v in side.items() if k not in LEFT_OUT} for side in (one, other))
-    changed = dict(_differences(one_told, other_told))
+    changed = dict(_differences(_told(one), _told(other)))
     layout = {name.removeprefix("layout."): pair for name, pair in changed.items() if name.startswith("layout.")}
     inputs = {name: pair for name, pair in changed.items() if not name.startswith("layout.")}
     for name in sorted((set(before.digests) | set(after.digests)) & set(OF_FILES)):
@@ -52,6 +51,12 @@ def diff_plans(before: Plan, after: Plan) -> dict[str, Any]:
         "fits": [one["prediction"].get("fits"), other["prediction"].get("fits")],
         "notes": [before.notes(), after.notes()],
     }
+
+
+def _told(document: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a plan's document is compared field by field; what its search was asked for by the names of those options."""
+    fields = {name: value for name, value in document.items() if name not in LEFT_OUT}
+    return fields | {name: document["search"][name] for name in WISHES if name in document["search"]}
 
 
 def _memory(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, list[float]]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -46,13 +48,26 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     return run
 
 
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Let one worker run all files that start gloo processes: two such tests at a time take many times as long on a few cores. What tests
+    of another file share is made by one worker too; all else goes to whoever is free."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    @cache
+    def shared_by(file: str) -> str:
+        text = (ROOT / file).read_text(encoding="utf-8") if (ROOT / file).is_file() else ""
+        return "gloo" if "mark.distributed" in text else file if 'scope="module"' in text else ""
+
+    class Together(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return shared_by(nodeid.partition("::")[0]) or nodeid
+
+    return Together(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let one worker run all that starts gloo processes: two such tests at a time take many times as long on a few cores, and what tests
-    of a file share is made once. Skip what needs a CUDA device where there is none."""
-    for item in items:
-        if item.get_closest_marker("distributed"):
-            item.add_marker(pytest.mark.xdist_group("gloo"))
+    """Skip what needs a CUDA device where there is none."""
     needing = [item for item in items if item.get_closest_marker("gpu")]
     if needing and (reason := _no_gpu()):
         for item in needing:

@@ -18,8 +18,6 @@ from shardplan.planner.choose import make_plan
 from shardplan.planner.search import search
 from shardplan.planner.space import parse_wishes
 
-pytestmark = pytest.mark.xdist_group("plan schema")
-
 
 def written(model: str, cluster: str, gpus: int, runtime: str, fix: str, tokens: float | None) -> dict[str, Any]:
     shapes, job, software = load_model(model), Job(seq=2048, global_batch=64, tokens=tokens), load_runtime(runtime)

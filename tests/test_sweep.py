@@ -276,6 +276,16 @@ def test_a_diff_tells_inputs_layout_and_terms() -> None:
     assert other["cluster.name"] == ["h100-ib", "selene"]
 
 
+def test_what_was_asked_of_the_search_is_compared_too() -> None:
+    before = plan(8)
+    after = dataclasses.replace(before, search={**before.search, "headroom": 0.2, "forbid": ["offload"]})
+    assert diff_plans(before, after)["inputs"] == {
+        "headroom": [before.search["headroom"], 0.2],
+        "forbid": [[], ["offload"]],
+    }
+    assert not diff_plans(before, after)["same"]
+
+
 def test_a_changed_runtime_file_is_told() -> None:
     before = plan(8)
     after = dataclasses.replace(before, digests={**before.digests, "runtime": "0" * 64})

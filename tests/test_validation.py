@@ -30,8 +30,6 @@ from shardplan.hw_profiles.errors import InputError
 from shardplan.hw_profiles.load import load_cluster
 from shardplan.hw_profiles.machine import Source
 
-pytestmark = pytest.mark.xdist_group("validation")
-
 RUNS = Path(__file__).parent.parent / "reports" / "published" / "runs.csv"
 
 
